@@ -1,0 +1,1 @@
+"""The API generated from protos/isthmus/v1 (`make protos` writes it again)."""

@@ -1,0 +1,141 @@
+"""Orbax checkpoints: saved in the background, committed atomically, restored to any mesh.
+
+A model folder holds `config.json`, `tokenizer.json` and `checkpoints/STEP/{params,optimizer,progress}`. Arrays are stored
+in the stacked layout whatever the run used, so that training on one layout can serve or resume on the other.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from model.config import ConfigError, ModelConfig
+from model.sharding import use_mesh
+from model.transformer import Params, abstract_params, stack_blocks, stacked, unstack_blocks
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
+
+FOLDER = "checkpoints"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be read; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    step: int
+    params: Params
+    optimizer: Any
+    progress: dict
+
+
+class Checkpoints:
+    """The checkpoints of one model folder."""
+
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
+        """keep: how many of the newest to keep; None keeps all."""
+        self._path = (folder / FOLDER).resolve()
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "optimizer": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
+
+    def save(self, step: int, params: Params, optimizer: Any, progress: dict) -> None:
+        """Starts a save and returns once the arrays may be donated again. progress: JSON."""
+        snapshot = _snapshot((params, optimizer))
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(snapshot[0]),
+                optimizer=ocp.args.StandardSave(snapshot[1]),
+                progress=ocp.args.JsonSave(progress),
+            ),
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def restore(self, params: Params, optimizer: Any) -> Restored:
+        """The newest checkpoint, stacked, in the shapes, dtypes and shardings of abstract `params` and `optimizer`.
+
+        Raises CheckpointError when there is none.
+        """
+        step = self._newest()
+        items = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        return Restored(step, items["params"], items["optimizer"], items["progress"])
+
+    def restore_params(self, params: Params) -> Params:
+        """The newest parameters alone. Raises CheckpointError when there are none."""
+        step = self._newest()
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
+        return self._manager.restore(step, args=args)["params"]
+
+    def _newest(self) -> int:
+        step = self._manager.latest_step()
+        if step is None:
+            raise CheckpointError(f"{self._path} holds no finished checkpoint")
+        return step
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.close()
+
+
+@jax.jit
+def _snapshot(tree: Any) -> Any:
+    """The stacked layout in fresh buffers, which the next step can't overwrite while they are being written."""
+    return jax.tree.map(jnp.copy, stack_blocks(tree))
+
+
+def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None = None) -> Params:
+    """A model folder's newest parameters, sharded over `mesh`, in the layout `config` asks for.
+
+    dtype: what to keep matrices in (norms stay float32); None keeps float32. Raises ConfigError when the folder is
+    not a model's, CheckpointError when it holds no checkpoint.
+    """
+    if not (folder / FOLDER).is_dir():
+        raise ConfigError(f"{folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
+    checkpoints = Checkpoints(folder)
+    try:
+        params = checkpoints.restore_params(abstract_params(stacked(config), mesh))
+    finally:
+        checkpoints.close()
+    return serving_layout(config, mesh, dtype)(params)
+
+
+def serving_layout(config: ModelConfig, mesh: Mesh, dtype: str | None) -> Callable[[Params], Params]:
+    """Turns stacked float32 parameters into what serving reads each step, cast once."""
+
+    def convert(params: Params) -> Params:
+        params = params if config.scan_layers else unstack_blocks(params)
+        if dtype is None or dtype == "float32":
+            return params
+        is_norm = lambda path: path[-1].key in ("scale", "bias")  # noqa: E731
+        return jax.tree_util.tree_map_with_path(lambda p, x: x if is_norm(p) else x.astype(dtype), params)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
+
+    def run(params: Params) -> Params:
+        with use_mesh(mesh):
+            return jax.jit(convert, out_shardings=shardings)(params)
+
+    return run

@@ -1,0 +1,76 @@
+"""What the machine can do: peak FLOP/s and memory bandwidth, from the data sheet where there is one, else measured."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_DATA_SHEET = {
+    # device_kind: (dense bf16 FLOP/s, bytes/s)
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
+    "TPU v4": (275e12, 1.2e12),
+    "TPU v5 lite": (197e12, 0.82e12),
+    "TPU v5": (459e12, 2.77e12),
+    "TPU v6 lite": (918e12, 1.64e12),
+    "TPU7x": (2307e12, 7.4e12),
+}
+"""From the makers' data sheets, per device as JAX counts devices."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The hardware's limits, all devices together."""
+
+    flops: float
+    """FLOP/s of a large matrix product in the dtype asked for"""
+    bandwidth: float
+    """Bytes/s read from main memory"""
+    source: str
+    """'data sheet' or 'measured'"""
+
+
+@cache
+def limits(dtype: str = "float32", devices: int = 1) -> Limits:
+    """Peak FLOP/s in `dtype` and bandwidth of `devices` devices. Measuring takes about two seconds."""
+    device = jax.devices()[0]
+    sheet = _DATA_SHEET.get(device.device_kind)
+    if sheet is not None and dtype == "bfloat16":
+        return Limits(sheet[0] * devices, sheet[1] * devices, "data sheet")
+    # Virtual CPU devices share the same cores; real ones each bring their own.
+    count = 1 if device.platform == "cpu" else devices
+    bandwidth = sheet[1] if sheet is not None else measure_bandwidth()
+    return Limits(measure_gemm(dtype) * count, bandwidth * count, "measured")
+
+
+def _best_seconds(run, repeats: int = 7) -> float:  # noqa: ANN001
+    run().block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run().block_until_ready()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_gemm(dtype: str) -> float:
+    """FLOP/s of a 2048x2048x8192 product, the best of several."""
+    m, k, n = (2048, 2048, 8192) if jax.devices()[0].platform == "cpu" else (8192, 8192, 8192)
+    a = jnp.ones((m, k), dtype)
+    b = jnp.ones((k, n), dtype)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return 2 * m * k * n / _best_seconds(lambda: product(a, b), repeats=5)
+
+
+def measure_bandwidth() -> float:
+    """Bytes/s of summing 512 MiB that no cache holds, the best of several, over all cores."""
+    parts = max(1, len(__import__("os").sched_getaffinity(0)))
+    x = jax.device_put(np.ones((parts, (512 << 20) // 4 // parts), np.float32))
+    total = jax.jit(lambda x: x.sum(axis=1))
+    return x.nbytes / _best_seconds(lambda: total(x))

@@ -1,0 +1,118 @@
+"""Logical axis names → mesh axes: the one table that says how a model is laid out over devices.
+
+Every parameter and activation names its axes in the model's words ("embed", "heads", …). RULES maps those words to
+the mesh's (dp, fsdp, tp); changing the parallelism changes the mesh, never the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax.core import spmd
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from model.config import ConfigError, ModelConfig
+
+MESH_AXES = ("dp", "fsdp", "tp")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    # parameters
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("heads", "tp"),
+    ("kv_heads", "tp"),
+    ("head_dim", None),
+    ("mlp", "tp"),
+    ("vocab", "tp"),
+    # activations
+    ("batch", ("dp", "fsdp")),
+    ("seq", None),
+    ("tokens", None),
+    ("residual", None),
+    # the paged cache
+    ("pages", None),
+)
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How many devices each kind of parallelism takes."""
+
+    dp: int = 1
+    """Data parallel: replicas of the parameters"""
+    fsdp: int = 1
+    """Data parallel with the parameters sharded"""
+    tp: int = 1
+    """Tensor parallel: heads, MLP and vocabulary split"""
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """Reads `dp=2,fsdp=2,tp=2`; what isn't named is 1. Raises ConfigError."""
+        sizes: dict[str, int] = {}
+        for part in filter(None, (p.strip() for p in text.split(","))):
+            name, _, size = part.partition("=")
+            if name not in MESH_AXES or name in sizes:
+                raise ConfigError(f"mesh: {part!r} is not one of {', '.join(f'{a}=N' for a in MESH_AXES)}, each once")
+            if not size.isdecimal() or int(size) < 1:
+                raise ConfigError(f"mesh: {part!r} needs a whole number of devices, at least 1")
+            sizes[name] = int(size)
+        return cls(**sizes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.dp, self.fsdp, self.tp)
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.shape)
+
+
+def build_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over the first devices of this process. Raises ConfigError when there are too few."""
+    devices = jax.devices() if devices is None else devices
+    if shape.devices > len(devices):
+        raise ConfigError(f"mesh: {shape} needs {shape.devices} devices, and there are {len(devices)} ({devices[0].platform})")
+    return jax.make_mesh(
+        shape.shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape.devices]
+    )
+
+
+def check_divisible(config: ModelConfig, shape: MeshShape) -> None:
+    """Raises ConfigError naming the first dimension that the mesh can't split evenly."""
+    for name, axis in (("kv_heads", "tp"), ("heads", "tp"), ("mlp_dim", "tp"), ("vocab_size", "tp"), ("dim", "fsdp")):
+        size, parts = getattr(config, name), getattr(shape, axis)
+        if size % parts:
+            raise ConfigError(f"mesh: model.{name}={size} is not divisible by {axis}={parts}")
+
+
+@contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Traces and compiles under `mesh` with RULES in force."""
+    with jax.set_mesh(mesh), spmd.logical_axis_rules(RULES):
+        yield
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes for logical `axes`, one a dimension."""
+    table = dict(RULES)
+    return PartitionSpec(*(table[name] if name is not None else None for name in axes))
+
+
+def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+_LEADING = {1: ("tokens",), 2: ("batch", "seq")}
+
+
+def shard(x: jax.Array, *trailing: str) -> jax.Array:
+    """Constrains an activation whose last axes are `trailing`, after [tokens] or [batch, seq]; nothing without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    axes = (*_LEADING[x.ndim - len(trailing)], *trailing)
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -1,0 +1,103 @@
+"""The tokenizer that travels with a checkpoint (`tokenizer.json`), and training one: byte-level BPE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Tokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers.decoders import DecodeStream
+
+from model.config import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+"""Starts every document in training and every prompt in serving; drawing it ends the sequence."""
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, inner: _Tokenizer) -> None:
+        inner.encode_special_tokens = True  # a prompt that spells out a special token is text
+        self._inner = inner
+        self.vocab_size: int = inner.get_vocab_size()
+        self.eos_id: int | None = inner.token_to_id(END_OF_TEXT)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Reads a Hugging Face `tokenizer.json`. Raises ConfigError when it isn't one."""
+        if not path.is_file():
+            raise ConfigError(f"{path} does not exist: expected a tokenizer.json")
+        try:
+            return cls(_Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ConfigError(f"{path} is not a tokenizer: {error}") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Byte-level BPE: every string can be encoded, and decoding gives back the same bytes.
+
+        Raises ConfigError when vocab_size has no room for the 256 bytes and the end-of-text token.
+        """
+        if vocab_size < 257:
+            raise ConfigError(f"vocab_size={vocab_size} must be at least 257: 256 bytes and the end-of-text token")
+        inner = _Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        inner.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[END_OF_TEXT],
+                initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+                show_progress=False,
+            ),
+        )
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, inner.token_to_id(END_OF_TEXT))]
+        )
+        return cls(inner)
+
+    def save(self, path: Path) -> None:
+        self._inner.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with what the tokenizer puts before a prompt. Special tokens written out in the text are text."""
+        return self._inner.encode(text).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """As encode, in parallel."""
+        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts))]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> TextStream:
+        return TextStream(self)
+
+
+class TextStream:
+    """Decodes tokens one at a time and gives text out only in whole UTF-8 characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._held: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete; empty while a character is unfinished."""
+        text = []
+        for token in ids:
+            self._held.append(token)
+            piece = self._stream.step(self._tokenizer._inner, token)
+            if piece is not None:
+                text.append(piece)
+                self._held.clear()
+        return "".join(text)
+
+    def flush(self) -> str:
+        """What is still held at the end: bytes of an unfinished character come out as U+FFFD."""
+        held, self._held = self._held, []
+        return self._tokenizer.decode(held)

@@ -1,0 +1,93 @@
+"""The engine's sizes, and the static shapes that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from model.config import ConfigError, ModelConfig
+
+
+class Bucket(NamedTuple):
+    """A step's static shape: a flat axis of `rows` single tokens, then `blocks` blocks of prefill tokens."""
+
+    rows: int
+    blocks: int
+    block_size: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows + self.blocks * self.block_size
+
+    @property
+    def samples(self) -> int:
+        """Rows of the head: any single token may draw the next one, and so may the end of any block."""
+        return self.rows + self.blocks
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much the engine holds and how it is cut into steps."""
+
+    max_sequences: int = 32
+    """Sequences that run at once; more wait"""
+    context_length: int = 0
+    """Most tokens of prompt and completion together; 0 is the model's"""
+    pages: int = 0
+    """Pages of KV cache; 0 is room for max_sequences at half the context, and at least one whole context"""
+    page_size: int = 16
+    """Tokens a page"""
+    prefill_tokens: int = 512
+    """Most prompt tokens in a step: more is faster for prompts, less keeps the time between tokens short"""
+    block_size: int = 32
+    """Prompt tokens that attend together; a multiple of page_size. Prompts are cut on this grid, cached or not"""
+    max_waiting: int = 256
+    """Requests that may wait; one more is refused"""
+    prefix_cache: bool = True
+    """Keep the pages of finished requests for prompts that begin alike"""
+
+    def resolve(self, model: ModelConfig) -> EngineConfig:
+        """With every 0 filled in. Raises ConfigError naming the field that can't work."""
+        import dataclasses
+
+        for name in ("max_sequences", "page_size", "prefill_tokens", "block_size", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"engine.{name} must be at least 1, not {getattr(self, name)}")
+        context = self.context_length or model.context_length
+        if not 2 <= context <= model.context_length:
+            raise ConfigError(f"engine.context_length={context} must be 2 to the model's {model.context_length}")
+        if self.block_size % self.page_size:
+            raise ConfigError(f"engine.block_size={self.block_size} must be a multiple of page_size={self.page_size}")
+        if self.prefill_tokens % self.block_size:
+            raise ConfigError(f"engine.prefill_tokens={self.prefill_tokens} must be a multiple of block_size={self.block_size}")
+        whole = -(-context // self.page_size)
+        pages = self.pages or 1 + max(whole, self.max_sequences * whole // 2)
+        if pages < 1 + whole:
+            raise ConfigError(f"engine.pages={pages} must be at least {1 + whole}: the null page and one whole context")
+        return dataclasses.replace(self, context_length=context, pages=pages)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.context_length // self.page_size)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Every shape a step can have: powers of two of single tokens, then all rows with powers of two of blocks."""
+        most_blocks = self.prefill_tokens // self.block_size
+        decode = [Bucket(rows, 0, self.block_size) for rows in _powers(self.max_sequences)]
+        mixed = [Bucket(self.max_sequences, blocks, self.block_size) for blocks in _powers(most_blocks)]
+        return (*decode, *mixed)
+
+    def bucket(self, rows: int, blocks: int) -> Bucket:
+        """The smallest bucket with room for them."""
+        return next(b for b in self.buckets if b.rows >= rows and b.blocks >= blocks)
+
+
+def _powers(limit: int) -> list[int]:
+    sizes = []
+    size = 1
+    while size < limit:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, limit]

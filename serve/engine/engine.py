@@ -1,0 +1,231 @@
+"""The engine: one thread that plans, launches and commits, and is the only owner of every request.
+
+Others talk to it through `submit` and `cancel`, which only put a message into its inbox; it answers through the sink it
+was given, once a step, on its own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from serve.engine.config import EngineConfig
+from serve.engine.executor import Executor, Launched
+from serve.engine.request import Draining, EngineDead, FinishReason, InvalidRequest, Output, QueueFull, Request
+from serve.engine.scheduler import Counters, Scheduler
+
+logger = logging.getLogger("isthmus.engine")
+
+Sink = Callable[[list[Output]], None]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A snapshot of how busy the engine is."""
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_in_use: int
+    pages_cached: int
+    counters: Counters
+    recompilations: int
+    draining: bool
+
+
+@dataclass
+class StepTimes:
+    """Where the engine thread's time went, in seconds since `reset`."""
+
+    plan: float = 0.0
+    launch: float = 0.0
+    wait: float = 0.0
+    """For the device"""
+    commit: float = 0.0
+    deliver: float = 0.0
+    steps: int = 0
+
+
+class Engine:
+    """Runs requests until they finish. `start` it; `close` it."""
+
+    def __init__(self, executor: Executor, sink: Sink) -> None:
+        """executor: compiled. sink: called on the engine thread with what a step gave; it must return quickly."""
+        self.executor = executor
+        self.config: EngineConfig = executor.engine
+        self.scheduler = Scheduler(self.config)
+        self.times = StepTimes()
+        self._sink = sink
+        self._inbox: deque[Request | str] = deque()
+        self._wake = threading.Condition()
+        self._live: dict[str, Request] = {}
+        self._waiting = 0
+        self._draining = False
+        self._closing = False
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self.error is None
+
+    def validate(self, request: Request) -> None:
+        """Raises InvalidRequest for a request that could never run here; needs no engine thread."""
+        limit = self.config.context_length
+        if not request.prompt:
+            raise InvalidRequest("prompt", "must hold at least one token")
+        if len(request.prompt) >= limit:
+            raise InvalidRequest("prompt", f"has {len(request.prompt)} tokens; at most {limit - 1} leave room for one more")
+        if request.max_tokens < 1:
+            raise InvalidRequest("stop.max_tokens", "must be at least 1")
+        if len(request.prompt) + request.max_tokens > limit:
+            total = len(request.prompt) + request.max_tokens
+            raise InvalidRequest("stop.max_tokens", f"with the prompt makes {total} tokens; the context holds {limit}")
+
+    def submit(self, request: Request) -> None:
+        """Hands a request over; its outputs come through the sink. Thread-safe.
+
+        Raises InvalidRequest, QueueFull, Draining, or EngineDead.
+        """
+        self.validate(request)
+        with self._wake:
+            if self.error is not None:
+                raise EngineDead("the engine has ended on an error")
+            if self._draining:
+                raise Draining("the server is shutting down")
+            if request.id in self._live:
+                raise InvalidRequest("request_id", f"{request.id!r} is in flight already")
+            if self._waiting >= self.config.max_waiting:
+                raise QueueFull(f"{self._waiting} requests wait already")
+            self._live[request.id] = request
+            self._waiting += 1
+            self._inbox.append(request)
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> bool:
+        """Ends a request before the next step is planned. Whether it was in flight. Thread-safe."""
+        with self._wake:
+            if request_id not in self._live:
+                return False
+            self._inbox.append(request_id)
+            self._wake.notify()
+            return True
+
+    def drain(self) -> None:
+        """Takes nothing new from now on; what is in flight goes on. Thread-safe."""
+        with self._wake:
+            self._draining = True
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not finished, waiting ones included."""
+        return len(self._live)
+
+    def load(self) -> Load:
+        """Thread-safe; the figures are of this moment or the step before."""
+        pool = self.scheduler.pool
+        running = len(self.scheduler.running)
+        return Load(
+            running=running,
+            waiting=max(0, len(self._live) - running),
+            pages_total=pool.pages - 1,
+            pages_in_use=pool.in_use,
+            pages_cached=pool.cached,
+            counters=self.scheduler.counters,
+            recompilations=self.executor.recompilations,
+            draining=self._draining,
+        )
+
+    def close(self) -> None:
+        """Ends the thread after the step in flight; requests that are left are cancelled."""
+        with self._wake:
+            self._draining = self._closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    # the engine thread
+
+    def _main(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:
+            logger.exception("the engine thread died")
+            with self._wake:
+                self.error = error
+            self._abandon(FinishReason.ERROR)
+        else:
+            self._abandon(FinishReason.CANCELLED)
+
+    def _abandon(self, reason: FinishReason) -> None:
+        """Tells every request that is left."""
+        with self._wake:
+            left = list(self._live.values())
+            self._live.clear()
+        for request in left:
+            request.finish_reason = request.finish_reason or reason
+        self._sink([Output(request, None, reason) for request in left])
+
+    def _loop(self) -> None:
+        clock = time.perf_counter
+        in_flight: Launched | None = None
+        while True:
+            self._take_inbox(block=in_flight is None and self.scheduler.idle)
+            if self._closing:
+                return
+            t0 = clock()
+            plan = self.scheduler.plan()
+            t1 = clock()
+            launched = self.executor.launch(plan) if plan is not None else None
+            t2 = clock()
+            if in_flight is not None:
+                drawn = in_flight.read()
+                t3 = clock()
+                outputs = self.scheduler.commit(in_flight.plan, drawn)
+                t4 = clock()
+                self._deliver(outputs)
+                times = self.times
+                times.wait, times.commit, times.deliver = times.wait + t3 - t2, times.commit + t4 - t3, times.deliver + clock() - t4
+                times.steps += 1
+            self.times.plan += t1 - t0
+            self.times.launch += t2 - t1
+            in_flight = launched
+
+    def _take_inbox(self, *, block: bool) -> None:
+        with self._wake:
+            while block and not self._inbox and not self._closing:
+                self._wake.wait()
+            messages = list(self._inbox)
+            self._inbox.clear()
+        cancelled = []
+        for message in messages:
+            if isinstance(message, Request):
+                self.scheduler.add(message)
+            elif (request := self._live.get(message)) is not None:
+                self.scheduler.finish(request, FinishReason.CANCELLED)
+                cancelled.append(Output(request, None, FinishReason.CANCELLED))
+        if cancelled:
+            self._deliver(cancelled)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        now = time.perf_counter()
+        for output in outputs:
+            request = output.request
+            if output.token is not None and request.first_token_at is None:
+                request.first_token_at = now
+            if output.finish_reason is not None:
+                request.finished_at = now
+        with self._wake:
+            for output in outputs:
+                if output.finish_reason is not None:
+                    self._live.pop(output.request.id, None)
+            self._waiting = len(self.scheduler.waiting) + sum(isinstance(m, Request) for m in self._inbox)
+        if outputs:
+            self._sink(outputs)

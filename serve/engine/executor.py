@@ -1,0 +1,209 @@
+"""Runs plans on the device: one compiled program a bucket, the KV cache and the last tokens donated from step to step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model.config import ModelConfig
+from model.layers import Attend
+from model.ops import attention
+from model.sharding import named_sharding, use_mesh
+from model.transformer import Params, abstract_params, bind
+from serve.engine.config import Bucket, EngineConfig
+from serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
+from serve.engine.sampling import sample
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def cache_shape(model: ModelConfig, engine: EngineConfig) -> tuple[int, int, int, int]:
+    """[layers * pages, page_size, 2 * kv_heads, head_dim]: one array for all layers, so that no layer is sliced out."""
+    return (model.layers * engine.pages, engine.page_size, 2 * model.kv_heads, model.head_dim)
+
+
+def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) -> Attend:
+    """The serving side of the seam: write k and v to their pages, then attend over the sequence's pages.
+
+    Written before it is read: the other order makes XLA copy the whole cache in every layer.
+    """
+    page_of_row = jnp.maximum(arrays.positions, 0) // engine.page_size
+    row_of_token = jnp.concatenate(
+        [jnp.arange(bucket.rows), bucket.rows + jnp.repeat(jnp.arange(bucket.blocks), bucket.block_size)]
+    )
+    pages = arrays.tables[row_of_token, page_of_row]
+    padding = arrays.positions == PADDING
+    offsets = jnp.maximum(arrays.positions, 0) % engine.page_size
+
+    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+        first = layer * engine.pages
+        cache = attention.write_pages(cache, k, v, jnp.where(padding, first, first + pages), offsets)
+        tables = arrays.tables + first
+        rows = bucket.rows
+        out = [attention.paged(q[:rows, None], cache, tables[:rows], arrays.positions[:rows, None])[:, 0]]
+        if bucket.blocks:
+            blocks = (bucket.blocks, bucket.block_size)
+            block_out = attention.paged(
+                q[rows:].reshape(*blocks, *q.shape[1:]), cache, tables[rows:], arrays.positions[rows:].reshape(blocks)
+            )
+            out.append(block_out.reshape(-1, *q.shape[1:]))
+        return jnp.concatenate(out), cache
+
+    return attend
+
+
+def engine_step(
+    model_config: ModelConfig,
+    engine: EngineConfig,
+    bucket: Bucket,
+    vocab: int,
+    params: Params,
+    cache: jax.Array,
+    last_token: jax.Array,
+    packed: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step: (cache, last_token, drawn). Pure; the first four arguments are static.
+
+    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what nobody wants.
+    packed: int32, see PlanArrays. drawn: int32[samples]. vocab: ids from here on are padding and never drawn.
+    """
+    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+    singles = arrays.tokens[: bucket.rows]
+    singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
+    tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
+    model = bind(model_config, params)
+    attend = paged_attention(engine, bucket, arrays)
+    hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache)
+    logits = model.logits(hidden[arrays.sample_token])
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
+    as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    as_unsigned = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
+    drawn = sample(
+        logits,
+        as_float(arrays.temperature),
+        arrays.top_k,
+        as_float(arrays.top_p),
+        as_float(arrays.min_p),
+        (as_unsigned(arrays.seed_low), as_unsigned(arrays.seed_high)),
+        arrays.positions[arrays.sample_token] + 1,
+    )
+    return cache, last_token.at[arrays.sample_slot].set(drawn), drawn
+
+
+@dataclass(eq=False)
+class Launched:
+    """A step on its way."""
+
+    plan: StepPlan
+    drawn: jax.Array
+
+    def read(self) -> np.ndarray:
+        """int32[samples]; waits for the device. Raises what the device raised."""
+        return np.asarray(self.drawn)
+
+
+class Executor:
+    """Device state and compiled programs of one engine. `compile` must have run before `launch`."""
+
+    def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh, vocab: int) -> None:
+        """params: in the layout and dtypes that serving reads; engine: resolved."""
+        self.model, self.engine, self.mesh, self._vocab = model, engine, mesh, vocab
+        self._params = params
+        self._cache_sharding = named_sharding(mesh, "pages", None, "kv_heads", None)
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._programs: dict[Bucket, Callable[..., Any]] = {}
+        self.compile_seconds = 0.0
+        self.warmup_seconds = 0.0
+        self.recompilations = 0
+        self._ready = False
+        self._reset_state()
+
+    def _reset_state(self) -> None:
+        shape = cache_shape(self.model, self.engine)
+        zeros = jax.jit(lambda: jnp.zeros(shape, self.model.dtype), out_shardings=self._cache_sharding)
+        self._cache = zeros()
+        self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
+
+    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
+        """The bucket's program, for this mesh's devices."""
+        return lower_step(self.model, self.engine, bucket, self._vocab, self.mesh, abstract_like(self._params))
+
+    def compile(self, tick: Callable[[Bucket], None] = lambda bucket: None) -> None:
+        """Compiles every bucket's program, or reads it from JAX's persistent cache, and runs each once on padding."""
+        for bucket in self.engine.buckets:
+            start = time.perf_counter()
+            self._programs[bucket] = self.lower(bucket).compile()
+            self.compile_seconds += time.perf_counter() - start
+            start = time.perf_counter()
+            self._warm(bucket)
+            self.warmup_seconds += time.perf_counter() - start
+            tick(bucket)
+        if not self._ready:
+            jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        self._ready = True
+
+    def _warm(self, bucket: Bucket) -> None:
+        packed = np.zeros(plan_size(bucket, self.engine.pages_per_sequence), np.int32)
+        arrays = split_plan(packed, bucket, self.engine.pages_per_sequence)
+        arrays.positions[:] = PADDING
+        arrays.sample_slot[:] = self.engine.max_sequences
+        self.launch(StepPlan(bucket, packed)).read()
+
+    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            self.recompilations += 1
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Starts a step and returns at once."""
+        self._cache, self._last_token, drawn = self._programs[plan.bucket](
+            self._params, self._cache, self._last_token, plan.packed
+        )
+        drawn.copy_to_host_async()
+        return Launched(plan, drawn)
+
+
+def abstract_like(params: Params) -> Params:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+
+
+def lower_step(
+    model: ModelConfig, engine: EngineConfig, bucket: Bucket, vocab: int, mesh: Mesh, params: Params | None = None
+) -> jax.stages.Lowered:
+    """Lowers a bucket's step for the devices of `mesh`, which may be ones that this machine doesn't have.
+
+    params: abstract; None takes the model's parameters in its dtype.
+    """
+    step, args = step_and_arguments(model, engine, bucket, vocab, mesh, params)
+    with use_mesh(mesh):
+        return step.lower(*args)
+
+
+def step_and_arguments(
+    model: ModelConfig, engine: EngineConfig, bucket: Bucket, vocab: int, mesh: Mesh, params: Params | None = None
+) -> tuple[Any, tuple]:
+    """The jitted step of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
+    cache_sharding = named_sharding(mesh, "pages", None, "kv_heads", None)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    if params is None:
+        abstract = abstract_params(model, mesh)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype), sharding=x.sharding), abstract)
+
+    def ints(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
+
+    cache = jax.ShapeDtypeStruct(cache_shape(model, engine), jnp.dtype(model.dtype), sharding=cache_sharding)
+    args = (params, cache, ints(engine.max_sequences + 1), ints(plan_size(bucket, engine.pages_per_sequence)))
+    step = jax.jit(
+        partial(engine_step, model, engine, bucket, vocab),
+        donate_argnums=(1, 2),
+        out_shardings=(cache_sharding, replicated, replicated),
+    )
+    return step, args

@@ -1,0 +1,73 @@
+"""A step's plan: one int32 array that host and device cut into the same named parts, so a launch transfers once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from serve.engine.config import Bucket
+from serve.engine.request import Request
+
+FROM_DEVICE = -1
+"""Stands for the token that the slot drew last, which the host may not know yet."""
+
+PADDING = -1
+"""The position of tokens that belong to nobody."""
+
+
+class PlanArrays(NamedTuple):
+    """The parts of a plan; `tokens`, `samples` as in Bucket. Floats travel as their bits."""
+
+    tokens: Any
+    """int32[tokens]: ids, or FROM_DEVICE"""
+    positions: Any
+    """int32[tokens]: in its sequence, or PADDING"""
+    tables: Any
+    """int32[rows + blocks, pages a sequence]: the pages of the sequence that a row or block belongs to"""
+    sample_token: Any
+    """int32[samples]: index on the token axis of the last known token"""
+    sample_slot: Any
+    """int32[samples]: where to keep what is drawn; max_sequences when nothing is"""
+    row_slot: Any
+    """int32[rows]: where FROM_DEVICE reads"""
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    seed_low: Any
+    seed_high: Any
+
+
+def plan_shapes(bucket: Bucket, pages_per_sequence: int) -> PlanArrays:
+    """Shape of each part."""
+    tokens, samples = (bucket.tokens,), (bucket.samples,)
+    tables = (bucket.rows + bucket.blocks, pages_per_sequence)
+    return PlanArrays(tokens, tokens, tables, samples, samples, (bucket.rows,), *(samples,) * 6)
+
+
+def plan_size(bucket: Bucket, pages_per_sequence: int) -> int:
+    return sum(int(np.prod(shape)) for shape in plan_shapes(bucket, pages_per_sequence))
+
+
+def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArrays:
+    """The parts of `packed`, int32[plan_size]: views of a numpy array, slices of a traced one."""
+    parts, start = [], 0
+    for shape in plan_shapes(bucket, pages_per_sequence):
+        size = int(np.prod(shape))
+        parts.append(packed[start : start + size].reshape(shape))
+        start += size
+    return PlanArrays(*parts)
+
+
+@dataclass(eq=False)
+class StepPlan:
+    """What a step computes, and for whom it draws."""
+
+    bucket: Bucket
+    packed: np.ndarray
+    samples: list[tuple[int, Request]] = field(default_factory=list)
+    """(row of the head, request) of each token drawn"""
+    scheduled_tokens: int = 0
+    """Tokens that are not padding"""

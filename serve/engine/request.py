@@ -1,0 +1,117 @@
+"""A request: what was asked, and how far it has come. The engine thread alone changes it."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class EngineError(RuntimeError):
+    """A request that can't be taken now, or failed by no fault of its own."""
+
+
+class QueueFull(EngineError):
+    """Too many requests wait already."""
+
+
+class Draining(EngineError):
+    """The engine finishes what it has and takes nothing new."""
+
+
+class EngineDead(EngineError):
+    """The engine thread has ended on an error."""
+
+
+class InvalidRequest(ValueError):
+    """A request that could never be run; `field` names what is at fault, in the API's words."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
+
+
+class FinishReason(enum.Enum):
+    EOS = "eos"
+    STOP_TOKEN = "stop token"
+    LENGTH = "max_tokens"
+    CONTEXT_LENGTH = "context is full"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn; the defaults draw from the model's own distribution."""
+
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_k: int = 0
+    """0 is off"""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """64 bits; with the position it decides every draw"""
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence. `tokens` grows by one a step once the prompt is computed."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    eos_id: int | None = None
+    """None goes on past the end of the text"""
+    handle: Any = None
+    """The front end's own"""
+    arrival: float = field(default_factory=time.perf_counter)
+
+    tokens: list[int] = field(init=False)
+    """Prompt and what was drawn, as far as the host knows"""
+    computed: int = field(default=0, init=False)
+    """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
+    unread: int = field(default=0, init=False)
+    """Tokens drawn by a launched step and not read yet: 0 or 1"""
+    slot: int = field(default=-1, init=False)
+    pages: list[int] = field(default_factory=list, init=False)
+    registered: int = field(default=0, init=False)
+    """Pages that the prefix cache knows, from the first"""
+    page_keys: list[bytes] = field(default_factory=list, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    stop_token: int | None = field(default=None, init=False)
+    cached_tokens: int = field(default=0, init=False)
+    recomputed_tokens: int = field(default=0, init=False)
+    preemptions: int = field(default=0, init=False)
+    admitted_at: float | None = field(default=None, init=False)
+    first_token_at: float | None = field(default=None, init=False)
+    finished_at: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, the one not read yet included."""
+        return len(self.tokens) + self.unread
+
+    @property
+    def completion(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether one more token may be drawn after those already drawn."""
+        return self.length - len(self.prompt) < self.max_tokens
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step gave one request: a token, the end, or both."""
+
+    request: Request
+    token: int | None
+    finish_reason: FinishReason | None

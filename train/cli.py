@@ -1,0 +1,76 @@
+"""The training command line, generated from TrainConfig."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from model.config import PRESETS, ConfigError
+from train.config import TrainConfig
+
+HELP = """Trains a transformer on text and leaves a model folder that `isthmus serve` reads.
+
+examples:
+  isthmus train notes/ book.txt --preset 5m --steps 2000 --out runs/mine
+  isthmus train corpus.jsonl --preset 125m --mesh dp=2,fsdp=2,tp=2 --batch 64 --accumulate 4
+  isthmus train --resume --out runs/mine
+
+Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit as if it had never stopped."""
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """Reads the command line. --preset and --resume decide what the other settings default to. Raises ConfigError."""
+    default = TrainConfig()
+    if "--resume" in argv:
+        from train.loop import load_saved
+
+        out = Path(_value(argv, "--out") or default.out)
+        if not (out / "train.json").is_file():
+            raise ConfigError(f"out: there is no run to resume in {out}")
+        default = load_saved(out)
+    elif (name := _value(argv, "--preset")) is not None:
+        if name not in PRESETS:
+            raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+        default = TrainConfig(preset=name, model=PRESETS[name])
+    return tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    for index, word in enumerate(argv):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and index + 1 < len(argv):
+            return argv[index + 1]
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the process's exit status."""
+    console = Console()
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        from model.checkpoint import CheckpointError
+        from train.loop import TrainError, train
+        from train.metrics import save_curve
+
+        try:
+            report = train(config, console)
+        except (TrainError, CheckpointError) as error:
+            console.print(f"isthmus train: {error}", style="red", markup=False)
+            return 1
+    except ConfigError as error:
+        console.print(f"isthmus train: {error}", style="red", markup=False)
+        return 2
+    if report.interrupted:
+        console.print(f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}")
+        return 0
+    console.print(
+        f"done: held-out loss {report.heldout_loss:.3f} nats a token, {report.bits_per_byte:.3f} bits a byte; "
+        f"{report.tokens_per_second:,.0f} tok/s, MFU {report.mfu:.1%}, {report.seconds:.0f} s\n"
+        f"model: {config.out}   loss curve: {save_curve(config.out)}   serve it: isthmus serve --model {config.out}"
+    )
+    return 0

@@ -1,0 +1,146 @@
+"""What a training run is made of. The command line is generated from these classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from model.config import PRESETS, ConfigError, ModelConfig
+from model.sharding import MeshShape
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.json to use; without one, a byte-level BPE is trained on the data"""
+    vocab_size: int = 4096
+    """Of the tokenizer that is trained"""
+    heldout_fraction: float = 0.02
+    """Of the documents, chosen by the hash of their name, kept for the held-out loss"""
+    seq: int = 512
+    """Tokens in a sequence; documents are packed into it and never attend to one another"""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping and a schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate"""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Cosine decay, or warm-up, stable, linear decay over the last `decay_fraction`"""
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    """Of the steps, at the end; only for wsd"""
+    final_lr: float = 0.1
+    """The last learning rate as a share of the peak"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """On matrices; norms and biases have none"""
+    clip: float = 1.0
+    """Largest global gradient norm"""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a transformer on text."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Text files, folders (every UTF-8 file in them) and .jsonl files (a document a line, in the field "text")"""
+    out: Path = Path("runs/latest")
+    """The model folder: configuration, tokenizer, checkpoints, metrics"""
+    preset: str = "5m"
+    """Size to start from; every --model.* overrides it"""
+    model: ModelConfig = PRESETS["5m"]
+    text: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    steps: int = 1000
+    batch: int = 16
+    """Sequences a step, over all devices and all accumulated parts"""
+    accumulate: int = 1
+    """Parts that the batch is computed in, one after the other, to need less memory"""
+    mesh: str = ""
+    """Devices for each kind of parallelism, as dp=2,fsdp=2,tp=2; empty is all devices as fsdp"""
+    seed: int = 0
+    eval_every: int = 250
+    """Steps between held-out losses; 0 is only at the end"""
+    eval_batches: int = 16
+    """Held-out batches in between; the last evaluation reads all of it"""
+    checkpoint_every: int = 250
+    keep: int = 2
+    """Newest checkpoints to keep"""
+    log_every: int = 10
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, with the settings saved there"""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field that can't work."""
+        if not self.data:
+            raise ConfigError("data: name at least one text file, folder or .jsonl file")
+        at_least_one = ("steps", "batch", "accumulate", "checkpoint_every", "keep", "log_every", "eval_batches")
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ConfigError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
+        if not 1 <= self.text.seq <= self.model.context_length:
+            raise ConfigError(f"text.seq={self.text.seq} must be 1 to model.context_length={self.model.context_length}")
+        if not 0 < self.text.heldout_fraction < 1:
+            raise ConfigError(f"text.heldout_fraction={self.text.heldout_fraction} must lie between 0 and 1")
+        if not (self.optimizer.lr > 0 and self.optimizer.clip > 0):
+            raise ConfigError("optimizer.lr and optimizer.clip must be positive")
+        if not 0 < self.optimizer.decay_fraction <= 1:
+            raise ConfigError(f"optimizer.decay_fraction={self.optimizer.decay_fraction} must be in (0, 1]")
+        self.model.validate()
+        parts = self.mesh_shape.dp * self.mesh_shape.fsdp
+        if (self.batch // self.accumulate) % parts:
+            raise ConfigError(
+                f"batch / accumulate = {self.batch // self.accumulate} sequences can't be split over dp x fsdp = {parts}"
+            )
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        if self.mesh:
+            return MeshShape.parse(self.mesh)
+        import jax
+
+        return MeshShape(fsdp=len(jax.devices()))
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        fields: dict[str, Any] = json.loads(text)
+        tokenizer = fields["text"]["tokenizer"]
+        return cls(
+            **{
+                **fields,
+                "data": tuple(fields["data"]),
+                "out": Path(fields["out"]),
+                "model": ModelConfig(**fields["model"]),
+                "text": DataConfig(**{**fields["text"], "tokenizer": Path(tokenizer) if tokenizer else None}),
+                "optimizer": OptimizerConfig(**fields["optimizer"]),
+            }
+        )
+
+
+FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep", "eval_every", "eval_batches", "checkpoint_every")
+"""What may change when a run is resumed: none of it changes a parameter (but a new mesh changes rounding)."""
+
+
+def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
+    """Raises ConfigError naming the first setting that would make the resumed run another run."""
+    for item in dataclasses.fields(TrainConfig):
+        if item.name not in FREE_ON_RESUME and getattr(saved, item.name) != getattr(asked, item.name):
+            raise ConfigError(
+                f"{item.name} can't change on --resume: it was {getattr(saved, item.name)!r}. Start a new run with another --out"
+            )

@@ -1,0 +1,204 @@
+"""Tokens on disk, and batches from them. The batch of a step is a pure function of (seed, step): resuming needs no state.
+
+Documents lie end to end in one flat file, each led by the end-of-text token, which starts a document and, as the
+target of the token before it, ends one. A sequence is a window of it; segments and positions start anew at each document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from model.config import ConfigError
+from model.tokenizer import Tokenizer
+from train.config import DataConfig
+from train.documents import Document, is_heldout, read_documents
+
+TOKENIZER_SAMPLE_BYTES = 32 << 20
+"""Text that the tokenizer is trained on: more changes its merges little and takes long."""
+
+
+class Batch(NamedTuple):
+    """A step's sequences. Each is int32[accumulate, sequences, seq] (weights: float32)."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    weights: np.ndarray
+    """1 where the target counts, 0 in padding"""
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One split: the tokens of all its documents, and where each document ends."""
+
+    tokens: np.ndarray
+    ends: np.ndarray
+    """int64[documents]"""
+    text_bytes: int
+
+    @classmethod
+    def open(cls, stem: Path) -> TokenFile:
+        meta = json.loads(stem.with_suffix(".json").read_text())
+        tokens = np.memmap(stem.with_suffix(".bin"), dtype=meta["dtype"], mode="r")
+        return cls(tokens, np.load(stem.with_suffix(".npy")), meta["text_bytes"])
+
+    @classmethod
+    def write(cls, stem: Path, documents: Iterable[Document], tokenizer: Tokenizer, tick: Callable[[int], None]) -> TokenFile:
+        """Tokenizes into STEM.bin, .npy and .json; the .json comes last, so a torn write isn't taken for a whole one."""
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        ends, total, text_bytes = [], 0, 0
+        with stem.with_suffix(".bin").open("wb") as file:
+            pending = iter(documents)
+            while group := list(islice(pending, 256)):
+                for ids in tokenizer.encode_batch([d.text for d in group]):
+                    np.asarray(ids, dtype).tofile(file)
+                    total += len(ids)
+                    ends.append(total)
+                size = sum(len(d.text.encode()) for d in group)
+                text_bytes += size
+                tick(size)
+        np.save(stem.with_suffix(".npy"), np.asarray(ends, np.int64))
+        meta = {"dtype": np.dtype(dtype).name, "tokens": total, "documents": len(ends), "text_bytes": text_bytes}
+        stem.with_suffix(".json").write_text(json.dumps(meta))
+        if total == 0:
+            raise ConfigError(f"data: no document fell into the {stem.name} split; give more documents")
+        return cls.open(stem)
+
+    def batch(self, starts: np.ndarray, seq: int) -> Batch:
+        """The windows of `seq` tokens that begin at `starts` (int64, any shape); tokens past the end are padding."""
+        index = starts[..., None] + np.arange(seq + 1)
+        valid = index < len(self.tokens)
+        index = np.minimum(index, len(self.tokens) - 1)
+        window = np.where(valid, self.tokens[index], 0).astype(np.int32)
+        inside = index[..., :-1]
+        document = np.searchsorted(self.ends, inside, side="right")
+        begin = np.where(document > 0, self.ends[np.maximum(document - 1, 0)], 0)
+        positions = (inside - np.maximum(begin, starts[..., None])).astype(np.int32)
+        segments = np.where(valid[..., :-1], document - document[..., :1], -1).astype(np.int32)
+        return Batch(window[..., :-1], window[..., 1:], positions, segments, valid[..., 1:].astype(np.float32))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A run's two splits."""
+
+    train: TokenFile
+    heldout: TokenFile
+    seq: int
+    seed: int
+
+    def batch(self, step: int, sequences: int, accumulate: int) -> Batch:
+        """The batch of `step`: each epoch visits every window once, in an order of its own, from an offset of its own."""
+        windows = max(1, (len(self.train.tokens) - 1) // self.seq)
+        count = step * sequences + np.arange(sequences, dtype=np.int64)
+        starts = np.empty(sequences, np.int64)
+        for epoch in np.unique(count // windows):
+            mine = count // windows == epoch
+            key = np.random.default_rng([self.seed, int(epoch)]).integers(1 << 32, size=5, dtype=np.int64)
+            shift = int(key[4]) % self.seq if windows > 1 else 0
+            starts[mine] = permute(count[mine] % windows, windows, key[:4]) * self.seq + shift
+        return self.train.batch(starts.reshape(accumulate, -1), self.seq)
+
+    def heldout_batches(self, sequences: int) -> Iterator[Batch]:
+        """All held-out windows in order; the last batch is filled up with empty windows, so that shapes stay."""
+        total = len(self.heldout.tokens) - 1
+        starts = np.arange(0, max(total, 1), self.seq, dtype=np.int64)
+        starts = np.concatenate([starts, np.full(-len(starts) % sequences, len(self.heldout.tokens), np.int64)])
+        for group in starts.reshape(-1, 1, sequences):
+            yield self.heldout.batch(group, self.seq)
+
+
+def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
+    """A pseudo-random permutation of range(size), computed where it is asked for instead of stored.
+
+    A four-round Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains"). index, key: int64 arrays; key holds four 32-bit numbers.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    out = index.astype(np.uint64)
+    todo = np.ones(out.shape, bool)
+    while todo.any():
+        left, right = out[todo] >> np.uint64(half), out[todo] & mask
+        for k in key.astype(np.uint64):
+            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[todo] = (left << np.uint64(half)) | right
+        todo[todo] = out[todo] >= size
+    return out.astype(np.int64)
+
+
+def prepare(
+    paths: tuple[str, ...], config: DataConfig, folder: Path, seed: int, tick: Callable[[str, int], None] = lambda _, __: None
+) -> tuple[TrainingData, Tokenizer]:
+    """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what is there from the same ones.
+
+    tick(stage, bytes) is called as text goes through. Raises ConfigError when there are too few documents to split.
+    """
+    documents = list(read_documents(paths))
+    stamp = folder / "data" / "source.json"
+    source = json.dumps([_fingerprint(documents), str(config.tokenizer), config.vocab_size, config.heldout_fraction])
+    names = {True: folder / "data" / "heldout", False: folder / "data" / "train"}
+    if stamp.is_file() and stamp.read_text() == source:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        splits = {held: TokenFile.open(stem) for held, stem in names.items()}
+        return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
+
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    groups: dict[bool, list[Document]] = {True: [], False: []}
+    for document in documents:
+        groups[is_heldout(document.name, config.heldout_fraction)].append(document)
+    if not groups[True] and len(groups[False]) > 1:
+        groups[True].append(groups[False].pop())
+    if not groups[True] and groups[False]:
+        groups[True], groups[False] = _cut(groups[False].pop(), config.heldout_fraction)
+    if not groups[True] or not groups[False]:
+        raise ConfigError("data: too little text to hold some out")
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
+        if tokenizer.eos_id is None:
+            raise ConfigError(f"text.tokenizer: {config.tokenizer} has no <|endoftext|> token to part documents with")
+    else:
+        tokenizer = Tokenizer.train(_sample(groups[False], lambda n: tick("tokenizer", n)), config.vocab_size)
+    tokenizer.save(folder / "tokenizer.json")
+    splits = {
+        held: TokenFile.write(stem, groups[held], tokenizer, lambda n: tick("tokenize", n)) for held, stem in names.items()
+    }
+    stamp.write_text(source)
+    return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
+
+
+def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
+    """A single document's end becomes the held-out one."""
+    at = int(len(document.text) * (1 - fraction))
+    held, kept = document.text[at:], document.text[:at]
+    return ([Document(f"{document.name}#end", held)] if held else []), ([Document(document.name, kept)] if kept else [])
+
+
+def _fingerprint(documents: Iterable[Document]) -> str:
+    digest = hashlib.sha256()
+    for part in chain.from_iterable((d.name, d.text) for d in documents):
+        data = part.encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _sample(documents: list[Document], tick: Callable[[int], None]) -> Iterator[str]:
+    """Up to TOKENIZER_SAMPLE_BYTES of text, spread over all documents."""
+    total = sum(len(d.text) for d in documents)
+    stride = max(1, -(-total // TOKENIZER_SAMPLE_BYTES))
+    for document in documents[::stride]:
+        tick(len(document.text) * stride)
+        yield document.text

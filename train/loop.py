@@ -1,0 +1,290 @@
+"""The run: data → step → loop, with checkpoints, metrics, progress and a clean way out."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model.checkpoint import CheckpointError, Checkpoints
+from model.config import ConfigError
+from model.hardware import limits
+from model.sharding import build_mesh, check_divisible
+from model.transformer import stacked, unstack_blocks
+from train.config import TrainConfig, check_resumable
+from train.data import TrainingData, prepare
+from train.metrics import MetricsLog
+from train.optimizer import build_optimizer, build_schedule
+from train.step import Metrics, Trainer, TrainState
+
+RUN_AHEAD = 2
+"""Steps launched before the oldest one's loss is read."""
+
+
+class TrainError(RuntimeError):
+    """The run can't go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended."""
+
+    steps: int
+    interrupted: bool
+    loss: float
+    """Mean nats a token over the last logged steps"""
+    heldout_loss: float | None
+    bits_per_byte: float | None
+    """Of the held-out text"""
+    tokens_per_second: float
+    mfu: float
+    seconds: float
+
+
+def train(config: TrainConfig, console: Console | None = None) -> Report:
+    """Trains as configured and returns how it ended. Raises ConfigError for what can't work, TrainError when the loss
+    is lost; both say what to do."""
+    console = console or Console()
+    config = _resolve_resume(config)
+    config.validate()
+    config.out.mkdir(parents=True, exist_ok=True)
+    data, config = _prepare_data(config, console)
+    check_divisible(config.model, config.mesh_shape)
+    return _Run(config, data, console).run()
+
+
+def _resolve_resume(config: TrainConfig) -> TrainConfig:
+    saved_path = config.out / "train.json"
+    if not config.resume:
+        if saved_path.exists():
+            raise ConfigError(f"out: {config.out} holds a run already; go on with --resume or name another --out")
+        return config
+    if not saved_path.is_file():
+        raise ConfigError(f"out: there is no run to resume in {config.out}")
+    saved = load_saved(config.out)
+    asked = config if config.data else dataclasses.replace(config, data=saved.data)
+    check_resumable(saved, asked)
+    return asked
+
+
+def load_saved(folder: Path) -> TrainConfig:
+    """The settings of the run in `folder`."""
+    return TrainConfig.from_json((folder / "train.json").read_text())
+
+
+def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, TrainConfig]:
+    """Tokenizes, settles the vocabulary's size, and writes down the settings that the run has from now on."""
+    start = time.perf_counter()
+    with console.status("reading text") as status:
+        seen: collections.Counter[str] = collections.Counter()
+
+        def tick(stage: str, size: int) -> None:
+            seen[stage] += size
+            status.update(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
+
+        data, tokenizer = prepare(config.data, config.text, config.out, config.seed, tick)
+    if config.model.vocab_size in (0, tokenizer.vocab_size):
+        # A multiple of 128 splits over any mesh and fills the matrix units; the extra ids are never drawn in training.
+        vocab = -(-tokenizer.vocab_size // 128) * 128
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
+    elif config.model.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}")
+    (config.out / "train.json").write_text(config.to_json())
+    config.model.save(config.out / "config.json")
+    console.print(
+        f"text: {data.train.text_bytes / 1e6:.1f} MB, {len(data.train.tokens):,} tokens to train on; "
+        f"{data.heldout.text_bytes / 1e3:.0f} kB held out; vocabulary {tokenizer.vocab_size} "
+        f"({time.perf_counter() - start:.1f} s)"
+    )
+    return data, config
+
+
+class _Run:
+    """One call of train(): what the loop's parts share."""
+
+    def __init__(self, config: TrainConfig, data: TrainingData, console: Console) -> None:
+        self.config, self.data, self.console = config, data, console
+        self.mesh = build_mesh(config.mesh_shape)
+        self.trainer = Trainer(config.model, build_optimizer(config.optimizer, config.steps), self.mesh)
+        self.schedule = build_schedule(config.optimizer, config.steps)
+        self.checkpoints = Checkpoints(config.out, keep=config.keep)
+        self.peak = limits(config.model.dtype, self.mesh.size)
+        self.step_flops = config.model.train_flops(config.batch, config.text.seq)
+        self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self.window: list[float] = []
+        self.window_start, self.window_step = time.perf_counter(), 0
+        self.started = time.perf_counter()
+        self.busy, self.busy_steps = 0.0, 0
+        self.rate = 0.0
+        self.stop = threading.Event()
+
+    def run(self) -> Report:
+        state, first = self._start()
+        self.log = MetricsLog(self.config.out, first)
+        self.console.print(
+            f"model: {self.config.model.parameters / 1e6:.1f}M parameters, {self.config.model.layers} layers; "
+            f"{self.mesh.devices.flat[0].platform} {dict(self.mesh.shape)}; peak {self.peak.flops / 1e12:.2f} TFLOP/s "
+            f"({self.peak.source})"
+        )
+        try:
+            with self._interruptible(), self._progress(first) as progress:
+                state, done = self._loop(state, first, progress)
+            self._drain()
+            interrupted = done < self.config.steps
+            heldout = (None, None) if interrupted else self._evaluate(state, done, whole=True)
+            if self.checkpoints.latest() != done:
+                self._save(state, done)
+        finally:
+            self.checkpoints.close()
+            self.log.close()
+        return self._report(done, interrupted, heldout)
+
+    def _start(self) -> tuple[TrainState, int]:
+        if not self.config.resume or self.checkpoints.latest() is None:
+            if self.config.resume:
+                self.console.print("no checkpoint was finished before the run ended: starting from step 0")
+            return self.trainer.init(self.config.seed), 0
+        abstract = self.trainer.abstract_state(stacked(self.config.model))
+        restored = self.checkpoints.restore(abstract.params, abstract.optimizer)
+        layout = (lambda tree: tree) if self.config.model.scan_layers else unstack_blocks
+        state = self.trainer.adopt(TrainState(restored.params, restored.optimizer), layout)
+        self.console.print(f"resumed at step {restored.step}")
+        return state, restored.step
+
+    def _loop(self, state: TrainState, first: int, progress: Any) -> tuple[TrainState, int]:
+        config = self.config
+        self.window_step = first
+        for step in range(first, config.steps):
+            batch = self.data.batch(step, config.batch, config.accumulate)
+            state, metrics = self.trainer.step(state, batch)
+            self.pending.append((step + 1, metrics))
+            if len(self.pending) > RUN_AHEAD:
+                self._record(*self.pending.popleft())
+            done = step + 1
+            if step == first:  # the first step compiles; it is not part of the speed
+                self._drain()
+                self.window_start, self.window_step = time.perf_counter(), done
+            progress(done)
+            if self.stop.is_set():
+                return state, done
+            if done < config.steps:
+                if config.eval_every and done % config.eval_every == 0:
+                    self._pause(lambda s=state, d=done: self._evaluate(s, d, whole=False))
+                if done % config.checkpoint_every == 0:
+                    self._pause(lambda s=state, d=done: self._save(s, d))
+        return state, config.steps
+
+    def _record(self, step: int, metrics: Metrics) -> None:
+        loss = float(metrics.loss)
+        if not math.isfinite(loss):
+            raise TrainError(
+                f"the loss is {loss} at step {step}: lower --optimizer.lr or lengthen --optimizer.warmup-steps, "
+                f"then --resume from the last checkpoint is not enough, start anew"
+            )
+        self.window.append(loss)
+        values = {"loss": loss, "grad_norm": float(metrics.grad_norm), "lr": float(self.schedule(step - 1))}
+        if step % self.config.log_every == 0 and step > self.window_step:
+            elapsed = time.perf_counter() - self.window_start
+            steps = step - self.window_step
+            self.busy, self.busy_steps = self.busy + elapsed, self.busy_steps + steps
+            self.rate = steps / elapsed
+            self.window_start, self.window_step = time.perf_counter(), step
+            values |= {"tokens_per_second": self._tokens(self.rate), "mfu": self._mfu(self.rate)}
+        self.log.write(step, **values)
+
+    def _tokens(self, rate: float) -> float:
+        return rate * self.config.batch * self.config.text.seq
+
+    def _mfu(self, rate: float) -> float:
+        return rate * self.step_flops / self.peak.flops
+
+    def _drain(self) -> None:
+        while self.pending:
+            self._record(*self.pending.popleft())
+
+    def _pause(self, work: Any) -> None:
+        """Runs `work` outside the measured time."""
+        self._drain()
+        start = time.perf_counter()
+        work()
+        self.window_start += time.perf_counter() - start
+
+    def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float, float]:
+        """Held-out loss in nats a token, and bits a byte of text."""
+        nats, targets, shares = [], 0, self.data.heldout
+        for index, batch in enumerate(self.data.heldout_batches(self.config.batch // self.config.accumulate)):
+            if not whole and index >= self.config.eval_batches:
+                break
+            nats.append(self.trainer.evaluate(state.params, batch))
+            targets += int(batch.weights.sum())
+        total = float(np.sum([float(n) for n in nats]))
+        bytes_read = shares.text_bytes * targets / max(1, len(shares.tokens) - 1)
+        loss, bits = total / max(targets, 1), total / math.log(2) / max(bytes_read, 1)
+        self.log.write(step, heldout_loss=loss, bits_per_byte=bits)
+        return loss, bits
+
+    def _save(self, state: TrainState, step: int) -> None:
+        progress = {"step": step, "tokens": step * self.config.batch * self.config.text.seq}
+        with self.mesh:
+            self.checkpoints.save(step, state.params, state.optimizer, progress)
+
+    def _report(self, done: int, interrupted: bool, heldout: tuple[float | None, float | None]) -> Report:
+        rate = self.busy_steps / self.busy if self.busy else 0.0
+        loss = float(np.mean(self.window[-self.config.log_every :])) if self.window else math.nan
+        seconds = time.perf_counter() - self.started
+        return Report(done, interrupted, loss, *heldout, self._tokens(rate), self._mfu(rate), seconds)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run at the next step, with a checkpoint; the second one ends it now."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
+            self.stop.set()
+            self.console.print("stopping after this step; once more stops at once, without a checkpoint")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _progress(self, first: int) -> Iterator[Any]:
+        """Yields a function of the step: a progress bar on a terminal, a line now and then elsewhere."""
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task("compiling", total=self.config.steps, completed=first)
+            every = max(1, -(-self.config.steps // 20))
+
+            def show(done: int) -> None:
+                loss = float(np.mean(self.window[-self.config.log_every :])) if self.window else math.nan
+                text = f"loss {loss:.3f} | {self._tokens(self.rate):,.0f} tok/s | MFU {self._mfu(self.rate):.1%}"
+                bar.update(task, completed=done, description=text)
+                if not self.console.is_terminal and (done % every == 0 or done == self.config.steps):
+                    left = (self.config.steps - done) / self.rate if self.rate else math.nan
+                    self.console.print(f"step {done}/{self.config.steps} | {text} | ETA {left:.0f} s", highlight=False)
+
+            yield show
+
+
+__all__ = ["CheckpointError", "ConfigError", "Report", "TrainError", "train"]

@@ -1,0 +1,60 @@
+"""AdamW, clipping and the learning-rate schedule, from optax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from model.transformer import Params
+from train.config import OptimizerConfig
+
+DECAYED = ("kernel", "embedding", "head")
+"""Matrices; norms and biases are left alone."""
+
+
+def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then cosine, or stable and a linear decay (WSD, arXiv 2404.06395)."""
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    last = config.lr * config.final_lr
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, config.lr, warmup, max(steps, warmup + 1), last)
+    decay = max(1, min(round(steps * config.decay_fraction), steps - warmup))
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(0.0, config.lr, warmup),
+            optax.constant_schedule(config.lr),
+            optax.linear_schedule(config.lr, last, decay),
+        ],
+        [warmup, steps - decay],
+    )
+
+
+def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    def mask(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            build_schedule(config, steps), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask
+        ),
+    )
+
+
+def abstract_optimizer(optimizer: optax.GradientTransformation, params: Params) -> Any:
+    """Shapes of the optimizer state for abstract `params`; each moment is sharded as its parameter is."""
+    state = jax.eval_shape(optimizer.init, params)
+    replicated = jax.sharding.NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, jax.sharding.PartitionSpec())
+
+    def like(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return optax.tree_map_params(
+        optimizer,
+        lambda leaf, param: like(leaf, param.sharding),
+        state,
+        params,
+        transform_non_params=lambda leaf: like(leaf, replicated),
+    )
