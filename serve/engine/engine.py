@@ -181,7 +181,7 @@ class Engine:
             if self._closing:
                 return
             t0 = clock()
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(t0)
             t1 = clock()
             launched = self.executor.launch(plan) if plan is not None else None
             t2 = clock()

@@ -71,12 +71,15 @@ class Scheduler:
 
     # plan: what the next step computes
 
-    def plan(self) -> StepPlan | None:
-        """The next step, or None when nothing can be computed before the step in flight is read."""
+    def plan(self, now: float = 0.0) -> StepPlan | None:
+        """The next step, or None when nothing can be computed before the step in flight is read.
+
+        now: seconds, on the clock that the requests' times are on.
+        """
         step = _Step()
         preempted = self._schedule_running(step)
         if not preempted:
-            self._admit(step)
+            self._admit(step, now)
         if not step.singles and not step.chunks:
             return None
         return self._pack(step)
@@ -107,7 +110,7 @@ class Scheduler:
         room = (self.config.prefill_tokens // self.config.block_size - step.blocks) * self.config.block_size
         return min(missing, room)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: _Step, now: float) -> None:
         """Starts waiting requests while there are slots, pages for all they have, and room in the step."""
         while self.waiting and self._free_slots:
             request = self.waiting[0]
@@ -121,6 +124,8 @@ class Scheduler:
                 return
             self.waiting.popleft()
             self._start(request, hit)
+            if request.admitted_at is None:
+                request.admitted_at = now
             self._schedule(request, self._next_count(request, step), step)
 
     def _next_count_cached(self, request: Request, hit: Sequence[int], step: _Step) -> int:

@@ -1,0 +1,41 @@
+"""`isthmus COMMAND …`: finds the command's module, so that only what it needs is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("train.cli", "train a transformer on text"),
+    "serve": ("commands.serve", "serve a model folder over gRPC"),
+    "generate": ("commands.generate", "complete a prompt, on a running server or on a model folder"),
+    "bench": ("commands.bench", "measure a step, a server or training against the hardware's limits"),
+    "demo": ("commands.demo", "train a small model on Python's own source, serve it and call it"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: isthmus COMMAND [options]", "", *lines, "", "isthmus COMMAND --help says more."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the process's exit status: 0 done, 1 failed, 2 asked for something that can't work."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if words else 2
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"isthmus {version('isthmus')}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"isthmus: there is no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

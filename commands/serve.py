@@ -1,0 +1,81 @@
+"""`isthmus serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from model.checkpoint import CheckpointError
+from model.config import ConfigError
+from serve.api.config import ServeConfig
+from serve.api.server import Server
+from serve.engine.build import enable_compilation_cache, open_model
+
+HELP = """Serves a model folder over gRPC, with continuous batching on a paged KV cache.
+
+examples:
+  isthmus serve --model runs/mine
+  isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt
+  isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
+
+Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains."""
+
+
+async def serve(config: ServeConfig, console: Console) -> int:
+    """Serves until told to stop. Raises ConfigError, CheckpointError."""
+    import signal
+
+    config.validate()
+    enable_compilation_cache(config.compilation_cache)
+    model = open_model(config.model, config.dtype)
+    server = Server(config, model)
+    await server.start()
+    loading = asyncio.current_task()
+    assert loading is not None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, loading.cancel)
+    with console.status("loading") as status:
+        show = status.update if console.is_terminal else (lambda text: None)
+        await server.load(show)
+    engine = server.session.engine
+    assert engine is not None
+    pages = engine.config.pages - 1
+    console.print(
+        f"{model.name}: {model.config.parameters / 1e6:.1f}M parameters, {model.config.dtype}; "
+        f"{len(engine.config.buckets)} programs in {engine.executor.compile_seconds:.1f} s, "
+        f"warm-up {engine.executor.warmup_seconds:.1f} s; {pages} pages of {engine.config.page_size} tokens, "
+        f"{pages * engine.config.page_size * model.config.kv_bytes_per_token() / 1e6:.0f} MB",
+        highlight=False,
+    )
+    console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
+    if not await server.run():
+        console.print("isthmus serve: the engine has ended on an error; see the log above", style="red")
+        return 1
+    console.print("drained")
+    return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    import logging
+
+    import uvloop
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    console = Console(soft_wrap=True)
+    config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
+    try:
+        return uvloop.run(serve(config, console))
+    except (ConfigError, CheckpointError) as error:
+        console.print(f"isthmus serve: {error}", style="red", markup=False)
+        return 2
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        console.print("stopped while loading")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

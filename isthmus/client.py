@@ -1,0 +1,147 @@
+"""A client for the isthmus.v1 API: synchronous, typed, without jax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the token that ended the sequence"""
+    finish_reason: str
+    """EOS, STOP_TOKEN, LENGTH or CONTEXT_LENGTH"""
+    seed: int
+    """Draws the same tokens again"""
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    time_to_first_token: float
+    """Seconds, as the server measured it"""
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    return_token_ids: bool = True,
+    request_id: str = "",
+) -> inference_pb2.GenerateRequest:
+    """The request message; what is None takes the server's default. Raises ValueError when a number doesn't fit its field."""
+    request = inference_pb2.GenerateRequest(request_id=request_id)
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    for name, value in sampling.items():
+        if value is not None:
+            setattr(request.sampling, name, value)
+    if max_tokens is not None:
+        request.stop.max_tokens = max_tokens
+    request.stop.token_ids.extend(stop_token_ids)
+    request.stop.ignore_eos = ignore_eos
+    request.output.token_ids = return_token_ids
+    return request
+
+
+def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata that carries an auth token."""
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+class Client:
+    """Calls one server. Every method raises grpc.RpcError; `timeout` is the deadline in seconds."""
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:50051",
+        *,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text."""
+        self.channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        self._metadata = bearer(token)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
+        self._control = control_pb2_grpc.ControlServiceStub(self.channel)
+
+    def generate(self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Any) -> Completion:
+        """The whole completion. options: as generate_request takes."""
+        answer = self._inference.Generate(
+            generate_request(prompt, **options), timeout=timeout, metadata=self._metadata
+        )
+        usage = answer.finished.usage
+        return Completion(
+            text=answer.text,
+            token_ids=tuple(answer.token_ids),
+            finish_reason=finish_reason_name(answer.finished.finish_reason),
+            seed=answer.started.seed,
+            prompt_tokens=usage.prompt_tokens,
+            cached_prompt_tokens=usage.cached_prompt_tokens,
+            time_to_first_token=answer.finished.timings.time_to_first_token.ToNanoseconds() / 1e9,
+        )
+
+    def stream(
+        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Any
+    ) -> Iterator[inference_pb2.GenerateStreamResponse]:
+        """Started, Deltas, Finished, as they come. Closing the iterator cancels the request."""
+        call = self._inference.GenerateStream(
+            inference_pb2.GenerateStreamRequest(request=generate_request(prompt, **options)),
+            timeout=timeout,
+            metadata=self._metadata,
+        )
+        try:
+            yield from call
+        finally:
+            call.cancel()
+
+    def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
+        request = inference_pb2.TokenizeRequest(text=text)
+        return list(self._inference.Tokenize(request, timeout=timeout, metadata=self._metadata).token_ids)
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
+        return self._inference.Detokenize(request, timeout=timeout, metadata=self._metadata).text
+
+    def model_info(self, *, timeout: float | None = None) -> control_pb2.GetModelInfoResponse:
+        return self._control.GetModelInfo(control_pb2.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
+
+    def server_info(self, *, timeout: float | None = None) -> control_pb2.GetServerInfoResponse:
+        return self._control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=timeout, metadata=self._metadata)
+
+    def load(self, *, timeout: float | None = None) -> control_pb2.GetLoadResponse:
+        return self._control.GetLoad(control_pb2.GetLoadRequest(), timeout=timeout, metadata=self._metadata)
+
+    def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
+        """The ids that were found in flight."""
+        request = control_pb2.CancelRequest(request_ids=request_ids)
+        return list(self._control.Cancel(request, timeout=timeout, metadata=self._metadata).cancelled_request_ids)
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def finish_reason_name(reason: int) -> str:
+    return inference_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_")

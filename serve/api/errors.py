@@ -1,0 +1,68 @@
+"""Statuses with google.rpc details: which field is wrong, when to come back, what broke."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from serve.engine.request import Draining, EngineDead, EngineError, InvalidRequest, QueueFull
+
+RETRY_SECONDS = 1
+"""What RetryInfo says: about the time a full queue takes to move."""
+
+
+def _status(code: int, message: str, *details: object) -> status_pb2.Status:
+    status = status_pb2.Status(code=code, message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def invalid(field: str, message: str) -> status_pb2.Status:
+    """INVALID_ARGUMENT with a BadRequest that names the field."""
+    violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
+    return _status(
+        code_pb2.INVALID_ARGUMENT, f"{field}: {message}", error_details_pb2.BadRequest(field_violations=[violation])
+    )
+
+
+def retry_later(code: int, message: str) -> status_pb2.Status:
+    retry = error_details_pb2.RetryInfo()
+    retry.retry_delay.FromSeconds(RETRY_SECONDS)
+    return _status(code, message, retry)
+
+
+def cancelled() -> status_pb2.Status:
+    return _status(code_pb2.CANCELLED, "the request was cancelled")
+
+
+def internal(reason: str, message: str) -> status_pb2.Status:
+    """INTERNAL, this request's alone; reason is a constant that programs can match."""
+    return _status(code_pb2.INTERNAL, message, error_details_pb2.ErrorInfo(reason=reason, domain="isthmus"))
+
+
+def status_of(error: InvalidRequest | EngineError) -> status_pb2.Status:
+    """What the caller is told of an error of the engine."""
+    match error:
+        case InvalidRequest():
+            return invalid(error.field, error.message)
+        case QueueFull():
+            return retry_later(code_pb2.RESOURCE_EXHAUSTED, str(error))
+        case Draining():
+            return retry_later(code_pb2.UNAVAILABLE, str(error))
+        case EngineDead():
+            return internal("ENGINE_DEAD", str(error))
+        case _:
+            return internal("ENGINE_ERROR", str(error))
+
+
+async def abort(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:
+    """Ends the call with `status` and its details."""
+    await context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("abort returns by raising")

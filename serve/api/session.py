@@ -1,0 +1,49 @@
+"""Between the event loop and the engine thread: what every service of a server shares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import grpc
+from google.rpc import code_pb2
+
+from serve.api.errors import abort, retry_later, status_of
+from serve.engine.build import Model
+from serve.engine.engine import Engine
+from serve.engine.request import EngineError, InvalidRequest, Output, Request
+
+
+class Session:
+    """The model being served, and the engine once it is ready. `sink` is the engine's way to the loop."""
+
+    def __init__(self, model: Model, loop: asyncio.AbstractEventLoop) -> None:
+        self.model = model
+        self.engine: Engine | None = None
+        self._loop = loop
+
+    def sink(self, outputs: list[Output]) -> None:
+        """Called on the engine thread; one wake-up of the loop a step."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._dispatch, outputs)
+
+    def _dispatch(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            output.request.handle.put_nowait(output)
+
+    async def ready_engine(self, context: grpc.aio.ServicerContext) -> Engine:
+        """The engine, or UNAVAILABLE while it loads."""
+        if self.engine is None:
+            await abort(context, retry_later(code_pb2.UNAVAILABLE, "the model is still loading"))
+        return self.engine
+
+    async def submit(self, request: Request, context: grpc.aio.ServicerContext) -> asyncio.Queue[Output]:
+        """Hands a request to the engine; its outputs come through the queue. Ends the call if it isn't taken."""
+        engine = await self.ready_engine(context)
+        queue: asyncio.Queue[Output] = asyncio.Queue()
+        request.handle = queue
+        try:
+            engine.submit(request)
+        except (InvalidRequest, EngineError) as error:
+            await abort(context, status_of(error))
+        return queue

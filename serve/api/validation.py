@@ -1,0 +1,90 @@
+"""From a GenerateRequest to the engine's Request: every field checked, in one place that every front end shares."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+
+from isthmus.v1 import inference_pb2
+from model.tokenizer import Tokenizer
+from serve.engine.request import InvalidRequest, Request, SamplingParams
+
+DEFAULT_MAX_TOKENS = 256
+MAX_REQUEST_ID = 128
+"""Characters"""
+MAX_STOP_TOKENS = 64
+MAX_TEMPERATURE = 100.0
+
+
+def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Raises InvalidRequest naming the first id that the tokenizer doesn't have."""
+    for index, token in enumerate(ids):
+        if token >= vocab_size:
+            raise InvalidRequest(f"{field}[{index}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
+    return list(ids)
+
+
+def check_text(field: str, text: str) -> str:
+    if not text:
+        raise InvalidRequest(field, "must not be empty")
+    return text
+
+
+def _finite(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise InvalidRequest(field, f"must be a number in {'(' if open_low else '['}{low:g}, {high:g}], not {value}")
+    return value
+
+
+def _sampling(params: inference_pb2.SamplingParams) -> SamplingParams:
+    def given(name: str, default: float) -> float:
+        return getattr(params, name) if params.HasField(name) else default
+
+    top_k = params.top_k
+    if top_k >= 1 << 31:
+        raise InvalidRequest("sampling.top_k", f"must be below 2^31, not {top_k}")
+    return SamplingParams(
+        temperature=_finite("sampling.temperature", given("temperature", 1.0), 0.0, MAX_TEMPERATURE),
+        top_k=top_k,
+        top_p=_finite("sampling.top_p", given("top_p", 1.0), 0.0, 1.0, open_low=True),
+        min_p=_finite("sampling.min_p", given("min_p", 0.0), 0.0, 1.0),
+        seed=params.seed if params.HasField("seed") else secrets.randbits(63),
+    )
+
+
+def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of the prompt. Raises InvalidRequest. Long texts take a while: call it off the event loop."""
+    kind = message.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequest("prompt", "give text or token_ids")
+    if kind == "text":
+        return tokenizer.encode(check_text("text", message.text))
+    if not message.token_ids.ids:
+        raise InvalidRequest("token_ids.ids", "must not be empty")
+    return check_token_ids("token_ids.ids", message.token_ids.ids, tokenizer.vocab_size)
+
+
+def build_request(
+    message: inference_pb2.GenerateRequest, prompt: list[int], tokenizer: Tokenizer, context_length: int
+) -> Request:
+    """The engine's request. Raises InvalidRequest naming the field in the API's words."""
+    if len(message.request_id) > MAX_REQUEST_ID or not message.request_id.isprintable():
+        raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
+    stop = message.stop
+    if len(stop.token_ids) > MAX_STOP_TOKENS:
+        raise InvalidRequest("stop.token_ids", f"has {len(stop.token_ids)} ids; at most {MAX_STOP_TOKENS}")
+    stop_ids = check_token_ids("stop.token_ids", stop.token_ids, tokenizer.vocab_size)
+    left = context_length - len(prompt)
+    if left < 1:
+        field = "text" if message.WhichOneof("prompt") == "text" else "token_ids.ids"
+        raise InvalidRequest(field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more")
+    max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)
+    return Request(
+        id=message.request_id or secrets.token_hex(8),
+        prompt=prompt,
+        sampling=_sampling(message.sampling),
+        max_tokens=max_tokens,
+        stop_ids=frozenset(stop_ids),
+        eos_id=None if stop.ignore_eos else tokenizer.eos_id,
+    )

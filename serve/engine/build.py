@@ -1,0 +1,86 @@
+"""From a model folder to an engine that is compiled and ready."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from model.checkpoint import load_params
+from model.config import ConfigError, ModelConfig
+from model.sharding import MeshShape, build_mesh, check_divisible
+from model.tokenizer import Tokenizer
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine, Sink
+from serve.engine.executor import Executor
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model folder says, before any array is read."""
+
+    folder: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+
+def open_model(folder: Path, dtype: str = "auto") -> Model:
+    """Reads config.json and tokenizer.json. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
+
+    Raises ConfigError when the folder isn't a model's.
+    """
+    config = ModelConfig.load(folder / "config.json")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    on_cpu = jax.default_backend() == "cpu"
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    if dtype == "bfloat16" and on_cpu and tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):
+        raise ConfigError("dtype=bfloat16 on CPU needs jax 0.12 or newer, and so Python 3.12: use float32")
+    # A scan copies each layer's weights out of the stack every step: serving unrolls.
+    config = dataclasses.replace(config, dtype=dtype, scan_layers=False, remat="none")
+    return Model(folder, config, tokenizer)
+
+
+def build_executor(
+    model: Model, engine: EngineConfig, mesh: MeshShape, tick: Callable[[str], None] = lambda text: None
+) -> Executor:
+    """Loads the newest checkpoint and compiles every bucket; tick(what) before each part. Raises ConfigError."""
+    engine = engine.resolve(model.config)
+    check_divisible(model.config, mesh)
+    devices = build_mesh(mesh)
+    tick("loading parameters")
+    params = load_params(model.folder, model.config, devices, model.config.dtype)
+    executor = Executor(model.config, engine, params, devices, model.tokenizer.vocab_size)
+    todo = len(engine.buckets)
+    tick(f"compiling {todo} programs")
+    done = iter(range(1, todo + 1))
+    executor.compile(lambda bucket: tick(f"compiled {next(done)}/{todo} programs ({bucket.tokens} tokens)"))
+    return executor
+
+
+def build_engine(
+    model: Model, engine: EngineConfig, mesh: MeshShape, sink: Sink, tick: Callable[[str], None] = lambda text: None
+) -> Engine:
+    """As build_executor, with the engine around it; not started."""
+    return Engine(build_executor(model, engine, mesh, tick), sink)
+
+
+def enable_compilation_cache(folder: Path | None = None) -> Path:
+    """Keeps compiled programs on disk for the next start. The folder is the user's alone: what lies there is run."""
+    folder = folder or Path(os.path.expanduser("~/.cache/isthmus/xla"))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder

@@ -1,0 +1,43 @@
+"""What every test shares: eight virtual CPU devices, a tiny network, and its parameters."""
+
+from __future__ import annotations
+
+import os
+
+# Read by JAX when it is imported, so they come before every import that leads to it.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu, where it is installed, would ask the network for a TPU
+
+import pytest
+from hypothesis import HealthCheck, settings
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.sharding import MeshShape, build_mesh
+from model.transformer import Params
+from tests.support import TINY, random_params
+
+# The same examples on every run: a red test is a change in the code, never in the dice.
+settings.register_profile(
+    "isthmus", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "isthmus"))
+
+
+@pytest.fixture(scope="session")
+def mesh() -> Mesh:
+    """One device."""
+    return build_mesh(MeshShape())
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny: ModelConfig, mesh: Mesh) -> Params:
+    return random_params(tiny, mesh)

@@ -1,0 +1,103 @@
+"""A tiny network whose predictions are far from flat, and plain ways to run it."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.ops import attention
+from model.transformer import Params, abstract_params, bind
+
+TINY = ModelConfig(
+    vocab_size=96,
+    dim=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    context_length=64,
+    tie_embeddings=False,
+)
+"""Grouped queries, and a head of its own: a tied one of random weights only repeats the token before."""
+
+
+def random_params(config: ModelConfig, mesh: Mesh, seed: int = 0) -> Params:
+    """Parameters large enough that attention and argmax have something to choose from; biases and norms included.
+
+    Values depend on the leaf's path and shape only, so two configurations share what they have in common.
+    """
+
+    def leaf(path: tuple, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        names = [entry.key for entry in path]
+        entropy = [seed, *"/".join(names).encode()]
+        normal = np.random.default_rng(entropy).standard_normal(abstract.shape)
+        return jax.device_put(_scaled(config, names, normal).astype(np.float32), abstract.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config, mesh))
+
+
+def _scaled(config: ModelConfig, names: list[str], normal: np.ndarray) -> np.ndarray:
+    if names[-1] == "scale":
+        return 1 + 0.2 * normal
+    if names[-1] == "bias":
+        return 0.3 * normal
+    if names[-1] == "embedding":
+        return normal
+    if names[-1] == "head":
+        return 2 * normal / math.sqrt(config.dim)
+    fan_in = {"out": config.heads * config.head_dim, "down": config.mlp_dim}.get(names[-2], config.dim)
+    return 1.5 * normal / math.sqrt(fan_in)
+
+
+def on_host(tree: Any) -> Any:
+    """The same tree of numpy arrays."""
+    return jax.tree.map(np.asarray, tree)
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """The largest |got - want| / |want| (Euclidean) of any leaf."""
+    errors = jax.tree.map(
+        lambda g, w: float(np.linalg.norm(np.asarray(g, np.float64) - w) / max(np.linalg.norm(w), 1e-12)),
+        got,
+        jax.tree.map(lambda w: np.asarray(w, np.float64), want),
+    )
+    return max(jax.tree.leaves(errors))
+
+
+@lru_cache(maxsize=64)
+def _forward(config: ModelConfig) -> Any:
+    def forward(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        model = bind(config, params)
+        hidden, _ = model(tokens, positions, lambda layer, q, k, v, c: (attention.causal(q, k, v, segments), c), None)
+        return model.logits(hidden)
+
+    return jax.jit(forward)
+
+
+def forward(
+    config: ModelConfig, params: Params, tokens: Any, positions: Any = None, segments: Any = None
+) -> np.ndarray:
+    """Logits float32[batch, seq, vocab] of tokens [batch, seq] through the training side of the seam."""
+    tokens = np.asarray(tokens, np.int32)
+    if positions is None:
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    if segments is None:
+        segments = np.zeros(tokens.shape, np.int32)
+    return np.asarray(_forward(config)(params, tokens, np.asarray(positions), np.asarray(segments)))
+
+
+def next_tokens(config: ModelConfig, params: Params, sequences: list[list[int]], vocab: int) -> np.ndarray:
+    """int[len(sequences), context]: the likeliest token after each position, by the training forward pass."""
+    tokens = np.zeros((len(sequences), config.context_length), np.int32)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = sequence
+    return forward(config, params, tokens)[..., :vocab].argmax(axis=-1)
+
+
