@@ -81,8 +81,13 @@ def _from_folder(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[
     )
     request = build_request(message, prompt_ids(message, model.tokenizer), model.tokenizer, model.config.context_length)
     outputs: SimpleQueue[Output] = SimpleQueue()
+
+    def take(batch: list[Output]) -> None:
+        for output in batch:
+            outputs.put(output)
+
     size = EngineConfig(max_sequences=1, prefill_tokens=256)
-    engine = build_engine(model, size, MeshShape(), lambda batch: [outputs.put(o) for o in batch] and None)
+    engine = build_engine(model, size, MeshShape(), take)
     engine.start()
     try:
         engine.submit(request)
@@ -115,8 +120,15 @@ def main(argv: Sequence[str]) -> int:
             print(piece, end="", flush=True)
         print()
     except grpc.RpcError as error:
-        hint = "; is a server running there? isthmus serve --model DIR" if error.code() == grpc.StatusCode.UNAVAILABLE else ""
-        print(f"\nisthmus generate: {config.address}: {error.code().name}: {error.details()}{hint}", file=sys.stderr)
+        hint = (
+            "; is a server running there? isthmus serve --model DIR"
+            if error.code() == grpc.StatusCode.UNAVAILABLE
+            else ""
+        )
+        print(
+            f"\nisthmus generate: {config.address}: {error.code().name}: {error.details()}{hint}",
+            file=sys.stderr,
+        )
         return 1
     except (ConfigError, CheckpointError, InvalidRequest, OSError, ValueError) as error:
         print(f"\nisthmus generate: {error}", file=sys.stderr)

@@ -48,7 +48,13 @@ def generate_request(
         request.text = prompt
     else:
         request.token_ids.ids.extend(prompt)
-    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
+    sampling: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+    }
     for name, value in sampling.items():
         if value is not None:
             setattr(request.sampling, name, value)
@@ -83,9 +89,7 @@ class Client:
 
     def generate(self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Any) -> Completion:
         """The whole completion. options: as generate_request takes."""
-        answer = self._inference.Generate(
-            generate_request(prompt, **options), timeout=timeout, metadata=self._metadata
-        )
+        answer = self._inference.Generate(generate_request(prompt, **options), timeout=timeout, metadata=self._metadata)
         usage = answer.finished.usage
         return Completion(
             text=answer.text,

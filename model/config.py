@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -110,25 +110,31 @@ class ModelConfig:
         return config
 
 
-def _preset(dim: int, layers: int, heads: int, kv_heads: int, head_dim: int, mlp_dim: int, **fields) -> ModelConfig:  # noqa: ANN003
+def _preset(dims: tuple[int, int, int, int, int, int], **fields: Any) -> ModelConfig:
+    dim, layers, heads, kv_heads, head_dim, mlp_dim = dims
     return ModelConfig(
         dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim, **fields
     )
 
 
-_LARGE = {"scan_layers": True, "dtype": "bfloat16", "rope_theta": 500000.0}
+_LARGE: dict[str, Any] = {"scan_layers": True, "dtype": "bfloat16", "rope_theta": 500000.0}
 
 PRESETS: dict[str, ModelConfig] = {
     # nanoGPT's CPU recipe in this architecture: SwiGLU of 8/3 the width has the parameters of a 4x GELU.
-    "nano": _preset(128, 4, 4, 4, 32, 344, vocab_size=0, context_length=64),
-    "5m": _preset(256, 4, 4, 2, 64, 768, vocab_size=0, context_length=512),
-    "25m": _preset(384, 8, 6, 3, 64, 1024, vocab_size=0, context_length=1024),
-    "125m": _preset(768, 12, 12, 12, 64, 2048),
-    "350m": _preset(1024, 24, 16, 8, 64, 2816, context_length=2048, scan_layers=True, dtype="bfloat16"),
-    "1b": _preset(2048, 16, 32, 8, 64, 8192, vocab_size=128256, context_length=4096, remat="dots", **_LARGE),
-    "3b": _preset(3072, 28, 24, 8, 128, 8192, vocab_size=128256, context_length=4096, remat="full", **_LARGE),
+    "nano": _preset((128, 4, 4, 4, 32, 344), vocab_size=0, context_length=64),
+    "5m": _preset((256, 4, 4, 2, 64, 768), vocab_size=0, context_length=512),
+    "25m": _preset((384, 8, 6, 3, 64, 1024), vocab_size=0, context_length=1024),
+    "125m": _preset((768, 12, 12, 12, 64, 2048)),
+    "350m": _preset((1024, 24, 16, 8, 64, 2816), scan_layers=True, dtype="bfloat16"),
+    "1b": _preset((2048, 16, 32, 8, 64, 8192), vocab_size=128256, context_length=4096, remat="dots", **_LARGE),
+    "3b": _preset((3072, 28, 24, 8, 128, 8192), vocab_size=128256, context_length=4096, remat="full", **_LARGE),
     "8b": _preset(
-        4096, 32, 32, 8, 128, 14336, vocab_size=128256, context_length=8192, remat="full", tie_embeddings=False, **_LARGE
+        (4096, 32, 32, 8, 128, 14336),
+        vocab_size=128256,
+        context_length=8192,
+        remat="full",
+        tie_embeddings=False,
+        **_LARGE,
     ),
 }
-"""Sizes to start from, by their rough number of parameters."""
+"""Sizes to start from, by their rough number of parameters; columns: dim, layers, heads, kv_heads, head_dim, mlp_dim."""

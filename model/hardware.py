@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from model.config import ConfigError
 
 _DATA_SHEET = {
     # device_kind: (dense bf16 FLOP/s, bytes/s)
@@ -49,7 +53,7 @@ def limits(dtype: str = "float32", devices: int = 1) -> Limits:
     return Limits(measure_gemm(dtype) * count, bandwidth * count, "measured")
 
 
-def _best_seconds(run, repeats: int = 7) -> float:  # noqa: ANN001
+def _best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
     run().block_until_ready()
     times = []
     for _ in range(repeats):
@@ -57,6 +61,13 @@ def _best_seconds(run, repeats: int = 7) -> float:  # noqa: ANN001
         run().block_until_ready()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for a dtype that this jax computes wrongly slow: bfloat16 on CPU before jax 0.12."""
+    old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
+    if dtype == "bfloat16" and old and jax.default_backend() == "cpu":
+        raise ConfigError("dtype=bfloat16 on CPU needs jax 0.12 or newer, and so Python 3.12 or newer; use float32")
 
 
 def measure_gemm(dtype: str) -> float:
@@ -70,7 +81,7 @@ def measure_gemm(dtype: str) -> float:
 
 def measure_bandwidth() -> float:
     """Bytes/s of summing 512 MiB that no cache holds, the best of several, over all cores."""
-    parts = max(1, len(__import__("os").sched_getaffinity(0)))
+    parts = max(1, len(os.sched_getaffinity(0)))
     x = jax.device_put(np.ones((parts, (512 << 20) // 4 // parts), np.float32))
     total = jax.jit(lambda x: x.sum(axis=1))
     return x.nbytes / _best_seconds(lambda: total(x))

@@ -29,7 +29,10 @@ INIT_STD = 0.02
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], initializer: Callable = nnx.initializers.normal(INIT_STD)
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    initializer: Callable = nnx.initializers.normal(INIT_STD),
 ) -> nnx.Param:
     """A float32 parameter that knows its logical axes."""
     return nnx.Param(initializer(rngs.params(), shape, jnp.float32), out_sharding=axes)
@@ -49,9 +52,7 @@ class Linear(nnx.Module):
     ) -> None:
         shape = (*inputs.values(), *outputs.values())
         self.kernel = parameter(rngs, shape, (*inputs, *outputs), nnx.initializers.normal(std))
-        self.bias = (
-            parameter(rngs, tuple(outputs.values()), tuple(outputs), nnx.initializers.zeros) if bias else None
-        )
+        self.bias = parameter(rngs, tuple(outputs.values()), tuple(outputs), nnx.initializers.zeros) if bias else None
         self.inputs = len(inputs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,7 +113,12 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(*norm) if config.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], layer: jax.Array, attend: Attend, cache: Cache
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        layer: jax.Array,
+        attend: Attend,
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -147,7 +153,12 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs)
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], layer: jax.Array, attend: Attend, cache: Cache
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        layer: jax.Array,
+        attend: Attend,
+        cache: Cache,
     ) -> tuple[jax.Array, Cache]:
         out, cache = self.attention(self.attention_norm(x), angles, layer, attend, cache)
         x = shard(x + out, "residual")

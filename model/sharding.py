@@ -76,15 +76,21 @@ def build_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over the first devices of this process. Raises ConfigError when there are too few."""
     devices = jax.devices() if devices is None else devices
     if shape.devices > len(devices):
-        raise ConfigError(f"mesh: {shape} needs {shape.devices} devices, and there are {len(devices)} ({devices[0].platform})")
-    return jax.make_mesh(
-        shape.shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape.devices]
-    )
+        raise ConfigError(
+            f"mesh: {shape} needs {shape.devices} devices, and there are {len(devices)} ({devices[0].platform})"
+        )
+    return jax.make_mesh(shape.shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape.devices])
 
 
 def check_divisible(config: ModelConfig, shape: MeshShape) -> None:
     """Raises ConfigError naming the first dimension that the mesh can't split evenly."""
-    for name, axis in (("kv_heads", "tp"), ("heads", "tp"), ("mlp_dim", "tp"), ("vocab_size", "tp"), ("dim", "fsdp")):
+    for name, axis in (
+        ("kv_heads", "tp"),
+        ("heads", "tp"),
+        ("mlp_dim", "tp"),
+        ("vocab_size", "tp"),
+        ("dim", "fsdp"),
+    ):
         size, parts = getattr(config, name), getattr(shape, axis)
         if size % parts:
             raise ConfigError(f"mesh: model.{name}={size} is not divisible by {axis}={parts}")

@@ -8,6 +8,7 @@ axis (**stacked**: what a checkpoint holds and `lax.scan` runs over) or a dict a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +33,10 @@ class Transformer(nnx.Module):
         self.embedding = parameter(rngs, table, ("vocab", "embed"))
         if config.scan_layers:
             stacked = nnx.vmap(
-                lambda r: Block(config, r), transform_metadata={nnx.PARTITION_NAME: "layers"}, in_axes=0, out_axes=0
+                lambda r: Block(config, r),
+                transform_metadata={nnx.PARTITION_NAME: "layers"},
+                in_axes=0,
+                out_axes=0,
             )
             self.blocks = nnx.split_rngs(splits=config.layers)(stacked)(rngs)
         else:
@@ -44,7 +48,9 @@ class Transformer(nnx.Module):
             else parameter(rngs, table[::-1], ("embed", "vocab"), nnx.initializers.normal(INIT_STD))
         )
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Cache) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         """tokens, positions: int32[...] → (hidden states [..., dim] before the head, the cache as attend left it)."""
         # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole rows.
         table = self.embedding[...].astype(self.config.dtype)
@@ -58,9 +64,10 @@ class Transformer(nnx.Module):
     def _run_blocks(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        def body(graph: Any, state: Any, layer: jax.Array, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        def run_block(graph: Any, state: Any, layer: jax.Array, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             return nnx.merge(graph, state)(x, angles, layer, attend, cache)
 
+        body: Callable[..., tuple[jax.Array, Cache]] = run_block
         if self.config.remat != "none":
             policy = {
                 "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

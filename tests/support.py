@@ -99,5 +99,3 @@ def next_tokens(config: ModelConfig, params: Params, sequences: list[list[int]],
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = sequence
     return forward(config, params, tokens)[..., :vocab].argmax(axis=-1)
-
-

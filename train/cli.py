@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"isthmus train: {error}", style="red", markup=False)
         return 2
     if report.interrupted:
-        console.print(f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}")
+        console.print(
+            f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}"
+        )
         return 0
     console.print(
         f"done: held-out loss {report.heldout_loss:.3f} nats a token, {report.bits_per_byte:.3f} bits a byte; "

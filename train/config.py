@@ -85,7 +85,15 @@ class TrainConfig:
         """Raises ConfigError naming the field that can't work."""
         if not self.data:
             raise ConfigError("data: name at least one text file, folder or .jsonl file")
-        at_least_one = ("steps", "batch", "accumulate", "checkpoint_every", "keep", "log_every", "eval_batches")
+        at_least_one = (
+            "steps",
+            "batch",
+            "accumulate",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+            "eval_batches",
+        )
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -133,7 +141,16 @@ class TrainConfig:
         )
 
 
-FREE_ON_RESUME = ("out", "resume", "mesh", "log_every", "keep", "eval_every", "eval_batches", "checkpoint_every")
+FREE_ON_RESUME = (
+    "out",
+    "resume",
+    "mesh",
+    "log_every",
+    "keep",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+)
 """What may change when a run is resumed: none of it changes a parameter (but a new mesh changes rounding)."""
 
 

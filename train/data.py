@@ -1,7 +1,7 @@
-"""Tokens on disk, and batches from them. The batch of a step is a pure function of (seed, step): resuming needs no state.
+"""Tokens on disk, and batches from them: the batch of a step is a pure function of (seed, step).
 
 Documents lie end to end in one flat file, each led by the end-of-text token, which starts a document and, as the
-target of the token before it, ends one. A sequence is a window of it; segments and positions start anew at each document.
+target of the token before it, ends one. A sequence is a window of it; segments and positions start anew with a document.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,13 @@ TOKENIZER_SAMPLE_BYTES = 32 << 20
 
 
 class Batch(NamedTuple):
-    """A step's sequences. Each is int32[accumulate, sequences, seq] (weights: float32)."""
+    """A step's sequences, on the host or the device. Each is int32[accumulate, sequences, seq] (weights: float32)."""
 
-    tokens: np.ndarray
-    targets: np.ndarray
-    positions: np.ndarray
-    segments: np.ndarray
-    weights: np.ndarray
+    tokens: Any
+    targets: Any
+    positions: Any
+    segments: Any
+    weights: Any
     """1 where the target counts, 0 in padding"""
 
 
@@ -52,8 +52,10 @@ class TokenFile:
         return cls(tokens, np.load(stem.with_suffix(".npy")), meta["text_bytes"])
 
     @classmethod
-    def write(cls, stem: Path, documents: Iterable[Document], tokenizer: Tokenizer, tick: Callable[[int], None]) -> TokenFile:
-        """Tokenizes into STEM.bin, .npy and .json; the .json comes last, so a torn write isn't taken for a whole one."""
+    def write(
+        cls, stem: Path, documents: Iterable[Document], tokenizer: Tokenizer, tick: Callable[[int], None]
+    ) -> TokenFile:
+        """Tokenizes into STEM.bin, .npy and .json; the .json comes last: a torn write isn't taken for a whole."""
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         ends, total, text_bytes = [], 0, 0
         with stem.with_suffix(".bin").open("wb") as file:
@@ -67,7 +69,12 @@ class TokenFile:
                 text_bytes += size
                 tick(size)
         np.save(stem.with_suffix(".npy"), np.asarray(ends, np.int64))
-        meta = {"dtype": np.dtype(dtype).name, "tokens": total, "documents": len(ends), "text_bytes": text_bytes}
+        meta = {
+            "dtype": np.dtype(dtype).name,
+            "tokens": total,
+            "documents": len(ends),
+            "text_bytes": text_bytes,
+        }
         stem.with_suffix(".json").write_text(json.dumps(meta))
         if total == 0:
             raise ConfigError(f"data: no document fell into the {stem.name} split; give more documents")
@@ -97,7 +104,7 @@ class TrainingData:
     seed: int
 
     def batch(self, step: int, sequences: int, accumulate: int) -> Batch:
-        """The batch of `step`: each epoch visits every window once, in an order of its own, from an offset of its own."""
+        """The batch of `step`: each epoch visits every window once, in its own order, from its own offset."""
         windows = max(1, (len(self.train.tokens) - 1) // self.seq)
         count = step * sequences + np.arange(sequences, dtype=np.int64)
         starts = np.empty(sequences, np.int64)
@@ -140,9 +147,13 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def prepare(
-    paths: tuple[str, ...], config: DataConfig, folder: Path, seed: int, tick: Callable[[str, int], None] = lambda _, __: None
+    paths: tuple[str, ...],
+    config: DataConfig,
+    folder: Path,
+    seed: int,
+    tick: Callable[[str, int], None] = lambda _, __: None,
 ) -> tuple[TrainingData, Tokenizer]:
-    """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what is there from the same ones.
+    """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what the same ones left.
 
     tick(stage, bytes) is called as text goes through. Raises ConfigError when there are too few documents to split.
     """
@@ -174,7 +185,8 @@ def prepare(
         tokenizer = Tokenizer.train(_sample(groups[False], lambda n: tick("tokenizer", n)), config.vocab_size)
     tokenizer.save(folder / "tokenizer.json")
     splits = {
-        held: TokenFile.write(stem, groups[held], tokenizer, lambda n: tick("tokenize", n)) for held, stem in names.items()
+        held: TokenFile.write(stem, groups[held], tokenizer, lambda n: tick("tokenize", n))
+        for held, stem in names.items()
     }
     stamp.write_text(source)
     return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer

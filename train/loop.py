@@ -15,14 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.checkpoint import CheckpointError, Checkpoints
+from model.checkpoint import Checkpoints
 from model.config import ConfigError
-from model.hardware import limits
+from model.hardware import check_dtype, limits
 from model.sharding import build_mesh, check_divisible
 from model.transformer import stacked, unstack_blocks
 from train.config import TrainConfig, check_resumable
@@ -61,6 +60,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Report:
     console = console or Console()
     config = _resolve_resume(config)
     config.validate()
+    check_dtype(config.model.dtype)
     config.out.mkdir(parents=True, exist_ok=True)
     data, config = _prepare_data(config, console)
     check_divisible(config.model, config.mesh_shape)
@@ -102,7 +102,9 @@ def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, 
         vocab = -(-tokenizer.vocab_size // 128) * 128
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     elif config.model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}")
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
+        )
     (config.out / "train.json").write_text(config.to_json())
     config.model.save(config.out / "config.json")
     console.print(
@@ -192,8 +194,8 @@ class _Run:
         loss = float(metrics.loss)
         if not math.isfinite(loss):
             raise TrainError(
-                f"the loss is {loss} at step {step}: lower --optimizer.lr or lengthen --optimizer.warmup-steps, "
-                f"then --resume from the last checkpoint is not enough, start anew"
+                f"the loss is {loss} at step {step}; start anew with a lower --optimizer.lr "
+                f"or a longer --optimizer.warmup-steps"
             )
         self.window.append(loss)
         values = {"loss": loss, "grad_norm": float(metrics.grad_norm), "lr": float(self.schedule(step - 1))}
@@ -271,8 +273,15 @@ class _Run:
     @contextlib.contextmanager
     def _progress(self, first: int) -> Iterator[Any]:
         """Yields a function of the step: a progress bar on a terminal, a line now and then elsewhere."""
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal) as bar:
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(
+            *columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal
+        ) as bar:
             task = bar.add_task("compiling", total=self.config.steps, completed=first)
             every = max(1, -(-self.config.steps // 20))
 
@@ -285,6 +294,3 @@ class _Run:
                     self.console.print(f"step {done}/{self.config.steps} | {text} | ETA {left:.0f} s", highlight=False)
 
             yield show
-
-
-__all__ = ["CheckpointError", "ConfigError", "Report", "TrainError", "train"]

@@ -15,7 +15,7 @@ DECAYED = ("kernel", "embedding", "head")
 
 
 def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0, then cosine, or stable and a linear decay (WSD, arXiv 2404.06395)."""
+    """Learning rate by step: linear warm-up, then cosine, or constant and linear decay (WSD, arXiv 2404.06395)."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     last = config.lr * config.final_lr
     if config.schedule == "cosine":
@@ -38,7 +38,11 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
-            build_schedule(config, steps), config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask
+            build_schedule(config, steps),
+            config.beta1,
+            config.beta2,
+            weight_decay=config.weight_decay,
+            mask=mask,
         ),
     )
 

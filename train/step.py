@@ -27,9 +27,9 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     """Device scalars of a step, float32."""
 
-    loss: jax.Array
+    loss: Any
     """Mean nats a target"""
-    grad_norm: jax.Array
+    grad_norm: Any
     """Before clipping"""
 
 
@@ -79,7 +79,9 @@ class Trainer:
         self._batch_sharding = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("batch", "seq"))))
         replicated = NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(
-            self._train_step, donate_argnums=0, out_shardings=(self.shardings, Metrics(replicated, replicated))
+            self._train_step,
+            donate_argnums=0,
+            out_shardings=(self.shardings, Metrics(replicated, replicated)),
         )
         self._evaluate = jax.jit(lambda params, batch: loss_sum(config, params, jax.tree.map(lambda x: x[0], batch)))
 

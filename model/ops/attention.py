@@ -76,7 +76,11 @@ def paged(q: jax.Array, cache: jax.Array, tables: jax.Array, positions: jax.Arra
         return new_top, total, out * shrink[..., None] + added
 
     shape = (rows, kv_heads, heads // kv_heads, queries)
-    start = (jnp.full(shape, MASKED, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32))
+    start = (
+        jnp.full(shape, MASKED, jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+        jnp.zeros((*shape, head_dim), jnp.float32),
+    )
     chunks = jnp.maximum(positions.max(), 0) // chunk + 1
     _, total, out = jax.lax.fori_loop(0, chunks, body, start)
     out = (out / total[..., None]).astype(q.dtype)

@@ -19,7 +19,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext) -> pb.GetModelInfoResponse:
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
         engine = await self._session.ready_engine(context)
         model = self._session.model
         config = model.config
@@ -75,4 +77,6 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         engine = await self._session.ready_engine(context)
         if not 1 <= len(request.request_ids) <= MAX_CANCELS:
             await abort(context, invalid("request_ids", f"must hold 1 to {MAX_CANCELS} ids"))
-        return pb.CancelResponse(cancelled_request_ids=[i for i in dict.fromkeys(request.request_ids) if engine.cancel(i)])
+        return pb.CancelResponse(
+            cancelled_request_ids=[i for i in dict.fromkeys(request.request_ids) if engine.cancel(i)]
+        )

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -15,7 +16,7 @@ RETRY_SECONDS = 1
 """What RetryInfo says: about the time a full queue takes to move."""
 
 
-def _status(code: int, message: str, *details: object) -> status_pb2.Status:
+def _status(code: int, message: str, *details: Message) -> status_pb2.Status:
     status = status_pb2.Status(code=code, message=message)
     for detail in details:
         packed = any_pb2.Any()
@@ -28,7 +29,9 @@ def invalid(field: str, message: str) -> status_pb2.Status:
     """INVALID_ARGUMENT with a BadRequest that names the field."""
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
     return _status(
-        code_pb2.INVALID_ARGUMENT, f"{field}: {message}", error_details_pb2.BadRequest(field_violations=[violation])
+        code_pb2.INVALID_ARGUMENT,
+        f"{field}: {message}",
+        error_details_pb2.BadRequest(field_violations=[violation]),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2
@@ -15,6 +16,8 @@ from serve.api.errors import abort, cancelled, internal, invalid
 from serve.api.session import Session
 from serve.api.validation import build_request, check_text, check_token_ids, prompt_ids
 from serve.engine.request import FinishReason, InvalidRequest, Output, Request
+
+T = TypeVar("T")
 
 OFF_LOOP_BYTES = 8 << 10
 """A longer text is tokenized on another thread, so that it delays nobody's stream."""
@@ -53,9 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         response.text = "".join(text)
         return response
 
-    async def GenerateStream(
-        self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext
-    ) -> None:
+    async def GenerateStream(self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext) -> None:
         message = request.request
         ours, queue = await self._submit(message, context)
         pieces = self._pieces(message, ours, queue, context)
@@ -78,7 +79,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         ids = await _off_loop(len(text), self._session.model.tokenizer.encode, text)
         return pb.TokenizeResponse(token_ids=ids)
 
-    async def Detokenize(self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext) -> pb.DetokenizeResponse:
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
         tokenizer = self._session.model.tokenizer
         try:
             ids = check_token_ids("token_ids", request.token_ids, tokenizer.vocab_size)
@@ -99,8 +102,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return ours, await self._session.submit(ours, context)
 
     async def _pieces(
-        self, message: pb.GenerateRequest, ours: Request, queue: asyncio.Queue[Output], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[Piece]:
+        self,
+        message: pb.GenerateRequest,
+        ours: Request,
+        queue: asyncio.Queue[Output],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncGenerator[Piece, None]:
         """What the engine gives, several steps at once when the client is slow. A caller that goes away cancels."""
         stream = self._session.model.tokenizer.stream()
         with_text = message.output.text if message.output.HasField("text") else True
@@ -131,10 +138,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await abort(context, cancelled())
         if engine is None or engine.error is not None:
             await abort(context, internal("ENGINE_DEAD", "the engine has ended on an error"))
-        await abort(context, internal("NON_FINITE_LOGITS", "the model gave logits that are not finite for this request"))
+        await abort(
+            context,
+            internal("NON_FINITE_LOGITS", "the model gave logits that are not finite for this request"),
+        )
 
 
-async def _off_loop(size: int, work, *args):  # noqa: ANN001, ANN002, ANN202
+async def _off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+    """work(*args), on another thread when `size` bytes or items make it long."""
     return work(*args) if size <= OFF_LOOP_BYTES else await asyncio.to_thread(work, *args)
 
 

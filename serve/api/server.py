@@ -69,7 +69,13 @@ class Server:
 
     async def load(self, tick: Callable[[str], None] = lambda text: None) -> None:
         """Loads parameters and compiles every program, then says SERVING. Raises ConfigError."""
-        build = (self.session.model, self.config.engine, MeshShape(tp=self.config.tp), self.session.sink, tick)
+        build = (
+            self.session.model,
+            self.config.engine,
+            MeshShape(tp=self.config.tp),
+            self.session.sink,
+            tick,
+        )
         engine = await asyncio.to_thread(build_engine, *build)
         engine.start()
         self.session.engine = engine

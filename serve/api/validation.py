@@ -78,7 +78,9 @@ def build_request(
     left = context_length - len(prompt)
     if left < 1:
         field = "text" if message.WhichOneof("prompt") == "text" else "token_ids.ids"
-        raise InvalidRequest(field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more")
+        raise InvalidRequest(
+            field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more"
+        )
     max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)
     return Request(
         id=message.request_id or secrets.token_hex(8),

@@ -7,11 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import jax
 
 from model.checkpoint import load_params
-from model.config import ConfigError, ModelConfig
+from model.config import ConfigError, Dtype, ModelConfig
+from model.hardware import check_dtype
 from model.sharding import MeshShape, build_mesh, check_divisible
 from model.tokenizer import Tokenizer
 from serve.engine.config import EngineConfig
@@ -41,13 +43,11 @@ def open_model(folder: Path, dtype: str = "auto") -> Model:
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    on_cpu = jax.default_backend() == "cpu"
     if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-    if dtype == "bfloat16" and on_cpu and tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12):
-        raise ConfigError("dtype=bfloat16 on CPU needs jax 0.12 or newer, and so Python 3.12: use float32")
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    check_dtype(dtype)
     # A scan copies each layer's weights out of the stack every step: serving unrolls.
-    config = dataclasses.replace(config, dtype=dtype, scan_layers=False, remat="none")
+    config = dataclasses.replace(config, dtype=cast(Dtype, dtype), scan_layers=False, remat="none")
     return Model(folder, config, tokenizer)
 
 
@@ -69,7 +69,11 @@ def build_executor(
 
 
 def build_engine(
-    model: Model, engine: EngineConfig, mesh: MeshShape, sink: Sink, tick: Callable[[str], None] = lambda text: None
+    model: Model,
+    engine: EngineConfig,
+    mesh: MeshShape,
+    sink: Sink,
+    tick: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """As build_executor, with the engine around it; not started."""
     return Engine(build_executor(model, engine, mesh, tick), sink)

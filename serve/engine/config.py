@@ -60,7 +60,9 @@ class EngineConfig:
         if self.block_size % self.page_size:
             raise ConfigError(f"engine.block_size={self.block_size} must be a multiple of page_size={self.page_size}")
         if self.prefill_tokens % self.block_size:
-            raise ConfigError(f"engine.prefill_tokens={self.prefill_tokens} must be a multiple of block_size={self.block_size}")
+            raise ConfigError(
+                f"engine.prefill_tokens={self.prefill_tokens} must be a multiple of block_size={self.block_size}"
+            )
         whole = -(-context // self.page_size)
         pages = self.pages or 1 + max(whole, self.max_sequences * whole // 2)
         if pages < 1 + whole:

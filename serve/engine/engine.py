@@ -15,7 +15,15 @@ from dataclasses import dataclass
 
 from serve.engine.config import EngineConfig
 from serve.engine.executor import Executor, Launched
-from serve.engine.request import Draining, EngineDead, FinishReason, InvalidRequest, Output, QueueFull, Request
+from serve.engine.request import (
+    Draining,
+    EngineDead,
+    FinishReason,
+    InvalidRequest,
+    Output,
+    QueueFull,
+    Request,
+)
 from serve.engine.scheduler import Counters, Scheduler
 
 logger = logging.getLogger("isthmus.engine")
@@ -82,7 +90,9 @@ class Engine:
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
         if len(request.prompt) >= limit:
-            raise InvalidRequest("prompt", f"has {len(request.prompt)} tokens; at most {limit - 1} leave room for one more")
+            raise InvalidRequest(
+                "prompt", f"has {len(request.prompt)} tokens; at most {limit - 1} leave room for one more"
+            )
         if request.max_tokens < 1:
             raise InvalidRequest("stop.max_tokens", "must be at least 1")
         if len(request.prompt) + request.max_tokens > limit:
@@ -192,7 +202,11 @@ class Engine:
                 t4 = clock()
                 self._deliver(outputs)
                 times = self.times
-                times.wait, times.commit, times.deliver = times.wait + t3 - t2, times.commit + t4 - t3, times.deliver + clock() - t4
+                times.wait, times.commit, times.deliver = (
+                    times.wait + t3 - t2,
+                    times.commit + t4 - t3,
+                    times.deliver + clock() - t4,
+                )
                 times.steps += 1
             self.times.plan += t1 - t0
             self.times.launch += t2 - t1

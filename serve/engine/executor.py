@@ -43,7 +43,9 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) ->
     padding = arrays.positions == PADDING
     offsets = jnp.maximum(arrays.positions, 0) % engine.page_size
 
-    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attend(
+        layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         first = layer * engine.pages
         cache = attention.write_pages(cache, k, v, jnp.where(padding, first, first + pages), offsets)
         tables = arrays.tables + first
@@ -52,7 +54,10 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) ->
         if bucket.blocks:
             blocks = (bucket.blocks, bucket.block_size)
             block_out = attention.paged(
-                q[rows:].reshape(*blocks, *q.shape[1:]), cache, tables[rows:], arrays.positions[rows:].reshape(blocks)
+                q[rows:].reshape(*blocks, *q.shape[1:]),
+                cache,
+                tables[rows:],
+                arrays.positions[rows:].reshape(blocks),
             )
             out.append(block_out.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(out), cache
@@ -157,7 +162,7 @@ class Executor:
         arrays.sample_slot[:] = self.engine.max_sequences
         self.launch(StepPlan(bucket, packed)).read()
 
-    def _on_event(self, event: str, duration: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT:
             self.recompilations += 1
 
@@ -175,7 +180,12 @@ def abstract_like(params: Params) -> Params:
 
 
 def lower_step(
-    model: ModelConfig, engine: EngineConfig, bucket: Bucket, vocab: int, mesh: Mesh, params: Params | None = None
+    model: ModelConfig,
+    engine: EngineConfig,
+    bucket: Bucket,
+    vocab: int,
+    mesh: Mesh,
+    params: Params | None = None,
 ) -> jax.stages.Lowered:
     """Lowers a bucket's step for the devices of `mesh`, which may be ones that this machine doesn't have.
 
@@ -187,14 +197,21 @@ def lower_step(
 
 
 def step_and_arguments(
-    model: ModelConfig, engine: EngineConfig, bucket: Bucket, vocab: int, mesh: Mesh, params: Params | None = None
+    model: ModelConfig,
+    engine: EngineConfig,
+    bucket: Bucket,
+    vocab: int,
+    mesh: Mesh,
+    params: Params | None = None,
 ) -> tuple[Any, tuple]:
     """The jitted step of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
     cache_sharding = named_sharding(mesh, "pages", None, "kv_heads", None)
     replicated = NamedSharding(mesh, PartitionSpec())
     if params is None:
         abstract = abstract_params(model, mesh)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype), sharding=x.sharding), abstract)
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype), sharding=x.sharding), abstract
+        )
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)

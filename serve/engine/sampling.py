@@ -3,6 +3,8 @@ on nothing else in the batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -77,7 +79,7 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _threshold(holds, like: jax.Array) -> jax.Array:  # noqa: ANN001
+def _threshold(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
     """The largest uint32 for each row at which the falling predicate `holds` is still true."""
 
     def try_bit(i: jax.Array, bits: jax.Array) -> jax.Array:

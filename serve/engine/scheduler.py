@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from serve.engine.config import Bucket, EngineConfig
+from serve.engine.config import EngineConfig
 from serve.engine.pages import PagePool, page_key
-from serve.engine.plan import FROM_DEVICE, PADDING, StepPlan, plan_size, split_plan
+from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
 from serve.engine.request import FinishReason, Output, Request
 from serve.engine.sampling import BAD_ROW
 
@@ -242,7 +242,7 @@ class Scheduler:
         for start in range(work.start, work.start + work.count, size):
             yield start, min(size, work.start + work.count - start)
 
-    def _pack_sample(self, plan: StepPlan, arrays, row: int, token: int, work: _Work) -> None:  # noqa: ANN001
+    def _pack_sample(self, plan: StepPlan, arrays: PlanArrays, row: int, token: int, work: _Work) -> None:
         """Draws after the last known token, unless more of the prompt is to come or the request has all it may have."""
         request = work.request
         if work.start + work.count < request.length or not request.may_grow:

@@ -1,0 +1,104 @@
+"""What a measurement was taken on: the machine, the software, its limits, and how busy it was."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from model import hardware
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The roofline's two numbers, all devices together."""
+
+    flops: float
+    """FLOP/s of a large matrix product in the model's dtype"""
+    bandwidth: float
+    """Bytes/s read from main memory"""
+    source: str
+    """'data sheet' or 'measured'"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Describes a run for whoever reads its figures later."""
+
+    platform: str
+    """JAX's name of the backend: cpu, gpu or tpu"""
+    device: str
+    """The processor's or accelerator's name"""
+    devices: int
+    cores: int
+    """Host cores that this process may use"""
+    memory_bytes: int
+    """Of the host"""
+    operating_system: str
+    python: str
+    jax: str
+    commit: str
+    """Of the working folder; '+' means uncommitted changes, empty is no git"""
+    date: str
+    """UTC, ISO 8601"""
+    load: float
+    """Processes that wanted a core over the minute before the run: well above 0 means that others took part"""
+
+
+def describe() -> Machine:
+    """This machine, now."""
+    devices = jax.devices()
+    on_cpu = devices[0].platform == "cpu"
+    return Machine(
+        platform=devices[0].platform,
+        device=cpu_name() if on_cpu else devices[0].device_kind,
+        devices=len(devices),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        operating_system=f"{platform.system()} {platform.release()}",
+        python=platform.python_version(),
+        jax=jax.__version__,
+        commit=git_commit(Path.cwd()),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        load=round(os.getloadavg()[0], 2),
+    )
+
+
+def cpu_name() -> str:
+    """The model name that Linux knows, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def git_commit(folder: Path) -> str:
+    """Short hash of HEAD, with '+' when tracked files differ from it; empty outside git."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def measure_limits(dtype: str, devices: int = 1) -> Limits:
+    """Peak and bandwidth of this machine, measured now (about two seconds) or from the data sheet."""
+    hardware.limits.cache_clear()
+    found = hardware.limits(dtype, devices)
+    return Limits(found.flops, found.bandwidth, found.source)
+
+
+def better(first: Limits, second: Limits) -> Limits:
+    """The higher of each: another process can only make a limit look lower than it is."""
+    return Limits(max(first.flops, second.flops), max(first.bandwidth, second.bandwidth), first.source)

@@ -1,0 +1,80 @@
+"""Models of random weights: the speed of a step doesn't depend on what was learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from model.checkpoint import Checkpoints, serving_layout
+from model.config import PRESETS, ConfigError, Dtype, ModelConfig
+from model.sharding import MeshShape, build_mesh, use_mesh
+from model.tokenizer import Tokenizer
+from model.transformer import Params, init_params, stacked
+
+DEFAULT_VOCAB = 32000
+"""For presets that leave the vocabulary to the tokenizer"""
+
+SAMPLE_BYTES = 8 << 20
+"""Of Python's own source, to train a tokenizer on"""
+
+
+def preset(name: str, vocab_size: int) -> ModelConfig:
+    """A preset with its vocabulary settled; vocab_size 0 keeps the preset's. Raises ConfigError."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    return dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size or DEFAULT_VOCAB)
+
+
+def as_served(config: ModelConfig, dtype: Dtype | None = None) -> ModelConfig:
+    """The configuration that serving runs: layers unrolled; dtype None is bfloat16, and float32 on CPU."""
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return dataclasses.replace(config, dtype=dtype, scan_layers=False, remat="none")
+
+
+def random_params(config: ModelConfig, mesh: Mesh) -> Params:
+    """Parameters in memory, in the layout and dtypes that serving reads."""
+    return serving_layout(config, mesh, config.dtype)(init_params(stacked(config), 0, mesh))
+
+
+def write_model(folder: Path, config: ModelConfig) -> None:
+    """A model folder as `isthmus train` leaves it, with random weights and a byte-level BPE of Python's own source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer.train(python_source(SAMPLE_BYTES), config.vocab_size)
+    tokenizer.save(folder / "tokenizer.json")
+    _pad_vocabulary(folder / "tokenizer.json", config.vocab_size)
+    config.save(folder / "config.json")
+    mesh = build_mesh(MeshShape())
+    checkpoints = Checkpoints(folder)
+    with use_mesh(mesh):
+        checkpoints.save(0, init_params(stacked(config), 0, mesh), {}, {"step": 0})
+    checkpoints.close()
+
+
+def _pad_vocabulary(path: Path, size: int) -> None:
+    """Adds tokens that no text gives until there are `size`, so that every row of the head can be drawn."""
+    fields = json.loads(path.read_text())
+    vocab = fields["model"]["vocab"]
+    taken = len(vocab)
+    vocab.update({f"<|unused{index}|>": index for index in range(taken, size)})
+    path.write_text(json.dumps(fields, ensure_ascii=False))
+
+
+def python_source(limit: int) -> Iterator[str]:
+    """The standard library's modules, in order, up to `limit` bytes: text that every machine has."""
+    left = limit
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")):
+        if "site-packages" in path.parts or left <= 0:
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
+        left -= len(text)
+        yield text

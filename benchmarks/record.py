@@ -1,0 +1,80 @@
+"""Results on disk: one JSON file a platform and benchmark, with everything needed to read or repeat it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import Machine
+from model.config import ConfigError
+
+FORMAT = 1
+"""Of the files; a reader refuses another"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished benchmark."""
+
+    kind: str
+    """step, serve or train"""
+    subject: str
+    """What was measured: the preset or the model folder's name"""
+    machine: Machine
+    config: dict[str, Any]
+    """As it was asked for"""
+    figures: dict[str, Any]
+    """What came out; times in seconds, sizes in bytes, rates per second"""
+
+    @property
+    def stem(self) -> str:
+        """PLATFORM-KIND-SUBJECT: a later run of the same replaces the earlier."""
+        return f"{self.machine.platform}-{self.kind}-{self.subject}"
+
+    def save(self, folder: Path) -> Path:
+        """Writes FOLDER/STEM.json; the folder is made. NaN and infinity become null."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.stem}.json"
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        path.write_text(json.dumps(finite(fields), indent=1, default=str) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Raises ConfigError when the file is not a record of this format."""
+        try:
+            fields = json.loads(path.read_text())
+            if fields.pop("format") != FORMAT:
+                raise ConfigError(f"{path} has another format than {FORMAT}: run the benchmark again")
+            return cls(**{**fields, "machine": Machine(**fields["machine"])})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} is not a benchmark's result: {error}") from None
+
+
+def results_folder(out: Path | None) -> Path:
+    """`out`, else ./benchmarks/results where there is one, else ./bench-results."""
+    if out is not None:
+        return out
+    house = Path("benchmarks/results")
+    return house if house.is_dir() else Path("bench-results")
+
+
+def load_all(folder: Path) -> list[Record]:
+    """Every record in `folder`, by name. Raises ConfigError when there is none or one can't be read."""
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ConfigError(f"{folder} holds no results: run `isthmus bench step` first")
+    return [Record.load(path) for path in paths]
+
+
+def finite(value: Any) -> Any:
+    """`value` with every float that JSON can't hold as None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

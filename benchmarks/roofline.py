@@ -1,0 +1,102 @@
+"""The least a step can take: the bytes it must move and the FLOPs it must do, against the machine's limits.
+
+The roofline of Williams, Waterman and Patterson (2009, doi 10.1145/1498765.1498785). Counted from shapes, so it doesn't
+know what the program really moves: the distance between the two is what there is to win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from benchmarks.machine import Limits
+from model.config import ModelConfig
+from model.transformer import abstract_params
+from serve.engine.config import Bucket
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step of a bucket is given: rows that decode, and prompts from their first token."""
+
+    rows: int
+    """Sequences that each draw one token"""
+    depth: int
+    """Positions that token attends to, its own included"""
+    prompts: tuple[int, ...]
+    """Tokens of each prompt"""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return self.rows + sum(self.prompts)
+
+    @property
+    def drawn(self) -> int:
+        """Rows of the head that somebody wants: one a sequence."""
+        return self.rows + len(self.prompts)
+
+    @property
+    def read(self) -> int:
+        """Cached positions that must be read: each sequence's once, however many of its queries read them."""
+        return self.rows * self.depth + sum(self.prompts)
+
+    @property
+    def attended(self) -> int:
+        """Query-key pairs."""
+        return self.rows * self.depth + sum(p * (p + 1) // 2 for p in self.prompts)
+
+
+def workload(bucket: Bucket, depth: int) -> Workload:
+    """The bucket full: every row at `depth`, every block part of a prompt of up to `depth` tokens, in whole blocks."""
+    per_prompt = max(1, depth // bucket.block_size)
+    whole, rest = divmod(bucket.blocks, per_prompt)
+    blocks = [per_prompt] * whole + [rest] * bool(rest)
+    return Workload(bucket.rows, depth, tuple(count * bucket.block_size for count in blocks))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step has to move and to compute at the least."""
+
+    weight_bytes: int
+    """Every parameter once; of an embedding that isn't the head, only the rows looked up"""
+    kv_read_bytes: int
+    kv_written_bytes: int
+    flops: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes
+
+
+def weight_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of parameters that a step over `tokens` tokens reads: matrices in the model's dtype, norms in float32."""
+    size = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        name = path[-1].key
+        if name == "embedding" and not config.tie_embeddings:
+            total += min(tokens, config.vocab_size) * config.dim * size
+        else:
+            total += leaf.size * (4 if name in ("scale", "bias") else size)
+    return total
+
+
+def cost(config: ModelConfig, work: Workload) -> Cost:
+    """FLOPs are ModelConfig.forward_flops, less the head's for tokens that draw nothing."""
+    headless = 2 * config.vocab_size * config.dim * (work.tokens - work.drawn)
+    return Cost(
+        weight_bytes=weight_bytes(config, work.tokens),
+        kv_read_bytes=work.read * config.kv_bytes_per_token(),
+        kv_written_bytes=work.tokens * config.kv_bytes_per_token(),
+        flops=config.forward_flops(work.tokens, work.attended) - headless,
+    )
+
+
+def limit_seconds(cost: Cost, limits: Limits) -> tuple[float, str]:
+    """The least time, and which limit sets it: 'memory' or 'compute'."""
+    memory, compute = cost.bytes / limits.bandwidth, cost.flops / limits.flops
+    return (memory, "memory") if memory >= compute else (compute, "compute")

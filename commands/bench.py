@@ -1,0 +1,76 @@
+"""`isthmus bench`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from benchmarks import report, serve, step, train
+from benchmarks.record import Record, results_folder
+from model.checkpoint import CheckpointError
+from model.config import ConfigError
+from serve.engine.build import enable_compilation_cache
+
+HELP = """Measures a step, a server or training against the hardware's limits, and makes tables and plots of the results.
+
+examples:
+  isthmus bench step                                     every program of a 125m server against its roofline
+  isthmus bench step --preset 5m --vocab-size 4096       the same, in a minute
+  isthmus bench serve --preset 125m                      a server under load: throughput and latency by arrival rate
+  isthmus bench serve --model runs/mine --rates 1 2 4    a model folder, at rates of one's own (requests a second)
+  isthmus bench serve --address 127.0.0.1:50051          a server that runs already
+  isthmus bench train --peer                             a training step, beside nanoGPT in torch (make peers)
+  isthmus bench report                                   README.md and plots from all results
+
+Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
+
+Command = (
+    Annotated[step.StepBench, tyro.conf.subcommand("step")]
+    | Annotated[serve.ServeBench, tyro.conf.subcommand("serve")]
+    | Annotated[train.TrainBench, tyro.conf.subcommand("train")]
+    | Annotated[report.ReportConfig, tyro.conf.subcommand("report")]
+)
+
+
+def _measure(command: step.StepBench | serve.ServeBench | train.TrainBench, console: Console) -> None:
+    """Runs, prints and saves one benchmark."""
+    record: Record
+    match command:
+        case step.StepBench():
+            record = step.run(command, console)
+            step.show(record, console)
+        case serve.ServeBench():
+            record = serve.run(command, console)
+            serve.show(record, console)
+        case train.TrainBench():
+            record = train.run(command, console)
+            train.show(record, console)
+    console.print(f"saved {record.save(results_folder(command.output.out))}", highlight=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the process's exit status."""
+    console = Console(soft_wrap=True)
+    command = tyro.cli(Command, args=list(argv), description=HELP, prog="isthmus bench")  # type: ignore[arg-type]
+    try:
+        if isinstance(command, report.ReportConfig):
+            for path in report.write_report(results_folder(command.out)):
+                console.print(f"wrote {path}", highlight=False)
+            return 0
+        enable_compilation_cache()
+        _measure(command, console)
+    except (ConfigError, CheckpointError) as error:
+        console.print(f"isthmus bench: {error}", style="red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

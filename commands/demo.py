@@ -1,0 +1,263 @@
+"""`isthmus demo`: the whole path once. Trains a small model on Python's own standard library, serves it, calls it."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.panel import Panel
+from rich.syntax import Syntax
+from rich.table import Table
+
+from isthmus.client import Client, finish_reason_name
+from model.config import ConfigError, ModelConfig
+from train.config import DataConfig, OptimizerConfig, TrainConfig
+from train.documents import is_heldout, read_documents
+from train.loop import Report, train
+from train.metrics import save_curve, terminal_curve
+
+HELP = """Trains a small model on the source of Python's own standard library, read where it lies, serves it over gRPC,
+and streams completions for eight prompts at once."""
+
+PROMPTS = (
+    "def __init__(self",
+    "import ",
+    "class ",
+    "    def __repr__(self):\n        return ",
+    "for i in range(",
+    "if __name__ == ",
+    "    try:\n        ",
+    "from collections import ",
+)
+
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "__pycache__",
+    "lib-dynload",
+    "ensurepip",
+    "pydoc_data",
+}
+"""Not source, or not everywhere: some systems install Python without its tests."""
+
+CLIENT_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    out: Path = Path("demo-out")
+    """Where the model, its loss curve and its checkpoints go; an earlier demo's is replaced"""
+    steps: int = 700
+    max_tokens: int = 48
+    """Of each completion"""
+    temperature: float = 0.6
+
+
+@dataclass
+class Generation:
+    """One streamed completion, timed by its client."""
+
+    prompt: str
+    text: str = ""
+    tokens: int = 0
+    first: float = 0.0
+    """Seconds to the first token"""
+    total: float = 0.0
+    reason: str = ""
+    chunks: list[str] = field(default_factory=list)
+
+
+def standard_library() -> tuple[str, ...]:
+    """Folders and files of the standard library's Python source."""
+    root = Path(sysconfig.get_path("stdlib"))
+    entries = (e for e in root.iterdir() if e.name not in _LEFT_OUT and (e.is_dir() or e.suffix == ".py"))
+    return tuple(str(e) for e in sorted(entries) if e.is_file() or any(e.rglob("*.py")))
+
+
+def demo_training(config: DemoConfig) -> TrainConfig:
+    model = ModelConfig(
+        vocab_size=0, dim=192, layers=4, heads=4, kv_heads=2, head_dim=48, mlp_dim=512, context_length=512
+    )
+    return TrainConfig(
+        data=standard_library(),
+        out=config.out,
+        preset="demo",
+        model=model,
+        text=DataConfig(vocab_size=2048, seq=256, heldout_fraction=0.03),
+        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50, schedule="wsd", decay_fraction=0.4, final_lr=0.02),
+        steps=config.steps,
+        batch=8,
+        mesh="dp=1",
+        eval_every=max(1, config.steps // 6),
+        eval_batches=8,
+        checkpoint_every=config.steps,
+    )
+
+
+def xz_bits_per_byte(training: TrainConfig) -> float:
+    """What `xz -9` makes of the held-out files, all in one stream."""
+    documents = read_documents(training.data)
+    raw = "".join(d.text for d in documents if is_heldout(d.name, training.text.heldout_fraction)).encode()
+    return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+
+
+def _start_server(model: Path, console: Console) -> tuple[subprocess.Popen[str], str]:
+    """The server's process and its address, once it says SERVING."""
+    words = [
+        "serve",
+        "--model",
+        str(model),
+        "--port",
+        "0",
+        "--engine.max-sequences",
+        "8",
+        "--engine.prefill-tokens",
+        "64",
+    ]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "commands.main", *words], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    with console.status("isthmus serve: compiling"):
+        for line in process.stdout:
+            if line.startswith("SERVING on "):
+                return process, line.split()[-1]
+            console.print(line.rstrip(), highlight=False)
+    raise RuntimeError(f"the server ended with status {process.wait()} before it was ready")
+
+
+def _complete(client: Client, prompt: str, config: DemoConfig, seed: int) -> Generation:
+    result = Generation(prompt)
+    start = time.perf_counter()
+    for event in client.stream(
+        prompt,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=0.95,
+        seed=seed,
+        timeout=CLIENT_SECONDS,
+    ):
+        kind = event.WhichOneof("event")
+        if kind == "delta":
+            result.first = result.first or time.perf_counter() - start
+            result.chunks.append(event.delta.text)
+        elif kind == "finished":
+            result.tokens = event.finished.usage.completion_tokens
+            result.reason = finish_reason_name(event.finished.finish_reason)
+    result.total = time.perf_counter() - start
+    result.text = "".join(result.chunks)
+    return result
+
+
+def _watch_pages(client: Client, done: threading.Event) -> int:
+    """Most pages in use at once until `done`."""
+    most = 0
+    while not done.wait(0.01):
+        most = max(most, client.load().pages_in_use)
+    return most
+
+
+def _call(address: str, config: DemoConfig, console: Console) -> None:
+    done = threading.Event()
+    with Client(address) as client, ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
+        client.generate("pass", max_tokens=2)  # the channel's own set-up is not a token's time
+        info = client.server_info()
+        pages = pool.submit(_watch_pages, client, done)
+        start = time.perf_counter()
+        results = list(pool.map(lambda pair: _complete(client, pair[1], config, seed=pair[0]), enumerate(PROMPTS)))
+        seconds = time.perf_counter() - start
+        done.set()
+        most_pages = pages.result()
+    for result in results:
+        code = Syntax(result.prompt + result.text, "python", theme="ansi_dark", background_color="default")
+        console.print(Panel(code, title=repr(result.prompt), title_align="left", width=min(100, console.width)))
+    tokens = sum(result.tokens for result in results)
+    first = sorted(result.first for result in results)
+    table = Table(title=f"{len(PROMPTS)} prompts at once, over gRPC", show_header=False)
+    for name, value in (
+        (
+            "time to first token",
+            f"{1e3 * first[len(first) // 2]:.0f} ms median, {1e3 * first[-1]:.0f} ms worst",
+        ),
+        ("output", f"{tokens} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s"),
+        (
+            "KV cache",
+            f"{most_pages} of {info.pages_total} pages in use at most, {info.page_size} tokens each",
+        ),
+        (
+            "compile and warm-up",
+            f"{info.compile_seconds:.1f} s and {info.warmup_seconds:.1f} s, {len(info.buckets)} programs",
+        ),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _show_training(report: Report, training: TrainConfig, console: Console) -> None:
+    console.print(terminal_curve(training.out, width=min(100, console.width)), markup=False, highlight=False)
+    xz = xz_bits_per_byte(training)
+    assert report.bits_per_byte is not None
+    winner = "the model" if report.bits_per_byte < xz else "xz"
+    console.print(
+        f"held-out source, bits a byte: model {report.bits_per_byte:.3f}, xz -9 {xz:.3f} ({winner} wins)\n"
+        f"trained {report.steps} steps in {report.seconds:.0f} s: {report.tokens_per_second:,.0f} tokens/s, MFU {report.mfu:.0%}\n"
+        f"loss curve: {save_curve(training.out)}",
+        highlight=False,
+    )
+
+
+def run(config: DemoConfig, console: Console) -> None:
+    if config.out.exists():
+        if not (config.out / "train.json").is_file():
+            raise ConfigError(f"out: {config.out} exists and is no earlier demo; name another folder")
+        shutil.rmtree(config.out)
+    training = demo_training(config)
+    console.rule("train")
+    report = train(training, console)
+    if report.interrupted:
+        raise KeyboardInterrupt
+    _show_training(report, training, console)
+    console.rule("serve")
+    process, address = _start_server(config.out, console)
+    try:
+        console.print(f"isthmus serve is SERVING on {address}", highlight=False)
+        console.rule("generate")
+        _call(address, config, console)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def main(argv: Sequence[str]) -> int:
+    console = Console(soft_wrap=True)
+    config = tyro.cli(DemoConfig, args=list(argv), description=HELP, prog="isthmus demo")
+    start = time.perf_counter()
+    try:
+        run(config, console)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    except ConfigError as error:
+        console.print(f"isthmus demo: {error}", style="red", markup=False)
+        return 2
+    console.print(
+        f"done in {time.perf_counter() - start:.0f} s. Serve it yourself: isthmus serve --model {config.out}",
+        highlight=False,
+    )
+    return 0

@@ -1,0 +1,257 @@
+"""A real server on a thread of this process, and the model folders that it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+import typing
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import jax
+import numpy as np
+import uvloop
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from jax.experimental.compilation_cache import compilation_cache
+
+from isthmus import Client
+from isthmus.v1 import inference_pb2 as pb
+from isthmus.v1 import inference_pb2_grpc
+from model.checkpoint import Checkpoints
+from model.config import ModelConfig
+from model.sharding import MeshShape, build_mesh
+from model.tokenizer import Tokenizer
+from model.transformer import Params, stacked
+from serve.api.config import ServeConfig
+from serve.api.server import Server
+from serve.engine.build import enable_compilation_cache, open_model
+from serve.engine.config import EngineConfig
+from serve.engine.engine import Engine
+from tests.support import on_host, random_params
+
+PATIENCE = 60.0
+"""Seconds that anything may take before a test calls it stuck."""
+
+NETWORK = ModelConfig(
+    vocab_size=512,
+    dim=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mlp_dim=128,
+    context_length=1024,
+    tie_embeddings=False,
+)
+ENGINE = EngineConfig(max_sequences=8, prefill_tokens=64)
+LONG = 900
+"""Tokens of a generation that is still going on when a test has something to say about it"""
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+T = TypeVar("T")
+
+
+def wait_for(condition: Callable[[], T], what: str) -> T:
+    """The first true value of `condition`. Fails after PATIENCE."""
+    deadline = time.monotonic() + PATIENCE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.002)
+    return value
+
+
+# Models
+
+
+def train_tokenizer() -> Tokenizer:
+    texts = [inspect.getsource(module) for module in (typing, inspect, threading)]
+    return Tokenizer.train(texts, NETWORK.vocab_size)
+
+
+def byte_token(tokenizer: Tokenizer, byte: int) -> int:
+    """The id that stands for one byte alone."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    letter = chr(byte) if byte in printable else chr(256 + others.index(byte))
+    token = tokenizer._inner.token_to_id(letter)
+    assert token is not None, f"the tokenizer has no token for byte {byte:#x}"
+    return token
+
+
+def save_model(folder: Path, tokenizer: Tokenizer, params: Params) -> Path:
+    """A model folder as training leaves one."""
+    folder.mkdir(parents=True)
+    NETWORK.save(folder / "config.json")
+    tokenizer.save(folder / "tokenizer.json")
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(1, params, {"count": np.zeros((), np.int32)}, {"step": 1})
+    checkpoints.close()
+    return folder
+
+
+def varied_params() -> Params:
+    """Parameters whose generations are far from repetitive."""
+    return random_params(stacked(NETWORK), build_mesh(MeshShape()))
+
+
+def scripted_params(follows: dict[int, int]) -> Params:
+    """Parameters of a model that, greedily, goes from each token to the one that `follows` it, whatever came before:
+    its blocks add nothing, and the head's column of a token points where its predecessors' embeddings do."""
+    params = on_host(varied_params())
+    blocks = params["blocks"]
+    blocks = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0 if {"out", "down"} & {entry.key for entry in path} else leaf, blocks
+    )
+    embedding = params["embedding"]
+    head = np.zeros_like(params["head"])
+    for token, successor in follows.items():
+        head[:, successor] += embedding[token]
+    norm = {"scale": np.ones_like(params["norm"]["scale"])}
+    logits = embedding @ head
+    wrong = [t for t, successor in follows.items() if logits[t].argmax() != successor]
+    assert not wrong, "the script's tokens are too alike"
+    return jax.tree.map(jax.numpy.asarray, {**params, "blocks": blocks, "norm": norm, "head": head})
+
+
+def cycle(tokens: list[int]) -> dict[int, int]:
+    return dict(zip(tokens, tokens[1:] + tokens[:1], strict=True))
+
+
+# Servers
+
+
+@contextmanager
+def compilation_cache_in(folder: Path) -> Iterator[None]:
+    """Compiled programs are shared through `folder` inside, and JAX is as before outside."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    enable_compilation_cache(folder)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+class RunningServer:
+    """A Server on an event loop and a thread of its own."""
+
+    def __init__(self, config: ServeConfig, cache: Path, *, load: bool = True) -> None:
+        """load: whether to make the model ready. Raises what the server raises."""
+        self._loop = uvloop.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="server", daemon=True)
+        self._thread.start()
+        self._stopped = False
+        self.config = config
+        try:
+            self.server = self.on_loop(self._start())
+        except BaseException:
+            self._end_loop()
+            raise
+        self.address = f"127.0.0.1:{self.server.port}"
+        if load:
+            with compilation_cache_in(cache):
+                self.on_loop(self.server.load())
+
+    async def _start(self) -> Server:
+        server = Server(self.config, open_model(self.config.model, self.config.dtype))
+        await server.start()
+        return server
+
+    def on_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=3 * PATIENCE)
+
+    @property
+    def engine(self) -> Engine:
+        assert self.server.session.engine is not None
+        return self.server.session.engine
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.address, **options)
+
+    def stop(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.on_loop(self.server.stop())
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(PATIENCE)
+
+
+def idle(client: Client) -> bool:
+    load = client.load()
+    return load.running == load.waiting == load.pages_in_use == 0
+
+
+def check_health(channel: grpc.Channel, service: str = "") -> int:
+    request = health_pb2.HealthCheckRequest(service=service)
+    return health_pb2_grpc.HealthStub(channel).Check(request, timeout=PATIENCE).status
+
+
+# Calls
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Everything that one stream gave."""
+
+    started: pb.Started
+    deltas: tuple[pb.Delta, ...]
+    finished: pb.Finished
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token for delta in self.deltas for token in delta.token_ids)
+
+
+def collect(events: Iterable[pb.GenerateStreamResponse]) -> Streamed:
+    """Reads a stream to its end and holds it to its order: Started, Deltas, Finished."""
+    kinds, values = [], []
+    for event in events:
+        kind = event.WhichOneof("event")
+        kinds.append(kind)
+        values.append(getattr(event, kind))
+    assert kinds == ["started", *["delta"] * (len(kinds) - 2), "finished"]
+    return Streamed(values[0], tuple(values[1:-1]), values[-1])
+
+
+def raw_stub(client: Client) -> inference_pb2_grpc.InferenceServiceStub:
+    """For messages that `Client` would not build."""
+    return inference_pb2_grpc.InferenceServiceStub(client.channel)
+
+
+def details(error: grpc.RpcError, kind: type[T]) -> T:
+    """The google.rpc detail of this kind that came with the status. Fails when there is none."""
+    status = rpc_status.from_call(error)
+    assert status is not None, f"no google.rpc status with {error}"
+    for detail in status.details:
+        message = kind()
+        if detail.Unpack(message):
+            return message
+    raise AssertionError(f"no {kind.__name__} with {error}")
+
+
+def blamed_fields(error: grpc.RpcError) -> list[str]:
+    return [v.field for v in details(error, error_details_pb2.BadRequest).field_violations]
