@@ -54,10 +54,19 @@ def describe() -> Machine:
     """This machine, now."""
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu"
+    return _describe(devices[0].platform, cpu_name() if on_cpu else devices[0].device_kind, len(devices))
+
+
+def describe_remote(kind: str, devices: list[str]) -> Machine:
+    """This machine's host, with the devices that a server named; no device is touched."""
+    return _describe(kind, cpu_name() if kind == "cpu" else devices[0], len(devices))
+
+
+def _describe(kind: str, device: str, devices: int) -> Machine:
     return Machine(
-        platform=devices[0].platform,
-        device=cpu_name() if on_cpu else devices[0].device_kind,
-        devices=len(devices),
+        platform=kind,
+        device=device,
+        devices=devices,
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         operating_system=f"{platform.system()} {platform.release()}",

@@ -53,7 +53,7 @@ def write_model(folder: Path, config: ModelConfig) -> None:
     mesh = build_mesh(MeshShape())
     checkpoints = Checkpoints(folder)
     with use_mesh(mesh):
-        checkpoints.save(0, init_params(stacked(config), 0, mesh), {}, {"step": 0})
+        checkpoints.save(0, init_params(stacked(config), 0, mesh), {"steps": jax.numpy.int32(0)}, {"step": 0})
     checkpoints.close()
 
 

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from model.memory import keep_heap
+
 COMMANDS = {
     "train": ("train.cli", "train a transformer on text"),
     "serve": ("commands.serve", "serve a model folder over gRPC"),
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"isthmus: there is no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    keep_heap()
     return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
 
 

@@ -42,7 +42,7 @@ def generate_request(
     return_token_ids: bool = True,
     request_id: str = "",
 ) -> inference_pb2.GenerateRequest:
-    """The request message; what is None takes the server's default. Raises ValueError when a number doesn't fit its field."""
+    """The request message; None takes the server's default. Raises ValueError for a number too big for its field."""
     request = inference_pb2.GenerateRequest(request_id=request_id)
     if isinstance(prompt, str):
         request.text = prompt

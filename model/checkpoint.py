@@ -1,7 +1,7 @@
 """Orbax checkpoints: saved in the background, committed atomically, restored to any mesh.
 
-A model folder holds `config.json`, `tokenizer.json` and `checkpoints/STEP/{params,optimizer,progress}`. Arrays are stored
-in the stacked layout whatever the run used, so that training on one layout can serve or resume on the other.
+A model folder holds `config.json`, `tokenizer.json` and `checkpoints/STEP/{params,optimizer,progress}`. Arrays are
+stored in the stacked layout whatever the run used, so that training on one layout can serve or resume on the other.
 """
 
 from __future__ import annotations

@@ -137,4 +137,4 @@ PRESETS: dict[str, ModelConfig] = {
         **_LARGE,
     ),
 }
-"""Sizes to start from, by their rough number of parameters; columns: dim, layers, heads, kv_heads, head_dim, mlp_dim."""
+"""Sizes to start from, by their rough number of parameters: dim, layers, heads, kv_heads, head_dim, mlp_dim, …"""

@@ -26,13 +26,14 @@ attention and a cache of None, serving attention over the paged cache.
 """
 
 INIT_STD = 0.02
+NORMAL = nnx.initializers.normal(INIT_STD)
 
 
 def parameter(
     rngs: nnx.Rngs,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-    initializer: Callable = nnx.initializers.normal(INIT_STD),
+    initializer: Callable = NORMAL,
 ) -> nnx.Param:
     """A float32 parameter that knows its logical axes."""
     return nnx.Param(initializer(rngs.params(), shape, jnp.float32), out_sharding=axes)
@@ -64,9 +65,14 @@ class Linear(nnx.Module):
 
 
 def contract(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-    """Contracts the last `axes` axes of x with the first of kernel, in float32."""
-    dims = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
-    return jax.lax.dot_general(x, kernel, (dims, ((), ())), preferred_element_type=jnp.float32)
+    """Contracts the last `axes` axes of x with the first of kernel, in float32.
+
+    As a product of two matrices: with more axes, XLA transposes the weight gradient's operands before its product.
+    """
+    leading, inner, outer = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
+    size = math.prod(inner)
+    out = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=jnp.float32)
+    return out.reshape(*leading, *outer)
 
 
 class RMSNorm(nnx.Module):
@@ -83,18 +89,19 @@ class RMSNorm(nnx.Module):
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32[..., 1, head_dim / 2], for int32 positions [...] (Su et al. 2021, arXiv 2104.09864)."""
+    """cos and signed sin, float32[..., 1, head_dim], for int32 positions [...] (Su et al. 2021, arXiv 2104.09864)."""
     half = head_dim // 2
     frequency = jnp.float32(theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns pairs (i, i + head_dim / 2) of x[..., heads, head_dim]: the half-split layout of Llama and Qwen."""
     cos, sin = angles
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    y = x.astype(jnp.float32)
+    return (y * cos + jnp.roll(y, y.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 class Attention(nnx.Module):

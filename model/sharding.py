@@ -117,7 +117,7 @@ _LEADING = {1: ("tokens",), 2: ("batch", "seq")}
 
 
 def shard(x: jax.Array, *trailing: str) -> jax.Array:
-    """Constrains an activation whose last axes are `trailing`, after [tokens] or [batch, seq]; nothing without a mesh."""
+    """Constrains an activation whose last axes are `trailing`, after [tokens] or [batch, seq]; no-op without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     axes = (*_LEADING[x.ndim - len(trailing)], *trailing)

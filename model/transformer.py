@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
-from model.layers import INIT_STD, Attend, Block, Cache, RMSNorm, contract, parameter, rotary_angles
+from model.layers import Attend, Block, Cache, RMSNorm, contract, parameter, rotary_angles
 from model.sharding import named_sharding, shard, use_mesh
 
 Params = dict[str, Any]
@@ -42,11 +42,7 @@ class Transformer(nnx.Module):
         else:
             self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else parameter(rngs, table[::-1], ("embed", "vocab"), nnx.initializers.normal(INIT_STD))
-        )
+        self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], ("embed", "vocab"))
 
     def __call__(
         self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Cache

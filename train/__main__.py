@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from train.cli import main
+from model.memory import keep_heap
 
 if __name__ == "__main__":
+    keep_heap()
+    from train.cli import main
+
     sys.exit(main())

@@ -111,7 +111,7 @@ class TrainConfig:
         parts = self.mesh_shape.dp * self.mesh_shape.fsdp
         if (self.batch // self.accumulate) % parts:
             raise ConfigError(
-                f"batch / accumulate = {self.batch // self.accumulate} sequences can't be split over dp x fsdp = {parts}"
+                f"batch / accumulate = {self.batch // self.accumulate} can't be split over dp x fsdp = {parts} devices"
             )
 
     @property
@@ -159,5 +159,6 @@ def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
     for item in dataclasses.fields(TrainConfig):
         if item.name not in FREE_ON_RESUME and getattr(saved, item.name) != getattr(asked, item.name):
             raise ConfigError(
-                f"{item.name} can't change on --resume: it was {getattr(saved, item.name)!r}. Start a new run with another --out"
+                f"{item.name} can't change on --resume: it was {getattr(saved, item.name)!r}. "
+                f"Start a new run with another --out"
             )

@@ -1,7 +1,8 @@
 """Tokens on disk, and batches from them: the batch of a step is a pure function of (seed, step).
 
 Documents lie end to end in one flat file, each led by the end-of-text token, which starts a document and, as the
-target of the token before it, ends one. A sequence is a window of it; segments and positions start anew with a document.
+target of the token before it, ends one. A sequence is a window of it; segments and positions start anew with each
+document.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def paged(q: jax.Array, cache: jax.Array, tables: jax.Array, positions: jax.Arra
     """Attention of queries over the pages of their sequence, causal by position.
 
     q: [rows, queries, heads, head_dim], the queries of a row belonging to one sequence; cache: [pages, page_size,
-    2 * kv_heads, head_dim]; tables: int32[rows, pages a sequence], entries past a sequence's end pointing anywhere valid;
+    2 * kv_heads, head_dim]; tables: int32[rows, pages a sequence], entries past a sequence's end being any valid page;
     positions: int32[rows, queries], -1 for padding. Returns as q.
 
     Reads CHUNK keys at a time with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) and stops after

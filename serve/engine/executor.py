@@ -1,4 +1,4 @@
-"""Runs plans on the device: one compiled program a bucket, the KV cache and the last tokens donated from step to step."""
+"""Runs plans on the device: one compiled program a bucket, cache and last tokens donated from step to step."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Page 0 is the null page: padding writes there, nobody owns it. A page is **held** (reference count > 0) or on the **free
 list**; a free page may still be **cached**: keyed by what it holds, ready to be held again until it is evicted.
-The free list is intrusive (prev/next in int32 arrays), so that a page leaves its middle in O(1). Its head is evicted next.
+The free list is intrusive (prev/next in int32 arrays), so that a page leaves its middle in O(1). Its head is evicted
+next.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class PagePool:
             self._held[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Gives `pages` back, a sequence's in its order. Its end is evicted before its beginning, which others may share."""
+        """Gives back a sequence's `pages`, in its order. Its end is evicted before its shareable beginning."""
         for page in reversed(pages):
             assert page != NULL_PAGE and self._held[page] > 0, f"page {page} released and not held"
             self._held[page] -= 1

@@ -1,5 +1,5 @@
-"""Draws the next tokens, on the device. A draw depends on the row's logits, its parameters, its seed and its position, and
-on nothing else in the batch."""
+"""Draws the next tokens, on the device. A draw depends on the row's logits, its parameters, its seed and its position,
+and on nothing else in the batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def sample(
 ) -> jax.Array:
     """int32[rows]: a token for each row of float32 logits [rows, vocab].
 
-    temperature, top_p, min_p: float32[rows]; top_k, position: int32[rows]; seed: low and high 32 bits, uint32[rows] each.
+    temperature, top_p, min_p: float32[rows]; top_k, position: int32[rows]; seed: low and high 32 bits, uint32[rows].
     Temperature 0 takes the likeliest. Otherwise the filters leave a set of tokens, in the order temperature, top_k,
     top_p, min_p, and adding Gumbel noise and taking the largest draws from it (Maddison et al. 2014, arXiv 1411.0030).
     The noise comes from fold_in(fold_in(seed, 0), position): sequence 0 of the request, the token's position in it.

@@ -48,11 +48,11 @@ NETWORK = ModelConfig(
     kv_heads=2,
     head_dim=16,
     mlp_dim=128,
-    context_length=1024,
+    context_length=4096,
     tie_embeddings=False,
 )
 ENGINE = EngineConfig(max_sequences=8, prefill_tokens=64)
-LONG = 900
+LONG = 4000
 """Tokens of a generation that is still going on when a test has something to say about it"""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -1,0 +1,91 @@
+"""Parts of a benchmark in processes of their own, so that they share no interpreter lock: JSON lines in, JSON lines out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class BenchError(RuntimeError):
+    """A benchmark that couldn't go on; the message says what failed."""
+
+
+class Child:
+    """A process that answers questions. What it prints goes to `log`."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Calls the child's handler of that name and waits. Raises BenchError when it fails or has died."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: the empty answer says so
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"a process of the benchmark died on {do!r}:\n{tail(self._log)}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BenchError(f"{do}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        """Ends it: by the end of its input, else by a signal."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        stop(self._process)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def module(name: str) -> list[str]:
+    """The command that runs a module of this project."""
+    return [sys.executable, "-m", name]
+
+
+def stop(process: subprocess.Popen, seconds: float = 30.0, number: int | None = None) -> None:
+    """Waits for a process after sending it signal `number`, if any; kills it after `seconds`."""
+    if number is not None and process.poll() is None:
+        process.send_signal(number)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def tail(log: Path, size: int = 2000) -> str:
+    return log.read_text(errors="replace")[-size:]
+
+
+def answer(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """The child's side: answers until its input ends. Whatever else prints goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        fields = json.loads(line)
+        try:
+            reply = handlers[fields.pop("do")](**fields)
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()

@@ -1,0 +1,190 @@
+"""One model: what is served is what was trained, to the token.
+
+The engine cuts prompts into blocks, pages its cache, shares prefixes, preempts and runs a step ahead of itself. None of
+that may show: its tokens are those of the training forward pass, one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.sharding import MeshShape, build_mesh, use_mesh
+from model.transformer import Params, bind
+from serve.engine.config import Bucket, EngineConfig
+from serve.engine.executor import Executor, cache_shape, paged_attention
+from serve.engine.plan import split_plan
+from serve.engine.request import FinishReason, Request, SamplingParams
+from serve.engine.scheduler import Scheduler
+from tests.serve.engine.harness import Arrival, play
+from tests.support import forward, next_tokens, random_params
+
+VOCAB = 90
+"""Of 96: the last ids are padding of the embedding."""
+CONFIG = ModelConfig(
+    vocab_size=96,
+    dim=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    context_length=96,
+    tie_embeddings=False,
+    attention_bias=True,
+    qk_norm=True,
+)
+ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(CONFIG)
+GREEDY = SamplingParams(temperature=0)
+
+
+def start_executor(config: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Executor:
+    executor = Executor(config, engine, random_params(config, mesh), mesh, VOCAB)
+    executor.compile()
+    return executor
+
+
+@pytest.fixture(scope="module")
+def params(mesh: Mesh) -> Params:
+    return random_params(CONFIG, mesh)
+
+
+@pytest.fixture(scope="module")
+def executor(mesh: Mesh) -> Executor:
+    return start_executor(CONFIG, ENGINE, mesh)
+
+
+def random_arrivals(count: int, sampling: Any = lambda index: GREEDY, seed: int = 0) -> list[Arrival]:
+    """Prompts of random lengths at random steps; one in three begins as another one did."""
+    rng = random.Random(seed)
+    common = [rng.randrange(VOCAB) for _ in range(80)]
+    arrivals = []
+    for index in range(count):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randrange(1, 60))]
+        if rng.random() < 0.3:
+            prompt = common[: rng.randrange(16, 60)] + prompt[:10]
+        limit = rng.randrange(1, CONFIG.context_length - len(prompt) + 1)
+        request = Request(f"r{index}", prompt, sampling(index), max_tokens=limit)
+        arrivals.append(Arrival(request, step=rng.randrange(200)))
+    return arrivals
+
+
+def test_served_tokens_are_the_training_forwards(executor: Executor, params: Params) -> None:
+    """A model that is evaluated in training and served otherwise is another model."""
+    arrivals = random_arrivals(64)
+    engine = play(executor, arrivals).engine
+    requests = [arrival.request for arrival in arrivals]
+    likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
+    for request, row in zip(requests, likeliest, strict=True):
+        assert len(request.completion) == request.max_tokens
+        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
+    counters = engine.scheduler.counters
+    assert counters.preemptions > 0, "pages were never short, so preemption isn't tested"
+    assert counters.cached_prompt_tokens > 0, "no prefix was shared, so sharing isn't tested"
+    assert counters.completion_tokens == sum(request.max_tokens for request in requests)
+    distinct = [len(set(r.completion)) / len(r.completion) for r in requests if len(r.completion) >= 20]
+    assert np.mean(distinct) > 0.3, "the model only repeats itself, so any engine would look right"
+
+
+def test_stopping_is_the_training_forwards_too(executor: Executor, params: Params) -> None:
+    """The text must end exactly where the model ends it."""
+    eos, stop = 3, frozenset({5, 6})
+    requests = [
+        dataclasses.replace(arrival.request, id=f"s{index}", max_tokens=96 - len(arrival.request.prompt), eos_id=eos)
+        for index, arrival in enumerate(random_arrivals(24, seed=2))
+    ]
+    requests = [dataclasses.replace(request, stop_ids=stop) for request in requests]
+    play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
+    likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
+    for request, row in zip(requests, likeliest, strict=True):
+        want = row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist()
+        assert request.completion == want
+        assert not {eos, *stop} & set(want[:-1]), "it went on after its end"
+        if want[-1] == eos:
+            assert request.finish_reason is FinishReason.EOS
+        elif want[-1] in stop:
+            assert request.finish_reason is FinishReason.STOP_TOKEN
+        else:
+            assert request.finish_reason is FinishReason.CONTEXT_LENGTH
+    assert len({request.finish_reason for request in requests}) == 3, "not every way to end came up"
+
+
+def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> None:
+    """A seed is a promise: the same text, whoever else is being served, preempted or not, cached or not."""
+
+    def sampling(index: int) -> SamplingParams:
+        filters = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}][index % 4]
+        return SamplingParams(temperature=1.0, seed=index * 0x9E3779B97F4A7C15 % 2**64, **filters)
+
+    crowd = random_arrivals(40, sampling, seed=1)
+    engine = play(executor, crowd).engine
+    assert engine.scheduler.counters.preemptions > 0
+    for arrival in crowd[::4]:
+        request = arrival.request
+        alone = Request("alone", request.prompt, request.sampling, request.max_tokens)
+        play(executor, [Arrival(alone)])
+        assert alone.completion == request.completion, request.id
+    texts = {tuple(arrival.request.completion[:8]) for arrival in crowd if arrival.request.max_tokens >= 8}
+    assert len(texts) == sum(arrival.request.max_tokens >= 8 for arrival in crowd), "two seeds gave one text"
+
+
+def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
+    """Splitting the heads and the cache over devices is for size and speed only."""
+    engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=16, pages=25)
+    split = start_executor(CONFIG, engine, build_mesh(MeshShape(tp=2)))
+    arrivals = random_arrivals(16)
+    counters = play(split, arrivals).engine.scheduler.counters
+    assert counters.preemptions > 0
+    requests = [arrival.request for arrival in arrivals]
+    likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
+    for request, row in zip(requests, likeliest, strict=True):
+        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
+
+
+def test_the_engines_logits_are_the_training_forwards(params: Params, mesh: Mesh) -> None:
+    """Equal tokens could hide a drift that shows on a larger model; the numbers behind them must agree too."""
+    engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=32, pages=20)
+    programs: dict[Bucket, Any] = {}
+
+    def program(bucket: Bucket) -> Any:
+        def step(params: Params, cache: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+            arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+            model = bind(CONFIG, params)
+            attend = paged_attention(engine, bucket, arrays)
+            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
+            return cache, model.logits(hidden[arrays.sample_token])
+
+        return jax.jit(step, donate_argnums=1)
+
+    scheduler = Scheduler(engine)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(VOCAB) for _ in range(size)] for size in (1, 15, 16, 17, 40, 60)]
+    requests = [Request(f"{i}", prompt, GREEDY, 14 + 4 * i) for i, prompt in enumerate(prompts)]
+    for request in requests:
+        scheduler.add(request)
+    # Stale pages of others may hold anything, NaN included.
+    cache = jnp.full(cache_shape(CONFIG, engine), jnp.nan, jnp.float32)
+    seen: list[tuple[Request, int, np.ndarray]] = []
+    while (plan := scheduler.plan()) is not None:
+        run = programs.setdefault(plan.bucket, program(plan.bucket))
+        with use_mesh(mesh):
+            cache, logits = run(params, cache, plan.packed)
+        rows = np.asarray(logits)
+        seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
+        scheduler.commit(plan, rows[:, :VOCAB].argmax(axis=1))
+        scheduler.check()
+    assert scheduler.idle and scheduler.counters.preemptions > 0
+    tokens = np.zeros((len(requests), CONFIG.context_length), np.int32)
+    for row, request in zip(tokens, requests, strict=True):
+        row[: len(request.tokens)] = request.tokens
+    want = dict(zip(requests, forward(CONFIG, params, tokens), strict=True))
+    assert len(seen) >= sum(request.max_tokens for request in requests)
+    assert max(np.abs(logits - want[request][position]).max() for request, position, logits in seen) <= 1e-4

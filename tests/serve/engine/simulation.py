@@ -1,0 +1,274 @@
+"""The engine without a device: the real scheduler, driven a step ahead as the engine drives it, over a KV cache in a dict.
+
+Where the device would keep keys and values, the dict keeps which token was written, at which position, after which
+prefix. The "network" draws its next token from a hash of the prefix that it finds **through the page table**; a page that
+was freed too early, shared wrongly or not filled gives another text than the prompt's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from serve.engine.config import EngineConfig
+from serve.engine.pages import NULL_PAGE
+from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
+from serve.engine.request import FinishReason, Output, Request, SamplingParams
+from serve.engine.sampling import BAD_ROW
+from serve.engine.scheduler import Scheduler
+
+VOCAB = 7
+EOS = 0
+
+
+def extend(prefix: bytes, token: int) -> bytes:
+    return hashlib.blake2b(prefix + bytes([token % 256]), digest_size=8).digest()
+
+
+def draw(prefix: bytes) -> int:
+    """The token after a prefix; the end of the text one time in sixteen."""
+    number = int.from_bytes(hashlib.blake2b(b"draw" + prefix, digest_size=4).digest(), "big")
+    return EOS if number % 16 == 0 else 1 + number // 16 % (VOCAB - 1)
+
+
+def prefix_of(tokens: list[int]) -> bytes:
+    prefix = b""
+    for token in tokens:
+        prefix = extend(prefix, token)
+    return prefix
+
+
+def expected_completion(request: Request) -> list[int]:
+    """What the request would get with the device to itself and no cache."""
+    prefix, out = prefix_of(request.prompt), []
+    while len(out) < request.max_tokens:
+        out.append(draw(prefix))
+        prefix = extend(prefix, out[-1])
+        if out[-1] == request.eos_id or out[-1] in request.stop_ids:
+            break
+    return out
+
+
+@dataclass
+class Entry:
+    """What the cache holds for a token."""
+
+    token: int
+    position: int
+    prefix: bytes
+    """Of all tokens up to this one"""
+
+
+@dataclass
+class InFlight:
+    plan: StepPlan
+    drawn: np.ndarray
+
+
+class Simulation:
+    def __init__(self, config: EngineConfig) -> None:
+        """config: resolved."""
+        self.config = config
+        self.scheduler = Scheduler(config)
+        self.cache: dict[tuple[int, int], Entry] = {}
+        self.last_token: dict[int, int] = {}
+        self.in_flight: InFlight | None = None
+        self.live: dict[str, Request] = {}
+        self.finished: list[Request] = []
+        self.poison: set[str] = set()
+        """Requests whose next row comes out not finite"""
+        self.steps = 0
+        self.tokens_computed = 0
+
+    # what a front end does, between two steps
+
+    def submit(
+        self, prompt: list[int], max_tokens: int, eos_id: int | None = EOS, stop_ids: frozenset[int] = frozenset()
+    ) -> Request:
+        name = f"r{len(self.live) + len(self.finished)}"
+        request = Request(name, prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, eos_id=eos_id)
+        self.live[name] = request
+        self.scheduler.add(request)
+        return request
+
+    def cancel(self, name: str) -> None:
+        request = self.live.pop(name)
+        self.scheduler.finish(request, FinishReason.CANCELLED)
+        self._finished(request)
+
+    # one turn of the engine's loop: plan and launch t + 1, then read and commit t
+
+    def step(self) -> list[Output]:
+        plan = self.scheduler.plan()
+        self.scheduler.pool.check()
+        launched = None
+        if plan is not None:
+            self._check_plan(plan)
+            launched = InFlight(plan, self._launch(plan))
+        outputs: list[Output] = []
+        if self.in_flight is not None:
+            outputs = self.scheduler.commit(self.in_flight.plan, self.in_flight.drawn)
+        self.in_flight = launched
+        self.scheduler.check()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._finished(self.live.pop(output.request.id))
+        self.steps += 1
+        return outputs
+
+    def drain(self) -> None:
+        """Runs until nothing is left, which must come: a request that never ends holds its client for ever."""
+        work = sum(len(r.prompt) + r.max_tokens for r in self.live.values())
+        limit = self.steps + 20 * (work + 10)
+        while self.live or self.in_flight is not None:
+            self.step()
+            assert self.steps < limit, f"no end in sight: {[(r.id, r.computed, r.length) for r in self.live.values()]}"
+        assert self.scheduler.idle
+        assert self.scheduler.pool.in_use == 0, "a page is held by nobody"
+        self.scheduler.check()
+
+    def _finished(self, request: Request) -> None:
+        self.finished.append(request)
+        want = expected_completion(request)
+        got = request.completion
+        if request.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+            assert got == want[: len(got)], f"{request.id} read another prefix than its own"
+            return
+        assert got == want, f"{request.id} read another prefix than its own"
+        if got[-1] == request.eos_id:
+            assert request.finish_reason is FinishReason.EOS and request.stop_token == request.eos_id
+        elif got[-1] in request.stop_ids:
+            assert request.finish_reason is FinishReason.STOP_TOKEN and request.stop_token == got[-1]
+        elif len(request.tokens) == self.config.context_length:
+            assert request.finish_reason is FinishReason.CONTEXT_LENGTH
+        else:
+            assert request.finish_reason is FinishReason.LENGTH
+        assert request.slot == -1 and not request.pages
+
+    # the device
+
+    def _rows(self, arrays: PlanArrays, plan: StepPlan) -> Iterator[tuple[int, range]]:
+        """(row of tables, indices on the token axis) of each single token and block."""
+        bucket = plan.bucket
+        for row in range(bucket.rows):
+            yield row, range(row, row + 1)
+        for block in range(bucket.blocks):
+            first = bucket.rows + block * bucket.block_size
+            yield bucket.rows + block, range(first, first + bucket.block_size)
+
+    def _arrays(self, plan: StepPlan) -> PlanArrays:
+        return split_plan(plan.packed, plan.bucket, self.config.pages_per_sequence)
+
+    def _place(self, arrays: PlanArrays, row: int, position: int) -> tuple[int, int]:
+        size = self.config.page_size
+        return int(arrays.tables[row][position // size]), position % size
+
+    def _launch(self, plan: StepPlan) -> np.ndarray:
+        """Writes every token, then reads every token's prefix, as each layer does."""
+        arrays = self._arrays(plan)
+        for row, indices in self._rows(arrays, plan):
+            for index in indices:
+                position = int(arrays.positions[index])
+                if position == PADDING:
+                    continue
+                token = int(arrays.tokens[index])
+                if token == FROM_DEVICE:
+                    token = self.last_token[int(arrays.row_slot[row])]
+                before = b""
+                if position:
+                    before = self.cache[self._place(arrays, row, position - 1)].prefix
+                entry = Entry(token, position, extend(before, token))
+                self.cache[self._place(arrays, row, position)] = entry
+                self.tokens_computed += 1
+        prefixes: dict[int, bytes] = {}
+        for row, indices in self._rows(arrays, plan):
+            for index in indices:
+                if arrays.positions[index] != PADDING:
+                    prefixes[index] = self._read(arrays, row, int(arrays.positions[index]))
+        return self._draw(plan, arrays, prefixes)
+
+    def _read(self, arrays: PlanArrays, row: int, position: int) -> bytes:
+        """The prefix of a token as attention sees it: all positions before it, in order, from one sequence."""
+        prefix = b""
+        for at in range(position + 1):
+            entry = self.cache.get(self._place(arrays, row, at))
+            assert entry is not None, f"position {at} was never written"
+            assert entry.position == at, f"position {at} holds position {entry.position}"
+            prefix = extend(prefix, entry.token)
+            assert entry.prefix == prefix, f"position {at} holds a token of another sequence"
+        return prefix
+
+    def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes]) -> np.ndarray:
+        drawn = np.full(plan.bucket.samples, 10**6, np.int32)  # what padding draws must interest nobody
+        for row, request in plan.samples:
+            prefix = prefixes[int(arrays.sample_token[row])]
+            known = prefix_of(request.tokens)
+            if len(request.tokens) < int(arrays.positions[arrays.sample_token[row]]) + 1:
+                known = extend(known, self.last_token[request.slot])  # drawn by the step in flight
+            assert prefix == known, f"{request.id} draws after another prefix than its own"
+            drawn[row] = draw(prefix)
+            if request.id in self.poison:
+                self.poison.discard(request.id)
+                drawn[row] = BAD_ROW
+            self.last_token[int(arrays.sample_slot[row])] = int(drawn[row])
+        return drawn
+
+    # what must hold of every plan
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        arrays, pool = self._arrays(plan), self.scheduler.pool
+        holder: dict[int, list[Request]] = {}
+        for request in self.scheduler.running:
+            for page in request.pages:
+                holder.setdefault(page, []).append(request)
+        written: set[tuple[int, int]] = set()
+        scheduled = 0
+        for row, indices in self._rows(arrays, plan):
+            positions = [int(arrays.positions[i]) for i in indices]
+            real = [p for p in positions if p != PADDING]
+            scheduled += len(real)
+            assert positions == real + [PADDING] * (len(positions) - len(real)), "padding amid tokens"
+            if not real:
+                assert not arrays.tables[row].any(), "padding with a page table"
+                continue
+            assert real == list(range(real[0], real[0] + len(real))), "positions are not consecutive"
+            if len(indices) > 1:
+                assert real[0] % self.config.block_size == 0, "a block off the grid"
+                assert all(arrays.tokens[i] != FROM_DEVICE for i in indices), "a block takes known tokens only"
+            pages = {self._place(arrays, row, p)[0] for p in real}
+            owners = [r for r in self.scheduler.running if pages <= set(r.pages)]
+            assert len(owners) == 1, "a row writes to pages that are not one running request's"
+            assert owners[0].computed > real[-1], "computed doesn't count what was planned"
+            covered = -(-(real[-1] + 1) // self.config.page_size)
+            assert arrays.tables[row][:covered].tolist() == owners[0].pages[:covered]
+            for page in pages:
+                assert page != NULL_PAGE
+                assert len(holder[page]) == 1 and pool._held[page] == 1, "a write to a page that others read"
+                assert pool._key_of[page] is None, "a write to a page that others may find"
+            places = {self._place(arrays, row, p) for p in real}
+            assert len(places) == len(real) and not places & written, "two tokens are written to one place"
+            written |= places
+        assert scheduled == plan.scheduled_tokens > 0
+        self._check_samples(plan, arrays)
+
+    def _check_samples(self, plan: StepPlan, arrays: PlanArrays) -> None:
+        nobody = self.config.max_sequences
+        rows = [row for row, _ in plan.samples]
+        assert len({id(request) for _, request in plan.samples}) == len(rows) == len(set(rows))
+        for row in range(plan.bucket.samples):
+            if row not in rows:
+                assert arrays.sample_slot[row] == nobody, "a draw that nobody asked for is kept"
+        for row, request in plan.samples:
+            assert arrays.sample_slot[row] == request.slot and request.unread in (1, 2)
+            assert arrays.positions[arrays.sample_token[row]] == request.computed - 1 == request.length - 2
+
+
+def run_until(simulation: Simulation, done: Callable[[], bool], limit: int = 1000) -> None:
+    for _ in range(limit):
+        if done():
+            return
+        simulation.step()
+    raise AssertionError("it never came to that")
