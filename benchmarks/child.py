@@ -1,4 +1,4 @@
-"""Parts of a benchmark in processes of their own, so that they share no interpreter lock: JSON lines in, JSON lines out."""
+"""Parts of a benchmark in processes of their own, which share no interpreter lock: JSON lines in, JSON lines out."""
 
 from __future__ import annotations
 

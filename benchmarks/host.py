@@ -15,7 +15,7 @@ import uvloop
 
 from benchmarks.child import answer
 from benchmarks.machine import describe, measure_limits
-from benchmarks.models import preset, write_model
+from benchmarks.models import default_dtype, preset, write_model
 from benchmarks.workload import PlannedRequest
 from serve.api.config import ServeConfig
 from serve.api.server import Server
@@ -75,9 +75,9 @@ class Host:
         self._server: Server | None = None
         self._direct: _Direct | None = None
 
-    def machine(self, dtype: str, devices: int) -> dict[str, Any]:
+    def machine(self, dtype: str | None, devices: int) -> dict[str, Any]:
         """The machine and its limits, while nothing runs on it."""
-        limits = measure_limits(dtype, devices)
+        limits = measure_limits(dtype or default_dtype(), devices)
         return {"machine": dataclasses.asdict(describe()), "limits": dataclasses.asdict(limits)}
 
     def write(self, folder: str, name: str, vocab_size: int) -> dict[str, Any]:

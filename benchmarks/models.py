@@ -33,9 +33,13 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
 
 
 def as_served(config: ModelConfig, dtype: Dtype | None = None) -> ModelConfig:
-    """The configuration that serving runs: layers unrolled; dtype None is bfloat16, and float32 on CPU."""
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return dataclasses.replace(config, dtype=dtype, scan_layers=False, remat="none")
+    """The configuration that serving runs: layers unrolled; dtype None is the backend's."""
+    return dataclasses.replace(config, dtype=dtype or default_dtype(), scan_layers=False, remat="none")
+
+
+def default_dtype() -> Dtype:
+    """bfloat16, and float32 on CPU, as `isthmus serve --dtype auto` has it."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def random_params(config: ModelConfig, mesh: Mesh) -> Params:

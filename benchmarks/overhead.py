@@ -39,13 +39,14 @@ class Overhead:
     cpu_seconds: float
     """Processor time of the engine thread: wall time less what it was kept from running"""
     host_share: float
-    """(plan + launch + commit + deliver) / step: all the host does, though most of it overlaps with the device. A launch
-    that XLA runs inline (see `inline` of the bucket) holds the device's time, and then it is left out here"""
+    """(plan + launch + commit + deliver) / step: all that the host does, though most of it overlaps with the device.
+    When `inline` is true the launch holds the device's time as well, and is left out"""
     cpu_share: float
     """cpu_seconds / step_seconds"""
     slowdown: float
     """step_seconds / bare_seconds - 1: what doesn't overlap, and on CPU what the host takes from the device's cores"""
     inline: bool
+    """The launch only returned once the step had run: XLA does so with tiny programs on CPU"""
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_s
 
 
 def with_room(engine: EngineConfig, depth: int) -> EngineConfig:
-    """`engine` (resolved) with pages for every row at `depth` and a step's prompts beside them, and a queue for all rows."""
+    """`engine` (resolved) with pages for every row at `depth` and a step's prompts, and a queue for as many as rows."""
     rows = engine.max_sequences * -(-depth // engine.page_size)
     prompts = engine.prefill_tokens // engine.page_size
     waiting = max(engine.max_waiting, engine.max_sequences)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.child import Child, module
 from benchmarks.machine import Machine, describe_remote
-from benchmarks.options import Output, progress_bar
+from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.servers import Served, serve_flags, served
 from benchmarks.statistics import median, summarize
@@ -30,11 +30,11 @@ DEFAULT_LOADS = (0.25, 0.5, 0.75, 0.9)
 class ServeBench:
     """Loads a server over gRPC from a process of its own, and compares it with the engine called directly.
 
-    First, all of --compare-requests are sent at once, through the server and straight to an engine over the same compiled
-    programs, in turns: the ratio of the medians is what gRPC, detokenizing and streaming cost. Then, for each rate, requests
-    arrive as a Poisson process for --seconds and every latency counts from a request's arrival. TTFT is the time to the first
-    token, ITL the time from one message with tokens to the next, TPOT a request's mean time a token after its first, E2E the
-    time to the end of the stream. The client shares the machine with the server.
+    First, all of --compare-requests are sent at once, through the server and straight to an engine over the same
+    compiled programs, in turns: the ratio of the medians is what gRPC, detokenizing and streaming cost. Then, for each
+    rate, requests arrive as a Poisson process for --seconds, and every latency counts from a request's arrival. TTFT is
+    the time to the first token, ITL the time from one message with tokens to the next, TPOT a request's mean time a
+    token after its first, E2E the time to the end of the stream. The client shares the machine with the server.
     """
 
     preset: str = "125m"
@@ -66,7 +66,8 @@ class ServeBench:
     tp: int = 1
     """Devices to split the model over"""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    output: Output = field(default_factory=Output)
+    out: Path | None = None
+    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""
@@ -211,7 +212,7 @@ def _run_local(bench: ServeBench, console: Console, child: Child, folder: Path) 
             model = folder / bench.preset
             console.print(f"writing {bench.preset} with random weights", highlight=False)
             host.ask("write", folder=str(model), name=bench.preset, vocab_size=bench.vocab_size)
-        about = host.ask("machine", dtype=_dtype_of(model, bench), devices=bench.tp)
+        about = host.ask("machine", dtype=bench.dtype, devices=bench.tp)
         flags = serve_flags(model, bench.dtype, bench.tp, bench.engine)
         if bench.compare_rounds:
             console.print("starting a server to compare with its engine")
@@ -250,11 +251,6 @@ def _measure_rates(
 def _saturate(load: _Load, console: Console) -> float:
     console.print("sending all at once, to find the rates")
     return float(load_figures(load.send(load.at_once(0)))["requests_per_second"])
-
-
-def _dtype_of(model: Path, bench: ServeBench) -> str:
-    """The dtype that the limits are measured in: what was asked for, else float32 (the CPU's default)."""
-    return bench.dtype or "float32"
 
 
 def show(record: Record, console: Console) -> None:

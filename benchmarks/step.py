@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,9 +13,9 @@ from rich.table import Table
 
 from benchmarks.machine import Limits, better, describe, measure_limits
 from benchmarks.models import as_served, preset, random_params
-from benchmarks.options import Output, progress_bar
 from benchmarks.overhead import measure_overhead
 from benchmarks.plans import build_plan, with_room
+from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.roofline import Workload, cost, limit_seconds, workload
 from benchmarks.statistics import median
@@ -30,9 +31,9 @@ class StepBench:
     """Times every program that a server would run, with random weights, against memory bandwidth and peak FLOP/s.
 
     Each bucket is full: all its rows decode at --depth, its blocks compute prompts. The time of a step is the interval
-    between results while one step is launched ahead, as the engine runs. The limit counts from shapes what must be moved
-    (weights once, the KV cache read and written) and computed, at the bandwidth and the peak measured before and after.
-    A share above 100% means that weights stayed in a processor's cache, which the limit doesn't know.
+    between results while one step is launched ahead, as the engine runs. The limit counts from shapes what must be
+    moved (weights once, the KV cache read and written) and computed, at the bandwidth and the peak measured before and
+    after. A share above 100% means that weights stayed in a processor's cache, which the limit doesn't know.
     """
 
     preset: str = "125m"
@@ -54,7 +55,8 @@ class StepBench:
     overhead_tokens: int = 64
     """Tokens a sequence that the whole engine decodes, all sequences at once; 0 leaves that part out"""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    output: Output = field(default_factory=Output)
+    out: Path | None = None
+    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""
@@ -153,6 +155,7 @@ def run(bench: StepBench, console: Console) -> Record:
             timings[bucket] = (work, time_plan(executor, plan, bench.warmup, bench.repeats))
             tick()
     overhead = measure_overhead(executor, bench.overhead_tokens, bench.temperature) if bench.overhead_tokens else None
+    recompilations = executor.recompilations  # before the limits' own programs are compiled again
     limits = better(before, measure_limits(config.dtype, bench.tp))
     figures: dict[str, Any] = {
         "limits": dataclasses.asdict(limits),
@@ -161,7 +164,7 @@ def run(bench: StepBench, console: Console) -> Record:
         "compile_seconds": executor.compile_seconds,
         "buckets": [dataclasses.asdict(bucket_figures(config, bucket, *timings[bucket], limits)) for bucket in buckets],
         "overhead": dataclasses.asdict(overhead) if overhead else None,
-        "recompilations": executor.recompilations,
+        "recompilations": recompilations,
     }
     asked = {
         **dataclasses.asdict(bench),

@@ -26,7 +26,7 @@ def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> 
     inline = []
     for _ in range(warmup):
         launched = executor.launch(plan)
-        inline.append(launched.drawn.is_ready())
+        inline.append(bool(launched.drawn.is_ready()))  # type: ignore[attr-defined]
         launched.read()
     ahead: Launched = executor.launch(plan)
     launches, results = [], []

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.child import BenchError, Child
 from benchmarks.machine import Limits, better, describe, measure_limits
 from benchmarks.models import python_source
-from benchmarks.options import Output, progress_bar
+from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.statistics import median, summarize
 from model.config import PRESETS, ConfigError, ModelConfig
@@ -44,8 +44,8 @@ class TrainBench:
 
     The recipe is nanoGPT's for a CPU (github.com/karpathy/nanoGPT, README): 4 layers, 4 heads, 128 wide, 64 tokens a
     sequence, 12 sequences a step, AdamW, gradients clipped at 1, float32. The text is Python's standard library as 65
-    symbols, its 64 commonest characters and one for the rest: the vocabulary is exactly nanoGPT's 65, which `isthmus train`
-    itself would round up to 128. Both sides read their loss; ours two steps late, as the training loop does.
+    symbols, its 64 commonest characters and one for the rest: the vocabulary is exactly nanoGPT's 65, which `isthmus
+    train` itself would round up to 128. Both sides read their loss; ours two steps late, as the training loop does.
     """
 
     preset: str = "nano"
@@ -63,7 +63,8 @@ class TrainBench:
     """Time nanoGPT in torch too, in turns with ours, and report the ratio of medians"""
     peer_python: Path = Path(".venv-peers/bin/python")
     """Of the environment that `make peers` builds"""
-    output: Output = field(default_factory=Output)
+    out: Path | None = None
+    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""
@@ -159,8 +160,10 @@ def _peer(bench: TrainBench, config: ModelConfig, text: Path, log: Path) -> Iter
             peer.close()
 
 
-def take_turns(sides: dict[str, Callable[[int], float]], bench: TrainBench, tick: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of each side's turns; who begins alternates, so that a drift of the machine's speed touches both alike."""
+def take_turns(
+    sides: dict[str, Callable[[int], float]], bench: TrainBench, tick: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of each side's turns; who begins alternates, so that a drift of the machine's speed touches both."""
     for run_steps in sides.values():
         run_steps(bench.warmup)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -183,7 +186,9 @@ def run(bench: TrainBench, console: Console) -> Record:
         text = write_symbols(stem, bench.vocab_size)
         ours = Ours(bench, config, text)
         with _peer(bench, config, stem.with_suffix(".bin"), Path(name) / "peer.log") as peer:
-            sides = {"ours": ours.run} | ({"peer": peer.run} if peer else {})
+            sides: dict[str, Callable[[int], float]] = {"ours": ours.run}
+            if peer is not None:
+                sides["peer"] = peer.run
             with progress_bar(console, "turns of training", bench.turns) as tick:
                 seconds = take_turns(sides, bench, tick)
             if not np.isfinite(ours.loss) or (peer and not np.isfinite(peer.loss)):
@@ -195,7 +200,12 @@ def run(bench: TrainBench, console: Console) -> Record:
 
 
 def _figures(
-    bench: TrainBench, config: ModelConfig, ours: Ours, peer: Peer | None, seconds: dict[str, list[float]], limits: Limits
+    bench: TrainBench,
+    config: ModelConfig,
+    ours: Ours,
+    peer: Peer | None,
+    seconds: dict[str, list[float]],
+    limits: Limits,
 ) -> dict[str, Any]:
     tokens = bench.batch * config.context_length * bench.steps
     rates = {name: [tokens / s for s in turns] for name, turns in seconds.items()}

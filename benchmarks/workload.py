@@ -1,4 +1,4 @@
-"""Requests as strangers send them: Poisson arrivals, and lengths like those of ShareGPT's conversations. All from a seed."""
+"""Requests as strangers send them: Poisson arrivals and lengths like ShareGPT's, all from a seed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Lengths:
     """Lognormal lengths of prompts and completions.
 
     The means are those of ShareGPT in Kwon et al. (2023, "Efficient Memory Management for Large Language Model Serving
-    with PagedAttention", arXiv 2309.06180, figure 11). The paper gives no spread; 1 is ours, for a long tail whose median
-    is 0.61 of the mean. The prompts' tokens are random: no two requests share a prefix.
+    with PagedAttention", arXiv 2309.06180, figure 11). The paper gives no spread; 1 is ours, for a long tail
+    whose median is 0.61 of the mean. The prompts' tokens are random: no two requests share a prefix.
     """
 
     prompt_mean: float = 161.31
@@ -74,7 +74,9 @@ def poisson_arrivals(random: np.random.Generator, rate: float, seconds: float) -
     return times
 
 
-def open_loop(seed: int, rate: float, seconds: float, lengths: Lengths, vocab: int, context: int) -> list[PlannedRequest]:
+def open_loop(
+    seed: int, rate: float, seconds: float, lengths: Lengths, vocab: int, context: int
+) -> list[PlannedRequest]:
     """Poisson arrivals with drawn lengths; at least one request."""
     random = np.random.default_rng([seed, round(rate * 1e6)])
     return _requests(random, poisson_arrivals(random, rate, seconds) or [0.0], lengths, vocab, context)

@@ -10,12 +10,13 @@ import tyro
 from rich.console import Console
 
 from benchmarks import report, serve, step, train
+from benchmarks.child import BenchError
 from benchmarks.record import Record, results_folder
 from model.checkpoint import CheckpointError
 from model.config import ConfigError
 from serve.engine.build import enable_compilation_cache
 
-HELP = """Measures a step, a server or training against the hardware's limits, and makes tables and plots of the results.
+HELP = """Measures a step, a server or training against the hardware's limits; makes tables and plots of the results.
 
 examples:
   isthmus bench step                                     every program of a 125m server against its roofline
@@ -49,7 +50,7 @@ def _measure(command: step.StepBench | serve.ServeBench | train.TrainBench, cons
         case train.TrainBench():
             record = train.run(command, console)
             train.show(record, console)
-    console.print(f"saved {record.save(results_folder(command.output.out))}", highlight=False)
+    console.print(f"saved {record.save(results_folder(command.out))}", highlight=False)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,6 +67,9 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)
         return 2
+    except BenchError as error:
+        console.print(f"isthmus bench: {error}", style="red", markup=False)
+        return 1
     except KeyboardInterrupt:
         console.print("stopped")
         return 130

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import lzma
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import sysconfig
 import threading
 import time
@@ -22,6 +19,8 @@ from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
 
+from benchmarks.child import BenchError
+from benchmarks.servers import served
 from isthmus.client import Client, finish_reason_name
 from model.config import ConfigError, ModelConfig
 from train.config import DataConfig, OptimizerConfig, TrainConfig
@@ -114,32 +113,6 @@ def xz_bits_per_byte(training: TrainConfig) -> float:
     documents = read_documents(training.data)
     raw = "".join(d.text for d in documents if is_heldout(d.name, training.text.heldout_fraction)).encode()
     return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
-
-
-def _start_server(model: Path, console: Console) -> tuple[subprocess.Popen[str], str]:
-    """The server's process and its address, once it says SERVING."""
-    words = [
-        "serve",
-        "--model",
-        str(model),
-        "--port",
-        "0",
-        "--engine.max-sequences",
-        "8",
-        "--engine.prefill-tokens",
-        "64",
-    ]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "commands.main", *words], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    with console.status("isthmus serve: compiling"):
-        for line in process.stdout:
-            if line.startswith("SERVING on "):
-                return process, line.split()[-1]
-            console.print(line.rstrip(), highlight=False)
-    raise RuntimeError(f"the server ended with status {process.wait()} before it was ready")
 
 
 def _complete(client: Client, prompt: str, config: DemoConfig, seed: int) -> Generation:
@@ -235,14 +208,14 @@ def run(config: DemoConfig, console: Console) -> None:
         raise KeyboardInterrupt
     _show_training(report, training, console)
     console.rule("serve")
-    process, address = _start_server(config.out, console)
-    try:
-        console.print(f"isthmus serve is SERVING on {address}", highlight=False)
+    flags = ["--model", str(config.out), "--port", "0", "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
+    log = config.out / "serve.log"
+    with contextlib.ExitStack() as stack:
+        with console.status("isthmus serve: compiling"):
+            server = stack.enter_context(served(flags, log))
+        console.print(log.read_text().strip(), highlight=False)
         console.rule("generate")
-        _call(address, config, console)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        _call(server.address, config, console)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -254,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
-    except ConfigError as error:
+    except (ConfigError, BenchError) as error:
         console.print(f"isthmus demo: {error}", style="red", markup=False)
         return 2
     console.print(

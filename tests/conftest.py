@@ -22,7 +22,10 @@ from tests.support import TINY, random_params
 
 # The same examples on every run: a red test is a change in the code, never in the dice.
 settings.register_profile(
-    "isthmus", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "isthmus",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "isthmus"))
 

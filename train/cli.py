@@ -50,7 +50,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the process's exit status."""
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         from model.checkpoint import CheckpointError

@@ -1,8 +1,8 @@
 """nanoGPT's training step in eager torch, to be timed beside ours: `python nanogpt_torch.py SIZES`, SIZES in JSON.
 
-Written after github.com/karpathy/nanoGPT (model.py and train.py, commit 3adf61e, MIT licence): pre-norm blocks, learned
+Written after github.com/karpathy/nanoGPT (model.py and train.py): pre-norm blocks, learned
 positions, GELU of four times the width, tied head, no biases, no dropout; AdamW with decay on matrices, betas 0.9 and
-0.99, clipping at 1; batches drawn from a memory-mapped uint16 file, the next one while this one's graph is built; the loss
+0.99, clipping at 1; batches drawn from a memory-mapped uint16 file, each while the one before is under way; the loss
 read every step. Answers JSON lines: {"do": "facts"} and {"do": "run", "steps": N}.
 """
 

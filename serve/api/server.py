@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -21,6 +23,8 @@ from serve.api.inference import InferenceService
 from serve.api.session import Session
 from serve.engine.build import Model, build_engine
 
+T = TypeVar("T")
+
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
     for file, name in ((inference_pb2, "InferenceService"), (control_pb2, "ControlService"))
@@ -35,6 +39,28 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_metadata_size", 16 << 10),
 )
+
+
+async def _in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
+    """work(*args) on a thread that doesn't keep the process from ending: compiling can't be interrupted."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if not done.cancelled():
+            done.set_exception(error) if error is not None else done.set_result(cast(T, result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work(*args)
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await done
 
 
 class Server:
@@ -76,7 +102,7 @@ class Server:
             self.session.sink,
             tick,
         )
-        engine = await asyncio.to_thread(build_engine, *build)
+        engine = await _in_daemon_thread(build_engine, *build)
         engine.start()
         self.session.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)

@@ -14,7 +14,11 @@ from model.config import ModelConfig
 
 
 def logits(
-    config: ModelConfig, params: dict[str, Any], tokens: np.ndarray, positions: np.ndarray, segments: np.ndarray
+    config: ModelConfig,
+    params: dict[str, Any],
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    segments: np.ndarray,
 ) -> np.ndarray:
     """float64[seq, vocab] of one sequence; tokens, positions, segments: int[seq]; params unstacked."""
     x = _double(params["embedding"])[tokens]

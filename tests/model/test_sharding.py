@@ -69,7 +69,9 @@ def test_mesh_is_read_from_text() -> None:
     assert MeshShape(2, 3, 4).devices == 24
 
 
-@pytest.mark.parametrize("text", ["pp=2", "dp=2,dp=2", "dp", "dp=", "dp=0", "dp=-1", "dp=2.5", "dp=two", "2", "tp=²"])
+@pytest.mark.parametrize(
+    "text", ["pp=2", "dp=2,dp=2", "dp", "dp=", "dp=0", "dp=-1", "dp=2.5", "dp=two", "2", "tp=²"]
+)
 def test_a_wrong_mesh_is_refused(text: str) -> None:
     """A typing error must not become a run on another mesh."""
     with pytest.raises(ConfigError, match="mesh"):
@@ -133,7 +135,9 @@ def test_moments_are_split_as_their_parameter(scan_layers: bool, cube: Mesh) -> 
     trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), cube)
     shardings = param_shardings(config, cube)
     params = random_params(config, cube)
-    made = jax.jit(build_optimizer(OptimizerConfig(), 10).init, out_shardings=trainer.shardings.optimizer)(params)
+    made = jax.jit(build_optimizer(OptimizerConfig(), 10).init, out_shardings=trainer.shardings.optimizer)(
+        params
+    )
     for state in (trainer.shardings.optimizer, jax.tree.map(lambda leaf: leaf.sharding, made)):
         for moment in ("mu", "nu"):
             assert jax.tree.all(jax.tree.map(lambda a, b: a == b, optax.tree.get(state, moment), shardings))

@@ -117,7 +117,8 @@ def test_padding_teaches_nothing() -> None:
     """Whatever lies in padding must not reach the loss: it would change with the packing."""
     batch = random_batch()
     other = batch._replace(
-        targets=np.where(batch.weights > 0, batch.targets, 1), tokens=np.where(batch.weights > 0, batch.tokens, 2)
+        targets=np.where(batch.weights > 0, batch.targets, 1),
+        tokens=np.where(batch.weights > 0, batch.tokens, 2),
     )
     loss, grads = run_gradients(MeshShape(), batch=other)
     want_loss, want = one_device()
@@ -172,7 +173,9 @@ def copied(state: TrainState) -> TrainState:
 
 def test_five_steps_are_adamw(mesh: Mesh) -> None:
     """Clipping, schedule, moments or decay gone wrong still lower the loss, only less: no curve would show it."""
-    optimizer = OptimizerConfig(lr=3e-3, schedule="wsd", warmup_steps=2, decay_fraction=0.4, weight_decay=0.5, clip=0.5)
+    optimizer = OptimizerConfig(
+        lr=3e-3, schedule="wsd", warmup_steps=2, decay_fraction=0.4, weight_decay=0.5, clip=0.5
+    )
     trainer = Trainer(CONFIG, build_optimizer(optimizer, 5), mesh)
     params = random_params(CONFIG, mesh)
     with use_mesh(mesh):

@@ -11,7 +11,15 @@ import pytest
 from isthmus import Client
 from model.tokenizer import Tokenizer
 from serve.api.config import ServeConfig
-from tests.serve.api.harness import ENGINE, RunningServer, idle, save_model, train_tokenizer, varied_params, wait_for
+from tests.serve.api.harness import (
+    ENGINE,
+    RunningServer,
+    idle,
+    save_model,
+    train_tokenizer,
+    varied_params,
+    wait_for,
+)
 
 StartServer = Callable[..., RunningServer]
 
@@ -40,7 +48,9 @@ def start_server(model_folder: Path, cache_folder: Path) -> Iterator[StartServer
     started: list[RunningServer] = []
 
     def start(*, load: bool = True, **fields: Any) -> RunningServer:
-        config = ServeConfig(**{"model": model_folder, "port": 0, "engine": ENGINE, "drain_seconds": 0.0, **fields})
+        config = ServeConfig(
+            **{"model": model_folder, "port": 0, "engine": ENGINE, "drain_seconds": 0.0, **fields}
+        )
         started.append(RunningServer(config, cache_folder, load=load))
         return started[-1]
 

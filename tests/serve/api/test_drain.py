@@ -100,7 +100,12 @@ def serve(model_folder: Path, cache_folder: Path) -> Iterator[Callable[..., Serv
     started: list[ServeProcess] = []
 
     def start(*arguments: str, model: Path = model_folder) -> ServeProcess:
-        sizes = ["--engine.max-sequences", str(ENGINE.max_sequences), "--engine.prefill-tokens", str(ENGINE.prefill_tokens)]
+        sizes = [
+            "--engine.max-sequences",
+            str(ENGINE.max_sequences),
+            "--engine.prefill-tokens",
+            str(ENGINE.prefill_tokens),
+        ]
         common = ["--model", str(model), "--port", "0", "--compilation-cache", str(cache_folder), *sizes]
         started.append(ServeProcess(*common, *arguments))
         return started[-1]
@@ -217,7 +222,10 @@ def test_a_folder_that_is_no_model_is_said(
     from commands.serve import main
 
     spoil(tmp_path)
-    assert main(["--model", str(tmp_path), "--port", "0", "--compilation-cache", str(tmp_path / "programs")]) == 2
+    assert (
+        main(["--model", str(tmp_path), "--port", "0", "--compilation-cache", str(tmp_path / "programs")])
+        == 2
+    )
     assert said in capsys.readouterr().out
 
 
@@ -236,7 +244,9 @@ def test_draining_too_long_cancels_what_is_left(start_server: StartServer) -> No
     """SIGTERM must end the process even when a client never stops reading."""
     server = start_server(drain_seconds=0.1)
     with server.client() as client:
-        streams = [client.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(ENGINE.max_sequences + 2)]
+        streams = [
+            client.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(ENGINE.max_sequences + 2)
+        ]
         for events in streams:
             next(events)
         server.stop()
@@ -250,7 +260,9 @@ POISON = 300
 
 
 @pytest.fixture(scope="module")
-def poisoned(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> RunningServer:
+def poisoned(
+    start_server: StartServer, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> RunningServer:
     params: Params = on_host(varied_params())
     embedding, head = np.array(params["embedding"]), np.array(params["head"])
     embedding[POISON] = np.nan
@@ -259,7 +271,9 @@ def poisoned(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory
     return start_server(model=save_model(tmp_path_factory.mktemp("models") / "poisoned", tokenizer, params))
 
 
-@pytest.mark.parametrize("prompt", [[POISON], [1, 2, POISON, 3], [*range(1, 200), POISON, *range(1, 100)]], ids=len)
+@pytest.mark.parametrize(
+    "prompt", [[POISON], [1, 2, POISON, 3], [*range(1, 200), POISON, *range(1, 100)]], ids=len
+)
 def test_logits_that_are_not_finite_end_one_request_alone(poisoned: RunningServer, prompt: list[int]) -> None:
     """Others get the same bytes as alone, and those who take over its pages get none of its NaN."""
     healthy = {"max_tokens": 800, "temperature": 0, "ignore_eos": True}
@@ -287,43 +301,46 @@ def test_logits_that_are_not_finite_end_one_request_alone(poisoned: RunningServe
 async def _engine_dies(config: ServeConfig, cache: Path) -> None:
     server = Server(config, open_model(config.model))
     await server.start()
-    with compilation_cache_in(cache):
-        await server.load()
-    running = asyncio.create_task(server.run())
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        request = generate_request(PROMPT, max_tokens=LONG, ignore_eos=True)
-        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
-        assert (await watch.read()).status == SERVING
-        calls: list[grpc.aio.Call] = [
-            stub.GenerateStream(pb.GenerateStreamRequest(request=request), timeout=PATIENCE)
-            for _ in range(ENGINE.max_sequences + 3)  # some of them wait
-        ]
-        for call in calls:
-            assert (await call.read()).WhichOneof("event") == "started"
-        calls.append(stub.Generate(request, timeout=PATIENCE))
-        engine = server.session.engine
-        assert engine is not None
-        while engine.in_flight < len(calls):
-            await asyncio.sleep(0.001)
-        jax.tree.leaves(engine.executor._params)[0].delete()  # as a device that is lost would leave it
-
-        async def rest(call: grpc.aio.Call) -> None:
-            if isinstance(call, grpc.aio.UnaryUnaryCall):
-                await call
-            else:
-                async for _ in call:
-                    pass
-
-        for call in calls:
-            with pytest.raises(grpc.aio.AioRpcError) as failure:
-                await asyncio.wait_for(rest(call), PATIENCE)
-            assert failure.value.code() == grpc.StatusCode.INTERNAL
-        assert (await watch.read()).status == NOT_SERVING
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await stub.Generate(request, timeout=PATIENCE)
-        assert failure.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
+    try:
+        with compilation_cache_in(cache):
+            await server.load()
+        running = asyncio.create_task(server.run())
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            await _calls_of_an_engine_that_dies(server, channel)
         assert await asyncio.wait_for(running, PATIENCE) is False, "run() must tell that it was no clean end"
+    finally:
+        await server.stop()
+
+
+async def _calls_of_an_engine_that_dies(server: Server, channel: grpc.aio.Channel) -> None:
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    request = generate_request(PROMPT, max_tokens=LONG, ignore_eos=True)
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+    assert (await watch.read()).status == SERVING
+    streams = [
+        stub.GenerateStream(pb.GenerateStreamRequest(request=request), timeout=PATIENCE)
+        for _ in range(ENGINE.max_sequences + 3)  # some of them wait
+    ]
+    for stream in streams:
+        assert (await stream.read()).WhichOneof("event") == "started"
+    unary = stub.Generate(request, timeout=PATIENCE)
+    engine = server.session.engine
+    assert engine is not None
+    while engine.in_flight <= len(streams):
+        await asyncio.sleep(0.001)
+    jax.tree.leaves(engine.executor._params)[0].delete()  # as a device that is lost would leave it
+
+    async def rest(stream: grpc.aio.UnaryStreamCall) -> None:
+        while await stream.read() is not grpc.aio.EOF:
+            pass
+
+    for end in (*map(rest, streams), unary):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await end
+        assert failure.value.code() == grpc.StatusCode.INTERNAL
+    assert (await watch.read()).status == NOT_SERVING
+    with pytest.raises(grpc.aio.AioRpcError):  # of which kind depends on how far the server has shut down
+        await stub.Generate(request, timeout=PATIENCE)
 
 
 def test_an_engine_that_dies_takes_nobody_with_it_unheard(model_folder: Path, cache_folder: Path) -> None:

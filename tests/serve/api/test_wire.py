@@ -52,7 +52,9 @@ CHARACTERS = "😀é中"
 
 
 @pytest.fixture(scope="session")
-def scripted(start_server: StartServer, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> RunningServer:
+def scripted(
+    start_server: StartServer, tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer
+) -> RunningServer:
     """Greedily writes CHARACTERS for ever after one of their bytes; and "abc", end of text, "d", "a" after "a"."""
     written = [byte_token(tokenizer, byte) for byte in CHARACTERS.encode()]
     assert len(set(written)) == len(written)
@@ -125,7 +127,9 @@ def test_a_prompt_of_ids_is_the_prompt_of_its_text(client: Client) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 2 * len(CHARACTERS.encode()) + 1))
-def test_every_delta_is_whole_characters(script_client: Client, tokenizer: Tokenizer, max_tokens: int) -> None:
+def test_every_delta_is_whole_characters(
+    script_client: Client, tokenizer: Tokenizer, max_tokens: int
+) -> None:
     """Each token is one byte of a character of several. Else a client sees broken characters while it streams."""
     encoded = CHARACTERS.encode()
     prompt = [byte_token(tokenizer, encoded[-1])]
@@ -168,7 +172,9 @@ def test_a_stop_token_ends_it_and_is_not_part_of_it(script_client: Client, token
 
 
 def test_a_generation_may_stop_at_its_first_token(script_client: Client, tokenizer: Tokenizer) -> None:
-    answer = collect(script_client.stream("a", temperature=0, stop_token_ids=[byte_token(tokenizer, ord("b"))]))
+    answer = collect(
+        script_client.stream("a", temperature=0, stop_token_ids=[byte_token(tokenizer, ord("b"))])
+    )
     assert answer.finished.finish_reason == pb.FINISH_REASON_STOP_TOKEN
     assert answer.text == "" and answer.token_ids == ()
 
@@ -204,7 +210,9 @@ def test_a_seed_the_server_picked_draws_the_same_again(client: Client) -> None:
     first = client.generate(PROMPT, max_tokens=50, ignore_eos=True)
     other = client.generate(PROMPT, max_tokens=50, ignore_eos=True)
     assert other.seed != first.seed and other.token_ids != first.token_ids
-    assert client.generate(PROMPT, max_tokens=50, ignore_eos=True, seed=first.seed).token_ids == first.token_ids
+    assert (
+        client.generate(PROMPT, max_tokens=50, ignore_eos=True, seed=first.seed).token_ids == first.token_ids
+    )
 
 
 def test_all_64_bits_of_a_seed_count(client: Client) -> None:
@@ -365,7 +373,11 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None], str]] = [
     ("too long a text", lambda r: setattr(r, "text", "\x00" * NETWORK.context_length), "text"),
     ("a very long text", lambda r: setattr(r, "text", "word " * 200_000), "text"),
     ("max_tokens 0", lambda r: setattr(r.stop, "max_tokens", 0), "stop.max_tokens"),
-    ("max_tokens too big", lambda r: setattr(r.stop, "max_tokens", NETWORK.context_length), "stop.max_tokens"),
+    (
+        "max_tokens too big",
+        lambda r: setattr(r.stop, "max_tokens", NETWORK.context_length),
+        "stop.max_tokens",
+    ),
     ("max_tokens 2^32-1", lambda r: setattr(r.stop, "max_tokens", (1 << 32) - 1), "stop.max_tokens"),
     ("long request_id", lambda r: setattr(r, "request_id", "x" * (MAX_REQUEST_ID + 1)), "request_id"),
     ("a line in request_id", lambda r: setattr(r, "request_id", "a\nb"), "request_id"),
@@ -373,8 +385,12 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "field"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS])
-def test_a_field_that_cannot_work_is_named(client: Client, spoil: Callable[[pb.GenerateRequest], None], field: str) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "field"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS]
+)
+def test_a_field_that_cannot_work_is_named(
+    client: Client, spoil: Callable[[pb.GenerateRequest], None], field: str
+) -> None:
     """In both calls. Else a typo costs an afternoon, or a NaN reaches the engine."""
     request = generate_request(PROMPT, max_tokens=2)
     spoil(request)
@@ -394,7 +410,13 @@ def test_a_field_that_cannot_work_is_named(client: Client, spoil: Callable[[pb.G
 
 def test_the_limits_themselves_are_allowed(client: Client) -> None:
     request = generate_request(
-        PROMPT, max_tokens=2, temperature=100.0, top_p=1.0, top_k=(1 << 31) - 1, min_p=1.0, request_id="x" * MAX_REQUEST_ID
+        PROMPT,
+        max_tokens=2,
+        temperature=100.0,
+        top_p=1.0,
+        top_k=(1 << 31) - 1,
+        min_p=1.0,
+        request_id="x" * MAX_REQUEST_ID,
     )
     request.stop.token_ids.extend(range(MAX_STOP_TOKENS))
     assert raw_stub(client).Generate(request).finished.usage.completion_tokens >= 1
@@ -405,7 +427,9 @@ def test_the_limits_themselves_are_allowed(client: Client) -> None:
 def test_a_stream_without_its_request_is_refused(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         list(raw_stub(client).GenerateStream(pb.GenerateStreamRequest()))
-    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(failure.value) == ["prompt"]
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(failure.value) == [
+        "prompt"
+    ]
 
 
 def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: Client) -> None:
@@ -430,7 +454,10 @@ def test_cancel_without_ids_is_refused(client: Client) -> None:
 
 
 def test_tokenize_and_detokenize_name_what_is_wrong(client: Client) -> None:
-    for call, field in ((lambda: client.tokenize(""), "text"), (lambda: client.detokenize([1, 512]), "token_ids[1]")):
+    for call, field in (
+        (lambda: client.tokenize(""), "text"),
+        (lambda: client.detokenize([1, 512]), "token_ids[1]"),
+    ):
         with pytest.raises(grpc.RpcError) as failure:
             call()
         assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
@@ -506,7 +533,12 @@ def test_while_the_model_loads_it_says_so(start_server: StartServer) -> None:
     server = start_server(load=False)
     with server.client() as client:
         assert check_health(client.channel) != SERVING
-        for call in (lambda: client.generate("a"), lambda: list(client.stream("a")), client.load, client.server_info):
+        for call in (
+            lambda: client.generate("a"),
+            lambda: list(client.stream("a")),
+            client.load,
+            client.server_info,
+        ):
             with pytest.raises(grpc.RpcError) as failure:
                 call()
             assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -589,7 +621,10 @@ def test_preempted_requests_still_get_what_they_get_alone(start_server: StartSer
     with server.client() as client:
         prompts = [[10 + i, *(1 + token % 200 for token in range(2000))] for i in range(ENGINE.max_sequences)]
         with ThreadPoolExecutor(len(prompts)) as pool:
-            calls = [pool.submit(collect, client.stream(p, max_tokens=tokens, seed=3, ignore_eos=True)) for p in prompts]
+            calls = [
+                pool.submit(collect, client.stream(p, max_tokens=tokens, seed=3, ignore_eos=True))
+                for p in prompts
+            ]
             together = [call.result() for call in calls]
         assert client.load().preemptions > 0, "there were pages for all: this test shows nothing"
         assert sum(t.finished.usage.recomputed_tokens for t in together) > 0

@@ -42,6 +42,8 @@ def play(
 
     def sink(outputs: list[Output]) -> None:
         nonlocal finished, step
+        if errors:
+            return
         try:
             played.outputs += outputs
             step += 1
@@ -63,7 +65,7 @@ def play(
 
     engine = Engine(executor, sink)
     played = Played(engine)
-    submit_due(0)
+    submit_due(waiting[0].step)
     engine.start()
     try:
         assert done.wait(300), "the engine stopped giving outputs"

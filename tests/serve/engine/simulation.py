@@ -86,7 +86,11 @@ class Simulation:
     # what a front end does, between two steps
 
     def submit(
-        self, prompt: list[int], max_tokens: int, eos_id: int | None = EOS, stop_ids: frozenset[int] = frozenset()
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        eos_id: int | None = EOS,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> Request:
         name = f"r{len(self.live) + len(self.finished)}"
         request = Request(name, prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, eos_id=eos_id)
@@ -125,7 +129,9 @@ class Simulation:
         limit = self.steps + 20 * (work + 10)
         while self.live or self.in_flight is not None:
             self.step()
-            assert self.steps < limit, f"no end in sight: {[(r.id, r.computed, r.length) for r in self.live.values()]}"
+            assert self.steps < limit, (
+                f"no end in sight: {[(r.id, r.computed, r.length) for r in self.live.values()]}"
+            )
         assert self.scheduler.idle
         assert self.scheduler.pool.in_use == 0, "a page is held by nobody"
         self.scheduler.check()
@@ -237,7 +243,9 @@ class Simulation:
             assert real == list(range(real[0], real[0] + len(real))), "positions are not consecutive"
             if len(indices) > 1:
                 assert real[0] % self.config.block_size == 0, "a block off the grid"
-                assert all(arrays.tokens[i] != FROM_DEVICE for i in indices), "a block takes known tokens only"
+                assert all(arrays.tokens[i] != FROM_DEVICE for i in indices), (
+                    "a block takes known tokens only"
+                )
             pages = {self._place(arrays, row, p)[0] for p in real}
             owners = [r for r in self.scheduler.running if pages <= set(r.pages)]
             assert len(owners) == 1, "a row writes to pages that are not one running request's"

@@ -1,22 +1,12 @@
-"""What the benchmarks' command lines and screens share."""
+"""What the benchmarks show while they run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where the figures go."""
-
-    out: Path | None = None
-    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,175 @@
+"""`isthmus bench report`: results/README.md and its plots, from the JSON files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import plot_rates, plot_steps
+from benchmarks.record import Record, load_all
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Writes README.md and plots beside the results, from every JSON file there."""
+
+    out: Path | None = None
+    """Folder of the results; default ./benchmarks/results where there is one, else ./bench-results"""
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Returns the files written. Raises ConfigError when there are no results or one can't be read."""
+    records = load_all(folder)
+    written: list[Path] = []
+    sections = ["# Results", INTRODUCTION]
+    for kind, title in (("step", "Steps"), ("serve", "Serving"), ("train", "Training")):
+        chosen = [record for record in records if record.kind == kind]
+        if chosen:
+            sections.append(f"## {title}")
+        for record in chosen:
+            plot = _plot(record, folder)
+            written += [plot] if plot else []
+            sections += [f"### {record.subject}, {record.machine.platform}", _SECTIONS[kind](record), _machine(record)]
+            sections += [f"![{record.stem}]({plot.name})"] if plot else []
+    readme = folder / "README.md"
+    readme.write_text("\n\n".join(sections) + "\n")
+    return [readme, *written]
+
+
+INTRODUCTION = """Made by `isthmus bench report` from the JSON files in this folder, which hold more: every setting, and
+the spread of every figure. `isthmus bench step`, `serve` and `train` write them."""
+
+
+def _plot(record: Record, folder: Path) -> Path | None:
+    path = folder / f"{record.stem}.png"
+    if record.kind == "step":
+        plot_steps(record, path)
+    elif record.kind == "serve" and record.figures["rates"]:
+        plot_rates(record, path)
+    else:
+        return None
+    return path
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, all but its first column flush right."""
+    ruler = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruler, *rows))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant ones, no exponent below a million; a dash for what there is none of."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _machine(record: Record) -> str:
+    machine = record.machine
+    limits = record.figures.get("limits")
+    measured = (
+        f"{limits['bandwidth'] / 1e9:.1f} GB/s, {limits['flops'] / 1e9:,.0f} GFLOP/s ({limits['source']}); "
+        if limits
+        else ""
+    )
+    return (
+        f"{machine.device}, {machine.cores} cores, {machine.devices} devices; {measured}jax {machine.jax}, Python "
+        f"{machine.python}; {machine.date}, commit {machine.commit or 'unknown'}, load before the run {machine.load:g}."
+    )
+
+
+def _steps(record: Record) -> str:
+    figures = record.figures
+    rows = [
+        [
+            f"{row['rows']} + {row['blocks']}x{row['block_size']}" if row["blocks"] else str(row["rows"]),
+            str(row["tokens"]),
+            number(row["seconds"] * 1e3),
+            number(row["limit_seconds"] * 1e3),
+            percent(row["limit_share"]),
+            row["bound"],
+            number(row["tokens_per_second"]),
+        ]
+        for row in figures["buckets"]
+    ]
+    head = ["rows + prompt", "tokens", "ms", "limit, ms", "of the limit", "bound by", "tok/s"]
+    text = (
+        f"{figures['parameters'] / 1e6:.1f}M parameters, {record.config['model']['dtype']}; rows decode at "
+        f"{figures['depth']} positions. Limit: weights read once, KV cache read and written, FLOPs, at the machine's "
+        f"bandwidth and peak.\n\n{table(head, rows)}"
+    )
+    return text + ("\n\n" + _overhead(figures["overhead"]) if figures["overhead"] else "")
+
+
+def _overhead(over: dict[str, Any]) -> str:
+    return (
+        f"Engine with {over['sequences']} sequences decoding: {number(over['step_seconds'] * 1e3)} ms a step, "
+        f"{number(over['bare_seconds'] * 1e3)} ms on the executor alone ({over['slowdown']:+.1%}). Host work is "
+        f"{percent(over['host_share'])} of a step by the clock, {percent(over['cpu_share'])} by the engine thread's "
+        f"processor time."
+    )
+
+
+def _serving(record: Record) -> str:
+    figures = record.figures
+    facts, lengths = figures["server"], record.config["lengths"]
+    scale = lengths["scale"]
+    prompt, output = lengths["prompt_mean"] * scale, lengths["output_mean"] * scale
+    parts = [
+        f"{facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, {facts['max_sequences']} sequences. Poisson "
+        f"arrivals; prompts of {prompt:.0f} and completions of {output:.0f} tokens in the mean, lognormal, before the "
+        f"context of {facts['context_length']} cuts them. p50 / p90 / p99."
+    ]
+    head = ["requests/s", "tok/s", "failed", "TTFT, ms", "ITL, ms", "TPOT, ms", "E2E, s"]
+    rows = [
+        [
+            f"{row['rate']:g}",
+            number(row["output_tokens_per_second"]),
+            str(row["requests"] - row["completed"]),
+            *(_percentiles(row[name], 1e3) for name in ("ttft", "itl", "tpot")),
+            _percentiles(row["e2e"], 1),
+        ]
+        for row in figures["rates"]
+    ]
+    parts += [table(head, rows)] if rows else []
+    if (compared := figures["compare"]) is not None:
+        parts.append(
+            f"{compared['requests']} requests at once: {number(compared['server_tokens_per_second'], 4)} tok/s through "
+            f"the server, {number(compared['engine_tokens_per_second'], 4)} on the engine: gRPC and streaming "
+            f"cost {percent(compared['overhead'])} (medians of {len(compared['server_rounds'])} turns each; the "
+            f"client's {percent(compared['client_cpu_share'])} of a core included)."
+        )
+    return "\n\n".join(parts)
+
+
+def _percentiles(summary: dict[str, Any], factor: float) -> str:
+    values = (summary[name] for name in ("p50", "p90", "p99"))
+    return " / ".join(number(None if value is None else value * factor) for value in values)
+
+
+def _training(record: Record) -> str:
+    figures = record.figures
+    config, peer = record.config, figures["peer"]
+    rows = [["Isthmus", figures["parameters"], figures["tokens_per_second"], figures["spread"]["ours"]]]
+    if peer is not None:
+        name = f"nanoGPT, torch {peer['torch']} eager"
+        rows.append([name, peer["parameters"], peer["tokens_per_second"], figures["spread"]["peer"]])
+    cells = [
+        [name, f"{size / 1e6:.2f}M", number(rate), f"{number(spread['min'])} to {number(spread['max'])}"]
+        for name, size, rate, spread in rows
+    ]
+    text = (
+        f"{config['batch']} sequences of {config['model']['context_length']} tokens, {config['steps']} steps a turn, "
+        f"{config['turns']} turns, {config['model']['dtype']}; MFU {percent(figures['mfu'])}.\n\n"
+        f"{table(['', 'parameters', 'tok/s, median', 'spread'], cells)}"
+    )
+    return text + (f"\n\nRatio of medians: {peer['ratio']:.2f}." if peer is not None else "")
+
+
+_SECTIONS = {"step": _steps, "serve": _serving, "train": _training}

@@ -1,0 +1,152 @@
+"""Small training runs in processes of their own, and what is left of them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from model.checkpoint import Checkpoints, load_params
+from model.config import ModelConfig
+from model.sharding import MeshShape, build_mesh
+from train.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+PATIENCE = 240.0
+"""Seconds that a run may take before a test calls it stuck."""
+
+STEPS = 90
+CHECKPOINT_EVERY = 8
+NETWORK = {
+    "dim": 32,
+    "layers": 2,
+    "heads": 2,
+    "kv-heads": 1,
+    "head-dim": 16,
+    "mlp-dim": 64,
+    "context-length": 64,
+}
+SETTINGS = (
+    *(word for name, size in NETWORK.items() for word in (f"--model.{name}", str(size))),
+    *("--text.seq", "64", "--text.vocab-size", "300", "--batch", "4", "--steps", str(STEPS)),
+    *(
+        "--checkpoint-every",
+        str(CHECKPOINT_EVERY),
+        "--eval-every",
+        "30",
+        "--eval-batches",
+        "2",
+        "--log-every",
+        "5",
+    ),
+    *("--optimizer.warmup-steps", "5", "--mesh", "dp=1"),
+)
+
+
+@dataclass(frozen=True)
+class TrainProcess:
+    """`python -m train`."""
+
+    out: Path
+    process: subprocess.Popen[str]
+
+    def last_step(self) -> int:
+        return max((row["step"] for row in read_metrics(self.out)), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        """Until the loss of `step` is on disk."""
+        deadline = time.monotonic() + PATIENCE
+        while self.last_step() < step:
+            assert self.process.poll() is None, f"it ended before step {step}: {self.output()}"
+            assert time.monotonic() < deadline, f"step {step} never came"
+            time.sleep(0.001)
+
+    def output(self) -> str:
+        """What it printed, on one line, once it has ended."""
+        printed, _ = self.process.communicate(timeout=PATIENCE)
+        return " ".join(printed.split())
+
+    def finish(self) -> str:
+        """As output, of a run that must end well."""
+        printed = self.output()
+        assert self.process.returncode == 0, printed
+        return printed
+
+
+StartTraining = Callable[..., TrainProcess]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One document, whose end is held out."""
+    path = tmp_path_factory.mktemp("text") / "corpus.txt"
+    path.write_text(Path(argparse.__file__).read_text())
+    return path
+
+
+@pytest.fixture(scope="session")
+def start_training(tmp_path_factory: pytest.TempPathFactory) -> StartTraining:
+    """start_training(out, *arguments) -> TrainProcess; programs are compiled once for all of them."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def start(out: Path, *arguments: str) -> TrainProcess:
+        command = [sys.executable, "-m", "train", *arguments, "--out", str(out)]
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **cache},
+        )
+        return TrainProcess(out, process)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, start_training: StartTraining, corpus: Path) -> Path:
+    """The folder of a run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    printed = start_training(out, str(corpus), *SETTINGS).finish()
+    assert "done: held-out loss" in printed
+    return out
+
+
+def parameters_hash(out: Path) -> str:
+    """SHA-256 over every parameter of the newest checkpoint."""
+    params = load_params(out, ModelConfig.load(out / "config.json"), build_mesh(MeshShape()))
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def newest_checkpoint(out: Path) -> int | None:
+    checkpoints = Checkpoints(out)
+    try:
+        return checkpoints.latest()
+    finally:
+        checkpoints.close()
+
+
+def losses(out: Path) -> list[tuple[int, str, float]]:
+    """Every loss that the run wrote down, in its order: (step, kind, nats)."""
+    kinds = ("loss", "heldout_loss")
+    return [(row["step"], kind, row[kind]) for row in read_metrics(out) for kind in kinds if kind in row]

@@ -1,0 +1,195 @@
+"""Portable: one program for CPU, GPU and TPU, and a cache that stays in place on each that can be compiled for here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from model.config import ModelConfig
+from model.sharding import MESH_AXES, use_mesh
+from model.transformer import stacked
+from serve.engine.config import Bucket, EngineConfig
+from serve.engine.executor import cache_shape, lower_step, step_and_arguments
+from serve.engine.plan import PADDING, plan_size, split_plan
+from tests.support import TINY, random_params
+from train.config import OptimizerConfig
+from train.data import Batch
+from train.optimizer import build_optimizer
+from train.step import Trainer
+
+PLATFORMS = ["cpu", "cuda", "tpu"]
+ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32).resolve(TINY)
+
+
+def abstract_batch(accumulate: int, sequences: int, seq: int) -> Batch:
+    ints = jax.ShapeDtypeStruct((accumulate, sequences, seq), jnp.int32)
+    return Batch(ints, ints, ints, ints, jax.ShapeDtypeStruct(ints.shape, jnp.float32))
+
+
+def export_flat(step: Callable[..., Any], args: Any, mesh: Mesh) -> export.Exported:
+    """Exports over a flat list of arrays, which any runtime can call, for every platform at once."""
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(step(*jax.tree.unflatten(tree, leaves)))
+
+    with use_mesh(mesh):
+        exported = export.export(jax.jit(flat), platforms=PLATFORMS)(*leaves)
+    return export.deserialize(exported.serialize())
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_step_is_one_program_for_every_platform(
+    scan_layers: bool, accumulate: int, mesh: Mesh
+) -> None:
+    """Code that only lowers on the machine it was written on can't be trained anywhere else."""
+    config = dataclasses.replace(TINY, scan_layers=scan_layers, remat="dots", dtype="bfloat16")
+    trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
+    args = (trainer.abstract_state(config), abstract_batch(accumulate, 2, 16))
+    exported = export_flat(trainer._step, args, mesh)
+    assert set(exported.platforms) == set(PLATFORMS)
+    assert len(exported.out_avals) == len(jax.tree.leaves(args[0])) + 2
+
+
+@pytest.mark.parametrize("bucket", [ENGINE.buckets[0], ENGINE.buckets[-1]], ids=["decode", "mixed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_engine_step_is_one_program_for_every_platform(bucket: Bucket, dtype: Any, mesh: Mesh) -> None:
+    """The same for serving."""
+    config = dataclasses.replace(TINY, dtype=dtype)
+    step, args = step_and_arguments(config, ENGINE, bucket, 90, mesh)
+    exported = export_flat(step, args, mesh)
+    assert set(exported.platforms) == set(PLATFORMS)
+    assert tuple(exported.out_avals[0].shape) == cache_shape(config, ENGINE)
+
+
+def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
+    """The artifact must be the program, not only lower without an error."""
+    bucket = ENGINE.buckets[-1]
+    step, args = step_and_arguments(TINY, ENGINE, bucket, 90, mesh)
+    exported = export_flat(step, args, mesh)
+    packed = np.zeros(plan_size(bucket, ENGINE.pages_per_sequence), np.int32)
+    arrays = split_plan(packed, bucket, ENGINE.pages_per_sequence)
+    arrays.positions[:] = PADDING
+    arrays.positions[bucket.rows : bucket.rows + 13] = np.arange(13)
+    arrays.tokens[bucket.rows : bucket.rows + 13] = np.arange(13)
+    arrays.tables[bucket.rows, :2] = (3, 5)
+    arrays.sample_slot[:] = ENGINE.max_sequences
+    arrays.sample_token[bucket.rows], arrays.sample_slot[bucket.rows] = bucket.rows + 12, 2
+
+    def state() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(cache_shape(TINY, ENGINE)), jnp.zeros(ENGINE.max_sequences + 1, jnp.int32)
+
+    params = random_params(TINY, mesh)
+    with use_mesh(mesh):
+        want = step(params, *state(), packed)
+        got = exported.call(*jax.tree.leaves((params, *state(), packed)))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    assert np.abs(np.asarray(want[0])).max() > 0
+
+
+# the cache stays in place
+
+
+def cache_bytes(config: ModelConfig, engine: EngineConfig) -> int:
+    return math.prod(cache_shape(config, engine)) * jnp.dtype(config.dtype).itemsize
+
+
+def paged_config(dtype: Any, cache_mb: int, *, scan_layers: bool = False) -> tuple[ModelConfig, EngineConfig]:
+    """A small network over a cache of about `cache_mb` MB: any copy of it, or of one layer of it, stands out."""
+    config = ModelConfig(
+        vocab_size=256,
+        dim=256,
+        layers=4,
+        heads=8,
+        kv_heads=4,
+        head_dim=128,
+        mlp_dim=256,
+        context_length=512,
+        dtype=dtype,
+        scan_layers=scan_layers,
+    )
+    pages = (cache_mb << 20) // (config.kv_bytes_per_token() * 16)
+    engine = EngineConfig(max_sequences=4, page_size=16, block_size=32, prefill_tokens=64, pages=pages)
+    return config, engine.resolve(config)
+
+
+def memory(config: ModelConfig, engine: EngineConfig, bucket: Bucket, mesh: Mesh) -> Any:
+    return lower_step(config, engine, bucket, config.vocab_size, mesh).compile().memory_analysis()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("which", [0, -1], ids=["decode", "mixed"])
+def test_the_cache_stays_in_place_on_a_cpu(which: int, scan_layers: bool, mesh: Mesh) -> None:
+    """A step that copies the cache takes longer the more memory one gives it."""
+    used = []
+    for size in (64, 256):
+        config, engine = paged_config("float32", size, scan_layers=scan_layers)
+        analysis = memory(config, engine, engine.buckets[which], mesh)
+        assert analysis.alias_size_in_bytes >= cache_bytes(config, engine)
+        assert analysis.temp_size_in_bytes < cache_bytes(config, engine) / config.layers
+        used.append(analysis.temp_size_in_bytes)
+    assert used[1] <= used[0] * 1.01, "memory beside the cache grows with it: something copies it"
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="compiling for a TPU needs libtpu: pip install 'isthmus[tpu-aot]'",
+)
+
+
+def tpu_mesh(tp: int) -> Mesh:
+    if tp == 1:
+        topology = topologies.get_topology_desc("v5e:1x1", "tpu", chips_per_host_bounds=(1, 1, 1))
+    else:
+        topology = topologies.get_topology_desc("v5e:2x2", "tpu")
+    devices = np.array(topology.devices[:tp]).reshape(1, 1, tp)
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("which", [0, -1], ids=["decode", "mixed"])
+def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, tp: int) -> None:
+    """The same, compiled for a TPU v5e that needn't be there."""
+    config, engine = paged_config("bfloat16", 256, scan_layers=scan_layers)
+    analysis = memory(config, engine, engine.buckets[which], tpu_mesh(tp))
+    share = cache_bytes(config, engine) // tp
+    assert analysis.alias_size_in_bytes >= share
+    assert analysis.temp_size_in_bytes < share / config.layers
+
+
+@needs_libtpu
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_training_step_compiles_for_a_tpu(devices: int) -> None:
+    """And so does training, sharded over the chips, its state updated in place."""
+    config = stacked(
+        dataclasses.replace(TINY, dtype="bfloat16", remat="full", dim=256, mlp_dim=256, vocab_size=256)
+    )
+    mesh = tpu_mesh(devices)
+    mesh = Mesh(mesh.devices.reshape(1, -1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
+    state = trainer.abstract_state(config)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer._batch_sharding),
+        abstract_batch(2, 4, 64),
+    )
+    analysis = trainer.lower(state, batch).compile().memory_analysis()
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    assert analysis.alias_size_in_bytes >= held

@@ -1,0 +1,64 @@
+"""No recompile: once the engine is warm, nothing a client can ask for makes it compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from serve.engine.config import EngineConfig
+from serve.engine.executor import Executor
+from serve.engine.request import FinishReason, Request, SamplingParams
+from tests.serve.engine.harness import Arrival, play
+from tests.support import TINY, random_params
+
+
+CONFIG = dataclasses.replace(TINY, layers=1)
+
+
+def random_arrival(rng: random.Random, index: int) -> Arrival:
+    prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(rng.choice([1, 2, rng.randrange(1, 60), 62]))]
+    sampling = SamplingParams(
+        temperature=rng.choice([0.0, 0.7, 1.0, 2.0]),
+        top_k=rng.choice([0, 0, 1, 5, 1000]),
+        top_p=rng.choice([1.0, 1.0, 0.9, 0.1]),
+        min_p=rng.choice([0.0, 0.0, 0.1, 1.0]),
+        seed=rng.randrange(2**64),
+    )
+    limit = rng.randrange(1, CONFIG.context_length - len(prompt) + 1)
+    stop_ids = frozenset(rng.sample(range(CONFIG.vocab_size), rng.choice([0, 0, 3])))
+    request = Request(f"r{index}", prompt, sampling, limit, stop_ids, eos_id=rng.choice([None, 3]))
+    cancel_after = rng.randrange(1, 10) if rng.random() < 0.2 else None
+    return Arrival(request, step=rng.randrange(400), cancel_after=cancel_after)
+
+
+def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
+    """A compilation in serving stops everybody's text for seconds, at a moment that a client chooses."""
+    engine = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=30).resolve(
+        CONFIG
+    )
+    executor = Executor(CONFIG, engine, random_params(CONFIG, mesh), mesh, CONFIG.vocab_size)
+    executor.compile()
+    rng = random.Random(0)
+    arrivals = [random_arrival(rng, index) for index in range(200)]
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        counters = play(executor, arrivals).engine.scheduler.counters
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert events == [], "something was traced or compiled"
+    assert executor.recompilations == 0
+    reasons = {arrival.request.finish_reason for arrival in arrivals}
+    assert reasons == set(FinishReason) - {FinishReason.ERROR}, "not every way to end came up"
+    assert counters.preemptions > 0 and counters.cached_prompt_tokens == 0
+    jax.jit(lambda x: x + len(arrivals))(1).block_until_ready()
+    assert executor.recompilations == 1, "the counter that production watches counts nothing"
