@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.plots import plot_rates, plot_steps
 from benchmarks.record import Record, load_all
+from benchmarks.statistics import number, percentiles
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ruler, *rows))
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """`digits` significant ones, no exponent below a million; a dash for what there is none of."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
-
-
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
@@ -79,7 +73,7 @@ def _machine(record: Record) -> str:
         else ""
     )
     return (
-        f"{machine.device}, {machine.cores} cores, {machine.devices} devices; {measured}jax {machine.jax}, Python "
+        f"{machine.device}, {machine.cores} cores; {measured}jax {machine.jax}, Python "
         f"{machine.python}; {machine.date}, commit {machine.commit or 'unknown'}, load before the run {machine.load:g}."
     )
 
@@ -132,8 +126,8 @@ def _serving(record: Record) -> str:
             f"{row['rate']:g}",
             number(row["output_tokens_per_second"]),
             str(row["requests"] - row["completed"]),
-            *(_percentiles(row[name], 1e3) for name in ("ttft", "itl", "tpot")),
-            _percentiles(row["e2e"], 1),
+            *(percentiles(row[name], 1e3) for name in ("ttft", "itl", "tpot")),
+            percentiles(row["e2e"], 1),
         ]
         for row in figures["rates"]
     ]
@@ -146,11 +140,6 @@ def _serving(record: Record) -> str:
             f"client's {percent(compared['client_cpu_share'])} of a core included)."
         )
     return "\n\n".join(parts)
-
-
-def _percentiles(summary: dict[str, Any], factor: float) -> str:
-    values = (summary[name] for name in ("p50", "p90", "p99"))
-    return " / ".join(number(None if value is None else value * factor) for value in values)
 
 
 def _training(record: Record) -> str:

@@ -17,7 +17,7 @@ from benchmarks.machine import Machine, describe_remote
 from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.servers import Served, serve_flags, served
-from benchmarks.statistics import median, summarize
+from benchmarks.statistics import median, percentiles, summarize
 from benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
 from model.config import ConfigError, Dtype
 from serve.engine.config import EngineConfig
@@ -147,12 +147,12 @@ def load_figures(answer: dict[str, Any]) -> dict[str, Any]:
 def compare(bench: ServeBench, load: _Load, host: Child, tick: Callable[[], None]) -> dict[str, Any]:
     """The same requests through the server and on the engine alone, in turns whose order alternates.
 
-    A round before the first warms both and doesn't count.
+    A quarter of a round before the first warms both and doesn't count.
     """
     rounds: dict[str, list[float]] = {"server": [], "engine": []}
     finished, cpu = [], []
     for round_ in range(bench.compare_rounds + 1):
-        requests = load.at_once(round_)
+        requests = load.at_once(round_)[: bench.compare_requests if round_ else -(-bench.compare_requests // 4)]
         for side in ("server", "engine") if round_ % 2 else ("engine", "server"):
             if side == "server":
                 answer = load_figures(load.send(requests))
@@ -280,9 +280,3 @@ def show(record: Record, console: Console) -> None:
             percentiles(row["e2e"], 1),
         )
     console.print(table)
-
-
-def percentiles(summary: dict[str, Any], factor: float) -> str:
-    """p50/p90/p99 of a summary, times `factor`; a dash for what there is none of."""
-    values = [summary[name] for name in ("p50", "p90", "p99")]
-    return " / ".join("-" if v is None or v != v else f"{v * factor:.3g}" for v in values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,3 +33,16 @@ def summarize(values: Sequence[float]) -> Summary:
 
 def median(values: Sequence[float]) -> float:
     return float(np.median(values))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` significant ones, no exponent; a dash for what there is none of."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def percentiles(summary: Mapping[str, float | None], factor: float) -> str:
+    """p50 / p90 / p99 of a Summary's fields, times `factor`."""
+    values = (summary[name] for name in ("p50", "p90", "p99"))
+    return " / ".join(number(None if value is None else value * factor) for value in values)

@@ -75,9 +75,7 @@ def relative_error(got: Any, want: Any) -> float:
 def _forward(config: ModelConfig) -> Any:
     def forward(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         model = bind(config, params)
-        hidden, _ = model(
-            tokens, positions, lambda layer, q, k, v, c: (attention.causal(q, k, v, segments), c), None
-        )
+        hidden, _ = model(tokens, positions, lambda layer, q, k, v, c: (attention.causal(q, k, v, segments), c), None)
         return model.logits(hidden)
 
     return jax.jit(forward)

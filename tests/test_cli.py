@@ -47,9 +47,7 @@ def test_help_of_a_command_shows_how_it_is_used(name: str, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert f"usage: isthmus {name}" in said
     if name not in WITHOUT_ARGUMENTS:
-        assert "examples:" in said and re.search(rf"^\W*isthmus {name} (?!\[)", said, re.MULTILINE), (
-            "no example"
-        )
+        assert "examples:" in said and re.search(rf"^\W*isthmus {name} (?!\[)", said, re.MULTILINE), "no example"
 
 
 def test_without_a_command_it_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,9 +98,7 @@ def test_generate_says_what_to_do_without_a_server(capsys: pytest.CaptureFixture
     assert "127.0.0.1:1" in said and "isthmus serve" in said
 
 
-def test_generate_from_a_folder_that_is_no_model_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a", "--model", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
 

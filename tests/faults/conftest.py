@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,29 +86,55 @@ class TrainProcess:
 
 
 StartTraining = Callable[..., TrainProcess]
+SharedFolder = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no message is broken in the middle of a word."""
+    monkeypatch.setenv("COLUMNS", "1000")
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> SharedFolder:
+    """shared_folder(name, fill) -> a folder that `fill` has filled once for all test processes; read it only."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base if worker_id == "master" else base.parent) / "faults"
+    base.mkdir(exist_ok=True)
+
+    def shared(name: str, fill: Callable[[Path], object] = lambda folder: None) -> Path:
+        folder = base / name
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished = base / f"{name}.{worker_id}"
+                unfinished.mkdir()
+                fill(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def corpus(shared_folder: SharedFolder) -> Path:
     """One document, whose end is held out."""
-    path = tmp_path_factory.mktemp("text") / "corpus.txt"
-    path.write_text(Path(argparse.__file__).read_text())
-    return path
+    text = Path(argparse.__file__).read_text()
+    return shared_folder("text", lambda folder: (folder / "corpus.txt").write_text(text)) / "corpus.txt"
 
 
 @pytest.fixture(scope="session")
-def start_training(tmp_path_factory: pytest.TempPathFactory) -> StartTraining:
+def start_training(shared_folder: SharedFolder) -> StartTraining:
     """start_training(out, *arguments) -> TrainProcess; programs are compiled once for all of them."""
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_COMPILATION_CACHE_DIR": str(shared_folder("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
     def start(out: Path, *arguments: str) -> TrainProcess:
-        command = [sys.executable, "-m", "train", *arguments, "--out", str(out)]
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-m", "train", *arguments, "--out", str(out)],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -119,12 +147,34 @@ def start_training(tmp_path_factory: pytest.TempPathFactory) -> StartTraining:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, start_training: StartTraining, corpus: Path) -> Path:
+def reference(shared_folder: SharedFolder, start_training: StartTraining, corpus: Path) -> Path:
     """The folder of a run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    printed = start_training(out, str(corpus), *SETTINGS).finish()
-    assert "done: held-out loss" in printed
-    return out
+
+    def run(out: Path) -> None:
+        assert "done: held-out loss" in start_training(out, str(corpus), *SETTINGS).finish()
+
+    return shared_folder("undisturbed", run)
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    out: Path
+    printed: str
+    """On one line"""
+
+
+@pytest.fixture(scope="session")
+def interrupted(shared_folder: SharedFolder, start_training: StartTraining, corpus: Path) -> Interrupted:
+    """A run that was asked to stop, by Ctrl-C, in its middle."""
+
+    def run(out: Path) -> None:
+        training = start_training(out, str(corpus), *SETTINGS)
+        training.wait_for_step(STEPS // 3)
+        training.process.send_signal(signal.SIGINT)
+        (out / "printed.txt").write_text(training.finish())
+
+    out = shared_folder("interrupted", run)
+    return Interrupted(out, (out / "printed.txt").read_text())
 
 
 def parameters_hash(out: Path) -> str:

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from tests.faults.conftest import (
     CHECKPOINT_EVERY,
     SETTINGS,
     STEPS,
+    Interrupted,
     StartTraining,
     losses,
     newest_checkpoint,
@@ -24,23 +24,6 @@ from train.cli import main
 from train.config import TrainConfig
 
 KILLS = 3
-
-
-@dataclass(frozen=True)
-class Interrupted:
-    out: Path
-    printed: str
-
-
-@pytest.fixture(scope="module")
-def interrupted(
-    tmp_path_factory: pytest.TempPathFactory, start_training: StartTraining, corpus: Path
-) -> Interrupted:
-    """A run that was asked to stop in its middle."""
-    run = start_training(tmp_path_factory.mktemp("runs") / "interrupted", str(corpus), *SETTINGS)
-    run.wait_for_step(STEPS // 3)
-    run.process.send_signal(signal.SIGINT)
-    return Interrupted(run.out, run.finish())
 
 
 def _said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -130,13 +113,12 @@ def test_resuming_on_other_text_is_refused(
     interrupted: Interrupted, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file that was edited since is other data: what comes out would be neither run."""
-    out = shutil.copytree(interrupted.out, tmp_path / "edited")
-    before = corpus.read_text()
-    try:
-        corpus.write_text(before.replace("argument", "parameter"))
-        assert main(["--resume", "--out", str(out)]) == 2
-    finally:
-        corpus.write_text(before)
+    out = shutil.copytree(interrupted.out, tmp_path / "run")
+    edited = tmp_path / corpus.name
+    edited.write_text(corpus.read_text().replace("argument", "parameter"))
+    settings = out / "train.json"
+    settings.write_text(settings.read_text().replace(str(corpus), str(edited)))
+    assert main(["--resume", "--out", str(out)]) == 2
     assert "data:" in _said(capsys)
 
 
@@ -164,9 +146,7 @@ def test_resuming_with_another_setting_names_it(
     assert f"{named} can't change on --resume" in said
 
 
-def test_a_folder_that_holds_a_run_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = _saved(tmp_path / "run")
     before = (out / "train.json").read_bytes()
     assert main([__file__, "--out", str(out), *SETTINGS]) == 2

@@ -46,7 +46,7 @@ def _project(part: dict[str, Any], x: np.ndarray, spec: str) -> np.ndarray:
 
 
 def _rotary(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
-    """x: [seq, heads, head_dim]. Channel i turns with channel i + head_dim / 2, at theta^(-2i / head_dim) a position."""
+    """x: [seq, heads, head_dim]. Channel i turns with i + head_dim / 2, at theta^(-2i / head_dim) a position."""
     head_dim = x.shape[-1]
     out = x.copy()
     for i in range(head_dim // 2):

@@ -55,9 +55,7 @@ def test_saved_on_eight_devices_restored_on_one(
     layout = (lambda tree: tree) if scan_layers else unstack_blocks
     assert_equal(layout(restored.params), params)
     assert_equal(layout(restored.optimizer), optimizer)
-    assert all(
-        leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(restored.params)
-    )
+    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(restored.params))
 
 
 def test_saved_on_one_device_restored_on_eight(
@@ -114,9 +112,7 @@ def model_folder(tiny: ModelConfig, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def test_serving_loads_either_layout(
-    tiny: ModelConfig, tiny_params: Params, mesh: Mesh, model_folder: Path
-) -> None:
+def test_serving_loads_either_layout(tiny: ModelConfig, tiny_params: Params, mesh: Mesh, model_folder: Path) -> None:
     """The layout is the server's choice, not the trainer's."""
     assert_equal(load_params(model_folder, tiny, mesh), tiny_params)
     assert_equal(load_params(model_folder, stacked(tiny), mesh), stack_blocks(tiny_params))

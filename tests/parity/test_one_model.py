@@ -42,9 +42,7 @@ CONFIG = ModelConfig(
     attention_bias=True,
     qk_norm=True,
 )
-ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(
-    CONFIG
-)
+ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(CONFIG)
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -87,9 +85,7 @@ def test_served_tokens_are_the_training_forwards(executor: Executor, params: Par
     likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
     for request, row in zip(requests, likeliest, strict=True):
         assert len(request.completion) == request.max_tokens
-        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), (
-            request.id
-        )
+        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
     counters = engine.scheduler.counters
     assert counters.preemptions > 0, "pages were never short, so preemption isn't tested"
     assert counters.cached_prompt_tokens > 0, "no prefix was shared, so sharing isn't tested"
@@ -102,9 +98,7 @@ def test_stopping_is_the_training_forwards_too(executor: Executor, params: Param
     """The text must end exactly where the model ends it."""
     eos, stop = 3, frozenset(range(60, 66))
     requests = [
-        dataclasses.replace(
-            arrival.request, id=f"s{index}", max_tokens=96 - len(arrival.request.prompt), eos_id=eos
-        )
+        dataclasses.replace(arrival.request, id=f"s{index}", max_tokens=96 - len(arrival.request.prompt), eos_id=eos)
         for index, arrival in enumerate(random_arrivals(24, seed=2))
     ]
     requests = [dataclasses.replace(request, stop_ids=stop) for request in requests]
@@ -152,9 +146,7 @@ def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
     requests = [arrival.request for arrival in arrivals]
     likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
     for request, row in zip(requests, likeliest, strict=True):
-        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), (
-            request.id
-        )
+        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
 
 
 def test_the_engines_logits_are_the_training_forwards(params: Params, mesh: Mesh) -> None:

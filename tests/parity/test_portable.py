@@ -51,9 +51,7 @@ def export_flat(step: Callable[..., Any], args: Any, mesh: Mesh) -> export.Expor
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_training_step_is_one_program_for_every_platform(
-    scan_layers: bool, accumulate: int, mesh: Mesh
-) -> None:
+def test_a_training_step_is_one_program_for_every_platform(scan_layers: bool, accumulate: int, mesh: Mesh) -> None:
     """Code that only lowers on the machine it was written on can't be trained anywhere else."""
     config = dataclasses.replace(TINY, scan_layers=scan_layers, remat="dots", dtype="bfloat16")
     trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
@@ -176,9 +174,7 @@ def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, tp: in
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_training_step_compiles_for_a_tpu(devices: int) -> None:
     """And so does training, sharded over the chips, its state updated in place."""
-    config = stacked(
-        dataclasses.replace(TINY, dtype="bfloat16", remat="full", dim=256, mlp_dim=256, vocab_size=256)
-    )
+    config = stacked(dataclasses.replace(TINY, dtype="bfloat16", remat="full", dim=256, mlp_dim=256, vocab_size=256))
     mesh = tpu_mesh(devices)
     mesh = Mesh(mesh.devices.reshape(1, -1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
@@ -189,7 +185,6 @@ def test_a_training_step_compiles_for_a_tpu(devices: int) -> None:
     )
     analysis = trainer.lower(state, batch).compile().memory_analysis()
     held = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
     )
     assert analysis.alias_size_in_bytes >= held

@@ -59,9 +59,7 @@ def test_permute_shuffles_and_needs_no_whole() -> None:
 @pytest.mark.parametrize("size", [9, 16, 17, 18, 203])
 def test_an_epoch_visits_every_window_once(sequences: int, size: int) -> None:
     """An epoch that skips text wastes it; one that repeats text counts it twice."""
-    split = TokenFile(
-        np.arange(size, dtype=np.uint16), np.array([size]), 0
-    )  # a token tells where its window began
+    split = TokenFile(np.arange(size, dtype=np.uint16), np.array([size]), 0)  # a token tells where its window began
     data = TrainingData(split, split, 8, seed=1)
     windows = (size - 1) // 8
     starts: list[int] = []
@@ -150,9 +148,7 @@ def test_heldout_counts_every_target_once(sequences: int, seq: int, tmp_path: Pa
     batches = list(data.heldout_batches(sequences))
     assert {batch.tokens.shape for batch in batches} == {(1, sequences, seq)}
     assert sum(batch.weights.sum() for batch in batches) == total
-    counted = [
-        int(t) for b in batches for t, w in zip(b.targets.ravel(), b.weights.ravel(), strict=True) if w
-    ]
+    counted = [int(t) for b in batches for t, w in zip(b.targets.ravel(), b.weights.ravel(), strict=True) if w]
     assert counted == data.heldout.tokens[1:].tolist()
 
 
@@ -206,9 +202,7 @@ def test_a_folder_gives_its_text_files(corpus: Path) -> None:
     assert list(read(corpus)) == sorted(want)
 
 
-def test_a_file_that_is_too_large_for_a_folder_can_be_named(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_is_too_large_for_a_folder_can_be_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large dump in a folder is left out; naming it takes it."""
     monkeypatch.setattr(documents, "MAX_FILE_BYTES", 5)
     assert set(read(corpus)) == {"corpus/a.txt", "corpus/sub/deep/c"}
@@ -250,9 +244,7 @@ def test_a_wrong_line_is_named(line: str, tmp_path: Path) -> None:
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "UTF-8"),
     ],
 )
-def test_a_path_that_cannot_be_read_is_named(
-    name: str, data: bytes | None, message: str, tmp_path: Path
-) -> None:
+def test_a_path_that_cannot_be_read_is_named(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
     """A path that was named must be read or refused, never skipped."""
     path = tmp_path / name
     if data is not None:

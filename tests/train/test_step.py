@@ -173,9 +173,7 @@ def copied(state: TrainState) -> TrainState:
 
 def test_five_steps_are_adamw(mesh: Mesh) -> None:
     """Clipping, schedule, moments or decay gone wrong still lower the loss, only less: no curve would show it."""
-    optimizer = OptimizerConfig(
-        lr=3e-3, schedule="wsd", warmup_steps=2, decay_fraction=0.4, weight_decay=0.5, clip=0.5
-    )
+    optimizer = OptimizerConfig(lr=3e-3, schedule="wsd", warmup_steps=2, decay_fraction=0.4, weight_decay=0.5, clip=0.5)
     trainer = Trainer(CONFIG, build_optimizer(optimizer, 5), mesh)
     params = random_params(CONFIG, mesh)
     with use_mesh(mesh):

@@ -48,9 +48,7 @@ def start_server(model_folder: Path, cache_folder: Path) -> Iterator[StartServer
     started: list[RunningServer] = []
 
     def start(*, load: bool = True, **fields: Any) -> RunningServer:
-        config = ServeConfig(
-            **{"model": model_folder, "port": 0, "engine": ENGINE, "drain_seconds": 0.0, **fields}
-        )
+        config = ServeConfig(**{"model": model_folder, "port": 0, "engine": ENGINE, "drain_seconds": 0.0, **fields})
         started.append(RunningServer(config, cache_folder, load=load))
         return started[-1]
 

@@ -85,9 +85,7 @@ def methods(channel: grpc.Channel) -> list[MethodDescriptor]:
     return [method for service in services for method in service.methods]
 
 
-def call(
-    channel: grpc.Channel, method: MethodDescriptor, metadata: tuple[tuple[str, str], ...]
-) -> grpc.StatusCode:
+def call(channel: grpc.Channel, method: MethodDescriptor, metadata: tuple[tuple[str, str], ...]) -> grpc.StatusCode:
     """The status of a valid call."""
     kind = f"{'stream' if method.client_streaming else 'unary'}_{'stream' if method.server_streaming else 'unary'}"
     rpc = getattr(channel, kind)(
@@ -134,12 +132,7 @@ def test_every_method_answers_with_the_token(channel: grpc.Channel, methods: lis
 def test_the_client_takes_the_token(guarded: RunningServer) -> None:
     with guarded.client(token=TOKEN) as client:
         assert client.generate("a", max_tokens=1).prompt_tokens
-        assert (
-            list(client.stream("a", max_tokens=1))
-            and client.load()
-            and client.server_info()
-            and client.model_info()
-        )
+        assert list(client.stream("a", max_tokens=1)) and client.load() and client.server_info() and client.model_info()
         assert client.cancel(["nobody"]) == [] and client.detokenize(client.tokenize("a")) == "a"
 
 
@@ -157,9 +150,7 @@ def test_a_refused_call_costs_the_engine_nothing(guarded: RunningServer) -> None
     assert guarded.engine.load().counters.prompt_tokens == before
 
 
-def test_a_server_that_still_loads_asks_for_the_token_too(
-    start_server: StartServer, token_file: Path
-) -> None:
+def test_a_server_that_still_loads_asks_for_the_token_too(start_server: StartServer, token_file: Path) -> None:
     server = start_server(load=False, auth_token_file=token_file)
     with server.client() as client:
         with pytest.raises(grpc.RpcError) as failure:
@@ -171,9 +162,7 @@ def test_a_server_that_still_loads_asks_for_the_token_too(
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "[::]", "", "192.0.2.1", "example.com", "127.0.0.1.example.com", "localhost."]
 )
-def test_beyond_loopback_it_needs_a_token_or_insecure(
-    model_folder: Path, token_file: Path, host: str
-) -> None:
+def test_beyond_loopback_it_needs_a_token_or_insecure(model_folder: Path, token_file: Path, host: str) -> None:
     """Else a model is open to the network because somebody changed an address."""
     with pytest.raises(ConfigError, match="host="):
         ServeConfig(model=model_folder, host=host).validate()
@@ -194,9 +183,7 @@ def test_the_server_itself_refuses_to_start_open(start_server: StartServer) -> N
 @pytest.mark.parametrize(
     "content", ["", "\n", "  \n\t", "two\nlines", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "a\0b"]
 )
-def test_a_token_file_that_holds_no_token_is_refused(
-    start_server: StartServer, tmp_path: Path, content: str
-) -> None:
+def test_a_token_file_that_holds_no_token_is_refused(start_server: StartServer, tmp_path: Path, content: str) -> None:
     """An empty secret would let everybody in that sends an empty one."""
     path = tmp_path / "token.txt"
     path.write_text(content)

@@ -222,10 +222,7 @@ def test_a_folder_that_is_no_model_is_said(
     from commands.serve import main
 
     spoil(tmp_path)
-    assert (
-        main(["--model", str(tmp_path), "--port", "0", "--compilation-cache", str(tmp_path / "programs")])
-        == 2
-    )
+    assert main(["--model", str(tmp_path), "--port", "0", "--compilation-cache", str(tmp_path / "programs")]) == 2
     assert said in capsys.readouterr().out
 
 
@@ -244,9 +241,7 @@ def test_draining_too_long_cancels_what_is_left(start_server: StartServer) -> No
     """SIGTERM must end the process even when a client never stops reading."""
     server = start_server(drain_seconds=0.1)
     with server.client() as client:
-        streams = [
-            client.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(ENGINE.max_sequences + 2)
-        ]
+        streams = [client.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(ENGINE.max_sequences + 2)]
         for events in streams:
             next(events)
         server.stop()
@@ -271,9 +266,7 @@ def poisoned(
     return start_server(model=save_model(tmp_path_factory.mktemp("models") / "poisoned", tokenizer, params))
 
 
-@pytest.mark.parametrize(
-    "prompt", [[POISON], [1, 2, POISON, 3], [*range(1, 200), POISON, *range(1, 100)]], ids=len
-)
+@pytest.mark.parametrize("prompt", [[POISON], [1, 2, POISON, 3], [*range(1, 200), POISON, *range(1, 100)]], ids=len)
 def test_logits_that_are_not_finite_end_one_request_alone(poisoned: RunningServer, prompt: list[int]) -> None:
     """Others get the same bytes as alone, and those who take over its pages get none of its NaN."""
     healthy = {"max_tokens": 800, "temperature": 0, "ignore_eos": True}
@@ -344,6 +337,6 @@ async def _calls_of_an_engine_that_dies(server: Server, channel: grpc.aio.Channe
 
 
 def test_an_engine_that_dies_takes_nobody_with_it_unheard(model_folder: Path, cache_folder: Path) -> None:
-    """Every call in flight gets an error instead of hanging, health tells the load balancer, and the process can end."""
+    """Every call in flight gets an error instead of hanging, health tells, and the process can end."""
     config = ServeConfig(model=model_folder, port=0, engine=ENGINE, drain_seconds=PATIENCE)
     asyncio.run(_engine_dies(config, cache_folder))

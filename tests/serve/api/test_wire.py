@@ -127,9 +127,7 @@ def test_a_prompt_of_ids_is_the_prompt_of_its_text(client: Client) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 2 * len(CHARACTERS.encode()) + 1))
-def test_every_delta_is_whole_characters(
-    script_client: Client, tokenizer: Tokenizer, max_tokens: int
-) -> None:
+def test_every_delta_is_whole_characters(script_client: Client, tokenizer: Tokenizer, max_tokens: int) -> None:
     """Each token is one byte of a character of several. Else a client sees broken characters while it streams."""
     encoded = CHARACTERS.encode()
     prompt = [byte_token(tokenizer, encoded[-1])]
@@ -172,9 +170,7 @@ def test_a_stop_token_ends_it_and_is_not_part_of_it(script_client: Client, token
 
 
 def test_a_generation_may_stop_at_its_first_token(script_client: Client, tokenizer: Tokenizer) -> None:
-    answer = collect(
-        script_client.stream("a", temperature=0, stop_token_ids=[byte_token(tokenizer, ord("b"))])
-    )
+    answer = collect(script_client.stream("a", temperature=0, stop_token_ids=[byte_token(tokenizer, ord("b"))]))
     assert answer.finished.finish_reason == pb.FINISH_REASON_STOP_TOKEN
     assert answer.text == "" and answer.token_ids == ()
 
@@ -210,9 +206,7 @@ def test_a_seed_the_server_picked_draws_the_same_again(client: Client) -> None:
     first = client.generate(PROMPT, max_tokens=50, ignore_eos=True)
     other = client.generate(PROMPT, max_tokens=50, ignore_eos=True)
     assert other.seed != first.seed and other.token_ids != first.token_ids
-    assert (
-        client.generate(PROMPT, max_tokens=50, ignore_eos=True, seed=first.seed).token_ids == first.token_ids
-    )
+    assert client.generate(PROMPT, max_tokens=50, ignore_eos=True, seed=first.seed).token_ids == first.token_ids
 
 
 def test_all_64_bits_of_a_seed_count(client: Client) -> None:
@@ -268,15 +262,17 @@ def test_closing_a_stream_frees_its_pages(client: Client) -> None:
     assert client.load().completion_tokens - before < LONG / 2
 
 
-def test_cancelled_twice_before_the_engine_looks(server: RunningServer, client: Client) -> None:
+def test_cancelled_twice_before_the_engine_looks(start_server: StartServer) -> None:
     """Two callers may cancel one request at the same moment; that must not end the engine for everybody."""
-    events = _begin(client, request_id="twice")
-    with server.engine._wake:  # the engine can't look at its inbox between the two
-        assert server.engine.cancel("twice") and server.engine.cancel("twice")
-    with pytest.raises(grpc.RpcError) as failure:
-        list(events)
-    assert failure.value.code() == grpc.StatusCode.CANCELLED
-    assert client.generate(PROMPT, max_tokens=3, ignore_eos=True).finish_reason == "LENGTH"
+    server = start_server()
+    with server.client() as client:
+        events = _begin(client, request_id="twice")
+        with server.engine._wake:  # the engine can't look at its inbox between the two
+            assert server.engine.cancel("twice") and server.engine.cancel("twice")
+        with pytest.raises(grpc.RpcError) as failure:
+            list(events)
+        assert failure.value.code() == grpc.StatusCode.CANCELLED
+        assert client.generate(PROMPT, max_tokens=3, ignore_eos=True).finish_reason == "LENGTH"
 
 
 def test_streams_dropped_as_soon_as_they_are_opened_leave_nothing_running(client: Client) -> None:
@@ -427,9 +423,7 @@ def test_the_limits_themselves_are_allowed(client: Client) -> None:
 def test_a_stream_without_its_request_is_refused(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         list(raw_stub(client).GenerateStream(pb.GenerateStreamRequest()))
-    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(failure.value) == [
-        "prompt"
-    ]
+    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(failure.value) == ["prompt"]
 
 
 def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: Client) -> None:
@@ -622,8 +616,7 @@ def test_preempted_requests_still_get_what_they_get_alone(start_server: StartSer
         prompts = [[10 + i, *(1 + token % 200 for token in range(2000))] for i in range(ENGINE.max_sequences)]
         with ThreadPoolExecutor(len(prompts)) as pool:
             calls = [
-                pool.submit(collect, client.stream(p, max_tokens=tokens, seed=3, ignore_eos=True))
-                for p in prompts
+                pool.submit(collect, client.stream(p, max_tokens=tokens, seed=3, ignore_eos=True)) for p in prompts
             ]
             together = [call.result() for call in calls]
         assert client.load().preemptions > 0, "there were pages for all: this test shows nothing"

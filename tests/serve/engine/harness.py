@@ -26,9 +26,7 @@ class Played:
     outputs: list[Output] = field(default_factory=list)
 
 
-def play(
-    executor: Executor, arrivals: Sequence[Arrival], on_step: Callable[[int], None] = lambda step: None
-) -> Played:
+def play(executor: Executor, arrivals: Sequence[Arrival], on_step: Callable[[int], None] = lambda step: None) -> Played:
     """Runs all of `arrivals` to their end. Raises what the engine thread raised."""
     waiting = sorted(arrivals, key=lambda arrival: arrival.step)
     cancels = {a.request.id: a.cancel_after for a in arrivals if a.cancel_after is not None}

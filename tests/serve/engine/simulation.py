@@ -1,8 +1,8 @@
-"""The engine without a device: the real scheduler, driven a step ahead as the engine drives it, over a KV cache in a dict.
+"""The engine without a device: the real scheduler, driven a step ahead as the engine drives it, over a cache in a dict.
 
 Where the device would keep keys and values, the dict keeps which token was written, at which position, after which
-prefix. The "network" draws its next token from a hash of the prefix that it finds **through the page table**; a page that
-was freed too early, shared wrongly or not filled gives another text than the prompt's own.
+prefix. The "network" draws its next token from a hash of the prefix that it finds **through the page table**; a page
+that was freed too early, shared wrongly or not filled gives another text than the prompt's own.
 """
 
 from __future__ import annotations
@@ -129,9 +129,7 @@ class Simulation:
         limit = self.steps + 20 * (work + 10)
         while self.live or self.in_flight is not None:
             self.step()
-            assert self.steps < limit, (
-                f"no end in sight: {[(r.id, r.computed, r.length) for r in self.live.values()]}"
-            )
+            assert self.steps < limit, f"no end in sight: {[(r.id, r.computed, r.length) for r in self.live.values()]}"
         assert self.scheduler.idle
         assert self.scheduler.pool.in_use == 0, "a page is held by nobody"
         self.scheduler.check()
@@ -243,9 +241,7 @@ class Simulation:
             assert real == list(range(real[0], real[0] + len(real))), "positions are not consecutive"
             if len(indices) > 1:
                 assert real[0] % self.config.block_size == 0, "a block off the grid"
-                assert all(arrays.tokens[i] != FROM_DEVICE for i in indices), (
-                    "a block takes known tokens only"
-                )
+                assert all(arrays.tokens[i] != FROM_DEVICE for i in indices), "a block takes known tokens only"
             pages = {self._place(arrays, row, p)[0] for p in real}
             owners = [r for r in self.scheduler.running if pages <= set(r.pages)]
             assert len(owners) == 1, "a row writes to pages that are not one running request's"

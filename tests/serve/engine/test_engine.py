@@ -39,9 +39,7 @@ CONFIG = ModelConfig(
     context_length=32,
     tie_embeddings=False,
 )
-ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, max_waiting=3).resolve(
-    CONFIG
-)
+ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, max_waiting=3).resolve(CONFIG)
 
 
 class HookedExecutor(Executor):

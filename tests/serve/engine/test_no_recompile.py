@@ -15,7 +15,6 @@ from serve.engine.request import FinishReason, Request, SamplingParams
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
 
-
 CONFIG = dataclasses.replace(TINY, layers=1)
 
 
@@ -37,9 +36,7 @@ def random_arrival(rng: random.Random, index: int) -> Arrival:
 
 def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     """A compilation in serving stops everybody's text for seconds, at a moment that a client chooses."""
-    engine = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=30).resolve(
-        CONFIG
-    )
+    engine = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=30).resolve(CONFIG)
     executor = Executor(CONFIG, engine, random_params(CONFIG, mesh), mesh, CONFIG.vocab_size)
     executor.compile()
     rng = random.Random(0)

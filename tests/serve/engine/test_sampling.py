@@ -93,16 +93,8 @@ def test_filters_keep_what_sorting_keeps(filters: str, ties: bool) -> None:
     names = {"all": "top_k top_p min_p", "none": ""}.get(filters, filters).split()
     logits = random_logits(rng, rows, vocab, ties=ties)
     top_k = rng.integers(0, vocab + 10, rows) * ("top_k" in names)
-    top_p = (
-        np.where(rng.random(rows) < 0.8, rng.uniform(0.01, 1, rows), 1.0)
-        if "top_p" in names
-        else np.ones(rows)
-    )
-    min_p = (
-        np.where(rng.random(rows) < 0.8, rng.uniform(0, 0.5, rows), 0.0)
-        if "min_p" in names
-        else np.zeros(rows)
-    )
+    top_p = np.where(rng.random(rows) < 0.8, rng.uniform(0.01, 1, rows), 1.0) if "top_p" in names else np.ones(rows)
+    min_p = np.where(rng.random(rows) < 0.8, rng.uniform(0, 0.5, rows), 0.0) if "min_p" in names else np.zeros(rows)
     top_p, min_p = top_p.astype(np.float32), min_p.astype(np.float32)
     got = np.asarray(keep(logits, top_k.astype(np.int32), top_p, min_p))
     compared = 0
@@ -133,9 +125,7 @@ def test_min_p_of_one_keeps_the_likeliest() -> None:
 def test_top_k_of_one_is_greedy() -> None:
     """Often used for that."""
     logits = random_logits(np.random.default_rng(0), 64, 50, ties=False)
-    np.testing.assert_array_equal(
-        run(logits, temperature=5.0, top_k=1, seed=np.arange(64)), logits.argmax(axis=1)
-    )
+    np.testing.assert_array_equal(run(logits, temperature=5.0, top_k=1, seed=np.arange(64)), logits.argmax(axis=1))
 
 
 # the distribution
@@ -176,9 +166,7 @@ def test_draws_follow_the_softmax(temperature: float, over: str) -> None:
 
 def test_filtered_draws_follow_what_is_left() -> None:
     """After filtering, the rest must keep its proportions. Temperature comes first."""
-    drawn = run(
-        np.tile(LOGITS, (DRAWS, 1)), temperature=0.8, top_k=6, top_p=0.9, min_p=0.1, seed=np.arange(DRAWS)
-    )
+    drawn = run(np.tile(LOGITS, (DRAWS, 1)), temperature=0.8, top_k=6, top_p=0.9, min_p=0.1, seed=np.arange(DRAWS))
     scaled = LOGITS / 0.8 - (LOGITS / 0.8).max()
     keep, close = kept_by_sorting(scaled.astype(np.float32), 6, 0.9, 0.1)
     assert not close and 2 <= keep.sum() < 6
@@ -220,9 +208,7 @@ def test_a_draw_does_not_depend_on_its_neighbours() -> None:
     logits, parameters = mixed_rows()
     together = run(logits, **parameters)
     for row in range(len(logits)):
-        alone = run(
-            logits[row : row + 1], **{name: value[row : row + 1] for name, value in parameters.items()}
-        )
+        alone = run(logits[row : row + 1], **{name: value[row : row + 1] for name, value in parameters.items()})
         assert alone[0] == together[row]
     order = np.random.default_rng(0).permutation(len(logits))
     shuffled = run(logits[order], **{name: value[order] for name, value in parameters.items()})

@@ -14,9 +14,7 @@ from serve.engine.config import Bucket, EngineConfig
 from serve.engine.request import FinishReason
 from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_completion, run_until
 
-MODEL = ModelConfig(
-    vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_dim=8, context_length=40
-)
+MODEL = ModelConfig(vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_dim=8, context_length=40)
 
 
 def engine_config(**changes: int | bool) -> EngineConfig:
