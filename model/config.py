@@ -100,13 +100,12 @@ class ModelConfig:
     def load(cls, path: Path) -> ModelConfig:
         """Reads `config.json`. Raises ConfigError when a field is unknown or missing."""
         try:
-            fields = json.loads(path.read_text())
-            config = cls(**fields)
+            config = cls(**json.loads(path.read_text(encoding="utf-8")))
+            config.validate()
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist: is {path.parent} a folder that `isthmus train` wrote?") from None
-        except (TypeError, json.JSONDecodeError) as error:
+        except (TypeError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors, and so is ConfigError
             raise ConfigError(f"{path} is not a model configuration: {error}") from None
-        config.validate()
         return config
 
 

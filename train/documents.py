@@ -33,15 +33,15 @@ def read_documents(paths: Sequence[str]) -> Iterator[Document]:
             for file in sorted(_files(path)):
                 if (text := _read_text(file)) is not None:
                     yield Document(str(file.relative_to(path.parent)), text)
+        elif not path.is_file():
+            raise ConfigError(f"data: {path} does not exist")
         elif path.suffix == ".jsonl":
             yield from _read_jsonl(path)
-        elif path.is_file():
+        else:
             text = _read_text(path)
             if text is None:
                 raise ConfigError(f"data: {path} is empty or is not UTF-8 text")
             yield Document(path.name, text)
-        else:
-            raise ConfigError(f"data: {path} does not exist")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -66,16 +66,15 @@ def _read_text(path: Path) -> str | None:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ConfigError(f'data: {path}:{number} is not a JSON object with a string in "text"')
+                text = json.loads(line.decode("utf-8"))["text"]
+                text.encode("utf-8")  # an escaped half of a surrogate pair is JSON, and no text
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(f'data: {path}:{number} is not a UTF-8 JSON object with a string in "text"') from None
             if text:
                 yield Document(f"{path.name}:{number}", text)
 

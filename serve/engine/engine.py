@@ -32,6 +32,13 @@ Sink = Callable[[list[Output]], None]
 
 
 @dataclass(frozen=True)
+class _Cancel:
+    """Holds the request itself: by the time it is read, its id may be another's."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
 class Load:
     """A snapshot of how busy the engine is."""
 
@@ -68,7 +75,7 @@ class Engine:
         self.scheduler = Scheduler(self.config)
         self.times = StepTimes()
         self._sink = sink
-        self._inbox: deque[Request | str] = deque()
+        self._inbox: deque[Request | _Cancel] = deque()
         self._wake = threading.Condition()
         self._live: dict[str, Request] = {}
         self._waiting = 0
@@ -122,9 +129,10 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """Ends a request before the next step is planned. Whether it was in flight. Thread-safe."""
         with self._wake:
-            if request_id not in self._live:
+            request = self._live.get(request_id)
+            if request is None:
                 return False
-            self._inbox.append(request_id)
+            self._inbox.append(_Cancel(request))
             self._wake.notify()
             return True
 
@@ -222,7 +230,7 @@ class Engine:
         for message in messages:
             if isinstance(message, Request):
                 self.scheduler.add(message)
-            elif (request := self._live.get(message)) is not None:
+            elif (request := message.request).finish_reason is None:  # it may have ended, or been cancelled, meanwhile
                 self.scheduler.finish(request, FinishReason.CANCELLED)
                 cancelled.append(Output(request, None, FinishReason.CANCELLED))
         if cancelled:

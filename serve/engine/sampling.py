@@ -31,8 +31,8 @@ def sample(
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        scaled = scaled - scaled.max(axis=-1, keepdims=True)
+        # The difference first: logits over a tiny temperature overflow, and inf - inf is no number.
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
         kept = filter_logits(scaled, top_k, top_p, min_p)
         noise = jax.vmap(lambda low, high, at: _noise(low, high, at, logits.shape[-1]))(*seed, position)
         return jnp.where(temperature > 0, jnp.argmax(kept + noise, axis=-1), greedy).astype(jnp.int32)
@@ -64,7 +64,9 @@ def filter_logits(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: 
         # Off (top_p >= 1) must keep all: summed in another order, the rest could fall short of the total by rounding.
         wanted = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), -1.0)
         enough = lambda bits: jnp.where(order >= bits[:, None], weights, 0.0).sum(axis=-1) >= wanted  # noqa: E731
-        return jnp.maximum(floor, jnp.where(top_p < 1, _threshold(enough, floor), 0))
+        # A top_p that rounds to 0 is met by no tokens at all: the likeliest always stays.
+        most = jnp.minimum(_threshold(enough, floor), order.max(axis=-1))
+        return jnp.maximum(floor, jnp.where(top_p < 1, most, 0))
 
     floor = jnp.zeros(scaled.shape[0], jnp.uint32)
     floor = jax.lax.cond((top_k > 0).any(), by_rank, lambda f: f, floor)

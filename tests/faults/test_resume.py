@@ -30,10 +30,10 @@ def _said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def _saved(out: Path, **fields: object) -> Path:
+def _saved(out: Path) -> Path:
     """A folder that holds a run's settings."""
     out.mkdir()
-    (out / "train.json").write_text(TrainConfig(data=("corpus.txt",), out=out, **fields).to_json())
+    (out / "train.json").write_text(TrainConfig(data=("corpus.txt",), out=out).to_json())
     return out
 
 

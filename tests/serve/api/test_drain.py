@@ -139,7 +139,7 @@ def test_sigterm_lets_everybody_finish(serve: Callable[..., ServeProcess]) -> No
     assert completed.returncode == 0, completed.stderr
     assert completed.stdout.startswith(PROMPT) and len(completed.stdout) > len(PROMPT) + 5
 
-    tokens, streams = 2000, 6
+    tokens, streams = 1500, 6
     options = {"max_tokens": tokens, "ignore_eos": True}
     with Client(address) as client, Client(address) as watcher, ThreadPoolExecutor(streams) as pool:
         alone = client.generate(PROMPT, seed=0, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import grpc
 import jax
@@ -21,6 +23,7 @@ from isthmus import Client, generate_request
 from isthmus.v1 import inference_pb2 as pb
 from model.tokenizer import Tokenizer
 from serve.api.validation import MAX_REQUEST_ID, MAX_STOP_TOKENS
+from serve.engine.config import EngineConfig
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,
@@ -219,7 +222,7 @@ def test_all_64_bits_of_a_seed_count(client: Client) -> None:
 # Ending a request from outside
 
 
-def _begin(client: Client, **options: object) -> Iterator[pb.GenerateStreamResponse]:
+def _begin(client: Client, **options: Any) -> Any:
     """A long stream that has given its first tokens."""
     events = client.stream(PROMPT, **{"max_tokens": LONG, "ignore_eos": True, **options})
     assert next(events).WhichOneof("event") == "started"
@@ -336,9 +339,7 @@ def test_overload_refuses_the_newcomer_and_nobody_else(start_server: StartServer
         assert client.generate(PROMPT, max_tokens=1).token_ids, "the queue did not open again"
 
 
-def _with(**fields: int) -> object:
-    import dataclasses
-
+def _with(**fields: Any) -> EngineConfig:
     return dataclasses.replace(ENGINE, **fields)
 
 
@@ -470,7 +471,7 @@ def _garbage(client: Client) -> None:
 
 def test_bad_requests_change_nothing_for_the_streams_beside_them(client: Client) -> None:
     """Everything above, again and again, while others generate: their tokens are those that they get alone."""
-    options = {"max_tokens": 1200, "seed": 5, "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": 1200, "seed": 5, "ignore_eos": True}
     alone = client.generate(PROMPT, **options).token_ids
     streams = [client.stream(PROMPT, **options) for _ in range(3)]
     with ThreadPoolExecutor(len(streams)) as pool:
