@@ -17,9 +17,10 @@ from benchmarks.child import answer
 from benchmarks.machine import describe, measure_limits
 from benchmarks.models import default_dtype, preset, write_model
 from benchmarks.workload import PlannedRequest
+from model.compilation import enable_compilation_cache
 from serve.api.config import ServeConfig
 from serve.api.server import Server
-from serve.engine.build import enable_compilation_cache, open_model
+from serve.engine.build import open_model
 from serve.engine.engine import Engine
 from serve.engine.request import FinishReason, Output, Request, SamplingParams
 

@@ -103,7 +103,7 @@ def git_commit(folder: Path) -> str:
 
 def measure_limits(dtype: str, devices: int = 1) -> Limits:
     """Peak and bandwidth of this machine, measured now (about two seconds) or from the data sheet."""
-    hardware.limits.cache_clear()
+    hardware.peak_flops.cache_clear()
     found = hardware.limits(dtype, devices)
     return Limits(found.flops, found.bandwidth, found.source)
 

@@ -13,8 +13,8 @@ from benchmarks import report, serve, step, train
 from benchmarks.child import BenchError
 from benchmarks.record import Record, results_folder
 from model.checkpoint import CheckpointError
+from model.compilation import enable_compilation_cache
 from model.config import ConfigError
-from serve.engine.build import enable_compilation_cache
 
 HELP = """Measures a step, a server or training against the hardware's limits; makes tables and plots of the results.
 

@@ -62,9 +62,10 @@ def _from_folder(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[
     from queue import SimpleQueue
 
     from isthmus.client import generate_request
+    from model.compilation import enable_compilation_cache
     from model.sharding import MeshShape
     from serve.api.validation import build_request, prompt_ids
-    from serve.engine.build import build_engine, enable_compilation_cache, open_model
+    from serve.engine.build import build_engine, open_model
     from serve.engine.config import EngineConfig
     from serve.engine.request import FinishReason, Output
 

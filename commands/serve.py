@@ -13,10 +13,11 @@ import tyro
 from rich.console import Console
 
 from model.checkpoint import CheckpointError
+from model.compilation import enable_compilation_cache
 from model.config import ConfigError
 from serve.api.config import ServeConfig
 from serve.api.server import Server
-from serve.engine.build import enable_compilation_cache, open_model
+from serve.engine.build import open_model
 
 HELP = """Serves a model folder over gRPC, with continuous batching on a paged KV cache.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ class Client:
 
     def stream(
         self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Any
-    ) -> Iterator[inference_pb2.GenerateStreamResponse]:
+    ) -> Generator[inference_pb2.GenerateStreamResponse, None, None]:
         """Started, Deltas, Finished, as they come. Closing the iterator cancels the request."""
         call = self._inference.GenerateStream(
             inference_pb2.GenerateStreamRequest(request=generate_request(prompt, **options)),

@@ -41,16 +41,25 @@ class Limits:
 
 
 @cache
-def limits(dtype: str = "float32", devices: int = 1) -> Limits:
-    """Peak FLOP/s in `dtype` and bandwidth of `devices` devices. Measuring takes about two seconds."""
-    device = jax.devices()[0]
-    sheet = _DATA_SHEET.get(device.device_kind)
+def peak_flops(dtype: str = "float32", devices: int = 1) -> tuple[float, str]:
+    """FLOP/s of `devices` devices in `dtype`, and where from: 'data sheet', or 'measured' in a moment."""
+    sheet = _DATA_SHEET.get(jax.devices()[0].device_kind)
     if sheet is not None and dtype == "bfloat16":
-        return Limits(sheet[0] * devices, sheet[1] * devices, "data sheet")
-    # Virtual CPU devices share the same cores; real ones each bring their own.
-    count = 1 if device.platform == "cpu" else devices
+        return sheet[0] * devices, "data sheet"
+    return measure_gemm(dtype) * _independent(devices), "measured"
+
+
+def limits(dtype: str = "float32", devices: int = 1) -> Limits:
+    """Peak FLOP/s in `dtype` and bandwidth of `devices` devices."""
+    sheet = _DATA_SHEET.get(jax.devices()[0].device_kind)
+    flops, source = peak_flops(dtype, devices)
     bandwidth = sheet[1] if sheet is not None else measure_bandwidth()
-    return Limits(measure_gemm(dtype) * count, bandwidth * count, "measured")
+    return Limits(flops, bandwidth * _independent(devices), source)
+
+
+def _independent(devices: int) -> int:
+    """Virtual CPU devices share the same cores; real ones each bring their own."""
+    return 1 if jax.devices()[0].platform == "cpu" else devices
 
 
 def _best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
@@ -71,8 +80,8 @@ def check_dtype(dtype: str) -> None:
 
 
 def measure_gemm(dtype: str) -> float:
-    """FLOP/s of a 2048x2048x8192 product, the best of several."""
-    m, k, n = (2048, 2048, 8192) if jax.devices()[0].platform == "cpu" else (8192, 8192, 8192)
+    """FLOP/s of a large matrix product, the best of several."""
+    m, k, n = (1024, 1024, 4096) if jax.devices()[0].platform == "cpu" else (8192, 8192, 8192)
     a = jnp.ones((m, k), dtype)
     b = jnp.ones((k, n), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))

@@ -54,9 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         from model.checkpoint import CheckpointError
+        from model.compilation import enable_compilation_cache
         from train.loop import TrainError, train
         from train.metrics import save_curve
 
+        enable_compilation_cache()
         try:
             report = train(config, console)
         except (TrainError, CheckpointError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,20 @@ class OptimizerConfig:
     """On matrices; norms and biases have none"""
     clip: float = 1.0
     """Largest global gradient norm"""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field that can't work."""
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be positive and finite")
+        for name in ("warmup_steps", "weight_decay", "final_lr"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative, and finite")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"optimizer.decay_fraction={self.decay_fraction} must be in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -97,16 +112,16 @@ class TrainConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("eval_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.batch % self.accumulate:
             raise ConfigError(f"batch={self.batch} must be a multiple of accumulate={self.accumulate}")
         if not 1 <= self.text.seq <= self.model.context_length:
             raise ConfigError(f"text.seq={self.text.seq} must be 1 to model.context_length={self.model.context_length}")
         if not 0 < self.text.heldout_fraction < 1:
             raise ConfigError(f"text.heldout_fraction={self.text.heldout_fraction} must lie between 0 and 1")
-        if not (self.optimizer.lr > 0 and self.optimizer.clip > 0):
-            raise ConfigError("optimizer.lr and optimizer.clip must be positive")
-        if not 0 < self.optimizer.decay_fraction <= 1:
-            raise ConfigError(f"optimizer.decay_fraction={self.optimizer.decay_fraction} must be in (0, 1]")
+        self.optimizer.validate()
         self.model.validate()
         parts = self.mesh_shape.dp * self.mesh_shape.fsdp
         if (self.batch // self.accumulate) % parts:
@@ -156,9 +171,15 @@ FREE_ON_RESUME = (
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
     """Raises ConfigError naming the first setting that would make the resumed run another run."""
-    for item in dataclasses.fields(TrainConfig):
-        if item.name not in FREE_ON_RESUME and getattr(saved, item.name) != getattr(asked, item.name):
-            raise ConfigError(
-                f"{item.name} can't change on --resume: it was {getattr(saved, item.name)!r}. "
-                f"Start a new run with another --out"
-            )
+    before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(asked))
+    for name, value in before.items():
+        if name not in FREE_ON_RESUME and now[name] != value:
+            raise ConfigError(f"{name} can't change on --resume: it was {value!r}. Start a new run with another --out")
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

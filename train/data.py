@@ -153,6 +153,8 @@ def prepare(
     folder: Path,
     seed: int,
     tick: Callable[[str, int], None] = lambda _, __: None,
+    *,
+    resume: bool = False,
 ) -> tuple[TrainingData, Tokenizer]:
     """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what the same ones left.
 
@@ -167,6 +169,8 @@ def prepare(
         splits = {held: TokenFile.open(stem) for held, stem in names.items()}
         return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
 
+    if resume:
+        raise ConfigError(f"data: the text, or what is left of it in {folder / 'data'}, is not what the run began with")
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     groups: dict[bool, list[Document]] = {True: [], False: []}

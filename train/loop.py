@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -21,12 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from model.checkpoint import Checkpoints
 from model.config import ConfigError
-from model.hardware import check_dtype, limits
+from model.hardware import check_dtype, peak_flops
 from model.sharding import build_mesh, check_divisible
 from model.transformer import stacked, unstack_blocks
 from train.config import TrainConfig, check_resumable
 from train.data import TrainingData, prepare
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, read_metrics
 from train.optimizer import build_optimizer, build_schedule
 from train.step import Metrics, Trainer, TrainState
 
@@ -61,9 +62,9 @@ def train(config: TrainConfig, console: Console | None = None) -> Report:
     config = _resolve_resume(config)
     config.validate()
     check_dtype(config.model.dtype)
+    build_mesh(config.mesh_shape)
     config.out.mkdir(parents=True, exist_ok=True)
     data, config = _prepare_data(config, console)
-    check_divisible(config.model, config.mesh_shape)
     return _Run(config, data, console).run()
 
 
@@ -82,8 +83,12 @@ def _resolve_resume(config: TrainConfig) -> TrainConfig:
 
 
 def load_saved(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`."""
-    return TrainConfig.from_json((folder / "train.json").read_text())
+    """The settings of the run in `folder`. Raises ConfigError when they can't be read."""
+    path = folder / "train.json"
+    try:
+        return TrainConfig.from_json(path.read_text())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"out: {path} can't be read as a run's settings: {error}") from None
 
 
 def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, TrainConfig]:
@@ -96,7 +101,7 @@ def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, 
             seen[stage] += size
             status.update(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
 
-        data, tokenizer = prepare(config.data, config.text, config.out, config.seed, tick)
+        data, tokenizer = prepare(config.data, config.text, config.out, config.seed, tick, resume=config.resume)
     if config.model.vocab_size in (0, tokenizer.vocab_size):
         # A multiple of 128 splits over any mesh and fills the matrix units; the extra ids are never drawn in training.
         vocab = -(-tokenizer.vocab_size // 128) * 128
@@ -105,8 +110,12 @@ def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, 
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
         )
-    (config.out / "train.json").write_text(config.to_json())
-    config.model.save(config.out / "config.json")
+    check_divisible(config.model, config.mesh_shape)
+    if not config.resume:  # written once: a kill while they are rewritten would lose them
+        config.model.save(config.out / "config.json")
+        temporary = config.out / "train.json.tmp"
+        temporary.write_text(config.to_json())
+        os.replace(temporary, config.out / "train.json")
     console.print(
         f"text: {data.train.text_bytes / 1e6:.1f} MB, {len(data.train.tokens):,} tokens to train on; "
         f"{data.heldout.text_bytes / 1e3:.0f} kB held out; vocabulary {tokenizer.vocab_size} "
@@ -124,7 +133,7 @@ class _Run:
         self.trainer = Trainer(config.model, build_optimizer(config.optimizer, config.steps), self.mesh)
         self.schedule = build_schedule(config.optimizer, config.steps)
         self.checkpoints = Checkpoints(config.out, keep=config.keep)
-        self.peak = limits(config.model.dtype, self.mesh.size)
+        self.peak, self.peak_source = peak_flops(config.model.dtype, self.mesh.size)
         self.step_flops = config.model.train_flops(config.batch, config.text.seq)
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.window: list[float] = []
@@ -139,15 +148,15 @@ class _Run:
         self.log = MetricsLog(self.config.out, first)
         self.console.print(
             f"model: {self.config.model.parameters / 1e6:.1f}M parameters, {self.config.model.layers} layers; "
-            f"{self.mesh.devices.flat[0].platform} {dict(self.mesh.shape)}; peak {self.peak.flops / 1e12:.2f} TFLOP/s "
-            f"({self.peak.source})"
+            f"{self.mesh.devices.flat[0].platform} {dict(self.mesh.shape)}; peak {self.peak / 1e12:.2f} TFLOP/s "
+            f"({self.peak_source})"
         )
         try:
             with self._interruptible(), self._progress(first) as progress:
                 state, done = self._loop(state, first, progress)
             self._drain()
             interrupted = done < self.config.steps
-            heldout = (None, None) if interrupted else self._evaluate(state, done, whole=True)
+            heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
             if self.checkpoints.latest() != done:
                 self._save(state, done)
         finally:
@@ -212,7 +221,7 @@ class _Run:
         return rate * self.config.batch * self.config.text.seq
 
     def _mfu(self, rate: float) -> float:
-        return rate * self.step_flops / self.peak.flops
+        return rate * self.step_flops / self.peak
 
     def _drain(self) -> None:
         while self.pending:
@@ -238,6 +247,13 @@ class _Run:
         loss, bits = total / max(targets, 1), total / math.log(2) / max(bytes_read, 1)
         self.log.write(step, heldout_loss=loss, bits_per_byte=bits)
         return loss, bits
+
+    def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float, float]:
+        """Of all held-out text; read back when the run was done before it was resumed."""
+        rows = [row for row in read_metrics(self.config.out) if row["step"] == done == first and "heldout_loss" in row]
+        return (
+            (rows[-1]["heldout_loss"], rows[-1]["bits_per_byte"]) if rows else self._evaluate(state, done, whole=True)
+        )
 
     def _save(self, state: TrainState, step: int) -> None:
         progress = {"step": step, "tokens": step * self.config.batch * self.config.text.seq}

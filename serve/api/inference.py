@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -44,32 +45,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._session = session
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
-        ours, queue = await self._submit(request, context)
-        response = pb.GenerateResponse(started=_started(ours))
-        text = []
-        async for piece in self._pieces(request, ours, queue, context):
-            text.append(piece.text)
-            if request.output.token_ids:
-                response.token_ids.extend(piece.token_ids)
-            if piece.finished is not None:
-                response.finished.CopyFrom(piece.finished)
-        response.text = "".join(text)
-        return response
+        async with self._submitted(request, context) as (ours, queue):
+            response = pb.GenerateResponse(started=_started(ours))
+            text = []
+            async for piece in self._pieces(request, ours, queue, context):
+                text.append(piece.text)
+                if request.output.token_ids:
+                    response.token_ids.extend(piece.token_ids)
+                if piece.finished is not None:
+                    response.finished.CopyFrom(piece.finished)
+            response.text = "".join(text)
+            return response
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext) -> None:
         message = request.request
-        ours, queue = await self._submit(message, context)
-        pieces = self._pieces(message, ours, queue, context)
-        try:
+        async with self._submitted(message, context) as (ours, queue):
             await context.write(pb.GenerateStreamResponse(started=_started(ours)))
-            async for piece in pieces:
+            async for piece in self._pieces(message, ours, queue, context):
                 if piece.text or (piece.token_ids and message.output.token_ids):
                     ids = piece.token_ids if message.output.token_ids else ()
                     await context.write(pb.GenerateStreamResponse(delta=pb.Delta(text=piece.text, token_ids=ids)))
                 if piece.finished is not None:
                     await context.write(pb.GenerateStreamResponse(finished=piece.finished))
-        finally:
-            await pieces.aclose()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
@@ -89,9 +86,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await abort(context, invalid(error.field, error.message))
         return pb.DetokenizeResponse(text=await _off_loop(len(ids), tokenizer.decode, ids))
 
-    async def _submit(
+    @asynccontextmanager
+    async def _submitted(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> tuple[Request, asyncio.Queue[Output]]:
+    ) -> AsyncIterator[tuple[Request, asyncio.Queue[Output]]]:
+        """The request in the engine, and its outputs. A call that ends before its request cancels it."""
         engine = await self._session.ready_engine(context)
         tokenizer = self._session.model.tokenizer
         try:
@@ -99,7 +98,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             ours = build_request(message, prompt, tokenizer, engine.config.context_length)
         except InvalidRequest as error:
             await abort(context, invalid(error.field, error.message))
-        return ours, await self._session.submit(ours, context)
+        queue = await self._session.submit(ours, context)
+        try:
+            yield ours, queue
+        finally:
+            engine.cancel(ours)
 
     async def _pieces(
         self,
@@ -108,29 +111,25 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         queue: asyncio.Queue[Output],
         context: grpc.aio.ServicerContext,
     ) -> AsyncGenerator[Piece, None]:
-        """What the engine gives, several steps at once when the client is slow. A caller that goes away cancels."""
+        """What the engine gives, several steps at once when the client is slow."""
         stream = self._session.model.tokenizer.stream()
         with_text = message.output.text if message.output.HasField("text") else True
         ended = False
-        try:
-            while not ended:
-                outputs = [await queue.get()]
-                while not queue.empty():
-                    outputs.append(queue.get_nowait())
-                last = outputs[-1]
-                ended = last.finish_reason is not None
-                if last.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
-                    await self._abort(last.finish_reason, context)
-                stops = last.finish_reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
-                ids = [output.token for output in outputs if output.token is not None]
-                ids = ids[:-1] if stops else ids
-                text = stream.push(ids) if with_text else ""
-                if ended and with_text:
-                    text += stream.flush()
-                yield Piece(ids, text, _finished(ours) if ended else None)
-        finally:
-            if not ended and self._session.engine is not None:
-                self._session.engine.cancel(ours.id)
+        while not ended:
+            outputs = [await queue.get()]
+            while not queue.empty():
+                outputs.append(queue.get_nowait())
+            last = outputs[-1]
+            ended = last.finish_reason is not None
+            if last.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+                await self._abort(last.finish_reason, context)
+            stops = last.finish_reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
+            ids = [output.token for output in outputs if output.token is not None]
+            ids = ids[:-1] if stops else ids
+            text = stream.push(ids) if with_text else ""
+            if ended and with_text:
+                text += stream.flush()
+            yield Piece(ids, text, _finished(ours) if ended else None)
 
     async def _abort(self, reason: FinishReason, context: grpc.aio.ServicerContext) -> None:
         engine = self._session.engine

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,14 +76,3 @@ def build_engine(
 ) -> Engine:
     """As build_executor, with the engine around it; not started."""
     return Engine(build_executor(model, engine, mesh, tick), sink)
-
-
-def enable_compilation_cache(folder: Path | None = None) -> Path:
-    """Keeps compiled programs on disk for the next start. The folder is the user's alone: what lies there is run."""
-    folder = folder or Path(os.path.expanduser("~/.cache/isthmus/xla"))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return folder

@@ -43,7 +43,7 @@ class EngineConfig:
     block_size: int = 32
     """Prompt tokens that attend together; a multiple of page_size. Prompts are cut on this grid, cached or not"""
     max_waiting: int = 256
-    """Requests that may wait; one more is refused"""
+    """Requests in flight beyond max_sequences; one more is refused"""
     prefix_cache: bool = True
     """Keep the pages of finished requests for prompts that begin alike"""
 

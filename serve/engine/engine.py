@@ -33,7 +33,7 @@ Sink = Callable[[list[Output]], None]
 
 @dataclass(frozen=True)
 class _Cancel:
-    """Holds the request itself: by the time it is read, its id may be another's."""
+    """Ends this request, and not another that has come under its id since."""
 
     request: Request
 
@@ -78,7 +78,6 @@ class Engine:
         self._inbox: deque[Request | _Cancel] = deque()
         self._wake = threading.Condition()
         self._live: dict[str, Request] = {}
-        self._waiting = 0
         self._draining = False
         self._closing = False
         self.error: BaseException | None = None
@@ -119,20 +118,19 @@ class Engine:
                 raise Draining("the server is shutting down")
             if request.id in self._live:
                 raise InvalidRequest("request_id", f"{request.id!r} is in flight already")
-            if self._waiting >= self.config.max_waiting:
-                raise QueueFull(f"{self._waiting} requests wait already")
+            if len(self._live) >= self.config.max_sequences + self.config.max_waiting:
+                raise QueueFull(f"{len(self._live)} requests are in flight already")
             self._live[request.id] = request
-            self._waiting += 1
             self._inbox.append(request)
             self._wake.notify()
 
-    def cancel(self, request_id: str) -> bool:
-        """Ends a request before the next step is planned. Whether it was in flight. Thread-safe."""
+    def cancel(self, request: Request | str) -> bool:
+        """Ends this request, or the one with this id, before the next plan. Whether it was in flight. Thread-safe."""
         with self._wake:
-            request = self._live.get(request_id)
-            if request is None:
+            live = self._live.get(request if isinstance(request, str) else request.id)
+            if live is None or request not in (live, live.id):
                 return False
-            self._inbox.append(_Cancel(request))
+            self._inbox.append(_Cancel(live))
             self._wake.notify()
             return True
 
@@ -230,9 +228,9 @@ class Engine:
         for message in messages:
             if isinstance(message, Request):
                 self.scheduler.add(message)
-            elif (request := message.request).finish_reason is None:  # it may have ended, or been cancelled, meanwhile
-                self.scheduler.finish(request, FinishReason.CANCELLED)
-                cancelled.append(Output(request, None, FinishReason.CANCELLED))
+            elif message.request.finish_reason is None:  # else it has ended since, or is cancelled twice
+                self.scheduler.finish(message.request, FinishReason.CANCELLED)
+                cancelled.append(Output(message.request, None, FinishReason.CANCELLED))
         if cancelled:
             self._deliver(cancelled)
 
@@ -248,6 +246,5 @@ class Engine:
             for output in outputs:
                 if output.finish_reason is not None:
                     self._live.pop(output.request.id, None)
-            self._waiting = len(self.scheduler.waiting) + sum(isinstance(m, Request) for m in self._inbox)
         if outputs:
             self._sink(outputs)

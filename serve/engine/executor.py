@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model.compilation import compilations
 from model.config import ModelConfig
 from model.layers import Attend
 from model.ops import attention
@@ -21,8 +22,6 @@ from model.transformer import Params, abstract_params, bind
 from serve.engine.config import Bucket, EngineConfig
 from serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
 from serve.engine.sampling import sample
-
-_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def cache_shape(model: ModelConfig, engine: EngineConfig) -> tuple[int, int, int, int]:
@@ -127,8 +126,7 @@ class Executor:
         self._programs: dict[Bucket, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
         self.warmup_seconds = 0.0
-        self.recompilations = 0
-        self._ready = False
+        self._compilations_when_ready = 0
         self._reset_state()
 
     def _reset_state(self) -> None:
@@ -151,9 +149,12 @@ class Executor:
             self._warm(bucket)
             self.warmup_seconds += time.perf_counter() - start
             tick(bucket)
-        if not self._ready:
-            jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        self._ready = True
+        self._compilations_when_ready = compilations()
+
+    @property
+    def recompilations(self) -> int:
+        """Programs compiled in this process since `compile`: in serving, 0 is the only right value."""
+        return compilations() - self._compilations_when_ready
 
     def _warm(self, bucket: Bucket) -> None:
         packed = np.zeros(plan_size(bucket, self.engine.pages_per_sequence), np.int32)
@@ -161,10 +162,6 @@ class Executor:
         arrays.positions[:] = PADDING
         arrays.sample_slot[:] = self.engine.max_sequences
         self.launch(StepPlan(bucket, packed)).read()
-
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILE_EVENT:
-            self.recompilations += 1
 
     def launch(self, plan: StepPlan) -> Launched:
         """Starts a step and returns at once."""

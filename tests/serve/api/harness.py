@@ -26,13 +26,14 @@ from isthmus import Client
 from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
 from model.checkpoint import Checkpoints
+from model.compilation import enable_compilation_cache
 from model.config import ModelConfig
 from model.sharding import MeshShape, build_mesh
 from model.tokenizer import Tokenizer
 from model.transformer import Params, stacked
 from serve.api.config import ServeConfig
 from serve.api.server import Server
-from serve.engine.build import enable_compilation_cache, open_model
+from serve.engine.build import open_model
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
 from tests.support import on_host, random_params

@@ -172,14 +172,15 @@ def test_a_finished_name_is_free_again(executor: HookedExecutor) -> None:
 def test_too_many_waiting_are_refused(executor: HookedExecutor) -> None:
     """A queue without an end answers nobody in time."""
     client = Client(executor)
-    for index in range(ENGINE.max_waiting):
+    limit = ENGINE.max_sequences + ENGINE.max_waiting
+    for index in range(limit):
         client.engine.submit(make(f"r{index}"))
     with pytest.raises(QueueFull):
         client.engine.submit(make("one more"))
     client.engine.start()
-    client.wait_for_ends(ENGINE.max_waiting)
+    client.wait_for_ends(limit)
     client.engine.submit(make("one more"))
-    client.wait_for_ends(ENGINE.max_waiting + 1)
+    client.wait_for_ends(limit + 1)
     client.engine.close()
 
 
