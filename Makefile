@@ -2,6 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
 .PHONY: demo test test-all lint protos peers setup setup-dev clean
@@ -35,7 +36,7 @@ $(VENV)/.ready: $(SOURCES)
 	@touch $@
 
 $(VENV)/.ready-dev: $(SOURCES)
-	@sh scripts/setup.sh $(VENV) dev
+	@sh scripts/setup.sh $(VENV) $(EXTRAS)
 	@touch $@ $(VENV)/.ready
 
 .venv-peers/.ready: benchmarks/peers/requirements.txt

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -52,6 +52,14 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises ConfigError when no such network exists."""
+        for name, choices in (("dtype", get_args(Dtype)), ("remat", get_args(Remat))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
+        for field in dataclasses.fields(self):
+            if field.type == "int" and type(getattr(self, field.name)) is not int:
+                raise ConfigError(f"model.{field.name}={getattr(self, field.name)!r} must be a whole number")
+        if self.vocab_size < 0:
+            raise ConfigError(f"model.vocab_size must not be negative, not {self.vocab_size}")
         for name in ("dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "context_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")

@@ -19,7 +19,7 @@ _SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packag
 @dataclass(frozen=True)
 class Document:
     name: str
-    """Unique and stable: what decides the split and the order"""
+    """Stable: it decides the split"""
     text: str
 
 

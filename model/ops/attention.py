@@ -19,16 +19,37 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 
     q: [batch, seq, heads, head_dim]; k, v: [batch, seq, kv_heads, head_dim]; segments: int32[batch, seq], a number for
     each document. Returns as q; scores are float32.
+
+    Queries go in up to 8 blocks, each against the keys up to its own end: about half of the work of the full square.
     """
     batch, seq, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bqkgd,bskd->bkgqs", q, k, preferred_element_type=jnp.float32)
-    allowed = jnp.tril(jnp.ones((seq, seq), bool)) & (segments[:, :, None] == segments[:, None, :])
-    scores = jnp.where(allowed[:, None, None], scores / math.sqrt(head_dim), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkgqs,bskd->bqkgd", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(batch, seq, heads, head_dim)
+    block = max(64, -(-seq // 8))
+    by_head = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    out = []
+    for start in range(0, seq, block):
+        end = min(start + block, seq)
+        keys, values = (x[:, :, :end] for x in by_head)
+        causal_mask = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        allowed = causal_mask & (segments[:, start:end, None] == segments[:, None, :end])
+        out.append(_attend_block(q[:, start:end], keys, values, allowed))
+    return jnp.concatenate(out, axis=1)
+
+
+def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
+    """q: [batch, queries, heads, head_dim]; k, v: [batch, kv_heads, keys, head_dim]; allowed: bool[batch, queries, keys]."""
+    batch, queries, heads, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = heads // kv_heads
+    # The queries of a group lie side by side, so that both products are plain batched matrix products.
+    q = q.reshape(batch, queries, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, kv_heads, group * queries, head_dim)
+    scores = jnp.einsum("bkqd,bksd->bkqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    scores = scores.reshape(batch, kv_heads, group, queries, keys)
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED), axis=-1).astype(q.dtype)
+    weights = weights.reshape(batch, kv_heads, group * queries, keys)
+    out = jnp.einsum("bkqs,bksd->bkqd", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    out = out.reshape(batch, kv_heads, group, queries, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(batch, queries, heads, head_dim)
 
 
 def write_pages(cache: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, offsets: jax.Array) -> jax.Array:

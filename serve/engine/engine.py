@@ -164,7 +164,9 @@ class Engine:
         with self._wake:
             self._draining = self._closing = True
             self._wake.notify()
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            self._abandon(FinishReason.CANCELLED)
+        else:
             self._thread.join()
 
     # the engine thread

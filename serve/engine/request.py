@@ -75,7 +75,7 @@ class Request:
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
     unread: int = field(default=0, init=False)
-    """Tokens drawn by a launched step and not read yet: 0 or 1"""
+    """Tokens drawn by launched steps and not read yet: at most 1, and 2 between a plan and the commit before it"""
     slot: int = field(default=-1, init=False)
     pages: list[int] = field(default_factory=list, init=False)
     registered: int = field(default=0, init=False)

@@ -1,14 +1,15 @@
 """Decides what the next step computes. Host state only: no device, no clock, no I/O.
 
-There are no phases: a step gives each request tokens until `computed` reaches `length`. A request that misses one token
-takes a single row; one that misses more takes blocks of its prompt. A step is planned before the one in flight is read,
-so `computed` and `length` count what was launched, and the token that isn't known yet is taken on the device.
+There are no phases: a step gives each request tokens until `computed` reaches `length`. A token that was drawn takes a
+single row; a prompt takes blocks, cut on one grid whatever else the step holds. A step is planned before the one in
+flight is read, so `computed` and `length` count what was launched, and the token that isn't known yet is taken on the
+device.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -105,7 +106,7 @@ class Scheduler:
         missing = request.length - request.computed
         if missing == 0 or (request.unread and not request.may_grow):
             return 0
-        if missing == 1:
+        if missing == 1 and request.computed >= len(request.prompt):
             return 1
         room = (self.config.prefill_tokens // self.config.block_size - step.blocks) * self.config.block_size
         return min(missing, room)
@@ -120,17 +121,13 @@ class Scheduler:
             spare = len(self.running) if self.running else 0
             if needed + self.pool.unheld(hit) + spare > self.pool.free:
                 return
-            if self._next_count_cached(request, hit, step) == 0:
+            if step.blocks * self.config.block_size >= self.config.prefill_tokens:
                 return
             self.waiting.popleft()
             self._start(request, hit)
             if request.admitted_at is None:
                 request.admitted_at = now
             self._schedule(request, self._next_count(request, step), step)
-
-    def _next_count_cached(self, request: Request, hit: Sequence[int], step: _Step) -> int:
-        missing = request.length - len(hit) * self.config.page_size
-        return 1 if missing == 1 or step.blocks * self.config.block_size < self.config.prefill_tokens else 0
 
     def _cached_pages(self, request: Request) -> list[int]:
         """Pages of the request's longest cached prefix, on the block grid and short of its last token."""
@@ -183,7 +180,7 @@ class Scheduler:
     def _schedule(self, request: Request, count: int, step: _Step) -> None:
         work = _Work(request, request.computed, count)
         request.computed += count
-        if count == 1:
+        if count == 1 and work.start >= len(request.prompt):
             step.singles.append(work)
         else:
             step.chunks.append(work)
@@ -243,10 +240,11 @@ class Scheduler:
             yield start, min(size, work.start + work.count - start)
 
     def _pack_sample(self, plan: StepPlan, arrays: PlanArrays, row: int, token: int, work: _Work) -> None:
-        """Draws after the last known token, unless more of the prompt is to come or the request has all it may have."""
+        """Draws after the last known token, unless more of the prompt is to come."""
         request = work.request
-        if work.start + work.count < request.length or not request.may_grow:
+        if work.start + work.count < request.length:
             return
+        assert request.may_grow, f"{request.id} would draw more than it may have"
         sampling = request.sampling
         arrays.sample_token[row] = token
         arrays.sample_slot[row] = request.slot
@@ -316,7 +314,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def check(self) -> None:
-        """Asserts every invariant; for tests."""
+        """Asserts every invariant, as it holds after a commit; for tests."""
         self.pool.check()
         held = np.zeros(self.config.pages, np.int32)
         for request in self.running:
