@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.child import BenchError
 from benchmarks.servers import served
@@ -31,15 +32,16 @@ from train.metrics import save_curve, terminal_curve
 HELP = """Trains a small model on the source of Python's own standard library, read where it lies, serves it over gRPC,
 and streams completions for eight prompts at once."""
 
+# No space at the end: byte-level BPE ties a space to the word after it, so a prompt's last one would stand alone.
 PROMPTS = (
     "def __init__(self",
-    "import ",
-    "class ",
-    "    def __repr__(self):\n        return ",
+    "import",
+    "class",
+    "    def __repr__(self):\n        return",
     "for i in range(",
-    "if __name__ == ",
-    "    try:\n        ",
-    "from collections import ",
+    "if __name__ ==",
+    "    try:\n",
+    "from collections import",
 )
 
 _LEFT_OUT = {
@@ -61,7 +63,7 @@ CLIENT_SECONDS = 120.0
 class DemoConfig:
     out: Path = Path("demo-out")
     """Where the model, its loss curve and its checkpoints go; an earlier demo's is replaced"""
-    steps: int = 700
+    steps: int = 800
     max_tokens: int = 48
     """Of each completion"""
     temperature: float = 0.6
@@ -98,12 +100,12 @@ def demo_training(config: DemoConfig) -> TrainConfig:
         preset="demo",
         model=model,
         text=DataConfig(vocab_size=2048, seq=256, heldout_fraction=0.03),
-        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50, schedule="wsd", decay_fraction=0.4, final_lr=0.02),
+        optimizer=OptimizerConfig(lr=1.5e-3, warmup_steps=50, schedule="wsd", decay_fraction=0.5, final_lr=0.02),
         steps=config.steps,
-        batch=8,
+        batch=4,
         mesh="dp=1",
         eval_every=max(1, config.steps // 6),
-        eval_batches=8,
+        eval_batches=16,
         checkpoint_every=config.steps,
     )
 
@@ -183,7 +185,8 @@ def _call(address: str, config: DemoConfig, console: Console) -> None:
 
 
 def _show_training(report: Report, training: TrainConfig, console: Console) -> None:
-    console.print(terminal_curve(training.out, width=min(100, console.width)), markup=False, highlight=False)
+    curve = terminal_curve(training.out, width=min(100, console.width), color=console.is_terminal)
+    console.print(Text.from_ansi(curve), highlight=False)
     xz = xz_bits_per_byte(training)
     assert report.bits_per_byte is not None
     winner = "the model" if report.bits_per_byte < xz else "xz"

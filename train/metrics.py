@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 
@@ -44,16 +46,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _curves(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+def _curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and losses; the training loss in means of a hundredth of the run."""
     rows = read_metrics(folder)
-    return {
-        label: ([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r])
-        for label, key in (("train", "loss"), ("held out", "heldout_loss"))
-    }
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held = [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
+    size = max(1, len(train) // 100)
+    means = [tuple(map(fmean, zip(*train[i : i + size], strict=True))) for i in range(0, len(train), size)]
+    return {"train": _columns(means), "held out": _columns(held)}
 
 
-def terminal_curve(folder: Path, width: int = 78, height: int = 16) -> str:
-    """The loss curve as text."""
+def _columns(points: Sequence[tuple[float, ...]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def terminal_curve(folder: Path, width: int = 78, height: int = 16, *, color: bool = True) -> str:
+    """The loss curve as text, with ANSI colours or without."""
     import plotext
 
     plotext.clear_figure()
@@ -64,7 +72,8 @@ def terminal_curve(folder: Path, width: int = 78, height: int = 16) -> str:
     plotext.theme("clear")
     plotext.title("loss, nats a token")
     plotext.xlabel("step")
-    return plotext.build()
+    picture = plotext.build()
+    return picture if color else plotext.uncolorize(picture)
 
 
 def save_curve(folder: Path) -> Path:

@@ -22,7 +22,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 
     Queries go in up to 8 blocks, each against the keys up to its own end: about half of the work of the full square.
     """
-    batch, seq, heads, head_dim = q.shape
+    seq = q.shape[1]
     block = max(64, -(-seq // 8))
     by_head = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     out = []
@@ -36,7 +36,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 
 
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """q: [batch, queries, heads, head_dim]; k, v: [batch, kv_heads, keys, head_dim]; allowed: bool[batch, queries, keys]."""
+    """q: [batch, queries, heads, head_dim]; k, v: [batch, kv_heads, keys, head_dim]; allowed: [batch, queries, keys]."""
     batch, queries, heads, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
