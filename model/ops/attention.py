@@ -36,7 +36,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax
 
 
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array) -> jax.Array:
-    """q: [batch, queries, heads, head_dim]; k, v: [batch, kv_heads, keys, head_dim]; allowed: [batch, queries, keys]."""
+    """q: [batch, queries, heads, head_dim]; k, v: [batch, kv_heads, keys, head_dim]; allowed: [batch, queries, keys]"""
     batch, queries, heads, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
