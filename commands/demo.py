@@ -63,7 +63,7 @@ CLIENT_SECONDS = 120.0
 class DemoConfig:
     out: Path = Path("demo-out")
     """Where the model, its loss curve and its checkpoints go; an earlier demo's is replaced"""
-    steps: int = 800
+    steps: int = 440
     max_tokens: int = 48
     """Of each completion"""
     temperature: float = 0.6
