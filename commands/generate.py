@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -37,22 +37,18 @@ class GenerateConfig:
     seed: int | None = None
     """The same seed draws the same text"""
 
+    def options(self) -> dict[str, Any]:
+        """As generate_request takes them."""
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        return {name: getattr(self, name) for name in names}
+
 
 def _from_server(config: GenerateConfig, prompt: str) -> Iterator[str]:
     from isthmus.client import Client
 
     token = config.auth_token_file.read_text().strip() if config.auth_token_file else None
     with Client(config.address, token=token) as client:
-        events = client.stream(
-            prompt,
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            min_p=config.min_p,
-            seed=config.seed,
-        )
-        for event in events:
+        for event in client.stream(prompt, **config.options()):
             if event.WhichOneof("event") == "delta":
                 yield event.delta.text
 
@@ -71,15 +67,7 @@ def _from_folder(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[
 
     enable_compilation_cache()
     model = open_model(folder)
-    message = generate_request(
-        prompt,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        seed=config.seed,
-    )
+    message = generate_request(prompt, **config.options())
     request = build_request(message, prompt_ids(message, model.tokenizer), model.tokenizer, model.config.context_length)
     outputs: SimpleQueue[Output] = SimpleQueue()
 
