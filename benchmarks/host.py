@@ -15,9 +15,10 @@ import uvloop
 
 from benchmarks.child import answer
 from benchmarks.machine import describe, measure_limits
-from benchmarks.models import default_dtype, preset, write_model
+from benchmarks.models import preset, write_model
 from benchmarks.workload import PlannedRequest
 from model.compilation import enable_compilation_cache
+from model.hardware import default_dtype
 from serve.api.config import ServeConfig
 from serve.api.server import Server
 from serve.engine.build import open_model

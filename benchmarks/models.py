@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from model.checkpoint import Checkpoints, serving_layout
 from model.config import PRESETS, ConfigError, Dtype, ModelConfig
+from model.hardware import default_dtype
 from model.sharding import MeshShape, build_mesh, use_mesh
 from model.tokenizer import Tokenizer
 from model.transformer import Params, init_params, stacked
@@ -35,11 +36,6 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
 def as_served(config: ModelConfig, dtype: Dtype | None = None) -> ModelConfig:
     """The configuration that serving runs: layers unrolled; dtype None is the backend's."""
     return dataclasses.replace(config, dtype=dtype or default_dtype(), scan_layers=False, remat="none")
-
-
-def default_dtype() -> Dtype:
-    """bfloat16, and float32 on CPU, as `isthmus serve --dtype auto` has it."""
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def random_params(config: ModelConfig, mesh: Mesh) -> Params:

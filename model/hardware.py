@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ConfigError
+from model.config import ConfigError, Dtype
 
 _DATA_SHEET = {
     # device_kind: (dense bf16 FLOP/s, bytes/s)
@@ -70,6 +70,11 @@ def _best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
         run().block_until_ready()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def default_dtype() -> Dtype:
+    """What serving runs in when nothing else is asked for: bfloat16, and float32 on CPU."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def check_dtype(dtype: str) -> None:

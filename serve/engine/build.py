@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import jax
-
 from model.checkpoint import load_params
 from model.config import ConfigError, Dtype, ModelConfig
-from model.hardware import check_dtype
+from model.hardware import check_dtype, default_dtype
 from model.sharding import MeshShape, build_mesh, check_divisible
 from model.tokenizer import Tokenizer
 from serve.engine.config import EngineConfig
@@ -43,7 +41,7 @@ def open_model(folder: Path, dtype: str = "auto") -> Model:
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = default_dtype()
     check_dtype(dtype)
     # A scan copies each layer's weights out of the stack every step: serving unrolls.
     config = dataclasses.replace(config, dtype=cast(Dtype, dtype), scan_layers=False, remat="none")
