@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,19 +16,29 @@ HELP = """Completes a prompt and prints the text as it comes.
 examples:
   isthmus generate "def __init__(self"
   isthmus generate "import " --model runs/mine --max-tokens 64 --temperature 0.7
+  isthmus generate --chat --model models/some-instruct --system "Answer in one sentence."
 
-Without --model it calls the server at --address; with it, it runs the model folder in this process."""
+Without --model it calls the server at --address; with it, it runs the model folder in this process. With --chat it
+talks until Ctrl-D: Ctrl-C stops an answer, /reset forgets what was said, /exit ends. Lines piped in are turns."""
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Complete = Callable[[Prompt], Generator[str, None, None]]
+"""The text that a model goes on with, as it comes. Closing the generator ends the request."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    prompt: Annotated[str, tyro.conf.Positional]
-    """The text to go on from; - reads standard input"""
+    prompt: Annotated[str | None, tyro.conf.Positional] = None
+    """The text to go on from, or the first message of a chat; - reads standard input"""
     address: str = "127.0.0.1:50051"
     """Of a running server"""
     auth_token_file: Path | None = None
     model: Path | None = None
     """A model folder to run here, without a server"""
+    chat: bool = False
+    """Talk, with the model's chat template"""
+    system: str | None = None
+    """What a chat begins with: how the model is to answer"""
     max_tokens: int | None = None
     temperature: float = 0.8
     """0 is greedy"""
@@ -42,18 +53,33 @@ class GenerateConfig:
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
         return {name: getattr(self, name) for name in names}
 
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        from model.config import ConfigError
 
-def _from_server(config: GenerateConfig, prompt: str) -> Iterator[str]:
+        if self.prompt is None and not self.chat:
+            raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
+        if self.system is not None and not self.chat:
+            raise ConfigError("--system is for --chat")
+
+
+@contextmanager
+def _on_server(config: GenerateConfig) -> Iterator[Complete]:
     from isthmus.client import Client
 
     token = config.auth_token_file.read_text().strip() if config.auth_token_file else None
     with Client(config.address, token=token) as client:
-        for event in client.stream(prompt, **config.options()):
-            if event.WhichOneof("event") == "delta":
-                yield event.delta.text
+
+        def complete(prompt: Prompt) -> Generator[str, None, None]:
+            for event in client.stream(prompt, **config.options()):
+                if event.WhichOneof("event") == "delta":
+                    yield event.delta.text
+
+        yield complete
 
 
-def _from_folder(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[str]:
+@contextmanager
+def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     """Through the same validation and engine as a server's, of one sequence."""
     from queue import SimpleQueue
 
@@ -67,47 +93,63 @@ def _from_folder(config: GenerateConfig, folder: Path, prompt: str) -> Iterator[
 
     enable_compilation_cache()
     model = open_model(folder)
-    message = generate_request(prompt, **config.options())
-    request = build_request(message, prompt_ids(message, model.tokenizer), model.tokenizer, model.config.context_length)
-    outputs: SimpleQueue[Output] = SimpleQueue()
 
     def take(batch: list[Output]) -> None:
         for output in batch:
-            outputs.put(output)
+            output.request.handle.put(output)
 
-    size = EngineConfig(max_sequences=1, prefill_tokens=256)
-    engine = build_engine(model, size, MeshShape(), take)
-    engine.start()
-    try:
+    def complete(prompt: Prompt) -> Generator[str, None, None]:
+        message = generate_request(prompt, **config.options())
+        ids = prompt_ids(message, model.tokenizer, model.chat)
+        request = build_request(message, ids, model.tokenizer, model.config.context_length)
+        outputs: SimpleQueue[Output] = SimpleQueue()
+        request.handle = outputs
         engine.submit(request)
         stream = model.tokenizer.stream()
-        while True:
-            output = outputs.get()
-            stops = output.finish_reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
-            if output.token is not None and not stops:
-                yield stream.push([output.token])
-            if output.finish_reason is not None:
-                yield stream.flush()
-                return
+        try:
+            while True:
+                output = outputs.get()
+                stops = output.finish_reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
+                if output.token is not None and not stops:
+                    yield stream.push([output.token])
+                if output.finish_reason is not None:
+                    yield stream.flush()
+                    return
+        finally:
+            engine.cancel(request)
+
+    engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take)
+    engine.start()
+    try:
+        yield complete
     finally:
         engine.close()
+
+
+def _print(prompt: str, complete: Complete) -> None:
+    print(prompt, end="", flush=True)
+    for piece in complete(prompt):
+        print(piece, end="", flush=True)
+    print()
 
 
 def main(argv: Sequence[str]) -> int:
     import grpc
 
     config = tyro.cli(GenerateConfig, args=list(argv), description=HELP, prog="isthmus generate")
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    from commands.chat import chat
     from model.checkpoint import CheckpointError
     from model.config import ConfigError
     from serve.engine.request import InvalidRequest
 
     try:
-        pieces = _from_folder(config, config.model, prompt) if config.model else _from_server(config, prompt)
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+        config.validate()
+        prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+        with _on_folder(config, config.model) if config.model else _on_server(config) as complete:
+            if config.chat:
+                chat(complete, prompt, config.system)
+            else:
+                _print(prompt or "", complete)
     except grpc.RpcError as error:
         hint = (
             "; is a server running there? isthmus serve --model DIR"

@@ -11,6 +11,7 @@ from model.memory import keep_heap
 COMMANDS = {
     "train": ("train.cli", "train a transformer on text"),
     "serve": ("commands.serve", "serve a model folder over gRPC"),
+    "convert": ("commands.convert", "convert a model folder from or to Hugging Face's layout; merge an adapter"),
     "generate": ("commands.generate", "complete a prompt, on a running server or on a model folder"),
     "bench": ("commands.bench", "measure a step, a server or training against the hardware's limits"),
     "demo": ("commands.demo", "train a small model on Python's own source, serve it and call it"),

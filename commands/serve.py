@@ -33,7 +33,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
     """Serves until told to stop. Raises ConfigError, CheckpointError, and CancelledError when told while loading."""
     config.validate()
     enable_compilation_cache(config.compilation_cache)
-    model = open_model(config.model, config.dtype)
+    model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter)
     server = Server(config, model)
     await server.start()
     loading = asyncio.current_task()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, its token ids, or the messages of a conversation: {"role": …, "content": …}"""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Completion:
 
 
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     *,
+    template_arguments: Mapping[str, Any] | None = None,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -42,12 +46,14 @@ def generate_request(
     return_token_ids: bool = True,
     request_id: str = "",
 ) -> inference_pb2.GenerateRequest:
-    """The request message; None takes the server's default. Raises ValueError for a number too big for its field."""
+    """The request message; None takes the server's default.
+
+    prompt: messages need a model with a chat template. template_arguments: the template's variables, such as
+    {"enable_thinking": False}; only for messages. Raises ValueError for a number too big for its field, for a key that
+    messages don't have, and for template_arguments without messages.
+    """
     request = inference_pb2.GenerateRequest(request_id=request_id)
-    if isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(prompt)
+    _set_prompt(request, prompt, template_arguments)
     sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
@@ -64,6 +70,21 @@ def generate_request(
     request.stop.ignore_eos = ignore_eos
     request.output.token_ids = return_token_ids
     return request
+
+
+def _set_prompt(
+    request: inference_pb2.GenerateRequest, prompt: Prompt, template_arguments: Mapping[str, Any] | None
+) -> None:
+    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
+        turns = cast(Sequence[Mapping[str, str]], prompt)
+        request.messages.messages.extend(inference_pb2.ChatMessage(**turn) for turn in turns)
+        request.messages.template_arguments.update(dict(template_arguments or {}))
+    elif template_arguments is not None:
+        raise ValueError("template_arguments are for messages")
+    elif isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(cast(Sequence[int], prompt))
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -87,7 +108,7 @@ class Client:
         self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self._control = control_pb2_grpc.ControlServiceStub(self.channel)
 
-    def generate(self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Any) -> Completion:
+    def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Any) -> Completion:
         """The whole completion. options: as generate_request takes."""
         answer = self._inference.Generate(generate_request(prompt, **options), timeout=timeout, metadata=self._metadata)
         usage = answer.finished.usage
@@ -102,7 +123,7 @@ class Client:
         )
 
     def stream(
-        self, prompt: str | Sequence[int], *, timeout: float | None = None, **options: Any
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Any
     ) -> Generator[inference_pb2.GenerateStreamResponse, None, None]:
         """Started, Deltas, Finished, as they come. Closing the iterator cancels the request."""
         call = self._inference.GenerateStream(

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from model.config import ConfigError, ModelConfig
 from model.sharding import use_mesh
-from model.transformer import Params, abstract_params, stack_blocks, stacked, unstack_blocks
+from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
 
@@ -53,16 +53,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
 
     def save(self, step: int, params: Params, optimizer: Any, progress: dict) -> None:
-        """Starts a save and returns once the arrays may be donated again. progress: JSON."""
+        """Starts a save and returns once the arrays may be donated again. optimizer: None leaves it out; progress:
+        JSON."""
         snapshot = _snapshot((params, optimizer))
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(snapshot[0]),
-                optimizer=ocp.args.StandardSave(snapshot[1]),
-                progress=ocp.args.JsonSave(progress),
-            ),
-        )
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(snapshot[0]), "progress": ocp.args.JsonSave(progress)}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.StandardSave(snapshot[1])
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -127,10 +124,7 @@ def serving_layout(config: ModelConfig, mesh: Mesh, dtype: str | None) -> Callab
 
     def convert(params: Params) -> Params:
         params = params if config.scan_layers else unstack_blocks(params)
-        if dtype is None or dtype == "float32":
-            return params
-        is_norm = lambda path: path[-1].key in ("scale", "bias")  # noqa: E731
-        return jax.tree_util.tree_map_with_path(lambda p, x: x if is_norm(p) else x.astype(dtype), params)
+        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(kept_dtype(path, dtype)), params)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
 

@@ -1,19 +1,180 @@
-"""The shape of a transformer, its published sizes, and what it costs: parameters, FLOPs and bytes."""
+"""What a transformer computes, its published sizes, and what it costs: parameters, FLOPs and bytes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+import math
+import re
+import typing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
+RopeKind = Literal["none", "linear", "llama3", "yarn", "longrope"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
 
 
 class ConfigError(ValueError):
     """A configuration that can't work; the message names the field and the limit."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the length that a model was first trained on; see model/rotary.py."""
+
+    kind: RopeKind = "none"
+    factor: float = 1.0
+    """Of the context's length (linear, llama3, yarn)"""
+    original_context: int = 0
+    """The length first trained on (llama3, yarn, longrope)"""
+    attention_factor: float = 1.0
+    """Multiplies the rotated queries and keys (yarn, longrope)"""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_context / this are stretched whole (llama3)"""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_context / this are left alone (llama3)"""
+    beta_fast: float = 32.0
+    """Dimensions that turn more often than this within original_context are left alone (yarn)"""
+    beta_slow: float = 1.0
+    """Dimensions that turn less often than this are stretched whole (yarn)"""
+    truncate: bool = True
+    """Round the dimensions found so to whole ones (yarn)"""
+    short_factors: tuple[float, ...] = ()
+    """Divide each frequency in a sequence of up to original_context tokens (longrope)"""
+    long_factors: tuple[float, ...] = ()
+    """Divide each frequency in a longer one"""
+
+    def validate(self, rotary_dim: int) -> None:
+        """Raises ConfigError naming the field that can't work."""
+        for name in ("factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.rope_scaling.{name} must be positive and finite, not {getattr(self, name)}")
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_context < 1:
+            raise ConfigError(f"model.rope_scaling.original_context must be at least 1 for kind={self.kind}")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ConfigError("model.rope_scaling.low_freq_factor must be below high_freq_factor")
+        for name in ("short_factors", "long_factors") if self.kind == "longrope" else ():
+            factors = getattr(self, name)
+            if len(factors) != rotary_dim // 2 or not all(0 < factor < math.inf for factor in factors):
+                raise ConfigError(
+                    f"model.rope_scaling.{name} must be {rotary_dim // 2} positive numbers: half of rotary"
+                )
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """A mixture of experts in place of the MLP: each token goes to a few of many small MLPs, and none is dropped."""
+
+    experts: int = 0
+    """0 is a dense MLP"""
+    per_token: int = 2
+    """Experts that each token goes to"""
+    dim: int = 0
+    """Hidden width of an expert"""
+    shared_dim: int = 0
+    """Hidden width of the MLP that every token goes to as well; 0 is none (DeepSeek)"""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have a dense MLP all the same"""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the router's logits"""
+    normalize: bool = True
+    """The chosen experts' scores are divided by their sum"""
+    scale: float = 1.0
+    """Multiplies the chosen experts' scores"""
+    groups: int = 1
+    """Experts are chosen from the best `groups_per_token` of this many groups (DeepSeek)"""
+    groups_per_token: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    """A group's score: its best expert's, or the sum of its best two"""
+    router_bias: bool = False
+    correction: bool = False
+    """A bias that decides who is chosen and not with what weight; training moves it instead of a loss (DeepSeek-V3)"""
+    correction_rate: float = 0.001
+    """How far it moves in a training step, towards experts with less than their share"""
+
+    def validate(self, layers: int) -> None:
+        """Raises ConfigError naming the field that can't work."""
+        if self.experts < 0:
+            raise ConfigError(f"model.mixture.experts must not be negative, not {self.experts}")
+        if self.experts == 0:
+            return
+        if self.dim < 1 or self.shared_dim < 0:
+            raise ConfigError(
+                f"model.mixture.dim={self.dim} must be at least 1, shared_dim={self.shared_dim} at least 0"
+            )
+        if self.groups < 1 or self.experts % self.groups:
+            raise ConfigError(f"model.mixture.experts={self.experts} must be a multiple of groups={self.groups}")
+        if not 1 <= self.groups_per_token <= self.groups:
+            raise ConfigError(f"model.mixture.groups_per_token={self.groups_per_token} must be 1 to {self.groups}")
+        eligible = self.experts // self.groups * self.groups_per_token
+        if not 1 <= self.per_token <= eligible:
+            raise ConfigError(f"model.mixture.per_token={self.per_token} must be 1 to {eligible}")
+        if self.group_score == "top2" and self.experts // self.groups < 2:
+            raise ConfigError("model.mixture.group_score=top2 needs groups of at least two experts")
+        if not all(0 <= layer < layers for layer in self.dense_layers):
+            raise ConfigError(f"model.mixture.dense_layers={self.dense_layers} names a layer that isn't there")
+        if not 0 <= self.correction_rate < math.inf:
+            raise ConfigError(f"model.mixture.correction_rate={self.correction_rate} must not be negative, and finite")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention: keys and values are kept as one small vector a token (DeepSeek-V2, 2405.04434)."""
+
+    rank: int = 0
+    """Width of the vector; 0 is ordinary attention"""
+    query_rank: int = 0
+    """Width that queries are squeezed through; 0 is none"""
+    rope_dim: int = 0
+    """Dimensions of a head that turn by position, shared by all heads' keys"""
+    nope_dim: int = 0
+    """Dimensions of a head that don't"""
+    value_dim: int = 0
+    """Width of a head's value"""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field that can't work."""
+        if self.rank and (min(self.rope_dim, self.nope_dim, self.value_dim) < 1 or self.rope_dim % 2):
+            raise ConfigError("model.latent: rope_dim (even), nope_dim and value_dim must be positive when rank is")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters: alpha / rank * (x·a)·b beside projections x·kernel (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 0
+    """Columns of a and rows of b; 0 is no adapters"""
+    alpha: float = 16.0
+    """alpha / rank multiplies what an adapter adds"""
+    targets: str = r"attention/(query|key|value|out)|mlp/(gate|up|down)"
+    """A regular expression; who matches it with their whole path in a block, as mlp/shared/up, get an adapter"""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field that can't work."""
+        if self.rank < 0:
+            raise ConfigError(f"model.lora.rank must not be negative, not {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigError(f"model.lora.alpha={self.alpha} must be positive and finite")
+        try:
+            re.compile(self.targets)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(f"model.lora.targets={self.targets!r} is not a regular expression: {error}") from None
+
+
+class LayerKind(NamedTuple):
+    """What sets a layer apart from others of its network."""
+
+    window: int
+    rope: Literal["global", "local", "none"]
+    sparse: bool
+    """Has a mixture of experts"""
 
 
 @dataclass(frozen=True)
@@ -35,14 +196,45 @@ class ModelConfig:
     context_length: int = 2048
     """Most tokens of prompt and completion together"""
     rope_theta: float = 10000.0
+    local_rope_theta: float = 0.0
+    """Of layers with a window, which are not scaled then; 0 is as everywhere (Gemma 3)"""
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    rotary_dim: int = 0
+    """Dimensions of a head that turn by position, from the first; 0 is all (Phi-4-mini)"""
+    rope_pattern: tuple[bool, ...] = (True,)
+    """Which layers turn by position at all, repeated over the layers (SmolLM3)"""
+    windows: tuple[int, ...] = (0,)
+    """Last tokens that each layer attends to, repeated over the layers; 0 is all of them"""
     norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    """Added to every norm's scale (Gemma: 1)"""
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Of a block's norms: before attention and MLP, after them (OLMo 2), or both (Gemma)"""
     tie_embeddings: bool = True
     """The head is the embedding, transposed"""
+    embedding_scale: float = 1.0
+    """Multiplies the embedding on the way in (Gemma: the root of dim)"""
+    logit_soft_cap: float = 0.0
+    """c in c * tanh(logits / c); 0 is off (Gemma 2)"""
     attention_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)"""
+    attention_out_bias: bool = False
+    attention_scale: float = 0.0
+    """Multiplies the scores; 0 is 1 / sqrt(head_dim)"""
+    attention_soft_cap: float = 0.0
+    """As logit_soft_cap, of the scores"""
+    attention_sinks: bool = False
+    """A learned logit a head that takes its share of the softmax and gives no value (gpt-oss)"""
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    """RMSNorm over queries and keys: over each head (Qwen3) or over all heads together (OLMo 2)"""
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm over each query and key head (Qwen3)"""
+    activation: Activation = "silu"
+    """Of the gated MLP; clamped_swiglu is gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate)"""
+    activation_limit: float = 7.0
+    """Where clamped_swiglu cuts gate and up"""
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: Dtype = "float32"
     """Of activations and KV cache; parameters are trained in float32"""
     scan_layers: bool = False
@@ -52,12 +244,7 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Raises ConfigError when no such network exists."""
-        for name, choices in (("dtype", get_args(Dtype)), ("remat", get_args(Remat))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"model.{name}={getattr(self, name)!r} is none of {', '.join(choices)}")
-        for field in dataclasses.fields(self):
-            if field.type == "int" and type(getattr(self, field.name)) is not int:
-                raise ConfigError(f"model.{field.name}={getattr(self, field.name)!r} must be a whole number")
+        _check_types(self, "model")
         if self.vocab_size < 0:
             raise ConfigError(f"model.vocab_size must not be negative, not {self.vocab_size}")
         for name in ("dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "context_length"):
@@ -67,29 +254,145 @@ class ModelConfig:
             raise ConfigError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim={self.head_dim} must be even: rotary turns pairs")
+        if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
+            raise ConfigError(f"model.rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}")
+        if not self.windows or min(self.windows) < 0:
+            raise ConfigError(f"model.windows={self.windows} must be one or more numbers that are not negative")
+        if not self.rope_pattern:
+            raise ConfigError("model.rope_pattern must not be empty")
+        for name in ("rope_theta", "norm_eps", "embedding_scale", "activation_limit"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be positive and finite")
+        for name in ("local_rope_theta", "attention_scale", "attention_soft_cap", "logit_soft_cap", "norm_offset"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative, and finite")
+        self.rope_scaling.validate(self.rotated)
+        self.mixture.validate(self.layers)
+        self.latent.validate()
+        self.lora.validate()
+        if self.latent.rank and (self.kv_heads != 1 or self.head_dim != self.latent.rank + self.latent.rope_dim):
+            raise ConfigError("model.latent: kv_heads must be 1 and head_dim rank + rope_dim, what the cache holds")
+        if self.latent.rank and (self.qk_norm != "none" or self.attention_bias or self.rotary_dim):
+            raise ConfigError("model.latent goes with qk_norm=none, attention_bias=False and rotary_dim=0")
+        if self.lora.rank and not any(self.adapted(kind) for kind in self.layer_kinds):
+            known = sorted({path for kind in self.layer_kinds for path in self.projections(kind)})
+            raise ConfigError(
+                f"model.lora.targets={self.lora.targets!r} matches none of {', '.join(known)} "
+                "(experts and their router can't be adapted)"
+            )
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that turn by position."""
+        return self.latent.rope_dim if self.latent.rank else self.rotary_dim or self.head_dim
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        window = self.windows[layer % len(self.windows)]
+        local = window > 0 and self.local_rope_theta > 0
+        turns = self.rope_pattern[layer % len(self.rope_pattern)]
+        sparse = self.mixture.experts > 0 and layer not in self.mixture.dense_layers
+        return LayerKind(window, ("local" if local else "global") if turns else "none", sparse)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        return tuple(map(self.layer_kind, range(self.layers)))
+
+    def projections(self, kind: LayerKind) -> tuple[str, ...]:
+        """Paths, within a block of `kind`, of the projections that can have an adapter."""
+        latent = ("query_down", "query") if self.latent.query_rank else ("query",)
+        attention = (*latent, "latent", "out") if self.latent.rank else ("query", "key", "value", "out")
+        mlp = "mlp/shared" if kind.sparse else "mlp"
+        width = self.mixture.shared_dim if kind.sparse else self.mlp_dim
+        parts = ("gate", "up", "down") if width else ()
+        return (*(f"attention/{part}" for part in attention), *(f"{mlp}/{part}" for part in parts))
+
+    def adapted(self, kind: LayerKind) -> tuple[str, ...]:
+        """The projections of a block of `kind` that lora.targets names. Raises ConfigError when it names one that
+        can't have an adapter."""
+        if not self.lora.rank:
+            return ()
+        targets = re.compile(self.lora.targets)
+        # Latent attention reads these two by their kernels, past anything beside them.
+        for path in ("attention/key", "attention/value") if self.latent.rank else ():
+            if targets.fullmatch(path):
+                raise ConfigError(
+                    f"model.lora.targets={self.lora.targets!r} matches {path}, which can't be adapted in latent "
+                    "attention; attention/(query|latent|out) can"
+                )
+        return tuple(path for path in self.projections(kind) if targets.fullmatch(path))
+
+    @property
+    def sparse_layers(self) -> int:
+        """Layers with a mixture of experts."""
+        return sum(kind.sparse for kind in self.layer_kinds)
+
+    @property
+    def rope_switch(self) -> int:
+        """Tokens past which a sequence turns by other frequencies from its first token on (longrope); 0 is never."""
+        return self.rope_scaling.original_context if self.rope_scaling.kind == "longrope" else 0
+
+    @property
+    def cache_heads(self) -> int:
+        """Vectors of head_dim that the KV cache holds for a token and layer: keys and values, or one latent."""
+        return 1 if self.latent.rank else 2 * self.kv_heads
+
+    def _attention_parameters(self) -> int:
+        """Of one layer, without biases and norms."""
+        latent = self.latent
+        if not latent.rank:
+            return self.dim * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        query_dim = self.heads * (latent.nope_dim + latent.rope_dim)
+        query = latent.query_rank * (self.dim + query_dim) if latent.query_rank else self.dim * query_dim
+        up = latent.rank * self.heads * (latent.nope_dim + latent.value_dim)
+        return query + self.dim * self.head_dim + up + self.heads * latent.value_dim * self.dim
+
+    def _mlp_parameters(self, experts: int) -> int:
+        """Of all layers, `experts` of a mixture counted, without biases."""
+        mixture, sparse = self.mixture, self.sparse_layers
+        dense = (self.layers - sparse) * self.mlp_dim + sparse * (mixture.shared_dim + experts * mixture.dim)
+        return 3 * self.dim * dense + sparse * self.dim * mixture.experts
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that every token multiplies: all but the norms, biases and an untied embedding."""
-        attention = self.dim * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.dim * self.mlp_dim) + self.vocab_size * self.dim
+        """Parameters that a token multiplies: all but norms, biases, an untied embedding, adapters, and experts not
+        chosen."""
+        mlp = self._mlp_parameters(self.mixture.per_token)
+        return self.layers * self._attention_parameters() + mlp + self.vocab_size * self.dim
 
     @property
     def parameters(self) -> int:
-        """Every parameter."""
-        norms = self.dim * (2 * self.layers + 1) + (2 * self.head_dim * self.layers if self.qk_norm else 0)
-        biases = 0
+        """Every parameter but those of adapters."""
+        matrices = self.layers * self._attention_parameters() + self._mlp_parameters(self.mixture.experts)
+        tables = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        return matrices + tables + self._norm_parameters() + self._bias_parameters()
+
+    def _norm_parameters(self) -> int:
+        block = self.dim * (4 if self.norm_placement == "both" else 2) + self.latent.rank + self.latent.query_rank
+        block += {
+            "none": 0,
+            "head": 2 * self.head_dim,
+            "projection": self.head_dim * (self.heads + self.kv_heads),
+        }[self.qk_norm]
+        return self.dim + self.layers * block
+
+    def _bias_parameters(self) -> int:
+        mixture, sparse = self.mixture, self.sparse_layers
+        total = self.layers * self.heads if self.attention_sinks else 0
         if self.attention_bias:
-            biases += self.layers * self.head_dim * (self.heads + 2 * self.kv_heads)
+            total += self.layers * self.head_dim * (self.heads + 2 * self.kv_heads)
+        if self.attention_out_bias:
+            total += self.layers * self.dim
         if self.mlp_bias:
-            biases += self.layers * (2 * self.mlp_dim + self.dim)
-        untied = 0 if self.tie_embeddings else self.vocab_size * self.dim
-        return self.matmul_parameters + norms + biases + untied
+            widths = (self.layers - sparse) * (2 * self.mlp_dim + self.dim)
+            widths += sparse * mixture.experts * (2 * mixture.dim + self.dim)
+            total += widths + (sparse * (2 * mixture.shared_dim + self.dim) if mixture.shared_dim else 0)
+        return total + sparse * mixture.experts * (mixture.router_bias + mixture.correction)
 
     def forward_flops(self, tokens: int, attended: int) -> int:
         """FLOPs of a forward pass over `tokens` tokens that attend, all together, to `attended` positions.
 
-        Two for each multiply-add: 2N a token, and 4·heads·head_dim a layer for each query-key pair.
+        Two for each multiply-add: 2N a token, and 4·heads·head_dim a layer for each query-key pair. A window's saving
+        is not counted.
         """
         return 2 * self.matmul_parameters * tokens + 4 * self.layers * self.heads * self.head_dim * attended
 
@@ -99,22 +402,55 @@ class ModelConfig:
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache a token takes, all layers together."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
+        return self.layers * self.cache_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
+        """The inverse of dataclasses.asdict, JSON's lists taken for tuples. Raises TypeError for an unknown field."""
+        nested = {"rope_scaling": RopeScaling, "mixture": MixtureConfig, "latent": LatentConfig, "lora": LoraConfig}
+        made = {name: kind(**_tuples(fields[name])) for name, kind in nested.items() if name in fields}
+        return cls(**{**_tuples(fields), **made})
+
+    @classmethod
     def load(cls, path: Path) -> ModelConfig:
         """Reads `config.json`. Raises ConfigError when a field is unknown or missing."""
         try:
-            config = cls(**json.loads(path.read_text(encoding="utf-8")))
+            config = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
             config.validate()
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist: is {path.parent} a folder that `isthmus train` wrote?") from None
-        except (TypeError, ValueError) as error:  # JSON and UTF-8 errors are ValueErrors, and so is ConfigError
+        except (TypeError, ValueError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
             raise ConfigError(f"{path} is not a model configuration: {error}") from None
         return config
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+def _check_types(config: Any, name: str) -> None:
+    """Raises ConfigError for a field that holds another type than it declares: what JSON may bring."""
+    for key, declared in typing.get_type_hints(type(config)).items():
+        value, full = getattr(config, key), f"{name}.{key}"
+        if dataclasses.is_dataclass(value):
+            _check_types(value, full)
+        elif typing.get_origin(declared) is Literal:
+            if value not in (choices := typing.get_args(declared)):
+                raise ConfigError(f"{full}={value!r} is none of {', '.join(choices)}")
+        elif typing.get_origin(declared) is tuple:
+            inner = typing.get_args(declared)[0]
+            if type(value) is not tuple or not all(_is_a(item, inner) for item in value):
+                raise ConfigError(f"{full}={value!r} must be a list of {inner.__name__}")
+        elif not _is_a(value, declared):
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}.get(declared, declared.__name__)
+            raise ConfigError(f"{full}={value!r} must be {wanted}")
+
+
+def _is_a(value: Any, declared: type) -> bool:
+    return type(value) is declared or (declared is float and type(value) is int)
 
 
 def _preset(dims: tuple[int, int, int, int, int, int], **fields: Any) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""The parts of a block: projection, norm, rotary embedding, attention, SwiGLU.
+"""The parts of a block: projection, norm, attention, gated MLP.
 
 Every layer takes activations with any leading axes ([batch, seq] in training, [tokens] in serving) and computes in
 the activations' dtype with float32 accumulation.
@@ -14,15 +14,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import ModelConfig
+from model.config import Activation, LayerKind, ModelConfig
+from model.ops.attention import Scoring
+from model.rotary import Angles, rotate
 from model.sharding import shard
 
 Cache = TypeVar("Cache")
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-"""The seam between training and serving: attend(layer, q, k, v, cache) -> (out, cache).
+Attend = Callable[
+    [jax.Array, jax.Array, jax.Array, jax.Array | None, Any, Scoring, jax.Array | None], tuple[jax.Array, Any]
+]
+"""The seam between training and serving: attend(layer, q, k, v, cache, scoring, sinks) -> (out, cache).
 
-layer: int32[], traced. q: [..., heads, head_dim]; k and v: [..., kv_heads, head_dim]; out: as q. Training passes causal
-attention and a cache of None, serving attention over the paged cache.
+layer: int32[], traced. q: [..., heads, head_dim]; k and v: [..., kv_heads, head_dim], a v of None being k; out: as q.
+scoring is static; sinks: float32[heads] or None; see model/ops/attention.py. Training passes causal attention and a
+cache of None, serving attention over the paged cache.
 """
 
 INIT_STD = 0.02
@@ -40,7 +45,7 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs])."""
+    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's share)."""
 
     def __init__(
         self,
@@ -52,15 +57,33 @@ class Linear(nnx.Module):
         std: float = INIT_STD,
     ) -> None:
         shape = (*inputs.values(), *outputs.values())
-        self.kernel = parameter(rngs, shape, (*inputs, *outputs), nnx.initializers.normal(std))
+        self.axes = (*inputs, *outputs)
+        self.kernel = parameter(rngs, shape, self.axes, nnx.initializers.normal(std))
         self.bias = parameter(rngs, tuple(outputs.values()), tuple(outputs), nnx.initializers.zeros) if bias else None
         self.inputs = len(inputs)
+        self.lora_a: nnx.Param | None = None
+        self.lora_b: nnx.Param | None = None
+        self.lora_scale = 0.0
+
+    def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+        """Adds alpha / rank * (x @ lora_a[*inputs, rank]) @ lora_b[rank, *outputs] to the output: nothing at first,
+        since lora_b starts as zeros."""
+        shape = self.kernel.get_value().shape
+        inputs, outputs = shape[: self.inputs], shape[self.inputs :]
+        start = nnx.initializers.normal(1 / math.sqrt(math.prod(inputs)))
+        a = parameter(rngs, (*inputs, rank), (*self.axes[: self.inputs], None), start)
+        b = parameter(rngs, (rank, *outputs), (None, *self.axes[self.inputs :]), nnx.initializers.zeros)
+        self.lora_a, self.lora_b = nnx.data(a), nnx.data(b)
+        self.lora_scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
         out = contract(x, kernel, self.inputs)
         if self.bias is not None:
             out = out + self.bias[...]
+        if self.lora_a is not None and self.lora_b is not None:
+            hidden = contract(x, self.lora_a[...].astype(x.dtype), self.inputs).astype(x.dtype)
+            out = out + self.lora_scale * contract(hidden, self.lora_b[...].astype(x.dtype), 1)
         return out.astype(x.dtype)
 
 
@@ -76,32 +99,18 @@ def contract(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """x / rms(x) * (scale + offset) over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
-    def __init__(self, size: int, axis: str, eps: float, rngs: nnx.Rngs) -> None:
-        self.scale = parameter(rngs, (size,), (axis,), nnx.initializers.ones)
-        self.eps = eps
+    def __init__(self, size: int, axis: str, eps: float, rngs: nnx.Rngs, *, offset: float = 0.0) -> None:
+        start = nnx.initializers.constant(1 - offset)
+        self.scale = parameter(rngs, (size,), (axis,), start)
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
-
-
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and signed sin, float32[..., 1, head_dim], for int32 positions [...] (Su et al. 2021, arXiv 2104.09864)."""
-    half = head_dim // 2
-    frequency = jnp.float32(theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns pairs (i, i + head_dim / 2) of x[..., heads, head_dim]: the half-split layout of Llama and Qwen."""
-    cos, sin = angles
-    y = x.astype(jnp.float32)
-    return (y * cos + jnp.roll(y, y.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        return (y * (scale + self.offset if self.offset else scale)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -110,63 +119,122 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         embed, head_dim = {"embed": config.dim}, {"head_dim": config.head_dim}
         heads, kv_heads = {"heads": config.heads, **head_dim}, {"kv_heads": config.kv_heads, **head_dim}
-        bias = config.attention_bias
+        bias, out_std = config.attention_bias, INIT_STD / math.sqrt(2 * config.layers)
         self.query = Linear(embed, heads, rngs, bias=bias)
         self.key = Linear(embed, kv_heads, rngs, bias=bias)
         self.value = Linear(embed, kv_heads, rngs, bias=bias)
-        self.out = Linear(heads, embed, rngs, std=INIT_STD / math.sqrt(2 * config.layers))
-        norm = (config.head_dim, "head_dim", config.norm_eps, rngs)
-        self.query_norm = RMSNorm(*norm) if config.qk_norm else None
-        self.key_norm = RMSNorm(*norm) if config.qk_norm else None
+        self.out = Linear(heads, embed, rngs, bias=config.attention_out_bias, std=out_std)
+        self.query_norm, self.key_norm = (
+            self._norm(config, config.heads, rngs),
+            self._norm(config, config.kv_heads, rngs),
+        )
+        self.sinks = parameter(rngs, (config.heads,), ("heads",)) if config.attention_sinks else None
+        self.scale = config.attention_scale or config.head_dim**-0.5
+        self.soft_cap = config.attention_soft_cap
+        self.whole = config.qk_norm == "projection"
+
+    @staticmethod
+    def _norm(config: ModelConfig, heads: int, rngs: nnx.Rngs) -> RMSNorm | None:
+        if config.qk_norm == "none":
+            return None
+        # A norm over all heads needs all of them on every device: its scale is small, and not split.
+        size = config.head_dim * (heads if config.qk_norm == "projection" else 1)
+        return RMSNorm(size, "head_dim", config.norm_eps, rngs, offset=config.norm_offset)
+
+    def _normalize(self, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+        if norm is None:
+            return x
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.whole else norm(x)
 
     def __call__(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        layer: jax.Array,
-        attend: Attend,
-        cache: Cache,
+        self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
     ) -> tuple[jax.Array, Cache]:
         q, k, v = self.query(x), self.key(x), self.value(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
+        q, k = self._normalize(self.query_norm, q), self._normalize(self.key_norm, k)
+        if kind.rope != "none":
+            q, k = rotate(q, angles[kind.rope]), rotate(k, angles[kind.rope])
         q = shard(q, "heads", "head_dim")
         k, v = shard(k, "kv_heads", "head_dim"), shard(v, "kv_heads", "head_dim")
-        out, cache = attend(layer, q, k, v, cache)
+        sinks = None if self.sinks is None else self.sinks[...]
+        out, cache = attend(layer, q, k, v, cache, Scoring(self.scale, kind.window, self.soft_cap), sinks)
         return self.out(shard(out, "heads", "head_dim")), cache
 
 
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as one key of rank + rope_dim that all heads share.
+
+    Heads differ in how they read it: a head's key projection is applied to its query instead (q·Wk)·c = q·(Wk c), and
+    its value projection to what it has read. So the cache holds one vector a token, whatever the number of heads.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        embed, mlp, bias = {"embed": config.dim}, {"mlp": config.mlp_dim}, config.mlp_bias
+        latent, heads = config.latent, {"heads": config.heads}
+        embed, rank = {"embed": config.dim}, {"latent": latent.rank}
+        query = {**heads, "head_dim": latent.nope_dim + latent.rope_dim}
+        squeezed = {"latent": latent.query_rank}
+        self.query_down = Linear(embed, squeezed, rngs) if latent.query_rank else None
+        self.query_norm = RMSNorm(latent.query_rank, "latent", LATENT_EPS, rngs) if latent.query_rank else None
+        self.query = Linear(squeezed if latent.query_rank else embed, query, rngs)
+        self.latent = Linear(embed, {"latent": latent.rank + latent.rope_dim}, rngs)
+        self.latent_norm = RMSNorm(latent.rank, "latent", LATENT_EPS, rngs)
+        self.key = Linear(rank, {**heads, "head_dim": latent.nope_dim}, rngs)
+        self.value = Linear(rank, {**heads, "head_dim": latent.value_dim}, rngs)
+        out = {**heads, "head_dim": latent.value_dim}
+        self.out = Linear(out, embed, rngs, std=INIT_STD / math.sqrt(2 * config.layers))
+        self.rank, self.nope_dim = latent.rank, latent.nope_dim
+        self.scale = config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5
+
+    def __call__(
+        self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        squeezed = x
+        if self.query_down is not None and self.query_norm is not None:
+            squeezed = self.query_norm(self.query_down(x))
+        q, latent = self.query(squeezed), self.latent(x)
+        plain, turned = q[..., : self.nope_dim], q[..., self.nope_dim :]
+        content, position = self.latent_norm(latent[..., : self.rank]), latent[..., None, self.rank :]
+        if kind.rope != "none":
+            turned, position = rotate(turned, angles[kind.rope]), rotate(position, angles[kind.rope])
+        plain = self._per_head("...hd,rhd->...hr", plain, self.key)
+        q = shard(jnp.concatenate([plain, turned], axis=-1), "heads", "head_dim")
+        k = shard(jnp.concatenate([content[..., None, :], position], axis=-1), "latent_head", "head_dim")
+        out, cache = attend(layer, q, k, None, cache, Scoring(self.scale, kind.window), None)
+        out = self._per_head("...hr,rhd->...hd", out[..., : self.rank], self.value)
+        return self.out(shard(out, "heads", "head_dim")), cache
+
+    @staticmethod
+    def _per_head(equation: str, x: jax.Array, linear: Linear) -> jax.Array:
+        kernel = linear.kernel[...].astype(x.dtype)
+        return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+LATENT_EPS = 1e-6
+"""Of the norms inside latent attention, whatever the network's other norms have: so DeepSeek published it."""
+
+
+def gated(activation: Activation, limit: float, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The hidden layer of a gated MLP (Shazeer 2020, arXiv 2002.05202); clamped_swiglu: arXiv 2508.10925."""
+    match activation:
+        case "silu":
+            return jax.nn.silu(gate) * up
+        case "gelu":
+            return jax.nn.gelu(gate, approximate=False) * up
+        case "gelu_tanh":
+            return jax.nn.gelu(gate, approximate=True) * up
+        case "clamped_swiglu":
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+            return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs) -> None:
+        embed, mlp, bias = {"embed": config.dim}, {"mlp": width}, config.mlp_bias
         self.gate = Linear(embed, mlp, rngs, bias=bias)
         self.up = Linear(embed, mlp, rngs, bias=bias)
         self.down = Linear(mlp, embed, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers))
+        self.activation, self.limit = config.activation, config.activation_limit
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(shard(jax.nn.silu(self.gate(x)) * self.up(x), "mlp"))
-
-
-class Block(nnx.Module):
-    """Pre-norm residual block: attention, then MLP."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs)
-        self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs)
-        self.mlp = MLP(config, rngs)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        angles: tuple[jax.Array, jax.Array],
-        layer: jax.Array,
-        attend: Attend,
-        cache: Cache,
-    ) -> tuple[jax.Array, Cache]:
-        out, cache = self.attention(self.attention_norm(x), angles, layer, attend, cache)
-        x = shard(x + out, "residual")
-        return shard(x + self.mlp(self.mlp_norm(x)), "residual"), cache
+        return self.down(shard(gated(self.activation, self.limit, self.gate(x), self.up(x)), "mlp"))

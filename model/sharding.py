@@ -1,7 +1,7 @@
 """Logical axis names → mesh axes: the one table that says how a model is laid out over devices.
 
 Every parameter and activation names its axes in the model's words ("embed", "heads", …). RULES maps those words to
-the mesh's (dp, fsdp, tp); changing the parallelism changes the mesh, never the model.
+the mesh's (dp, fsdp, ep, tp); changing the parallelism changes the mesh, never the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from model.config import ConfigError, ModelConfig
 
-MESH_AXES = ("dp", "fsdp", "tp")
+MESH_AXES = ("dp", "fsdp", "ep", "tp")
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # parameters
@@ -29,11 +29,15 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("head_dim", None),
     ("mlp", "tp"),
     ("vocab", "tp"),
+    ("experts", "ep"),
+    ("routes", None),
+    ("latent", None),
     # activations
-    ("batch", ("dp", "fsdp")),
+    ("batch", ("dp", "fsdp", "ep")),
     ("seq", None),
     ("tokens", None),
     ("residual", None),
+    ("latent_head", None),
     # the paged cache
     ("pages", None),
 )
@@ -49,6 +53,8 @@ class MeshShape:
     """Data parallel with the parameters sharded"""
     tp: int = 1
     """Tensor parallel: heads, MLP and vocabulary split"""
+    ep: int = 1
+    """Expert parallel: experts split; data parallel for everything else"""
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
@@ -64,8 +70,14 @@ class MeshShape:
         return cls(**sizes)
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.dp, self.fsdp, self.tp)
+    def shape(self) -> tuple[int, int, int, int]:
+        """In the order of MESH_AXES."""
+        return (self.dp, self.fsdp, self.ep, self.tp)
+
+    @property
+    def data(self) -> int:
+        """Parts that a training batch is split into."""
+        return self.dp * self.fsdp * self.ep
 
     @property
     def devices(self) -> int:
@@ -79,20 +91,25 @@ def build_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
         raise ConfigError(
             f"mesh: {shape} needs {shape.devices} devices, and there are {len(devices)} ({devices[0].platform})"
         )
-    return jax.make_mesh(shape.shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape.devices])
+    return jax.make_mesh(
+        shape.shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[: shape.devices]
+    )
 
 
 def check_divisible(config: ModelConfig, shape: MeshShape) -> None:
     """Raises ConfigError naming the first dimension that the mesh can't split evenly."""
-    for name, axis in (
-        ("kv_heads", "tp"),
-        ("heads", "tp"),
-        ("mlp_dim", "tp"),
-        ("vocab_size", "tp"),
-        ("dim", "fsdp"),
-    ):
-        size, parts = getattr(config, name), getattr(shape, axis)
-        if size % parts:
+    split = [("heads", config.heads, "tp"), ("mlp_dim", config.mlp_dim, "tp"), ("vocab_size", config.vocab_size, "tp")]
+    split += [("dim", config.dim, "fsdp")]
+    if not config.latent.rank:
+        split.insert(0, ("kv_heads", config.kv_heads, "tp"))
+    if config.mixture.experts:
+        mixture = config.mixture
+        split += [("mixture.experts", mixture.experts, "ep"), ("mixture.dim", mixture.dim, "tp")]
+        split += [("mixture.shared_dim", mixture.shared_dim, "tp")]
+    elif shape.ep > 1:
+        raise ConfigError(f"mesh: ep={shape.ep} splits experts, and this model has none")
+    for name, size, axis in split:
+        if size % (parts := getattr(shape, axis)):
             raise ConfigError(f"mesh: model.{name}={size} is not divisible by {axis}={parts}")
 
 

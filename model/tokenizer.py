@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -23,6 +24,8 @@ class Tokenizer:
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size()
         self.eos_id: int | None = inner.token_to_id(END_OF_TEXT)
+        self.eos_ids = frozenset() if self.eos_id is None else frozenset({self.eos_id})
+        """Drawing one of these ends a text"""
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -70,12 +73,41 @@ class Tokenizer:
         """As encode, in parallel."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts))]
 
+    def encode_chat(self, text: str) -> list[int]:
+        """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added."""
+        return self._with_special_tokens.encode(text, add_special_tokens=False).ids
+
+    def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """As encode_chat, in parallel: each text's ids, and which of its characters each token stands for.
+
+        The extents [start, end) tile the text, but for a character cut into several tokens: each of them has it whole.
+        """
+        encoded = self._with_special_tokens.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, _extents(encoding.offsets)) for encoding in encoded]
+
+    @cached_property
+    def _with_special_tokens(self) -> _Tokenizer:
+        return _Tokenizer.from_str(self._inner.to_str())  # a copy: encode_special_tokens is a setting of the whole
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as tokenizer.json spells it."""
+        return self._inner.token_to_id(token)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> TextStream:
         return TextStream(self)
+
+
+def _extents(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Offsets with the space in front of a token, which some tokenizers trim from it, given back."""
+    extents, done = [], 0
+    for start, end in offsets:
+        extents.append((min(start, done), end))
+        done = max(done, end)
+    return extents
 
 
 class TextStream:

@@ -1,15 +1,19 @@
 """The network: embed → blocks → norm → head. Training and serving run this same code; read it first.
 
 Outside this room parameters are a nested dict of arrays (`Params`), so that a step is a pure function of it; `bind`
-gives back the module inside a traced function. Under "blocks" lies either one dict whose arrays have a leading layer
-axis (**stacked**: what a checkpoint holds and `lax.scan` runs over) or a dict a layer, by index (**unstacked**).
+gives back the module inside a traced function. Under "blocks" lies either a dict a run of layers that are built alike,
+named "first-last", whose arrays have a leading layer axis (**stacked**: what a checkpoint holds and `lax.scan` runs
+over) or a dict a layer, by index (**unstacked**). Most networks are a single run; DeepSeek's dense first layers are one
+of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import jax
@@ -17,79 +21,163 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.layers import Attend, Block, Cache, RMSNorm, contract, parameter, rotary_angles
+from model.block import Block
+from model.config import LayerKind, ModelConfig
+from model.layers import Attend, Cache, RMSNorm, contract, parameter
+from model.rotary import Angles, rotary_angles
 from model.sharding import named_sharding, shard, use_mesh
 
 Params = dict[str, Any]
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer (Llama's and Qwen's family)."""
+    """A decoder-only transformer; ModelConfig says of which family."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.config = config
         table = (config.vocab_size, config.dim)
         self.embedding = parameter(rngs, table, ("vocab", "embed"))
         if config.scan_layers:
-            stacked = nnx.vmap(
-                lambda r: Block(config, r),
-                transform_metadata={nnx.PARTITION_NAME: "layers"},
-                in_axes=0,
-                out_axes=0,
-            )
-            self.blocks = nnx.split_rngs(splits=config.layers)(stacked)(rngs)
+            self.blocks = nnx.Dict({run_name(run): _stacked_blocks(config, run, rngs) for run in runs(config)})
         else:
-            self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs)
+            self.blocks = nnx.List([Block(config, kind, rngs) for kind in config.layer_kinds])
+        self.norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=config.norm_offset)
         self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], ("embed", "vocab"))
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array, attend: Attend, cache: Cache
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: Cache,
+        long: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """tokens, positions: int32[...] → (hidden states [..., dim] before the head, the cache as attend left it)."""
+        """tokens, positions: int32[...] → (hidden states [..., dim] before the head, the cache as attend left it).
+
+        long: as in model/rotary.py.
+        """
+        hidden, cache, _ = self.run(tokens, positions, attend, cache, long)
+        return hidden, cache
+
+    def run(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        attend: Attend,
+        cache: Cache,
+        long: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache, jax.Array]:
+        """As a call, with the load of the experts: float32[sparse layers, experts], tokens that each one got."""
+        config = self.config
         # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole rows.
-        table = self.embedding[...].astype(self.config.dtype)
+        table = self.embedding[...].astype(config.dtype)
         if not jax.sharding.get_abstract_mesh().empty:
             table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec("tp", None))
-        x = shard(table[tokens], "residual")
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x, cache = self._run_blocks(x, angles, attend, cache)
-        return self.norm(x), cache
+        x = table[tokens]
+        if config.embedding_scale != 1:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = shard(x, "residual")
+        x, cache, loads = self._run_blocks(x, rotary_angles(config, positions, long), attend, cache)
+        return self.norm(x), cache, jnp.concatenate(loads)
 
     def _run_blocks(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        def run_block(graph: Any, state: Any, layer: jax.Array, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            return nnx.merge(graph, state)(x, angles, layer, attend, cache)
-
-        body: Callable[..., tuple[jax.Array, Cache]] = run_block
-        if self.config.remat != "none":
-            policy = {
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-                "full": jax.checkpoint_policies.nothing_saveable,
-            }[self.config.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.config.scan_layers, static_argnums=0)
+        self, x: jax.Array, angles: Angles, attend: Attend, cache: Cache
+    ) -> tuple[jax.Array, Cache, list[jax.Array]]:
+        kinds = self.config.layer_kinds
+        body = self._body(attend)
+        loads = [jnp.zeros((0, self.config.mixture.experts), jnp.float32)]
         if not self.config.scan_layers:
             for layer, block in enumerate(self.blocks):
-                x, cache = body(*nnx.split(block), jnp.int32(layer), x, cache)
-            return x, cache
+                x, cache, load = body(*nnx.split(block), kinds[layer], jnp.int32(layer), angles, x, cache)
+                loads.append(load)
+            return x, cache, loads
+        for run in runs(self.config):
+            x, cache, run_loads = self._scan(run, body, angles, x, cache)
+            loads += run_loads
+        return x, cache, loads
 
-        graph, stacked = nnx.split(self.blocks)
+    def _body(self, attend: Attend) -> Callable[..., tuple[jax.Array, Any, jax.Array]]:
+        def body(
+            graph: Any, state: Any, kind: LayerKind, layer: jax.Array, angles: Angles, x: jax.Array, cache: Cache
+        ) -> tuple[jax.Array, Cache, jax.Array]:
+            block: Block = nnx.merge(graph, state)
+            return block(x, kind, angles, layer, attend, cache)
+
+        if self.config.remat == "none":
+            return body
+        policy = {
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "full": jax.checkpoint_policies.nothing_saveable,
+        }[self.config.remat]
+        return jax.checkpoint(body, policy=policy, prevent_cse=not self.config.scan_layers, static_argnums=(0, 2))
+
+    def _scan(
+        self, run: range, body: Callable[..., Any], angles: Angles, x: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache, list[jax.Array]]:
+        """Scans over the repeating group of kinds in `run`; layers left over at its end follow one by one."""
+        kinds = [self.config.layer_kind(layer) for layer in run]
+        graph, stacked = nnx.split(self.blocks[run_name(run)])
+        period = _period(kinds)
+        repeats = len(run) // period
+
+        def layer_of(state: Any, index: int) -> Any:
+            return jax.tree.map(lambda array: array[index], state)
 
         # The cache is carried: as a scanned input and output it would be copied whole each step.
-        def step(carry: tuple, layer_and_state: tuple) -> tuple[tuple, None]:
-            layer, state = layer_and_state
-            return body(graph, state, layer, *carry), None
+        def step(carry: tuple, first_and_state: tuple) -> tuple[tuple, jax.Array]:
+            first, state = first_and_state
+            loads = []
+            for index in range(period):
+                part = layer_of(state, index) if period > 1 else state
+                *carry, load = body(graph, part, kinds[index], first + index, angles, *carry)
+                loads.append(load)
+            return tuple(carry), jnp.concatenate(loads)
 
-        layers = jnp.arange(self.config.layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(step, (x, cache), (layers, stacked))
-        return x, cache
+        firsts = jnp.arange(run.start, run.start + repeats * period, period, dtype=jnp.int32)
+        groups = stacked
+        if period > 1:
+            groups = jax.tree.map(lambda a: a[: repeats * period].reshape(repeats, period, *a.shape[1:]), stacked)
+        (x, cache), scanned = jax.lax.scan(step, (x, cache), (firsts, groups))
+        loads = [scanned.reshape(math.prod(scanned.shape[:-1]), scanned.shape[-1])]
+        for index in range(repeats * period, len(run)):
+            state, layer = layer_of(stacked, index), jnp.int32(run[index])
+            x, cache, load = body(graph, state, kinds[index], layer, angles, x, cache)
+            loads.append(load)
+        return x, cache, loads
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., vocab_size] for hidden states [..., dim]."""
         table = self.embedding[...].T if self.head is None else self.head[...]
-        return shard(contract(hidden, table.astype(hidden.dtype), 1), "vocab")
+        logits = contract(hidden, table.astype(hidden.dtype), 1)
+        if cap := self.config.logit_soft_cap:
+            logits = cap * jnp.tanh(logits / cap)
+        return shard(logits, "vocab")
+
+
+def _stacked_blocks(config: ModelConfig, run: range, rngs: nnx.Rngs) -> Any:
+    create = nnx.vmap(
+        lambda r: Block(config, config.layer_kind(run.start), r),
+        transform_metadata={nnx.PARTITION_NAME: "layers"},
+        in_axes=0,
+        out_axes=0,
+    )
+    return nnx.split_rngs(splits=len(run))(create)(rngs)
+
+
+def runs(config: ModelConfig) -> Iterator[range]:
+    """The layers in runs that have the same parameters."""
+    for _, group in groupby(range(config.layers), key=lambda layer: config.layer_kind(layer).sparse):
+        layers = list(group)
+        yield range(layers[0], layers[-1] + 1)
+
+
+def run_name(run: range) -> str:
+    return f"{run.start}-{run.stop - 1}"
+
+
+def _period(kinds: list[LayerKind]) -> int:
+    """The length of the shortest group that `kinds` repeat, the last time perhaps in part."""
+    return next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
 
 
 @lru_cache(maxsize=32)
@@ -138,6 +226,14 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
 
 
+def kept_dtype(path: tuple[Any, ...], dtype: str | None) -> str:
+    """What serving keeps the parameter at a tree path in: matrices in `dtype`, and in float32 what is small and added
+    or multiplied in float32. None is float32 for all."""
+    names = [entry.key for entry in path]
+    small = names[-1] in ("scale", "bias", "sinks", "correction") or "router" in names
+    return "float32" if dtype is None or small else dtype
+
+
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
     """Random parameters, each born in its shard. The same seed gives the same values on any mesh, scanned or not."""
 
@@ -170,20 +266,28 @@ def unstack_blocks(tree: Any) -> Any:
     def unstack(node: Any) -> Any:
         if not _is_params(node) or _is_unstacked(node):
             return node
-        layers = jax.tree.leaves(node["blocks"])[0].shape[0]
-        blocks = {str(i): jax.tree.map(lambda x, i=i: x[i], node["blocks"]) for i in range(layers)}
+        blocks = {}
+        for name, run in node["blocks"].items():
+            first, last = map(int, name.split("-"))
+            for layer in range(first, last + 1):
+                blocks[str(layer)] = jax.tree.map(lambda x, i=layer - first: x[i], run)
         return {**node, "blocks": blocks}
 
     return jax.tree.map(unstack, tree, is_leaf=_is_params)
 
 
 def stack_blocks(tree: Any) -> Any:
-    """The inverse of unstack_blocks."""
+    """The inverse of unstack_blocks. Neighbours with the same arrays are a run."""
 
     def stack(node: Any) -> Any:
         if not _is_unstacked(node):
             return node
         layers = [node["blocks"][str(i)] for i in range(len(node["blocks"]))]
-        return {**node, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+        blocks = {}
+        for _, group in groupby(range(len(layers)), key=lambda layer: str(jax.tree.map(jnp.shape, layers[layer]))):
+            run = list(group)
+            name = run_name(range(run[0], run[-1] + 1))
+            blocks[name] = jax.tree.map(lambda *x: jnp.stack(x), *(layers[layer] for layer in run))
+        return {**node, "blocks": blocks}
 
     return jax.tree.map(stack, tree, is_leaf=_is_params)

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
-from model.ops import attention
 from model.transformer import Params, abstract_params, bind
+from train.step import packed_attention
 
 TINY = ModelConfig(
     vocab_size=96,
@@ -75,7 +75,7 @@ def relative_error(got: Any, want: Any) -> float:
 def _forward(config: ModelConfig) -> Any:
     def forward(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         model = bind(config, params)
-        hidden, _ = model(tokens, positions, lambda layer, q, k, v, c: (attention.causal(q, k, v, segments), c), None)
+        hidden, _ = model(tokens, positions, packed_attention(segments), None)
         return model.logits(hidden)
 
     return jax.jit(forward)

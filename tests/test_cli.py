@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -106,3 +110,110 @@ def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys:
 def test_every_command_that_is_listed_exists() -> None:
     for module, _ in COMMANDS.values():
         assert callable(importlib.import_module(module).main)
+
+
+# Chat
+
+CHAT_TEMPLATE = """\
+{% for message in messages %}<{{ message.role }}>{{ message.content + "\n" }}
+{%- endfor %}{% if messages | length > 4 %}{{ raise_exception('five messages are too many') }}{% endif %}<assistant>"""
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that writes nonsense, and a template for it."""
+    from tests.serve.api.harness import save_model, train_tokenizer, varied_params
+
+    folder = save_model(tmp_path_factory.mktemp("cli") / "chat", train_tokenizer(), varied_params())
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "context_length": 256}))
+    return folder
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> int:
+    """`isthmus generate --chat` with `text` piped in."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    options = ("--chat", "--temperature", "0", "--max-tokens", "6")
+    return main(["generate", *options, *map(str, words)])
+
+
+@contextmanager
+def model_of(folder: Path) -> Iterator[Callable[[str], str]]:
+    """What the model goes on with after a text as a template writes it, led by no token."""
+    from commands.generate import GenerateConfig, _on_folder
+    from model.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    with _on_folder(GenerateConfig(model=folder, temperature=0.0, max_tokens=6), folder) as complete:
+        yield lambda text: "".join(complete(tokenizer.encode_chat(text)))
+
+
+def test_chat_answers_each_line_with_what_was_said_before_in_mind(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Piped lines are turns: each answer must be what the model says to the whole conversation, and come in order."""
+    lines = "\n  hello \n/reset\nhello\n/exit\nnever\n"
+    assert talk(monkeypatch, lines, "first", "--model", chat_folder, "--system", "Be brief.") == 0
+    said = capsys.readouterr().out
+    start = "<system>Be brief.\n"
+    with model_of(chat_folder) as answer:
+        want, text = [], start
+        for line in ("first", "hello"):
+            text += f"<user>{line}\n"
+            want.append(answer(f"{text}<assistant>"))
+            text += f"<assistant>{want[-1]}\n"
+        want.append(answer(f"{start}<user>hello\n<assistant>"))
+    assert said == "".join(f"{one}\n" for one in want)
+
+
+def test_chat_that_the_template_refuses_says_why(
+    chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script must see that an answer is missing."""
+    assert talk(monkeypatch, "a\nb\nc\n", "--model", chat_folder) == 2
+    assert "five messages are too many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said", [([], "a prompt is missing"), (["a", "--system", "b"], "--system is for --chat")]
+)
+def test_generate_names_what_is_missing(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Somebody's typing."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_an_answer_that_is_stopped_was_said_and_one_that_fails_was_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C must end the answer alone, and the request with it; an error must leave the conversation as it was."""
+    from commands.chat import chat
+    from serve.engine.request import InvalidRequest
+
+    asked, ended = [], []
+
+    def complete(messages: Sequence[Mapping[str, str]]) -> Generator[str, None, None]:
+        asked.append([message["content"] for message in messages])
+        try:
+            if messages[-1]["content"] == "fail":
+                raise InvalidRequest("messages", "too long")
+            yield "one "
+            if messages[-1]["content"] == "stop":
+                raise KeyboardInterrupt
+            yield "two"
+        finally:
+            ended.append(messages[-1]["content"])
+
+    monkeypatch.setattr(sys, "stdin", Terminal("stop\nfail\nlast\n"))
+    chat(complete, None, None)
+    assert asked == [["stop"], ["stop", "one ", "fail"], ["stop", "one ", "last"]]
+    assert ended == ["stop", "fail", "last"]
+    captured = capsys.readouterr()
+    assert "one two\n" in captured.out and "messages: too long" in captured.err

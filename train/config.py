@@ -26,7 +26,7 @@ class DataConfig:
     heldout_fraction: float = 0.02
     """Of the documents, chosen by the hash of their name, kept for the held-out loss"""
     seq: int = 512
-    """Tokens in a sequence; documents are packed into it and never attend to one another"""
+    """Tokens in a sequence; documents are packed into it, cut where it ends, and never attend to one another"""
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,12 @@ class TrainConfig:
     """Trains a transformer on text."""
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Text files, folders (every UTF-8 file in them) and .jsonl files (a document a line, in the field "text")"""
+    """Text files, folders (every UTF-8 file in them) and .jsonl files (a document a line, in the field "text" or, with
+    --init, "messages")"""
     out: Path = Path("runs/latest")
     """The model folder: configuration, tokenizer, checkpoints, metrics"""
+    init: Path | None = None
+    """A model folder to start from: ours, or as Hugging Face publishes it"""
     preset: str = "5m"
     """Size to start from; every --model.* overrides it"""
     model: ModelConfig = PRESETS["5m"]
@@ -123,11 +126,10 @@ class TrainConfig:
             raise ConfigError(f"text.heldout_fraction={self.text.heldout_fraction} must lie between 0 and 1")
         self.optimizer.validate()
         self.model.validate()
-        parts = self.mesh_shape.dp * self.mesh_shape.fsdp
+        parts = self.mesh_shape.data
         if (self.batch // self.accumulate) % parts:
-            raise ConfigError(
-                f"batch / accumulate = {self.batch // self.accumulate} can't be split over dp x fsdp = {parts} devices"
-            )
+            part = self.batch // self.accumulate
+            raise ConfigError(f"batch / accumulate = {part} can't be split over dp x fsdp x ep = {parts} devices")
 
     @property
     def mesh_shape(self) -> MeshShape:
@@ -143,13 +145,14 @@ class TrainConfig:
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
         fields: dict[str, Any] = json.loads(text)
-        tokenizer = fields["text"]["tokenizer"]
+        tokenizer, init = fields["text"]["tokenizer"], fields.get("init")
         return cls(
             **{
                 **fields,
                 "data": tuple(fields["data"]),
                 "out": Path(fields["out"]),
-                "model": ModelConfig(**fields["model"]),
+                "init": Path(init) if init else None,
+                "model": ModelConfig.from_dict(fields["model"]),
                 "text": DataConfig(**{**fields["text"], "tokenizer": Path(tokenizer) if tokenizer else None}),
                 "optimizer": OptimizerConfig(**fields["optimizer"]),
             }
@@ -171,15 +174,15 @@ FREE_ON_RESUME = (
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
     """Raises ConfigError naming the first setting that would make the resumed run another run."""
-    before, now = _flat(dataclasses.asdict(saved)), _flat(dataclasses.asdict(asked))
+    before, now = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(asked))
     for name, value in before.items():
         if name not in FREE_ON_RESUME and now[name] != value:
             raise ConfigError(f"{name} can't change on --resume: it was {value!r}. Start a new run with another --out")
 
 
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
-    flat: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        named |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return named

@@ -1,8 +1,7 @@
 """Tokens on disk, and batches from them: the batch of a step is a pure function of (seed, step).
 
-Documents lie end to end in one flat file, each led by the end-of-text token, which starts a document and, as the
-target of the token before it, ends one. A sequence is a window of it; segments and positions start anew with each
-document.
+Documents lie end to end in one flat file, as train/examples.py makes them; where not every token is a target, a second
+file holds a weight a token. A sequence is a window; segments and positions start anew with each document.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from model.config import ConfigError
+from model.folder import ModelFolder
 from model.tokenizer import Tokenizer
 from train.config import DataConfig
 from train.documents import Document, is_heldout, read_documents
+from train.examples import Encoder, FineTuning, Pretraining
 
 TOKENIZER_SAMPLE_BYTES = 32 << 20
 """Text that the tokenizer is trained on: more changes its merges little and takes long."""
@@ -34,7 +37,7 @@ class Batch(NamedTuple):
     positions: Any
     segments: Any
     weights: Any
-    """1 where the target counts, 0 in padding"""
+    """1 where the target counts, 0 where it doesn't and in padding"""
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,63 @@ class TokenFile:
     ends: np.ndarray
     """int64[documents]"""
     text_bytes: int
+    weights: np.ndarray | None = None
+    """uint8[tokens]: 1 where a token counts as a target; None is everywhere"""
+    conversations: int = 0
+    """Documents of messages"""
+
+    @cached_property
+    def targets(self) -> int:
+        """Tokens that count; the file's first one has nothing before it."""
+        return len(self.tokens) - 1 if self.weights is None else int(self.weights[1:].sum())
 
     @classmethod
     def open(cls, stem: Path) -> TokenFile:
         meta = json.loads(stem.with_suffix(".json").read_text())
         tokens = np.memmap(stem.with_suffix(".bin"), dtype=meta["dtype"], mode="r")
-        return cls(tokens, np.load(stem.with_suffix(".npy")), meta["text_bytes"])
+        weights = np.memmap(stem.with_suffix(".weights"), dtype=np.uint8, mode="r") if meta.get("weighted") else None
+        ends = np.load(stem.with_suffix(".npy"))
+        return cls(tokens, ends, meta["text_bytes"], weights, meta.get("conversations", 0))
 
     @classmethod
     def write(
-        cls, stem: Path, documents: Iterable[Document], tokenizer: Tokenizer, tick: Callable[[int], None]
+        cls, stem: Path, documents: Iterable[Document], encoder: Encoder, tick: Callable[[int], None]
     ) -> TokenFile:
-        """Tokenizes into STEM.bin, .npy and .json; the .json comes last: a torn write isn't taken for a whole."""
-        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        ends, total, text_bytes = [], 0, 0
-        with stem.with_suffix(".bin").open("wb") as file:
+        """Tokenizes into STEM.bin, .npy, .json and perhaps .weights; the .json comes last: a torn write isn't taken for
+        a whole. Raises ConfigError when nothing in it is a target."""
+        dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
+        ends, total, text_bytes, conversations = [], 0, 0, 0
+        with ExitStack() as stack:
+            file = stack.enter_context(stem.with_suffix(".bin").open("wb"))
+            weights = stack.enter_context(stem.with_suffix(".weights").open("wb")) if encoder.weighted else None
             pending = iter(documents)
             while group := list(islice(pending, 256)):
-                for ids in tokenizer.encode_batch([d.text for d in group]):
-                    np.asarray(ids, dtype).tofile(file)
-                    total += len(ids)
+                for example in encoder(group):
+                    np.asarray(example.ids, dtype).tofile(file)
+                    if weights is not None and example.weights is not None:
+                        example.weights.tofile(weights)
+                    total += len(example.ids)
                     ends.append(total)
                 size = sum(len(d.text.encode()) for d in group)
                 text_bytes += size
+                conversations += sum(d.kind == "messages" for d in group)
                 tick(size)
         np.save(stem.with_suffix(".npy"), np.asarray(ends, np.int64))
         meta = {
             "dtype": np.dtype(dtype).name,
             "tokens": total,
             "documents": len(ends),
+            "conversations": conversations,
             "text_bytes": text_bytes,
+            "weighted": encoder.weighted,
         }
         stem.with_suffix(".json").write_text(json.dumps(meta))
         if total == 0:
             raise ConfigError(f"data: no document fell into the {stem.name} split; give more documents")
-        return cls.open(stem)
+        split = cls.open(stem)
+        if encoder.weighted and split.targets == 0:
+            raise ConfigError(f"data: the {stem.name} split holds nothing to learn: none of its messages is an answer")
+        return split
 
     def batch(self, starts: np.ndarray, seq: int) -> Batch:
         """The windows of `seq` tokens that begin at `starts` (int64, any shape); tokens past the end are padding."""
@@ -92,7 +117,10 @@ class TokenFile:
         begin = np.where(document > 0, self.ends[np.maximum(document - 1, 0)], 0)
         positions = (inside - np.maximum(begin, starts[..., None])).astype(np.int32)
         segments = np.where(valid[..., :-1], document - document[..., :1], -1).astype(np.int32)
-        return Batch(window[..., :-1], window[..., 1:], positions, segments, valid[..., 1:].astype(np.float32))
+        counts = valid[..., 1:]
+        if self.weights is not None:
+            counts = counts & (self.weights[index[..., 1:]] > 0)
+        return Batch(window[..., :-1], window[..., 1:], positions, segments, counts.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -155,17 +183,25 @@ def prepare(
     tick: Callable[[str, int], None] = lambda _, __: None,
     *,
     resume: bool = False,
+    start: ModelFolder | None = None,
 ) -> tuple[TrainingData, Tokenizer]:
     """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what the same ones left.
 
-    tick(stage, bytes) is called as text goes through. Raises ConfigError when there are too few documents to split.
+    tick(stage, bytes) is called as text goes through. start: the model to fine-tune, which brings its tokenizer. Raises
+    ConfigError when there are too few documents to split.
     """
     documents = list(read_documents(paths))
     stamp = folder / "data" / "source.json"
-    source = json.dumps([_fingerprint(documents), str(config.tokenizer), config.vocab_size, config.heldout_fraction])
+    settings: list[str | int | float] = [str(config.tokenizer), config.vocab_size, config.heldout_fraction]
+    fine_tuning = FineTuning(start) if start else None
+    if fine_tuning:
+        settings = [config.heldout_fraction, *fine_tuning.stamp]
+    elif chats := [document.name for document in documents if document.kind == "messages"]:
+        raise ConfigError(f"data: {chats[0]} holds messages: they need --init, a model with a chat template")
+    source = json.dumps([_fingerprint(documents), *settings])
     names = {True: folder / "data" / "heldout", False: folder / "data" / "train"}
     if stamp.is_file() and stamp.read_text() == source:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        tokenizer = start.tokenizer if start else Tokenizer.load(folder / "tokenizer.json")
         splits = {held: TokenFile.open(stem) for held, stem in names.items()}
         return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
 
@@ -182,23 +218,32 @@ def prepare(
         groups[True], groups[False] = _cut(groups[False].pop(), config.heldout_fraction)
     if not groups[True] or not groups[False]:
         raise ConfigError("data: too little text to hold some out")
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.load(config.tokenizer)
-        if tokenizer.eos_id is None:
-            raise ConfigError(f"text.tokenizer: {config.tokenizer} has no <|endoftext|> token to part documents with")
-    else:
-        tokenizer = Tokenizer.train(_sample(groups[False], lambda n: tick("tokenizer", n)), config.vocab_size)
-    tokenizer.save(folder / "tokenizer.json")
+    tokenizer = start.tokenizer if start else _tokenizer(groups[False], config, lambda n: tick("tokenizer", n))
+    if start is None:
+        tokenizer.save(folder / "tokenizer.json")
+    encoder = fine_tuning or Pretraining(tokenizer)
     splits = {
-        held: TokenFile.write(stem, groups[held], tokenizer, lambda n: tick("tokenize", n))
+        held: TokenFile.write(stem, groups[held], encoder, lambda n: tick("tokenize", n))
         for held, stem in names.items()
     }
     stamp.write_text(source)
     return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
 
 
+def _tokenizer(documents: list[Document], config: DataConfig, tick: Callable[[int], None]) -> Tokenizer:
+    """The one that was asked for, or one trained on `documents`."""
+    if config.tokenizer is None:
+        return Tokenizer.train(_sample(documents, tick), config.vocab_size)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if tokenizer.eos_id is None:
+        raise ConfigError(f"text.tokenizer: {config.tokenizer} has no <|endoftext|> token to part documents with")
+    return tokenizer
+
+
 def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
-    """A single document's end becomes the held-out one."""
+    """A single text's end becomes the held-out one; a conversation stays whole."""
+    if document.kind == "messages":
+        return [], [document]
     at = int(len(document.text) * (1 - fraction))
     held, kept = document.text[at:], document.text[:at]
     return ([Document(f"{document.name}#end", held)] if held else []), ([Document(document.name, kept)] if kept else [])

@@ -1,4 +1,4 @@
-"""From paths to documents: text files, folders of them, JSONL."""
+"""From paths to documents: text files, folders of them, JSONL of texts and of conversations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from model.config import ConfigError
 
@@ -21,12 +22,14 @@ class Document:
     name: str
     """Stable: it decides the split"""
     text: str
+    """Of a conversation: its JSON object, with "messages" and perhaps "tools\""""
+    kind: Literal["text", "messages"] = "text"
 
 
 def read_documents(paths: Sequence[str]) -> Iterator[Document]:
     """Every non-empty document under `paths`, in an order that depends on names only.
 
-    Raises ConfigError for a path that doesn't exist, or a .jsonl line without a string in "text".
+    Raises ConfigError for a path that doesn't exist, or a .jsonl line that holds neither a text nor messages.
     """
     for path in map(Path, paths):
         if path.is_dir():
@@ -71,12 +74,54 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line.decode("utf-8"))["text"]
-                text.encode("utf-8")  # an escaped half of a surrogate pair is JSON, and no text
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ConfigError(f'data: {path}:{number} is not a UTF-8 JSON object with a string in "text"') from None
+                kind, text = _parse_line(line)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(f"data: {path}:{number} {error}") from None
             if text:
-                yield Document(f"{path.name}:{number}", text)
+                yield Document(f"{path.name}:{number}", text, kind)
+
+
+def _parse_line(line: bytes) -> tuple[Literal["text", "messages"], str]:
+    """A JSONL line's document. Raises ValueError saying what is wrong with it."""
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except ValueError:
+        raise ValueError("is not a UTF-8 JSON object") from None
+    if not isinstance(fields, dict) or not fields.keys() & {"text", "messages"}:
+        raise ValueError('is not an object with a string in "text" or a list in "messages"')
+    if "messages" not in fields:
+        text = fields["text"]
+        if not isinstance(text, str):
+            raise ValueError('has no string in "text"')
+        _check_encodes(text)
+        return "text", text
+    if "text" in fields:
+        raise ValueError('holds both "text" and "messages": which one is the document?')
+    _check_messages(fields["messages"])
+    conversation = {name: fields[name] for name in ("messages", "tools") if fields.get(name) is not None}
+    text = json.dumps(conversation, ensure_ascii=False)
+    _check_encodes(text)
+    return "messages", text
+
+
+def _check_encodes(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # an escaped half of a surrogate pair is JSON, and no text
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('has no list of messages in "messages"')
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ValueError(f"messages[{index}] is not an object")
+        if not isinstance(message.get("role"), str) or not message["role"]:
+            raise ValueError(f'messages[{index}] has no string in "role"')
+        # A call of a tool says nothing beside it.
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise ValueError(f'messages[{index}] has no string in "content"')
 
 
 def is_heldout(name: str, fraction: float) -> bool:

@@ -16,19 +16,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model import lora
 from model.checkpoint import Checkpoints
 from model.config import ConfigError
+from model.folder import ModelFolder
 from model.hardware import check_dtype, peak_flops
 from model.sharding import build_mesh, check_divisible
 from model.transformer import stacked, unstack_blocks
+from train.adapters import init_adapters, stack_adapters, step_flops
 from train.config import TrainConfig, check_resumable
 from train.data import TrainingData, prepare
 from train.metrics import MetricsLog, read_metrics
 from train.optimizer import build_optimizer, build_schedule
+from train.start import load_start, open_start, take_over
 from train.step import Metrics, Trainer, TrainState
 
 RUN_AHEAD = 2
@@ -49,7 +54,7 @@ class Report:
     """Mean nats a token over the last logged steps"""
     heldout_loss: float | None
     bits_per_byte: float | None
-    """Of the held-out text"""
+    """Of the held-out text; None where part of it are conversations, whose questions aren't counted"""
     tokens_per_second: float
     mfu: float
     seconds: float
@@ -63,9 +68,10 @@ def train(config: TrainConfig, console: Console | None = None) -> Report:
     config.validate()
     check_dtype(config.model.dtype)
     build_mesh(config.mesh_shape)
+    folder = open_start(config)
     config.out.mkdir(parents=True, exist_ok=True)
-    data, config = _prepare_data(config, console)
-    return _Run(config, data, console).run()
+    data, config = _prepare_data(config, folder, console)
+    return _Run(config, folder, data, console).run()
 
 
 def _resolve_resume(config: TrainConfig) -> TrainConfig:
@@ -91,7 +97,9 @@ def load_saved(folder: Path) -> TrainConfig:
         raise ConfigError(f"out: {path} can't be read as a run's settings: {error}") from None
 
 
-def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, TrainConfig]:
+def _prepare_data(
+    config: TrainConfig, folder: ModelFolder | None, console: Console
+) -> tuple[TrainingData, TrainConfig]:
     """Tokenizes, settles the vocabulary's size, and writes down the settings that the run has from now on."""
     start = time.perf_counter()
     with console.status("reading text") as status:
@@ -101,40 +109,57 @@ def _prepare_data(config: TrainConfig, console: Console) -> tuple[TrainingData, 
             seen[stage] += size
             status.update(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
 
-        data, tokenizer = prepare(config.data, config.text, config.out, config.seed, tick, resume=config.resume)
-    if config.model.vocab_size in (0, tokenizer.vocab_size):
-        # A multiple of 128 splits over any mesh and fills the matrix units; the extra ids are never drawn in training.
-        vocab = -(-tokenizer.vocab_size // 128) * 128
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
-    elif config.model.vocab_size < tokenizer.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {tokenizer.vocab_size}"
+        data, tokenizer = prepare(
+            config.data, config.text, config.out, config.seed, tick, resume=config.resume, start=folder
         )
+    if folder is None:
+        config = _with_vocabulary(config, tokenizer.vocab_size)
     check_divisible(config.model, config.mesh_shape)
     if not config.resume:  # written once: a kill while they are rewritten would lose them
-        config.model.save(config.out / "config.json")
-        temporary = config.out / "train.json.tmp"
-        temporary.write_text(config.to_json())
-        os.replace(temporary, config.out / "train.json")
+        _write_settings(config, folder)
+    total, targets = len(data.train.tokens), data.train.targets
+    of_them = "" if data.train.weights is None else f", {targets:,} of them ({targets / total:.0%}) to learn"
     console.print(
-        f"text: {data.train.text_bytes / 1e6:.1f} MB, {len(data.train.tokens):,} tokens to train on; "
+        f"text: {data.train.text_bytes / 1e6:.1f} MB, {total:,} tokens to train on{of_them}; "
         f"{data.heldout.text_bytes / 1e3:.0f} kB held out; vocabulary {tokenizer.vocab_size} "
         f"({time.perf_counter() - start:.1f} s)"
     )
     return data, config
 
 
+def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
+    """`config` with a vocabulary that holds the tokenizer's `size` ids."""
+    if config.model.vocab_size in (0, size):
+        # A multiple of 128 splits over any mesh and fills the matrix units; the extra ids are never drawn in training.
+        vocab = -(-size // 128) * 128
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
+    if config.model.vocab_size < size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size} is less than the tokenizer's {size}")
+    return config
+
+
+def _write_settings(config: TrainConfig, folder: ModelFolder | None) -> None:
+    """train.json comes last: a folder that has it is a run."""
+    if folder is not None:
+        take_over(folder, config)
+    if not config.model.lora.rank:  # a folder of adapters has none
+        config.model.save(config.out / "config.json")
+    temporary = config.out / "train.json.tmp"
+    temporary.write_text(config.to_json())
+    os.replace(temporary, config.out / "train.json")
+
+
 class _Run:
     """One call of train(): what the loop's parts share."""
 
-    def __init__(self, config: TrainConfig, data: TrainingData, console: Console) -> None:
-        self.config, self.data, self.console = config, data, console
+    def __init__(self, config: TrainConfig, folder: ModelFolder | None, data: TrainingData, console: Console) -> None:
+        self.config, self.folder, self.data, self.console = config, folder, data, console
         self.mesh = build_mesh(config.mesh_shape)
         self.trainer = Trainer(config.model, build_optimizer(config.optimizer, config.steps), self.mesh)
         self.schedule = build_schedule(config.optimizer, config.steps)
         self.checkpoints = Checkpoints(config.out, keep=config.keep)
         self.peak, self.peak_source = peak_flops(config.model.dtype, self.mesh.size)
-        self.step_flops = config.model.train_flops(config.batch, config.text.seq)
+        self.step_flops = step_flops(config.model, config.batch, config.text.seq)
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.window: list[float] = []
         self.window_start, self.window_step = time.perf_counter(), 0
@@ -147,7 +172,7 @@ class _Run:
         state, first = self._start()
         self.log = MetricsLog(self.config.out, first)
         self.console.print(
-            f"model: {self.config.model.parameters / 1e6:.1f}M parameters, {self.config.model.layers} layers; "
+            f"model: {self._parameters(state)}, {self.config.model.layers} layers; "
             f"{self.mesh.devices.flat[0].platform} {dict(self.mesh.shape)}; peak {self.peak / 1e12:.2f} TFLOP/s "
             f"({self.peak_source})"
         )
@@ -159,22 +184,42 @@ class _Run:
             heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
             if self.checkpoints.latest() != done:
                 self._save(state, done)
+            else:
+                self._save_adapter(state)
         finally:
             self.checkpoints.close()
             self.log.close()
         return self._report(done, interrupted, heldout)
 
     def _start(self) -> tuple[TrainState, int]:
-        if not self.config.resume or self.checkpoints.latest() is None:
-            if self.config.resume:
+        config = self.config
+        if self.folder and config.model.lora.rank:
+            self.trainer.base = load_start(self.folder, config.model, self.mesh, self.console)
+        if not config.resume or self.checkpoints.latest() is None:
+            if config.resume:
                 self.console.print("no checkpoint was finished before the run ended: starting from step 0")
-            return self.trainer.init(self.config.seed), 0
-        abstract = self.trainer.abstract_state(stacked(self.config.model))
+            return self._first_state(), 0
+        abstract = self.trainer.abstract_state(stacked(config.model))
         restored = self.checkpoints.restore(abstract.params, abstract.optimizer)
-        layout = (lambda tree: tree) if self.config.model.scan_layers else unstack_blocks
+        layout = (lambda tree: tree) if config.model.scan_layers else unstack_blocks
         state = self.trainer.adopt(TrainState(restored.params, restored.optimizer), layout)
         self.console.print(f"resumed at step {restored.step}")
         return state, restored.step
+
+    def _first_state(self) -> TrainState:
+        config = self.config
+        if self.folder is None:
+            return self.trainer.init(config.seed)
+        if config.model.lora.rank:
+            return self.trainer.begin(init_adapters(config.model, config.seed, self.mesh))
+        return self.trainer.begin(load_start(self.folder, config.model, self.mesh, self.console))
+
+    def _parameters(self, state: TrainState) -> str:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        fixed = sum(leaf.size for leaf in jax.tree.leaves(self.trainer.base))
+        if not fixed:
+            return f"{trained / 1e6:.1f}M parameters"
+        return f"{trained:,} of {(trained + fixed) / 1e6:.1f}M parameters trained ({trained / (trained + fixed):.2%})"
 
     def _loop(self, state: TrainState, first: int, progress: Any) -> tuple[TrainState, int]:
         config = self.config
@@ -208,6 +253,8 @@ class _Run:
             )
         self.window.append(loss)
         values = {"loss": loss, "grad_norm": float(metrics.grad_norm), "lr": float(self.schedule(step - 1))}
+        if self.config.model.mixture.experts:
+            values["expert_load"] = float(metrics.expert_load)
         if step % self.config.log_every == 0 and step > self.window_step:
             elapsed = time.perf_counter() - self.window_start
             steps = step - self.window_step
@@ -234,31 +281,43 @@ class _Run:
         work()
         self.window_start += time.perf_counter() - start
 
-    def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float, float]:
-        """Held-out loss in nats a token, and bits a byte of text."""
-        nats, targets, shares = [], 0, self.data.heldout
+    def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float, float | None]:
+        """Held-out loss in nats a target, and bits a byte of text, or None where not all of it is learnt."""
+        nats, targets, split = [], 0, self.data.heldout
         for index, batch in enumerate(self.data.heldout_batches(self.config.batch // self.config.accumulate)):
             if not whole and index >= self.config.eval_batches:
                 break
             nats.append(self.trainer.evaluate(state.params, batch))
             targets += int(batch.weights.sum())
         total = float(np.sum([float(n) for n in nats]))
-        bytes_read = shares.text_bytes * targets / max(1, len(shares.tokens) - 1)
-        loss, bits = total / max(targets, 1), total / math.log(2) / max(bytes_read, 1)
-        self.log.write(step, heldout_loss=loss, bits_per_byte=bits)
-        return loss, bits
+        if not targets:  # the first batches may hold questions alone
+            return math.nan, None
+        bytes_read = split.text_bytes * targets / max(1, split.targets)
+        values = {"heldout_loss": total / targets}
+        if not split.conversations:
+            values["bits_per_byte"] = total / math.log(2) / max(bytes_read, 1)
+        self.log.write(step, **values)
+        return values["heldout_loss"], values.get("bits_per_byte")
 
-    def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float, float]:
+    def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float, float | None]:
         """Of all held-out text; read back when the run was done before it was resumed."""
         rows = [row for row in read_metrics(self.config.out) if row["step"] == done == first and "heldout_loss" in row]
-        return (
-            (rows[-1]["heldout_loss"], rows[-1]["bits_per_byte"]) if rows else self._evaluate(state, done, whole=True)
-        )
+        if rows:
+            return rows[-1]["heldout_loss"], rows[-1].get("bits_per_byte")
+        return self._evaluate(state, done, whole=True)
 
     def _save(self, state: TrainState, step: int) -> None:
         progress = {"step": step, "tokens": step * self.config.batch * self.config.text.seq}
         with self.mesh:
+            if self.config.model.lora.rank:
+                state = stack_adapters(self.config.model, state)
             self.checkpoints.save(step, state.params, state.optimizer, progress)
+        self._save_adapter(state)
+
+    def _save_adapter(self, state: TrainState) -> None:
+        """Beside the checkpoint, as serving and PEFT read it."""
+        if self.folder and self.config.model.lora.rank:
+            lora.save_adapter(self.config.out, self.folder, self.config.model, state.params)
 
     def _report(self, done: int, interrupted: bool, heldout: tuple[float | None, float | None]) -> Report:
         rate = self.busy_steps / self.busy if self.busy else 0.0

@@ -10,7 +10,7 @@ import optax
 from model.transformer import Params
 from train.config import OptimizerConfig
 
-DECAYED = ("kernel", "embedding", "head")
+DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")
 """Matrices; norms and biases are left alone."""
 
 

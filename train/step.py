@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from model import lora
 from model.config import ModelConfig
+from model.experts import balanced
 from model.layers import Attend
 from model.ops import attention
+from model.ops.attention import Scoring
 from model.sharding import partition_spec, use_mesh
 from model.transformer import Params, abstract_params, bind, init_params
 from train.data import Batch
@@ -21,6 +24,7 @@ from train.optimizer import abstract_optimizer
 
 class TrainState(NamedTuple):
     params: Params
+    """What is trained: every parameter, or the adapters alone"""
     optimizer: Any
 
 
@@ -31,67 +35,139 @@ class Metrics(NamedTuple):
     """Mean nats a target"""
     grad_norm: Any
     """Before clipping"""
+    expert_load: Any
+    """The busiest expert's tokens over the mean expert's, the mean of all layers; 1 is balanced, 0 without experts"""
 
 
 def packed_attention(segments: jax.Array) -> Attend:
     """The training side of the seam: causal within a document, no cache."""
 
-    def attend(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
-        return attention.causal(q, k, v, segments), cache
+    def attend(
+        layer: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array | None,
+        cache: None,
+        scoring: Scoring,
+        sinks: jax.Array | None,
+    ) -> tuple[jax.Array, None]:
+        return attention.causal(q, k, v, segments, scoring, sinks), cache
 
     return attend
 
 
-def loss_sum(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
-    """Weighted sum of cross-entropies, float32[], of a batch whose arrays are [sequences, seq]."""
+def long_sequences(config: ModelConfig, batch: Batch) -> jax.Array | None:
+    """bool[sequences, seq]: tokens of documents longer than the model's rope_switch."""
+    if not config.rope_switch:
+        return None
+
+    def longest(positions: jax.Array, segments: jax.Array) -> jax.Array:
+        return jax.ops.segment_max(positions, segments, num_segments=positions.shape[0])[segments]
+
+    return jax.vmap(longest)(batch.positions, jnp.maximum(batch.segments, 0)) >= config.rope_switch
+
+
+def loss_sum(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of cross-entropies, float32[], of a batch whose arrays are [sequences, seq]; and the experts' load,
+    float32[sparse layers, experts]."""
     model = bind(config, params)
-    hidden, _ = model(batch.tokens, batch.positions, packed_attention(batch.segments), None)
+    attend, long = packed_attention(batch.segments), long_sequences(config, batch)
+    hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, long)
     losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
-    return (losses * batch.weights).sum()
+    return (losses * batch.weights).sum(), load
 
 
-def gradients(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
-    """Mean loss over all targets of [accumulate, sequences, seq], and its gradient.
+class Gradients(NamedTuple):
+    """What a batch says of the parameters."""
 
-    The parts' sums are added and divided once, so any split of the same sequences gives the same mean.
+    loss: jax.Array
+    """float32[]: mean nats a target"""
+    grads: Params
+    load: jax.Array
+    """float32[sparse layers, experts]: tokens that each expert got"""
+
+
+def whole(params: Params, base: Params | None) -> Params:
+    """The network's parameters: `params`, or `base` with them for adapters."""
+    return params if base is None else lora.join(base, params)
+
+
+def gradients(config: ModelConfig, params: Params, batch: Batch, base: Params | None = None) -> Gradients:
+    """With respect to `params`, of the mean loss over all targets of [accumulate, sequences, seq].
+
+    The parts' sums are added and divided once, so any split of the same sequences gives the same mean. base: what
+    `params` are adapters of.
     """
-    grad = jax.value_and_grad(loss_sum, argnums=1)
+
+    def part_of(part: Batch) -> Gradients:
+        def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
+            return loss_sum(config, whole(params, base), part)
+
+        (loss, load), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return Gradients(loss, grads, load)
 
     if batch.tokens.shape[0] == 1:
-        loss, grads = grad(config, params, jax.tree.map(lambda x: x[0], batch))
+        total = part_of(jax.tree.map(lambda x: x[0], batch))
     else:
 
-        def add(total: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], None]:
-            return jax.tree.map(jnp.add, total, grad(config, params, part)), None
+        def add(total: Gradients, part: Batch) -> tuple[Gradients, None]:
+            return jax.tree.map(jnp.add, total, part_of(part)), None
 
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        (loss, grads), _ = jax.lax.scan(add, zero, batch)
+        load = jnp.zeros((config.sparse_layers, config.mixture.experts), jnp.float32)
+        zero = Gradients(jnp.float32(0), jax.tree.map(jnp.zeros_like, params), load)
+        total, _ = jax.lax.scan(add, zero, batch)
     weight = jnp.maximum(batch.weights.sum(), 1)
-    return loss / weight, jax.tree.map(lambda g: g / weight, grads)
+    return Gradients(total.loss / weight, jax.tree.map(lambda g: g / weight, total.grads), total.load)
+
+
+def balance_experts(config: ModelConfig, params: Params, load: jax.Array) -> Params:
+    """`params` with every router's correction moved towards an even load; float32[sparse layers, experts]."""
+    if not config.mixture.correction:
+        return params
+    layers = iter(load)
+    blocks = {}
+    for name in sorted(params["blocks"], key=lambda name: int(name.split("-")[0])):
+        block = params["blocks"][name]
+        router = block["mlp"].get("router")
+        if router is None:
+            blocks[name] = block
+            continue
+        correction = router["correction"]
+        mine = next(layers) if correction.ndim == 1 else jnp.stack([next(layers) for _ in correction])
+        moved = {**router, "correction": balanced(correction, mine, config.mixture.correction_rate)}
+        blocks[name] = {**block, "mlp": {**block["mlp"], "router": moved}}
+    return {**params, "blocks": blocks}
 
 
 class Trainer:
-    """The compiled programs of a run: init, step, evaluate."""
+    """The compiled programs of a run: init, step, evaluate. With LoRA, the state is the adapters'."""
 
     def __init__(self, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
         self.config, self.mesh, self._optimizer = config, mesh, optimizer
+        self.base: Params | None = None
+        """What adapters are trained on, set before the first step; never donated"""
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(config))
         self._batch_sharding = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("batch", "seq"))))
         replicated = NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(
             self._train_step,
             donate_argnums=0,
-            out_shardings=(self.shardings, Metrics(replicated, replicated)),
+            out_shardings=(self.shardings, Metrics(replicated, replicated, replicated)),
         )
-        self._evaluate = jax.jit(lambda params, batch: loss_sum(config, params, jax.tree.map(lambda x: x[0], batch)))
+        self._evaluate = jax.jit(self._nats)
 
     def abstract_state(self, config: ModelConfig) -> TrainState:
         """Shapes and shardings of the state in the layout of `config`."""
         params = abstract_params(config, self.mesh)
+        if config.lora.rank:
+            params = lora.split(params)[1]
         return TrainState(params, abstract_optimizer(self._optimizer, params))
 
     def init(self, seed: int) -> TrainState:
-        params = init_params(self.config, seed, self.mesh)
+        return self.begin(init_params(self.config, seed, self.mesh))
+
+    def begin(self, params: Params) -> TrainState:
+        """The state before the first step from `params`, which are in this run's layout and shardings."""
         with use_mesh(self.mesh):
             return TrainState(params, jax.jit(self._optimizer.init, out_shardings=self.shardings.optimizer)(params))
 
@@ -106,20 +182,26 @@ class Trainer:
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Launches a step and returns at once; `state` is donated."""
         with use_mesh(self.mesh):
-            return self._step(state, self.put(batch))
+            return self._step(state, self.put(batch), self.base)
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
         """Summed nats of a batch [1, sequences, seq], float32[]."""
         with use_mesh(self.mesh):
-            return self._evaluate(params, self.put(batch))
+            return self._evaluate(params, self.put(batch), self.base)
 
-    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: Batch, base: Params | None = None) -> jax.stages.Lowered:
         """The step's program for abstract or real arguments, to compile or export elsewhere."""
         with use_mesh(self.mesh):
-            return self._step.lower(state, batch)
+            return self._step.lower(state, batch, base)
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = gradients(self.config, state.params, batch)
+    def _nats(self, params: Params, batch: Batch, base: Params | None) -> jax.Array:
+        return loss_sum(self.config, whole(params, base), jax.tree.map(lambda x: x[0], batch))[0]
+
+    def _train_step(self, state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Metrics]:
+        loss, grads, load = gradients(self.config, state.params, batch, base)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer), Metrics(loss, optax.global_norm(grads))
+        if base is None:
+            params = balance_experts(self.config, params, load)
+        busiest = load.max(axis=-1) / load.mean(axis=-1) if load.size else jnp.zeros(1)
+        return TrainState(params, optimizer), Metrics(loss, optax.global_norm(grads), busiest.mean())

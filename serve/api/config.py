@@ -17,6 +17,8 @@ class ServeConfig:
 
     model: Path
     """A model folder, as `isthmus train` writes it"""
+    merge_adapter: bool = False
+    """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
     host: str = "127.0.0.1"
     """Address to listen on; any but loopback needs --auth-token-file or --insecure"""
     port: int = 50051

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -94,7 +95,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine = await self._session.ready_engine(context)
         tokenizer = self._session.model.tokenizer
         try:
-            prompt = await _off_loop(message.ByteSize(), prompt_ids, message, tokenizer)
+            # A chat template is a program: it may take a second over a short text.
+            size = math.inf if message.HasField("messages") else message.ByteSize()
+            prompt = await _off_loop(size, prompt_ids, message, tokenizer, self._session.model.chat)
             ours = build_request(message, prompt, tokenizer, engine.config.context_length)
         except InvalidRequest as error:
             await abort(context, invalid(error.field, error.message))
@@ -143,7 +146,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
 
 
-async def _off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+async def _off_loop(size: float, work: Callable[..., T], *args: Any) -> T:
     """work(*args), on another thread when `size` bytes or items make it long."""
     return work(*args) if size <= OFF_LOOP_BYTES else await asyncio.to_thread(work, *args)
 

@@ -15,13 +15,14 @@ from grpc_reflection.v1alpha import reflection
 
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from model.config import ConfigError
+from model.folder import ModelFolder
 from model.sharding import MeshShape
 from serve.api.auth import TokenAuth
 from serve.api.config import ServeConfig
 from serve.api.control import ControlService
 from serve.api.inference import InferenceService
 from serve.api.session import Session
-from serve.engine.build import Model, build_engine
+from serve.engine.build import build_engine
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ async def _in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
 class Server:
     """Health says NOT_SERVING from `start` until `load` is through, and again from `stop` on."""
 
-    def __init__(self, config: ServeConfig, model: Model) -> None:
+    def __init__(self, config: ServeConfig, model: ModelFolder) -> None:
         """Must be made on the event loop that it will run on. Raises ConfigError."""
         config.validate()
         self.config = config

@@ -8,8 +8,8 @@ import contextlib
 import grpc
 from google.rpc import code_pb2
 
+from model.folder import ModelFolder
 from serve.api.errors import abort, retry_later, status_of
-from serve.engine.build import Model
 from serve.engine.engine import Engine
 from serve.engine.request import EngineError, InvalidRequest, Output, Request
 
@@ -17,7 +17,7 @@ from serve.engine.request import EngineError, InvalidRequest, Output, Request
 class Session:
     """The model being served, and the engine once it is ready. `sink` is the engine's way to the loop."""
 
-    def __init__(self, model: Model, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, model: ModelFolder, loop: asyncio.AbstractEventLoop) -> None:
         self.model = model
         self.engine: Engine | None = None
         self._loop = loop

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf import struct_pb2
 
 from isthmus.v1 import inference_pb2
+from model.chat import ChatError, ChatTemplate
 from model.tokenizer import Tokenizer
 from serve.engine.request import InvalidRequest, Request, SamplingParams
 
@@ -15,6 +19,7 @@ MAX_REQUEST_ID = 128
 """Characters"""
 MAX_STOP_TOKENS = 64
 MAX_TEMPERATURE = 100.0
+MAX_MESSAGES = 1024
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -53,16 +58,48 @@ def _sampling(params: inference_pb2.SamplingParams) -> SamplingParams:
     )
 
 
-def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of the prompt. Raises InvalidRequest. Long texts take a while: call it off the event loop."""
+def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[int]:
+    """Tokens of the prompt. Raises InvalidRequest. Long texts, and messages, take a while: call it off the event loop.
+
+    chat: the model's template for messages, if it has one.
+    """
     kind = message.WhichOneof("prompt")
     if kind is None:
-        raise InvalidRequest("prompt", "give text or token_ids")
+        raise InvalidRequest("prompt", "give text, token_ids or messages")
+    if kind == "messages":
+        return tokenizer.encode_chat(_rendered(message.messages, chat))
     if kind == "text":
         return tokenizer.encode(check_text("text", message.text))
     if not message.token_ids.ids:
         raise InvalidRequest("token_ids.ids", "must not be empty")
     return check_token_ids("token_ids.ids", message.token_ids.ids, tokenizer.vocab_size)
+
+
+def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -> str:
+    """The conversation as the model's template writes it. Raises InvalidRequest."""
+    if chat is None:
+        raise InvalidRequest("messages", "this model has no chat template: give text or token_ids")
+    if not 1 <= len(conversation.messages) <= MAX_MESSAGES:
+        raise InvalidRequest("messages.messages", f"has {len(conversation.messages)}; give 1 to {MAX_MESSAGES}")
+    for index, turn in enumerate(conversation.messages):
+        check_text(f"messages.messages[{index}].role", turn.role)
+    turns = [{"role": turn.role, "content": turn.content} for turn in conversation.messages]
+    try:
+        text = chat.render(turns, arguments=_arguments(conversation.template_arguments))
+    except ChatError as error:
+        raise InvalidRequest("messages", str(error)) from None
+    if not text:
+        raise InvalidRequest("messages", "the chat template writes nothing for them")
+    return text
+
+
+def _arguments(value: Any) -> Any:
+    """A Struct in Python's types. Its numbers are all floats: the whole ones become int."""
+    if isinstance(value, struct_pb2.Struct):
+        return {name: _arguments(item) for name, item in value.items()}
+    if isinstance(value, struct_pb2.ListValue):
+        return [_arguments(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def build_request(
@@ -77,9 +114,10 @@ def build_request(
     stop_ids = check_token_ids("stop.token_ids", stop.token_ids, tokenizer.vocab_size)
     left = context_length - len(prompt)
     if left < 1:
-        field = "text" if message.WhichOneof("prompt") == "text" else "token_ids.ids"
+        fields = {"text": "text", "messages": "messages.messages"}
         raise InvalidRequest(
-            field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more"
+            fields.get(message.WhichOneof("prompt") or "", "token_ids.ids"),
+            f"has {len(prompt)} tokens; the context of {context_length} needs room for one more",
         )
     max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)
     return Request(
@@ -88,5 +126,5 @@ def build_request(
         sampling=_sampling(message.sampling),
         max_tokens=max_tokens,
         stop_ids=frozenset(stop_ids),
-        eos_id=None if stop.ignore_eos else tokenizer.eos_id,
+        eos_ids=frozenset() if stop.ignore_eos else tokenizer.eos_ids,
     )

@@ -2,61 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from model.checkpoint import load_params
-from model.config import ConfigError, Dtype, ModelConfig
+from model.config import LoraConfig
+from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype
 from model.sharding import MeshShape, build_mesh, check_divisible
-from model.tokenizer import Tokenizer
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine, Sink
 from serve.engine.executor import Executor
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a model folder says, before any array is read."""
-
-    folder: Path
-    config: ModelConfig
-    tokenizer: Tokenizer
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-
-def open_model(folder: Path, dtype: str = "auto") -> Model:
-    """Reads config.json and tokenizer.json. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
+def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False) -> ModelFolder:
+    """Opens a model folder as serving runs it. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
+    merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded.
 
     Raises ConfigError when the folder isn't a model's.
     """
-    config = ModelConfig.load(folder / "config.json")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    if dtype == "auto":
-        dtype = default_dtype()
+    folder = open_folder(path)
+    dtype = default_dtype() if dtype == "auto" else dtype
     check_dtype(dtype)
     # A scan copies each layer's weights out of the stack every step: serving unrolls.
-    config = dataclasses.replace(config, dtype=cast(Dtype, dtype), scan_layers=False, remat="none")
-    return Model(folder, config, tokenizer)
+    folder = folder.with_config(dtype=dtype, scan_layers=False, remat="none")
+    return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
 
 
 def build_executor(
-    model: Model, engine: EngineConfig, mesh: MeshShape, tick: Callable[[str], None] = lambda text: None
+    model: ModelFolder, engine: EngineConfig, mesh: MeshShape, tick: Callable[[str], None] = lambda text: None
 ) -> Executor:
     """Loads the newest checkpoint and compiles every bucket; tick(what) before each part. Raises ConfigError."""
     engine = engine.resolve(model.config)
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
     tick("loading parameters")
-    params = load_params(model.folder, model.config, devices, model.config.dtype)
+    total, read = model.nbytes, 0
+
+    def show(size: int) -> None:
+        nonlocal read
+        read += size
+        tick(f"loading parameters: {read / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+    params = model.load_params(devices, model.config.dtype, show)
     executor = Executor(model.config, engine, params, devices, model.tokenizer.vocab_size)
     todo = len(engine.buckets)
     tick(f"compiling {todo} programs")
@@ -66,7 +53,7 @@ def build_executor(
 
 
 def build_engine(
-    model: Model,
+    model: ModelFolder,
     engine: EngineConfig,
     mesh: MeshShape,
     sink: Sink,

@@ -17,6 +17,7 @@ from model.compilation import compilations
 from model.config import ModelConfig
 from model.layers import Attend
 from model.ops import attention
+from model.ops.attention import Scoring
 from model.sharding import named_sharding, use_mesh
 from model.transformer import Params, abstract_params, bind
 from serve.engine.config import Bucket, EngineConfig
@@ -25,8 +26,19 @@ from serve.engine.sampling import sample
 
 
 def cache_shape(model: ModelConfig, engine: EngineConfig) -> tuple[int, int, int, int]:
-    """[layers * pages, page_size, 2 * kv_heads, head_dim]: one array for all layers, so that no layer is sliced out."""
-    return (model.layers * engine.pages, engine.page_size, 2 * model.kv_heads, model.head_dim)
+    """[layers * pages, page_size, cache_heads, head_dim]: one array for all layers, so that no layer is sliced out."""
+    return (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
+
+
+def cache_sharding(model: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """Split over the key heads; a latent belongs to all heads, and so to all devices."""
+    return named_sharding(mesh, "pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
+
+
+def sequence_of_token(bucket: Bucket) -> jax.Array:
+    """int32[tokens]: which row or block each token belongs to."""
+    blocks = jnp.repeat(jnp.arange(bucket.blocks), bucket.block_size)
+    return jnp.concatenate([jnp.arange(bucket.rows), bucket.rows + blocks])
 
 
 def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) -> Attend:
@@ -35,24 +47,28 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) ->
     Written before it is read: the other order makes XLA copy the whole cache in every layer.
     """
     page_of_row = jnp.maximum(arrays.positions, 0) // engine.page_size
-    row_of_token = jnp.concatenate(
-        [jnp.arange(bucket.rows), bucket.rows + jnp.repeat(jnp.arange(bucket.blocks), bucket.block_size)]
-    )
-    pages = arrays.tables[row_of_token, page_of_row]
+    pages = arrays.tables[sequence_of_token(bucket), page_of_row]
     padding = arrays.positions == PADDING
     offsets = jnp.maximum(arrays.positions, 0) % engine.page_size
 
     def attend(
-        layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array
+        layer: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array | None,
+        cache: jax.Array,
+        scoring: Scoring,
+        sinks: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         first = layer * engine.pages
         cache = attention.write_pages(cache, k, v, jnp.where(padding, first, first + pages), offsets)
         tables = arrays.tables + first
         rows = bucket.rows
-        out = [attention.paged(q[:rows, None], cache, tables[:rows], arrays.positions[:rows, None])[:, 0]]
+        paged = partial(attention.paged, scoring=scoring, sinks=sinks, shared=v is None)
+        out = [paged(q[:rows, None], cache, tables[:rows], arrays.positions[:rows, None])[:, 0]]
         if bucket.blocks:
             blocks = (bucket.blocks, bucket.block_size)
-            block_out = attention.paged(
+            block_out = paged(
                 q[rows:].reshape(*blocks, *q.shape[1:]),
                 cache,
                 tables[rows:],
@@ -85,7 +101,8 @@ def engine_step(
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
     model = bind(model_config, params)
     attend = paged_attention(engine, bucket, arrays)
-    hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache)
+    long = arrays.long[sequence_of_token(bucket)] > 0
+    hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
     logits = model.logits(hidden[arrays.sample_token])
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
     as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
@@ -121,7 +138,7 @@ class Executor:
         """params: in the layout and dtypes that serving reads; engine: resolved."""
         self.model, self.engine, self.mesh, self._vocab = model, engine, mesh, vocab
         self._params = params
-        self._cache_sharding = named_sharding(mesh, "pages", None, "kv_heads", None)
+        self._cache_sharding = cache_sharding(model, mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._programs: dict[Bucket, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
@@ -202,7 +219,7 @@ def step_and_arguments(
     params: Params | None = None,
 ) -> tuple[Any, tuple]:
     """The jitted step of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
-    cache_sharding = named_sharding(mesh, "pages", None, "kv_heads", None)
+    sharding = cache_sharding(model, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     if params is None:
         abstract = abstract_params(model, mesh)
@@ -213,11 +230,11 @@ def step_and_arguments(
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
 
-    cache = jax.ShapeDtypeStruct(cache_shape(model, engine), jnp.dtype(model.dtype), sharding=cache_sharding)
+    cache = jax.ShapeDtypeStruct(cache_shape(model, engine), jnp.dtype(model.dtype), sharding=sharding)
     args = (params, cache, ints(engine.max_sequences + 1), ints(plan_size(bucket, engine.pages_per_sequence)))
     step = jax.jit(
         partial(engine_step, model, engine, bucket, vocab),
         donate_argnums=(1, 2),
-        out_shardings=(cache_sharding, replicated, replicated),
+        out_shardings=(sharding, replicated, replicated),
     )
     return step, args

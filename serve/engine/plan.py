@@ -26,6 +26,8 @@ class PlanArrays(NamedTuple):
     """int32[tokens]: in its sequence, or PADDING"""
     tables: Any
     """int32[rows + blocks, pages a sequence]: the pages of the sequence that a row or block belongs to"""
+    long: Any
+    """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
     sample_token: Any
     """int32[samples]: index on the token axis of the last known token"""
     sample_slot: Any
@@ -43,8 +45,9 @@ class PlanArrays(NamedTuple):
 def plan_shapes(bucket: Bucket, pages_per_sequence: int) -> PlanArrays:
     """Shape of each part."""
     tokens, samples = (bucket.tokens,), (bucket.samples,)
-    tables = (bucket.rows + bucket.blocks, pages_per_sequence)
-    return PlanArrays(tokens, tokens, tables, samples, samples, (bucket.rows,), *(samples,) * 6)
+    sequences = bucket.rows + bucket.blocks
+    tables = (sequences, pages_per_sequence)
+    return PlanArrays(tokens, tokens, tables, (sequences,), samples, samples, (bucket.rows,), *(samples,) * 6)
 
 
 def plan_size(bucket: Bucket, pages_per_sequence: int) -> int:

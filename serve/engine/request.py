@@ -64,8 +64,8 @@ class Request:
     sampling: SamplingParams
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
-    eos_id: int | None = None
-    """None goes on past the end of the text"""
+    eos_ids: frozenset[int] = frozenset()
+    """Without any it goes on past the end of the text"""
     handle: Any = None
     """The front end's own"""
     arrival: float = field(default_factory=time.perf_counter)
@@ -76,6 +76,8 @@ class Request:
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
     unread: int = field(default=0, init=False)
     """Tokens drawn by launched steps and not read yet: at most 1, and 2 between a plan and the commit before it"""
+    long: bool = field(default=False, init=False)
+    """Computed with the frequencies of a sequence past the model's rope_switch"""
     slot: int = field(default=-1, init=False)
     pages: list[int] = field(default_factory=list, init=False)
     registered: int = field(default=0, init=False)

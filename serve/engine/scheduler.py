@@ -51,9 +51,9 @@ class _Step:
 class Scheduler:
     """Owns the requests from `add` to their finish, and the pages they hold."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """config: resolved."""
-        self.config = config
+    def __init__(self, config: EngineConfig, rope_switch: int = 0) -> None:
+        """config: resolved; rope_switch: the model's."""
+        self.config, self._rope_switch = config, rope_switch
         self.pool = PagePool(config.pages)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -92,6 +92,10 @@ class Scheduler:
         while index < len(self.running):
             request = self.running[index]
             count = self._next_count(request, step)
+            if count and self._is_long(request) != request.long:
+                preempted = True
+                self._preempt(request)  # what it has computed turned by the short frequencies
+                continue
             if count and not self._grow(request, request.computed + count):
                 preempted = True
                 self._preempt(self.running[-1])  # the newest: perhaps this one
@@ -115,6 +119,7 @@ class Scheduler:
         """Starts waiting requests while there are slots, pages for all they have, and room in the step."""
         while self.waiting and self._free_slots:
             request = self.waiting[0]
+            self._choose_frequencies(request)
             hit = self._cached_pages(request)
             needed = self._pages_for(request.length) - len(hit)
             # One spare page for each that runs, so that the newcomer isn't preempted by their next page.
@@ -128,6 +133,14 @@ class Scheduler:
             if request.admitted_at is None:
                 request.admitted_at = now
             self._schedule(request, self._next_count(request, step), step)
+
+    def _is_long(self, request: Request) -> bool:
+        return 0 < self._rope_switch < request.length
+
+    def _choose_frequencies(self, request: Request) -> None:
+        long = self._is_long(request)
+        if long != request.long:
+            request.long, request.page_keys = long, []
 
     def _cached_pages(self, request: Request) -> list[int]:
         """Pages of the request's longest cached prefix, on the block grid and short of its last token."""
@@ -143,7 +156,7 @@ class Scheduler:
         """Keys of all full pages of known tokens."""
         size = self.config.page_size
         for page in range(len(request.page_keys), len(request.tokens) // size):
-            parent = request.page_keys[-1] if request.page_keys else b""
+            parent = request.page_keys[-1] if request.page_keys else b"long" if request.long else b""
             request.page_keys.append(page_key(parent, request.tokens[page * size : (page + 1) * size]))
 
     def _start(self, request: Request, hit: list[int]) -> None:
@@ -220,6 +233,7 @@ class Scheduler:
             arrays.positions[row] = work.start
             arrays.row_slot[row] = request.slot
             arrays.tables[row] = self._tables[request.slot]
+            arrays.long[row] = request.long
             self._pack_sample(plan, arrays, row, row, work)
         block = 0
         for work in step.chunks:
@@ -228,6 +242,7 @@ class Scheduler:
                 arrays.tokens[first : first + count] = work.request.tokens[start : start + count]
                 arrays.positions[first : first + count] = np.arange(start, start + count)
                 arrays.tables[bucket.rows + block] = self._tables[work.request.slot]
+                arrays.long[bucket.rows + block] = work.request.long
                 block += 1
             self._pack_sample(plan, arrays, bucket.rows + block - 1, first + count - 1, work)
         plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
@@ -282,7 +297,7 @@ class Scheduler:
         return Output(request, token, reason)
 
     def _stops(self, request: Request, token: int) -> FinishReason | None:
-        if token == request.eos_id:
+        if token in request.eos_ids:
             request.stop_token = token
             return FinishReason.EOS
         if token in request.stop_ids:

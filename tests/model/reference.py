@@ -63,7 +63,7 @@ def _attention(
     q = _project(part["query"], x, "sd,dhk->shk")
     k = _project(part["key"], x, "sd,dhk->shk")
     v = _project(part["value"], x, "sd,dhk->shk")
-    if config.qk_norm:
+    if config.qk_norm != "none":
         q = _rms_norm(q, part["query_norm"]["scale"], config.norm_eps)
         k = _rms_norm(k, part["key_norm"]["scale"], config.norm_eps)
     q, k = _rotary(q, positions, config.rope_theta), _rotary(k, positions, config.rope_theta)

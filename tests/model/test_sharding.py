@@ -18,7 +18,7 @@ from train.config import OptimizerConfig
 from train.optimizer import build_optimizer
 from train.step import Trainer
 
-GROUPED = dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, qk_norm=True)
+GROUPED = dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, qk_norm="head")
 """Every kind of parameter there is."""
 
 # By hand, from what each parallelism is for: tp splits heads, MLP and vocabulary, fsdp the residual width.

@@ -13,24 +13,24 @@ import pytest
 from jax.sharding import Mesh
 
 from model.config import PRESETS, ModelConfig
-from model.ops import attention
 from model.transformer import Params, abstract_params, bind, stack_blocks, stacked, unstack_blocks
 from tests.model import reference
 from tests.support import TINY, forward, on_host, random_params, relative_error
+from train.step import packed_attention
 
 BASE = dataclasses.replace(TINY, kv_heads=4, tie_embeddings=True)
 VARIANTS = {
     "base": BASE,
     "grouped queries": dataclasses.replace(BASE, kv_heads=2),
     "one key head": dataclasses.replace(BASE, kv_heads=1),
-    "qk_norm": dataclasses.replace(BASE, qk_norm=True),
+    "qk_norm": dataclasses.replace(BASE, qk_norm="head"),
     "attention_bias": dataclasses.replace(BASE, attention_bias=True),
     "mlp_bias": dataclasses.replace(BASE, mlp_bias=True),
     "untied head": dataclasses.replace(BASE, tie_embeddings=False),
     "all, with another theta and eps": dataclasses.replace(
         BASE,
         kv_heads=2,
-        qk_norm=True,
+        qk_norm="head",
         attention_bias=True,
         mlp_bias=True,
         tie_embeddings=False,
@@ -107,7 +107,7 @@ def test_stack_and_unstack_are_inverses(tiny: ModelConfig, tiny_params: Params) 
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(stacked(tiny)))
     for layer in range(tiny.layers):
         want = tiny_params["blocks"][str(layer)]["mlp"]["gate"]["kernel"]
-        np.testing.assert_array_equal(once["moments"][0]["blocks"]["mlp"]["gate"]["kernel"][layer], want)
+        np.testing.assert_array_equal(once["moments"][0]["blocks"]["0-1"]["mlp"]["gate"]["kernel"][layer], want)
     jax.tree.map(np.testing.assert_array_equal, unstack_blocks(once), both)
     jax.tree.map(np.testing.assert_array_equal, stack_blocks(once), once)
     jax.tree.map(np.testing.assert_array_equal, unstack_blocks(both), both)
@@ -125,7 +125,7 @@ def test_remat_changes_memory_and_not_gradients(scan_layers: bool, tiny: ModelCo
 
     def loss(config: ModelConfig, params: Params) -> jax.Array:
         model = bind(config, params)
-        hidden, _ = model(tokens, positions, lambda layer, q, k, v, c: (attention.causal(q, k, v, segments), c), None)
+        hidden, _ = model(tokens, positions, packed_attention(segments), None)
         return jnp.square(model.logits(hidden)).mean()
 
     def run(remat: str) -> Params:
@@ -183,7 +183,7 @@ def test_forward_flops_are_the_compilers(mesh: Mesh) -> None:
 
     def run(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         model = bind(config, params)
-        hidden, _ = model(tokens, positions, lambda layer, q, k, v, c: (attention.causal(q, k, v, segments), c), None)
+        hidden, _ = model(tokens, positions, packed_attention(segments), None)
         return model.logits(hidden)
 
     compiled = jax.jit(run).lower(abstract_params(config), ints, ints, ints).compile()

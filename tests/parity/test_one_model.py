@@ -40,7 +40,7 @@ CONFIG = ModelConfig(
     context_length=96,
     tie_embeddings=False,
     attention_bias=True,
-    qk_norm=True,
+    qk_norm="head",
 )
 ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(CONFIG)
 GREEDY = SamplingParams(temperature=0)
@@ -98,7 +98,9 @@ def test_stopping_is_the_training_forwards_too(executor: Executor, params: Param
     """The text must end exactly where the model ends it."""
     eos, stop = 3, frozenset(range(60, 66))
     requests = [
-        dataclasses.replace(arrival.request, id=f"s{index}", max_tokens=96 - len(arrival.request.prompt), eos_id=eos)
+        dataclasses.replace(
+            arrival.request, id=f"s{index}", max_tokens=96 - len(arrival.request.prompt), eos_ids=frozenset({eos})
+        )
         for index, arrival in enumerate(random_arrivals(24, seed=2))
     ]
     requests = [dataclasses.replace(request, stop_ids=stop) for request in requests]

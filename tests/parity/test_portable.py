@@ -26,7 +26,7 @@ from tests.support import TINY, random_params
 from train.config import OptimizerConfig
 from train.data import Batch
 from train.optimizer import build_optimizer
-from train.step import Trainer
+from train.step import Metrics, Trainer
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32).resolve(TINY)
@@ -58,7 +58,7 @@ def test_a_training_step_is_one_program_for_every_platform(scan_layers: bool, ac
     args = (trainer.abstract_state(config), abstract_batch(accumulate, 2, 16))
     exported = export_flat(trainer._step, args, mesh)
     assert set(exported.platforms) == set(PLATFORMS)
-    assert len(exported.out_avals) == len(jax.tree.leaves(args[0])) + 2
+    assert len(exported.out_avals) == len(jax.tree.leaves(args[0])) + len(Metrics._fields)
 
 
 @pytest.mark.parametrize("bucket", [ENGINE.buckets[0], ENGINE.buckets[-1]], ids=["decode", "mixed"])

@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
 FAMILIES = {
     "Llama": ModelConfig(**SIZES, context_length=64, rope_theta=500000.0, tie_embeddings=False),
     "Qwen2": ModelConfig(**{**SIZES, "head_dim": 16}, context_length=64, attention_bias=True),
-    "Qwen3": ModelConfig(**SIZES, context_length=64, qk_norm=True, norm_eps=1e-6),
+    "Qwen3": ModelConfig(**SIZES, context_length=64, qk_norm="head", norm_eps=1e-6),
 }
 
 
@@ -56,7 +56,7 @@ def hf_names(config: ModelConfig, params: Params) -> dict[str, np.ndarray]:
             if "bias" in part:
                 out[f"{prefix}.self_attn.{theirs}_proj.bias"] = np.asarray(part["bias"]).ravel()
         out[f"{prefix}.self_attn.o_proj.weight"] = matrix(block["attention"]["out"]["kernel"], 2)
-        if config.qk_norm:
+        if config.qk_norm != "none":
             out[f"{prefix}.self_attn.q_norm.weight"] = block["attention"]["query_norm"]["scale"]
             out[f"{prefix}.self_attn.k_norm.weight"] = block["attention"]["key_norm"]["scale"]
         for name in ("gate", "up", "down"):

@@ -17,6 +17,7 @@ from train import documents
 from train.config import DataConfig
 from train.data import TokenFile, TrainingData, permute, prepare
 from train.documents import Document, is_heldout, read_documents
+from train.examples import Pretraining
 
 TOKENIZER = Tokenizer.train(["some text to learn a few merges from, some more text"] * 3, 280)
 EOS = TOKENIZER.eos_id
@@ -24,7 +25,7 @@ EOS = TOKENIZER.eos_id
 
 def write_split(folder: Path, texts: list[str], name: str = "split") -> TokenFile:
     split = [Document(f"{i}", text) for i, text in enumerate(texts)]
-    return TokenFile.write(folder / name, split, TOKENIZER, lambda size: None)
+    return TokenFile.write(folder / name, split, Pretraining(TOKENIZER), lambda size: None)
 
 
 def make_data(folder: Path, texts: list[str], seq: int, seed: int = 0) -> TrainingData:
@@ -223,7 +224,14 @@ def test_jsonl_gives_a_document_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '"text"', '{"body": 1}', '{"text": 3}', '{"text": null}', "7", r'{"text": "\ud800"}']
+    "line",
+    [
+        *("{", "[1]", '"text"', '{"body": 1}', '{"text": 3}', '{"text": null}', "7", r'{"text": "\ud800"}'),
+        *('{"messages": []}', '{"messages": "hi"}', '{"messages": ["hi"]}', '{"messages": [{"content": "hi"}]}'),
+        *('{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": 3}]}'),
+        r'{"messages": [{"role": "user", "content": "\udc00"}]}',
+        '{"text": "a", "messages": [{"role": "user", "content": "hi"}]}',
+    ],
 )
 def test_a_wrong_line_is_named(line: str, tmp_path: Path) -> None:
     """In a file of a million lines the number is the message."""

@@ -47,7 +47,7 @@ def expected_completion(request: Request) -> list[int]:
     while len(out) < request.max_tokens:
         out.append(draw(prefix))
         prefix = extend(prefix, out[-1])
-        if out[-1] == request.eos_id or out[-1] in request.stop_ids:
+        if out[-1] in request.eos_ids or out[-1] in request.stop_ids:
             break
     return out
 
@@ -89,11 +89,11 @@ class Simulation:
         self,
         prompt: list[int],
         max_tokens: int,
-        eos_id: int | None = EOS,
+        eos_ids: frozenset[int] = frozenset(),
         stop_ids: frozenset[int] = frozenset(),
     ) -> Request:
         name = f"r{len(self.live) + len(self.finished)}"
-        request = Request(name, prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, eos_id=eos_id)
+        request = Request(name, prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids)
         self.live[name] = request
         self.scheduler.add(request)
         return request
@@ -142,8 +142,8 @@ class Simulation:
             assert got == want[: len(got)], f"{request.id} read another prefix than its own"
             return
         assert got == want, f"{request.id} read another prefix than its own"
-        if got[-1] == request.eos_id:
-            assert request.finish_reason is FinishReason.EOS and request.stop_token == request.eos_id
+        if got[-1] in request.eos_ids:
+            assert request.finish_reason is FinishReason.EOS and request.stop_token in request.eos_ids
         elif got[-1] in request.stop_ids:
             assert request.finish_reason is FinishReason.STOP_TOKEN and request.stop_token == got[-1]
         elif len(request.tokens) == self.config.context_length:

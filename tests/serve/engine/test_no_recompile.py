@@ -29,7 +29,7 @@ def random_arrival(rng: random.Random, index: int) -> Arrival:
     )
     limit = rng.randrange(1, CONFIG.context_length - len(prompt) + 1)
     stop_ids = frozenset(rng.sample(range(CONFIG.vocab_size), rng.choice([0, 0, 3])))
-    request = Request(f"r{index}", prompt, sampling, limit, stop_ids, eos_id=rng.choice([None, 3]))
+    request = Request(f"r{index}", prompt, sampling, limit, stop_ids, eos_ids=frozenset(rng.choice([(), (3,)])))
     cancel_after = rng.randrange(1, 10) if rng.random() < 0.2 else None
     return Arrival(request, step=rng.randrange(400), cancel_after=cancel_after)
 

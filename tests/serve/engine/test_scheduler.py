@@ -51,11 +51,11 @@ class EngineMachine(RuleBasedStateMachine):
         shared=st.integers(0, 38),
         own=st.lists(st.integers(1, VOCAB - 1), max_size=4),
         max_tokens=st.integers(1, 30),
-        eos=st.sampled_from([EOS, None]),
+        eos=st.sampled_from([frozenset({EOS}), frozenset()]),
         stop=st.frozensets(st.integers(1, VOCAB - 1), max_size=1),
     )
     def submit(
-        self, family: int, shared: int, own: list[int], max_tokens: int, eos: int | None, stop: frozenset[int]
+        self, family: int, shared: int, own: list[int], max_tokens: int, eos: frozenset[int], stop: frozenset[int]
     ) -> None:
         prompt = (FAMILIES[family][:shared] + own)[:39] or [1]
         room = self.simulation.config.context_length - len(prompt)
@@ -99,7 +99,7 @@ def test_a_long_crowded_run(name: str) -> None:
         prompt = rng.choice(FAMILIES)[: rng.randrange(1, 39)]
         prompt = prompt + [rng.randrange(1, VOCAB) for _ in range(rng.randrange(3))]
         prompt = prompt[:39]
-        simulation.submit(prompt, rng.randrange(1, 41 - len(prompt)), rng.choice([EOS, None]))
+        simulation.submit(prompt, rng.randrange(1, 41 - len(prompt)), rng.choice([frozenset({EOS}), frozenset()]))
         if simulation.live and rng.random() < 0.1:
             simulation.cancel(rng.choice(sorted(simulation.live)))
         if simulation.live and rng.random() < 0.05:
@@ -121,7 +121,7 @@ def test_a_long_crowded_run(name: str) -> None:
 def test_a_preempted_request_goes_on_where_it_was() -> None:
     """Running out of pages must cost time only; the tokens already sent stand."""
     simulation = Simulation(CONFIGS["the fewest pages"])
-    requests = [simulation.submit(FAMILIES[i][:6], 30, None) for i in range(2)]
+    requests = [simulation.submit(FAMILIES[i][:6], 30) for i in range(2)]
     simulation.drain()
     assert sum(r.preemptions for r in requests) > 0
     assert all(r.completion == expected_completion(r) and len(r.completion) == 30 for r in requests)
@@ -131,10 +131,10 @@ def test_a_preempted_request_goes_on_where_it_was() -> None:
 def test_a_prompt_that_was_seen_is_not_computed_again() -> None:
     """The prefix cache is what makes a long system prompt affordable."""
     simulation = Simulation(CONFIGS["room for all"])
-    first = simulation.submit(FAMILIES[0][:33], 1, None)
+    first = simulation.submit(FAMILIES[0][:33], 1)
     simulation.drain()
     computed = simulation.tokens_computed
-    second = simulation.submit(FAMILIES[0][:33], 1, None)
+    second = simulation.submit(FAMILIES[0][:33], 1)
     simulation.drain()
     assert (first.cached_tokens, second.cached_tokens) == (0, 32)
     assert simulation.tokens_computed - computed == 1
@@ -144,7 +144,7 @@ def test_the_whole_prompt_in_the_cache_still_computes_its_last_token() -> None:
     """Its logits are what the first token is drawn from; they are not in the cache."""
     simulation = Simulation(CONFIGS["room for all"])
     for _ in range(2):
-        request = simulation.submit(FAMILIES[0][:32], 3, None)
+        request = simulation.submit(FAMILIES[0][:32], 3)
         simulation.drain()
     assert request.cached_tokens == 24 and len(request.completion) == 3
 
@@ -152,9 +152,9 @@ def test_the_whole_prompt_in_the_cache_still_computes_its_last_token() -> None:
 def test_a_conversation_continues_from_its_own_answer() -> None:
     """The next turn of a chat begins with the last one: prompt and answer must both be found."""
     simulation = Simulation(CONFIGS["room for all"])
-    first = simulation.submit(FAMILIES[0][:6], 20, None)
+    first = simulation.submit(FAMILIES[0][:6], 20)
     simulation.drain()
-    second = simulation.submit([*first.tokens, 3], 5, None)
+    second = simulation.submit([*first.tokens, 3], 5)
     simulation.drain()
     assert second.cached_tokens == 24
 
@@ -163,7 +163,7 @@ def test_without_the_prefix_cache_nothing_is_shared() -> None:
     """prefix_cache=False is for measuring and for tenants that must not learn of each other."""
     simulation = Simulation(CONFIGS["no prefix cache"])
     for _ in range(2):
-        request = simulation.submit(FAMILIES[0][:33], 1, None)
+        request = simulation.submit(FAMILIES[0][:33], 1)
         simulation.drain()
     assert request.cached_tokens == 0 and simulation.scheduler.pool.cached == 0
 
@@ -171,7 +171,7 @@ def test_without_the_prefix_cache_nothing_is_shared() -> None:
 def test_first_come_first_served() -> None:
     """A short request must not pass a long one for ever."""
     simulation = Simulation(CONFIGS["one sequence"])
-    requests = [simulation.submit(FAMILIES[i % 3][: 30 - 9 * i], 3, None) for i in range(3)]
+    requests = [simulation.submit(FAMILIES[i % 3][: 30 - 9 * i], 3) for i in range(3)]
     simulation.drain()
     assert simulation.finished == requests
 
@@ -179,9 +179,9 @@ def test_first_come_first_served() -> None:
 def test_decoding_goes_on_beside_a_long_prompt() -> None:
     """Somebody else's long prompt must not stop the text that is being streamed."""
     simulation = Simulation(CONFIGS["one block a step"])
-    reader = simulation.submit(FAMILIES[0][:3], 30, None)
+    reader = simulation.submit(FAMILIES[0][:3], 30)
     run_until(simulation, lambda: len(reader.completion) == 2)
-    long = simulation.submit(FAMILIES[1][:30], 2, None)
+    long = simulation.submit(FAMILIES[1][:30], 2)
     for expected in range(3, 7):  # four blocks of eight
         simulation.step()
         assert len(reader.completion) == expected
@@ -191,7 +191,7 @@ def test_decoding_goes_on_beside_a_long_prompt() -> None:
 def test_a_bad_row_ends_its_request_alone() -> None:
     """A network that gives NaN for one prompt must not take the others with it."""
     simulation = Simulation(CONFIGS["room for all"])
-    good, bad = (simulation.submit(FAMILIES[i][:9], 12, None) for i in range(2))
+    good, bad = (simulation.submit(FAMILIES[i][:9], 12) for i in range(2))
     run_until(simulation, lambda: len(bad.completion) == 3)
     simulation.poison.add(bad.id)
     simulation.drain()
@@ -202,8 +202,8 @@ def test_a_bad_row_ends_its_request_alone() -> None:
 def test_cancelling_frees_pages_at_once() -> None:
     """A client that hangs up must make room for the next one, also with its step in flight."""
     simulation = Simulation(CONFIGS["the fewest pages"])
-    first = simulation.submit(FAMILIES[0][:30], 10, None)
-    second = simulation.submit(FAMILIES[1][:30], 10, None)
+    first = simulation.submit(FAMILIES[0][:30], 10)
+    second = simulation.submit(FAMILIES[1][:30], 10)
     run_until(simulation, lambda: len(first.completion) == 1)
     assert second.slot == -1, "there is no room for both"
     held = simulation.scheduler.pool.in_use

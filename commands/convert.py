@@ -1,0 +1,165 @@
+"""`isthmus convert`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from model.checkpoint import CheckpointError, Checkpoints
+from model.config import ConfigError, LoraConfig
+from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
+from model.huggingface.families import Family, read_config, read_fields
+from model.huggingface.fields import Fields
+from model.huggingface.files import TensorFiles
+from model.sharding import MeshShape, build_mesh
+from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.transformer import Params
+
+HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
+
+examples:
+  isthmus convert runs/mine exported               # a trained model, for transformers and all who read its layout
+  isthmus convert runs/adapter merged              # a LoRA adapter, merged into its base model
+  isthmus convert Llama-3.2-1B llama --to isthmus  # a published folder; serving and --init read it as it is, too
+
+TARGET must not exist. It appears when all of it is written."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    source: Annotated[Path, tyro.conf.Positional]
+    """A model folder of either kind, or an adapter"""
+    target: Annotated[Path, tyro.conf.Positional]
+    """The folder to make"""
+    to: Literal["auto", "huggingface", "isthmus"] = "auto"
+    """auto: the other kind; a merged adapter becomes huggingface"""
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    """Of the tensors written in Hugging Face's layout; source is what they were published in, else float32"""
+    max_shard_gb: float = 5.0
+    """Most of a file, in GB; more weights go into several, with an index"""
+
+
+def convert(config: ConvertConfig, console: Console) -> None:
+    """Raises ConfigError or CheckpointError for what can't be read or written."""
+    if config.target.exists():
+        raise ConfigError(f"target: {config.target} exists already")
+    if not 0 < config.max_shard_gb < 1e6:
+        raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
+    folder = open_folder(config.source)
+    kind = config.to
+    if kind == "auto":
+        kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
+    partial = config.target.with_name(config.target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+            if kind == "huggingface":
+                _to_huggingface(config, folder, partial, progress)
+            else:
+                _to_isthmus(folder, partial, progress)
+        partial.rename(config.target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    size = sum(path.stat().st_size for path in config.target.rglob("*") if path.is_file())
+    console.print(
+        f"{config.target}: {folder.config.parameters / 1e6:.1f}M parameters, {size / 1e9:.2f} GB", highlight=False
+    )
+
+
+def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, progress: Progress) -> None:
+    from model.huggingface.export import weight_bytes, write_weights
+
+    family, values = _published(folder)
+    dtypes = _dtypes(config.dtype, folder)
+    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    params = _read(plain, progress)
+    writing = progress.add_task("writing", total=weight_bytes(plain.config, family, dtypes))
+    limit = int(config.max_shard_gb * 1e9)
+    write_weights(target, family, plain.config, params, dtypes, limit, lambda size: progress.advance(writing, size))
+    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+    values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": stored[dtypes[""]]}
+    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+    copy_companions(folder.path, target)
+    if folder.adapter is not None:
+        copy_companions(folder.adapter, target)
+    if folder.family is None and not (folder.path / PUBLISHED_CONFIG).is_file():
+        _describe_tokenizer(folder.tokenizer, target)
+
+
+def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
+    """The family and the config.json to write. Raises ConfigError when the network is no family's."""
+    kept = folder.path / ("config.json" if folder.family is not None else PUBLISHED_CONFIG)
+    if not kept.is_file():
+        values = published_config(folder.config)
+        return read_fields(Fields(values, kept))[0], values
+    family, read = read_config(kept)
+    if network_of(read) != network_of(folder.config):
+        raise ConfigError(f"{kept} describes another network than {folder.path / 'config.json'}")
+    return family, json.loads(kept.read_text(encoding="utf-8"))
+
+
+def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
+    """See model/huggingface/export.py: stored_dtypes."""
+    if wanted != "source":
+        return {"": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]}
+    if folder.family is not None:
+        return stored_dtypes(TensorFiles(folder.path))
+    kept = folder.path / DTYPES_FILE
+    return json.loads(kept.read_text()) if kept.is_file() else {"": "F32"}
+
+
+def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:
+    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    checkpoints = Checkpoints(target)
+    checkpoints.save(0, _read(plain, progress), None, {"step": 0, "tokens": 0})
+    checkpoints.close()
+    plain.config.save(target / "config.json")
+    copy_companions(folder.path, target)
+    if folder.family is not None:
+        shutil.copyfile(folder.path / "config.json", target / PUBLISHED_CONFIG)
+        (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(TensorFiles(folder.path)), indent=2) + "\n")
+
+
+def _read(folder: ModelFolder, progress: Progress) -> Params:
+    reading = progress.add_task("reading", total=folder.nbytes or None)
+    params = folder.load_params(build_mesh(MeshShape()), None, lambda size: progress.advance(reading, size))
+    progress.update(reading, total=1, completed=1)
+    return params
+
+
+def _describe_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
+    """What transformers needs to open a tokenizer that was trained here."""
+    assert tokenizer.eos_id is not None, "training always makes one"
+    token = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", **token}
+    (target / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
+    ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    (target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    config = tyro.cli(ConvertConfig, args=list(argv), description=HELP, prog="isthmus convert")
+    console = Console(soft_wrap=True)
+    try:
+        convert(config, console)
+    except (ConfigError, CheckpointError, OSError) as error:
+        console.print(f"isthmus convert: {error}", style="red", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,168 @@
+"""Mixture of experts: a router sends each token to a few of many MLPs. Dropless: no token is ever turned away, so what
+a token gets doesn't depend on the others in its batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from model.config import MixtureConfig, ModelConfig
+from model.layers import INIT_STD, MLP, Linear, gated, parameter
+from model.ops.grouped_matmul import grouped_matmul
+from model.sharding import partition_spec
+
+
+class Router(nnx.Module):
+    """Chooses each token's experts and their weights; always in float32."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        mixture = config.mixture
+        self.linear = Linear({"embed": config.dim}, {"routes": mixture.experts}, rngs, bias=mixture.router_bias)
+        start = nnx.initializers.zeros
+        self.correction = parameter(rngs, (mixture.experts,), ("routes",), start) if mixture.correction else None
+        self.mixture = mixture
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
+        mixture = self.mixture
+        logits = self.linear(x.astype(jnp.float32))
+        scores = jax.nn.softmax(logits, axis=-1) if mixture.scores == "softmax" else jax.nn.sigmoid(logits)
+        wanted = scores if self.correction is None else scores + self.correction[...].astype(jnp.float32)
+        wanted = jax.lax.stop_gradient(best_groups(mixture, wanted))
+        _, experts = jax.lax.top_k(wanted, mixture.per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
+        if mixture.normalize:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return weights * mixture.scale, experts.astype(jnp.int32)
+
+
+def best_groups(mixture: MixtureConfig, scores: jax.Array) -> jax.Array:
+    """scores [tokens, experts] with -inf outside each token's best groups (DeepSeek-V2, arXiv 2405.04434)."""
+    if mixture.groups == 1:
+        return scores
+    grouped = scores.reshape(-1, mixture.groups, mixture.experts // mixture.groups)
+    best = grouped.max(axis=-1) if mixture.group_score == "max" else jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    _, chosen = jax.lax.top_k(best, mixture.groups_per_token)
+    kept = (chosen[..., None] == jnp.arange(mixture.groups)).any(axis=1)
+    return jnp.where(kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
+
+
+class Mixture(nnx.Module):
+    """The experts' MLPs, kept as [experts, ...] arrays, and perhaps an MLP that every token goes to as well."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        mixture, bias = config.mixture, config.mlp_bias
+        experts, embed, mlp = {"experts": mixture.experts}, {"embed": config.dim}, {"mlp": mixture.dim}
+        self.router = Router(config, rngs)
+        self.gate = ExpertLinear(experts, embed, mlp, rngs, bias=bias)
+        self.up = ExpertLinear(experts, embed, mlp, rngs, bias=bias)
+        self.down = ExpertLinear(experts, mlp, embed, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers))
+        self.shared = MLP(config, mixture.shared_dim, rngs) if mixture.shared_dim else None
+        self.config = config
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The output, as x [..., dim], and each expert's load: float32[experts], tokens that went to it."""
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, experts = self.router(tokens)
+        out = self._experts(tokens, weights, experts).reshape(x.shape).astype(x.dtype)
+        load = jnp.zeros(self.config.mixture.experts, jnp.float32).at[experts.reshape(-1)].add(1.0)
+        return (out if self.shared is None else out + self.shared(x)), load
+
+    def _experts(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        """float32[tokens, dim]. Over a mesh each device computes its own experts (and its part of their width) for all
+        tokens of its data shard, and the parts are added up."""
+        layers = (self.gate, self.up, self.down)
+        arrays = [(layer.kernel[...].astype(x.dtype), layer.bias_or_none()) for layer in layers]
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0)
+
+        # Serving has one row of tokens for all devices; a training batch is split, and joined over "ep" for this alone.
+        data = PartitionSpec(("dp", "fsdp"), None) if x.shape[0] % _size(mesh, "dp", "fsdp") == 0 else PartitionSpec()
+        kernels = [partition_spec(layer.axes) for layer in layers]
+        whole = [PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)) for spec in kernels]
+        biases = [
+            PartitionSpec(spec[0], spec[2]) if a[1] is not None else None for spec, a in zip(whole, arrays, strict=True)
+        ]
+
+        def local(x: jax.Array, weights: jax.Array, experts: jax.Array, arrays: list) -> jax.Array:
+            first = jax.lax.axis_index("ep") * arrays[0][0].shape[0]
+            return self._compute(x, weights, experts, arrays, jax.lax.psum, first)
+
+        return jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(data, data, data, list(zip(whole, biases, strict=True))),
+            out_specs=data,
+            check_vma=False,
+        )(x, weights, experts, arrays)
+
+    def _compute(
+        self,
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        arrays: list[tuple[jax.Array, jax.Array | None]],
+        add_up: Callable[[jax.Array, tuple[str, ...]], jax.Array],
+        first: jax.Array | int,
+    ) -> jax.Array:
+        """The part of the experts [first, first + those in arrays): sort by expert, multiply by group, put back."""
+        (gate, gate_bias), (up, up_bias), (down, down_bias) = arrays
+        mine = gate.shape[0]
+        local = experts.reshape(-1) - first
+        local = jnp.where((local >= 0) & (local < mine), local, mine)  # others' tokens go last, and give 0
+        order = jnp.argsort(local, stable=True)
+        sizes = jnp.zeros(mine + 1, jnp.int32).at[local].add(1)[:mine]
+        group = jnp.minimum(local[order], mine - 1)
+        rows = x[order // experts.shape[1]]
+
+        def layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+            out = grouped_matmul(x, kernel, sizes)
+            return (out if bias is None else out + bias[group]).astype(x.dtype)
+
+        hidden = gated(
+            self.config.activation, self.config.activation_limit, layer(rows, gate, gate_bias), layer(rows, up, up_bias)
+        )
+        out = add_up(grouped_matmul(hidden, down, sizes), ("tp",))
+        out = out if down_bias is None else out + down_bias[group]
+        out = jnp.where((local[order] < mine)[:, None], out, 0)
+        back = jnp.zeros_like(out).at[order].set(out).reshape(*experts.shape, -1)
+        return add_up((back * weights[..., None]).sum(axis=1), ("ep",))
+
+
+class ExpertLinear(nnx.Module):
+    """A Linear an expert, in one array [experts, inputs, outputs]."""
+
+    def __init__(
+        self,
+        experts: dict[str, int],
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        rngs: nnx.Rngs,
+        *,
+        bias: bool,
+        std: float = INIT_STD,
+    ) -> None:
+        sizes = {**experts, **inputs, **outputs}
+        self.axes = tuple(sizes)
+        self.kernel = parameter(rngs, tuple(sizes.values()), self.axes, nnx.initializers.normal(std))
+        shape, axes = (*experts.values(), *outputs.values()), (*experts, *outputs)
+        self.bias = parameter(rngs, shape, axes, nnx.initializers.zeros) if bias else None
+
+    def bias_or_none(self) -> jax.Array | None:
+        return None if self.bias is None else self.bias[...]
+
+
+def _size(mesh: jax.sharding.AbstractMesh, *axes: str) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def balanced(correction: jax.Array, load: jax.Array, rate: float) -> jax.Array:
+    """The router's correction after a step with `load` tokens an expert, both float32[..., experts]: a step towards
+    those with less than their share, by its sign alone (Wang et al. 2024, arXiv 2408.15664)."""
+    return correction + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)

@@ -1,0 +1,220 @@
+"""A model folder, of either kind: as `isthmus train` writes it, or as Hugging Face publishes it. Or an adapter's, in
+PEFT's layout, which names the model folder that it adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from model import checkpoint, lora
+from model.chat import ChatTemplate
+from model.config import ConfigError, LoraConfig, ModelConfig
+from model.huggingface import load
+from model.huggingface.adapter_config import base_folder, is_adapter_folder
+from model.huggingface.families import Family, read_config
+from model.huggingface.fields import Fields
+from model.tokenizer import Tokenizer
+from model.transformer import Params, abstract_params, kept_dtype
+
+TRAVELLING = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What goes with the weights wherever they go."""
+PUBLISHED_CONFIG = "huggingface.json"
+"""In a folder of ours that was fine-tuned from a published one: the config.json of that"""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What generation_config.json recommends; None leaves it to the server."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    ignored: tuple[str, ...] = ()
+    """What it recommends and we don't do"""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder says, before any array is read."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+    generation: GenerationDefaults
+    family: Family | None
+    """Of a published folder; None is one of our own"""
+    adapter: Path | None = None
+    """The adapter's folder, where one was opened; path is its base model's then"""
+
+    @property
+    def name(self) -> str:
+        return (self.adapter or self.path).resolve().name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on disk, of a published folder; 0 is not known."""
+        return sum(path.stat().st_size for path in self.path.glob("*.safetensors")) if self.family else 0
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a text in training: eos_token of tokenizer_config.json, else the first id that stops."""
+        name = _read_json(self.path / "tokenizer_config.json").get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        spelt = self.tokenizer.token_id(name) if isinstance(name, str) else None
+        candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
+        return next((token for token in candidates if token in self.tokenizer.eos_ids), None)
+
+    def with_config(self, **changes: Any) -> ModelFolder:
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+    def load_params(
+        self,
+        mesh: Mesh,
+        dtype: str | None = None,
+        tick: Callable[[int], None] = lambda _: None,
+        *,
+        merge_adapter: bool = False,
+    ) -> Params:
+        """The parameters over `mesh`, in the layout that `config` asks for; tick(bytes) as they are read.
+
+        dtype: of matrices; None is float32. merge_adapter: adds the adapter to the kernels beside it, which is also
+        done where `config` has no lora: the parameters are those of `config` without it. Raises ConfigError or
+        CheckpointError for a folder that doesn't hold them.
+        """
+        if self.adapter is not None:
+            return self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
+        if self.family is None:
+            return checkpoint.load_params(self.path, self.config, mesh, dtype)
+        return load.load_params(self.path, self.family, self.config, mesh, dtype, tick)
+
+    def _load_adapted(
+        self, folder: Path, mesh: Mesh, dtype: str | None, tick: Callable[[int], None], merge: bool
+    ) -> Params:
+        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None)
+        settings, adapters = lora.load_adapter(folder, base)
+        if not merge and settings != self.config.lora:
+            raise ConfigError(f"{folder} holds an adapter of {settings}, not of {self.config.lora}")
+        config = dataclasses.replace(base.config, lora=settings)
+        _, abstract = lora.split(abstract_params(config, mesh))
+
+        def place(path: tuple, array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            kept = "float32" if merge else kept_dtype(path, dtype)
+            return jax.device_put(array.astype(kept), leaf.sharding)
+
+        placed = jax.tree_util.tree_map_with_path(place, adapters, abstract)
+        params = lora.join(base.load_params(mesh, dtype, tick), placed)
+        return lora.merge(config, params, donate=True)[1] if merge else params
+
+
+def open_folder(path: Path) -> ModelFolder:
+    """Reads all but a model's weights. Raises ConfigError when the folder is neither a model's nor an adapter's, or we
+    don't honour all it says."""
+    return _open_adapter(path) if is_adapter_folder(path) else _open_model(path, path)
+
+
+def _open_adapter(path: Path) -> ModelFolder:
+    """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
+    where = base_folder(path)
+    base = _open_model(where, path if (path / "tokenizer.json").is_file() else where)
+    if base.config.lora.rank:
+        raise ConfigError(f"{where} has adapters itself (model.lora in config.json), and {path} adapts it")
+    chat = ChatTemplate.load(path) or base.chat
+    if chat is not base.chat and not (path / "tokenizer_config.json").is_file():
+        raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
+    settings, _ = lora.load_adapter(path, base)
+    folder = dataclasses.replace(base, adapter=path, chat=chat).with_config(lora=settings)
+    folder.config.validate()
+    return folder
+
+
+def _open_model(path: Path, tokenizer_folder: Path) -> ModelFolder:
+    published = "model_type" in Fields.load(path / "config.json")
+    family, config = read_config(path / "config.json") if published else (None, ModelConfig.load(path / "config.json"))
+    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json")
+    if published or (path / PUBLISHED_CONFIG).is_file():
+        # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.
+        tokenizer.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+        ends = _end_ids(path)
+        tokenizer.eos_ids = frozenset(token for token in ends if token < config.vocab_size)
+    elif tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    return ModelFolder(path, config, tokenizer, ChatTemplate.load(path), _generation(path), family)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copies tokenizer, chat template and generation settings."""
+    for name in TRAVELLING:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return values
+
+
+def _end_ids(path: Path) -> list[int]:
+    """The ids that end a text: generation_config.json's, else those of the published config.json."""
+    for name in ("generation_config.json", "config.json", PUBLISHED_CONFIG):
+        ends = _read_json(path / name).get("eos_token_id")
+        if ends is None:
+            continue
+        ends = ends if isinstance(ends, list) else [ends]
+        if not all(type(token) is int and token >= 0 for token in ends):
+            raise ConfigError(f"{path / name}: eos_token_id={ends!r} must be a token id or a list of them")
+        return ends
+    return []
+
+
+def _generation(path: Path) -> GenerationDefaults:
+    """Sampling settings count only where the file asks for sampling; those that are off count as absent."""
+    values = _read_json(path / "generation_config.json")
+    neutral = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "typical_p": 1.0,
+        "num_beams": 1,
+        "length_penalty": 1.0,
+    }
+    ignored = tuple(
+        f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
+    )
+    if not values.get("do_sample", False):
+        return GenerationDefaults(ignored=ignored)
+
+    def number(name: str, low: float, high: float) -> Any:
+        value = values.get(name)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ConfigError(f"{path / 'generation_config.json'}: {name}={value!r} must be {low:g} to {high:g}")
+        return value
+
+    top_k = number("top_k", 0, 1 << 30)
+    return GenerationDefaults(
+        number("temperature", 0, 100), number("top_p", 1e-6, 1), None if top_k is None else int(top_k),
+        number("min_p", 0, 1), ignored,
+    )  # fmt: skip

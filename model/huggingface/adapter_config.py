@@ -1,0 +1,180 @@
+"""PEFT's adapter_config.json: which modules have which rank and scale, and what we don't honour."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model.huggingface.fields import Fields
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_NO_EFFECT = {
+    "arrow_config", "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+}  # fmt: skip
+"""What doesn't change what a stored adapter computes, or only with another field that is refused."""
+
+_HONOURED = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
+"""How a and b were initialized without changing the base model's weights."""
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """An adapter alone; a folder that has a model's config.json as well is a model's."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def base_folder(path: Path) -> Path:
+    """The folder of the model that an adapter folder adapts. Raises ConfigError when there is none."""
+    fields = Fields.load(path / ADAPTER_CONFIG)
+    name = fields.raw("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise fields.error("base_model_name_or_path", "must name the base model's folder")
+    base = path / name  # which is `name` itself where that is absolute
+    if not base.is_dir():
+        raise fields.error("base_model_name_or_path", f"must be the base model's folder, and there is no {base}")
+    if is_adapter_folder(base):
+        raise fields.error("base_model_name_or_path", "is an adapter itself; it must be a model's folder")
+    return base
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What adapter_config.json says of a LoRA adapter."""
+
+    fields: Fields
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    """By a regular expression over modules' names, the first that matches; `rank` where none does"""
+    alphas: Mapping[str, float]
+    rank_stabilized: bool
+    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)"""
+
+    @classmethod
+    def load(cls, path: Path) -> AdapterSettings:
+        """Raises ConfigError naming the field that makes it another adapter than we compute."""
+        fields = Fields.load(path)
+        fields.among("peft_type", ("LORA",))
+        fields.among("task_type", ("CAUSAL_LM", None), None)
+        fields.among("bias", ("none",), "none")
+        fields.among("init_lora_weights", _HARMLESS_STARTS, True)
+        for name in sorted(set(fields) - _NO_EFFECT - _HONOURED):
+            if fields.raw(name) not in (None, False, "", [], {}):
+                raise fields.error(name, "is not supported")
+        alpha = fields.number("lora_alpha", 8)
+        if not alpha:
+            raise fields.error("lora_alpha", "must be positive")
+        stabilized = fields.flag("use_rslora", False)
+        return cls(
+            fields,
+            fields.integer("r", 8),
+            alpha,
+            _pattern(fields, "rank_pattern", lambda value: type(value) is int and value > 0, "whole numbers"),
+            _pattern(fields, "alpha_pattern", _is_positive, "positive numbers"),
+            stabilized,
+        )
+
+    def rank_of(self, module: str) -> int:
+        return _first_match(self.ranks, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What multiplies B·A·x."""
+        return self._scale(_first_match(self.alphas, module, self.alpha), self.rank_of(module))
+
+    @property
+    def scale(self) -> float:
+        """Of modules that no pattern names."""
+        return self._scale(self.alpha, self.rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def check_applies(self, module: str, layer: int) -> None:
+        """Raises ConfigError when PEFT would leave out the adapter that is stored for `module`."""
+        fields = self.fields
+        targets = fields.raw("target_modules", None)
+        if not _names(fields, "target_modules", module) and targets != "all-linear":
+            raise fields.error("target_modules", f"leaves out {module}, for which the file holds an adapter")
+        if fields.raw("exclude_modules", None) and _names(fields, "exclude_modules", module):
+            raise fields.error("exclude_modules", f"leaves out {module}, for which the file holds an adapter")
+        layers = fields.raw("layers_to_transform", None)
+        if layers is None or layers == []:
+            return
+        if fields.raw("layers_pattern", None) not in (None, "layers", [], ["layers"], ""):
+            raise fields.error("layers_pattern", "must be layers, as they are called in this model")
+        if layer not in (layers if isinstance(layers, list) else [layers]):
+            raise fields.error("layers_to_transform", f"leaves out {module}, for which the file holds an adapter")
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[str, Any]:
+    values = fields.raw(name, None) or {}
+    if not isinstance(values, dict) or not all(map(is_right, values.values())):
+        raise fields.error(name, f"must map modules to {wanted}")
+    for key in values:
+        _compiled(fields, name, rf"(.*\.)?({key})$")
+    return values
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise fields.error(name, f"is not a regular expression: {error}") from None
+
+
+def _names(fields: Fields, name: str, module: str) -> bool:
+    """Whether the field, a regular expression or a list of names' ends, names a module."""
+    value = fields.raw(name, None)
+    if isinstance(value, str):
+        return _compiled(fields, name, value).fullmatch(module) is not None
+    if not isinstance(value, list) or not all(isinstance(end, str) for end in value):
+        raise fields.error(name, "must be a list of modules' names, or a regular expression")
+    return any(module == end or module.endswith(f".{end}") for end in value)
+
+
+def adapter_config(
+    base: Path, rank: int, alpha: float, targets: list[str] | str, parts: Mapping[str, int]
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter of `base`. parts: modules (by regular expression) whose rank is a multiple of
+    `rank`, and that multiple; their scale is everybody's all the same."""
+    return {
+        "alpha_pattern": {module: _whole(count * alpha) for module, count in parts.items()},
+        "base_model_name_or_path": str(base.resolve()),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {module: count * rank for module, count in parts.items()},
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _whole(value: float) -> float | int:
+    """PEFT declares alpha as int."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,144 @@
+"""The safetensors files of a model folder, checked and mapped into memory. Pickles are refused: they can run code."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from model.config import ConfigError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_INDEX_BYTES = 256 << 20
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+"""What weights may be stored in."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Bytes from the file's beginning"""
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+
+class TensorFiles:
+    """Every tensor of a folder, by name, as arrays that read the file where they are read."""
+
+    def __init__(self, folder: Path, single: str = SINGLE) -> None:
+        """Raises ConfigError for a folder without safetensors, or files that are damaged or not what the index says.
+
+        single: the name of the only file, where it isn't a model's.
+        """
+        self.folder = folder
+        self.tensors: dict[str, Stored] = {}
+        indexed = single == SINGLE and (folder / INDEX).is_file()
+        for file in _files(folder, single, indexed):
+            for name, stored in _read_header(file).items():
+                if name in self.tensors:
+                    raise ConfigError(f"{file}: the tensor {name} is in {self.tensors[name].file.name} already")
+                self.tensors[name] = stored
+        if indexed:
+            self._check_index(_read_index(folder / INDEX))
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def _check_index(self, placed: dict[str, str]) -> None:
+        for name, file in placed.items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise ConfigError(f"{self.folder / INDEX} says that {name} is in {file}, and it isn't")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def array(self, name: str) -> np.ndarray:
+        """A read-only view of the file."""
+        stored = self.tensors[name]
+        if stored.file not in self._maps:
+            with stored.file.open("rb") as file:
+                self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = int(np.prod(stored.shape, dtype=np.int64))
+        flat = np.frombuffer(self._maps[stored.file], stored.dtype, count, stored.start)
+        return flat.reshape(stored.shape)
+
+    def advise(self, name: str, advice: int) -> None:
+        """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
+        stored = self.tensors[name]
+        if stored.file in self._maps and stored.nbytes:
+            start = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[stored.file].madvise(advice, start, stored.start + stored.nbytes - start)
+
+
+def _files(folder: Path, single: str, indexed: bool) -> list[Path]:
+    if indexed:
+        names = sorted(set(_read_index(folder / INDEX).values()))
+    elif (folder / single).is_file():
+        names = [single]
+    else:
+        found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+        if found:
+            raise ConfigError(
+                f"{folder} holds {found[0]}, a pickle, which can run code when it is read; convert it to safetensors"
+            )
+        wanted = f"neither {SINGLE} nor {INDEX}" if single == SINGLE else f"no {single}"
+        raise ConfigError(f"{folder} holds {wanted}")
+    for name in names:
+        # A link may lead elsewhere (that is how the hub's cache is built); a name may not.
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(f"{folder / INDEX}: {name!r} is not the name of a .safetensors file in the folder")
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder / name} is missing")
+    return [folder / name for name in names]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_INDEX_BYTES >> 20} MiB")
+        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not an index of safetensors: {error!r}") from None
+    if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()) or not placed:
+        raise ConfigError(f"{path}: weight_map must map names of tensors to names of files")
+    return placed
+
+
+def _read_header(path: Path) -> dict[str, Stored]:
+    try:
+        with safetensors.safe_open(path, framework="numpy"):
+            pass  # the library checks header, offsets and size
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+    except (safetensors.SafetensorError, OSError, ValueError, struct.error, RecursionError) as error:
+        raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ConfigError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are supported")
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        tensors[name] = Stored(path, dtype, tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+    return tensors

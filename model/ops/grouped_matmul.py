@@ -1,0 +1,119 @@
+"""Grouped matmul: rows sorted by group, each group with a matrix of its own. What a mixture of experts is made of.
+
+On CPU a loop over blocks of rows reads the matrices of those groups only that have rows, in place: XLA expands
+`ragged_dot` there to a product with every group's matrix. Elsewhere it is `jax.lax.ragged_dot`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+MAX_BLOCK = 64
+"""Rows that the CPU multiplies at a time: more fills the last block of a small group with others' rows for nothing."""
+
+
+@jax.custom_vjp
+def grouped_matmul(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x[row] @ weights[group of row], float32[rows, outputs].
+
+    x: [rows, inputs], sorted by group; weights: [groups, inputs, outputs], of x's dtype; sizes: int32[groups], the rows
+    of each group; rows past their sum give 0. A row's result depends on that row alone.
+    """
+    return _multiply(x, weights, sizes)
+
+
+def _multiply(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    def ragged(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+        out = jax.lax.ragged_dot(x, weights, sizes, preferred_element_type=jnp.float32)
+        return _zero_past(out, sizes.sum())
+
+    return jax.lax.platform_dependent(x, weights, sizes, cpu=_multiply_blocks, default=ragged)
+
+
+def _outer(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+    """float32[groups, inputs, outputs]: the sum over each group's rows of x[row]ᵀ y[row]."""
+
+    def ragged(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+        dimensions = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+        )
+        return jax.lax.ragged_dot_general(x, y, sizes, dimensions, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(x, y, sizes, cpu=_outer_blocks, default=ragged)
+
+
+def _forward(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _multiply(x, weights, sizes), (x, weights, sizes)
+
+
+def _backward(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, Any, None]:
+    x, weights, sizes = saved
+    cotangent = cotangent.astype(x.dtype)
+    dx = _multiply(cotangent, weights.swapaxes(1, 2), sizes)
+    return dx.astype(x.dtype), _outer(x, cotangent, sizes).astype(weights.dtype), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _zero_past(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.where(jnp.arange(x.shape[0])[:, None] < rows, x, 0)
+
+
+def _block_size(rows: int, groups: int) -> int:
+    """A power of two from 8 near the mean size of a group."""
+    return min(MAX_BLOCK, 1 << max(3, (-(-rows // groups) - 1).bit_length()))
+
+
+def _blocks(sizes: jax.Array, block: int) -> tuple[jax.Array, Any]:
+    """How many blocks hold all rows when none is shared, and place(i) → (group, first row, end of the group)."""
+    blocks = -(-sizes // block)
+    last_block, ends = jnp.cumsum(blocks), jnp.cumsum(sizes)
+
+    def place(i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        group = jnp.searchsorted(last_block, i, side="right").astype(jnp.int32)
+        first = ends[group] - sizes[group] + (i - last_block[group] + blocks[group]) * block
+        return group, first, ends[group]
+
+    return last_block[-1], place
+
+
+def _multiply_blocks(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Blocks go in order, so what a group's last block writes past its end is written anew by the next group."""
+    (rows, _), (groups, _, outputs) = x.shape, weights.shape
+    block = _block_size(rows, groups)
+    count, place = _blocks(sizes, block)
+    padded = jnp.pad(x, ((0, block), (0, 0)))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        group, first, _ = place(i)
+        part = jax.lax.dynamic_slice_in_dim(padded, first, block)
+        matrix = jax.lax.dynamic_index_in_dim(weights, group, keepdims=False)
+        product = jnp.matmul(part, matrix, preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(out, product, first, 0)
+
+    out = jax.lax.fori_loop(0, count, step, jnp.zeros((rows + block, outputs), jnp.float32))
+    return _zero_past(out[:rows], sizes.sum())
+
+
+def _outer_blocks(x: jax.Array, y: jax.Array, sizes: jax.Array) -> jax.Array:
+    (rows, inputs), outputs, groups = x.shape, y.shape[1], sizes.shape[0]
+    block = _block_size(rows, groups)
+    count, place = _blocks(sizes, block)
+    pad = partial(jnp.pad, pad_width=((0, block), (0, 0)))
+    x, y = pad(x), pad(y)
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        group, first, end = place(i)
+        mine = (first + jnp.arange(block) < end)[:, None]
+        left = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, first, block), 0)
+        right = jax.lax.dynamic_slice_in_dim(y, first, block)
+        product = jnp.matmul(left.T, right, preferred_element_type=jnp.float32)
+        total = jax.lax.dynamic_index_in_dim(out, group, keepdims=False) + product
+        return jax.lax.dynamic_update_index_in_dim(out, total, group, 0)
+
+    return jax.lax.fori_loop(0, count, step, jnp.zeros((groups, inputs, outputs), jnp.float32))

@@ -1,0 +1,95 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), and the ways it is stretched to longer contexts.
+
+Frequencies are constants, computed on the host in float32 as the published implementations do: at position 100,000 an
+angle shows the last bit of its frequency.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig, RopeScaling
+
+Angles = dict[str, tuple[jax.Array, jax.Array]]
+"""For each LayerKind.rope that occurs: cos and signed sin, float32[..., 1, rotated dimensions]."""
+
+
+def rotary_angles(config: ModelConfig, positions: jax.Array, long: jax.Array | None = None) -> Angles:
+    """Angles of tokens at int32 positions [...].
+
+    long: bool[...], which tokens are part of a sequence of more than rope_scaling.original_context tokens; None is
+    none. Only longrope reads it.
+    """
+    angles: Angles = {}
+    for kind in sorted({kind.rope for kind in config.layer_kinds} - {"none"}):
+        scaling = config.rope_scaling if kind == "global" else RopeScaling()
+        theta = config.rope_theta if kind == "global" else config.local_rope_theta
+        frequency = jnp.asarray(frequencies(theta, config.rotated, scaling, "short"))
+        if scaling.kind == "longrope" and long is not None:
+            stretched = jnp.asarray(frequencies(theta, config.rotated, scaling, "long"))
+            frequency = jnp.where(long[..., None, None], stretched, frequency)
+        angle = positions[..., None, None].astype(jnp.float32) * frequency
+        cos, sin = (part * jnp.float32(scaling.attention_factor) for part in (jnp.cos(angle), jnp.sin(angle)))
+        angles[kind] = (jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
+    return angles
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns pairs (i, i + n / 2) of the first n dimensions of x[..., heads, head_dim], n as wide as the angles: the
+    half-split layout of Llama and Qwen."""
+    cos, sin = angles
+    turned = cos.shape[-1]
+    y = x[..., :turned].astype(jnp.float32)
+    y = (y * cos + jnp.roll(y, turned // 2, axis=-1) * sin).astype(x.dtype)
+    return y if turned == x.shape[-1] else jnp.concatenate([y, x[..., turned:]], axis=-1)
+
+
+def frequencies(theta: float, dim: int, scaling: RopeScaling, length: Literal["short", "long"]) -> np.ndarray:
+    """float32[dim / 2]: radians a position. length: of the sequence, for longrope."""
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    wavelength = np.float32(theta) ** exponent
+    plain = np.float32(1) / wavelength
+    match scaling.kind:
+        case "none":
+            return plain
+        case "linear":  # Chen et al. 2023, arXiv 2306.15595
+            return plain / np.float32(scaling.factor)
+        case "llama3":
+            return _llama3(plain, scaling)
+        case "yarn":
+            return _yarn(plain, np.float32(1) / (np.float32(scaling.factor) * wavelength), theta, dim, scaling)
+        case "longrope":  # Ding et al. 2024, arXiv 2402.13753
+            factors = scaling.long_factors if length == "long" else scaling.short_factors
+            return np.float32(1) / (np.asarray(factors, np.float32) * wavelength)
+
+
+def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1, arXiv 2407.21783)."""
+    wavelength = np.float32(2 * math.pi) / plain
+    longest = scaling.original_context / scaling.low_freq_factor
+    shortest = scaling.original_context / scaling.high_freq_factor
+    span = np.float32(scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = (np.float32(scaling.original_context) / wavelength - np.float32(scaling.low_freq_factor)) / span
+    stretched = plain / np.float32(scaling.factor)
+    blended = (np.float32(1) - keep) * stretched + keep * plain
+    return np.where(wavelength > longest, stretched, np.where(wavelength < shortest, plain, blended)).astype(np.float32)
+
+
+def _yarn(plain: np.ndarray, stretched: np.ndarray, theta: float, dim: int, scaling: RopeScaling) -> np.ndarray:
+    """Blends by how often a dimension turns within the original context (Peng et al. 2023, arXiv 2309.00071)."""
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low if high != low else 0.001)
+    keep = np.float32(1) - np.clip(ramp, 0, 1)
+    return (stretched * (1 - keep) + plain * keep).astype(np.float32)

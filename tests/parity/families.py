@@ -1,0 +1,52 @@
+"""Golden folders as model folders: what every comparison with transformers starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from model.config import ModelConfig
+from model.huggingface.families import Family, read_config
+from model.huggingface.load import load_params
+from model.transformer import Params
+from tests.parity.weights import family_tensors
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/manifest.json"))
+
+
+def golden(family: str) -> dict[str, np.ndarray]:
+    """What transformers computed."""
+    return dict(np.load(GOLDEN / family / "golden.npz"))
+
+
+def gradient_norms(family: str) -> dict[str, float]:
+    """L2 norm of every tensor's gradient, by its published name."""
+    norms: dict[str, float] = json.loads((GOLDEN / family / "grad_norms.json").read_text())
+    return norms
+
+
+@cache
+def published(family: str) -> Path:
+    """A folder as it is published: config.json and model.safetensors."""
+    folder = Path(mkdtemp(prefix=f"isthmus-{family}-"))
+    shutil.copyfile(GOLDEN / family / "config.json", folder / "config.json")
+    save_file(family_tensors(GOLDEN / family), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def load(family: str, mesh: Mesh, **changes: Any) -> tuple[Family, ModelConfig, Params]:
+    import dataclasses
+
+    folder = published(family)
+    kind, config = read_config(folder / "config.json")
+    config = dataclasses.replace(config, **changes)
+    return kind, config, load_params(folder, kind, config, mesh)

@@ -1,0 +1,207 @@
+"""Every family's numbers are those of transformers in torch: through training's forward pass and through the engine.
+
+The golden files are tiny random models with every peculiar feature of their family on; make_golden.py made them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.huggingface.families import read_config
+from model.huggingface.load import leaves_of, parts_of, path_name
+from model.sharding import use_mesh
+from model.transformer import Params, bind
+from serve.engine.config import Bucket, EngineConfig
+from serve.engine.executor import Executor, cache_shape, paged_attention, sequence_of_token
+from serve.engine.plan import split_plan
+from serve.engine.request import Request, SamplingParams
+from serve.engine.scheduler import Scheduler
+from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load
+from tests.serve.engine.harness import Arrival, play
+from tests.support import relative_error
+from train.data import Batch
+from train.step import gradients, long_sequences, packed_attention
+
+TOLERANCE = 2e-5
+"""Relative, of a sequence's logits together (Euclidean); float32 in another order of operations moves them by 5e-6."""
+GREEDY = SamplingParams(temperature=0)
+
+
+def others_slow(*chosen: str) -> list[Any]:
+    """All families, those that aren't `chosen` marked slow: every way in which families differ is in one of these."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+def batch_of(tokens: Any, lengths: Any) -> Batch:
+    """Documents packed one a row: tokens int32[rows, seq], what is past a row's length being padding."""
+    tokens = np.asarray(tokens, np.int32)
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+    inside = positions < np.asarray(lengths)[:, None]
+    segments = np.where(inside, 0, -1).astype(np.int32)
+    return Batch(tokens, np.roll(tokens, -1, 1), np.where(inside, positions, 0), segments, inside.astype(np.float32))
+
+
+@lru_cache(maxsize=64)
+def _logits(config: ModelConfig) -> Any:
+    def run(params: Params, batch: Batch) -> jax.Array:
+        model = bind(config, params)
+        attend, long = packed_attention(batch.segments), long_sequences(config, batch)
+        hidden, _ = model(batch.tokens, batch.positions, attend, None, long)
+        return model.logits(hidden)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_computes_the_logits_of_transformers(family: str, mesh: Mesh) -> None:
+    """A model that was downloaded would otherwise be another model here; rows are ragged and lie in one batch."""
+    want = golden(family)
+    _, config, params = load(family, mesh)
+    got = np.asarray(_logits(config)(params, batch_of(want["tokens"], want["lengths"])))
+    for row, length in enumerate(want["lengths"]):
+        assert relative_error(got[row, :length], want["logits"][row, :length]) <= TOLERANCE, f"length {length}"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3", "gpt_oss", "qwen3_moe", "smollm3"])
+def test_scanned_layers_are_the_same_network(family: str, mesh: Mesh) -> None:
+    """The stacked layout that accelerators train with must put every layer's kind where it belongs."""
+    want = golden(family)
+    _, config, params = load(family, mesh, scan_layers=True)
+    got = np.asarray(_logits(config)(params, batch_of(want["tokens"][-1:], want["lengths"][-1:])))
+    assert relative_error(got[0], want["logits"][-1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_older_folder_is_read_as_the_same_model(family: str) -> None:
+    """Most folders on the hub were written before transformers 5, which names and nests things otherwise."""
+    new, old = (read_config(GOLDEN / family / name)[1] for name in ("config.json", "config_v4.json"))
+    assert new == old
+
+
+def engine_for(config: ModelConfig) -> EngineConfig:
+    """Short of pages, so that requests are preempted; two programs, so that compiling doesn't take minutes."""
+    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 50}
+    engine = EngineConfig(**sizes).resolve(config)
+    engine.__dict__["buckets"] = (Bucket(4, 0, 8), Bucket(4, 2, 8))
+    return engine
+
+
+def run_logged(config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request]) -> Iterator[tuple]:
+    """Runs `requests` through scheduler and paged attention; yields (request, position, logits) of every sample.
+
+    What is drawn is the next of the tokens in request.handle, as long as there are any, and the likeliest after that.
+    """
+    engine = engine_for(config)
+
+    def step(bucket: Bucket, params: Params, cache: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+        model = bind(config, params)
+        long = arrays.long[sequence_of_token(bucket)] > 0
+        attend = paged_attention(engine, bucket, arrays)
+        hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+        return cache, model.logits(hidden[arrays.sample_token])
+
+    programs = {bucket: jax.jit(partial(step, bucket), donate_argnums=1) for bucket in engine.buckets}
+    scheduler = Scheduler(engine, config.rope_switch)
+    for request in requests:
+        scheduler.add(request)
+    cache = jnp.full(cache_shape(config, engine), jnp.nan, jnp.float32)  # stale pages may hold anything
+    while (plan := scheduler.plan()) is not None:
+        with use_mesh(mesh):
+            cache, logits = programs[plan.bucket](params, cache, plan.packed)
+        rows = np.asarray(logits)
+        drawn = rows.argmax(axis=1)
+        for row, request in plan.samples:
+            yield request, len(request.tokens) - 1, rows[row]
+            if len(request.tokens) < len(request.handle):
+                drawn[row] = request.handle[len(request.tokens)]
+        scheduler.commit(plan, drawn)
+        scheduler.check()
+    assert scheduler.idle and scheduler.counters.preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "family", others_slow("deepseek_v3", "gemma3", "gpt_oss", "llama3", "mixtral", "olmo2", "phi4", "smollm3")
+)
+def test_the_engine_computes_what_transformers_does(family: str, mesh: Mesh) -> None:
+    """Chunked prompts, pages, windows, sinks, shared latents and preemptions are other ways to the same logits, and to
+    the same 64 tokens of greedy text, for requests that run together."""
+    want = golden(family)
+    _, config, params = load(family, mesh)
+    requests = []
+    for row, length in enumerate(want["lengths"]):
+        tokens = want["tokens"][row, :length].tolist()
+        for prompt in sorted({1, max(1, length // 3), max(1, length - 2)}):
+            requests.append(Request(f"{row}.{prompt}", tokens[:prompt], GREEDY, length - prompt + 1, handle=tokens))
+    texts = [
+        Request(f"text {row}", want["prompts"][row, :length].tolist(), GREEDY, 64, handle=())
+        for row, length in enumerate(want["prompt_lengths"])
+    ]
+    seen: dict[str, dict[int, np.ndarray]] = {request.id: {} for request in requests + texts}
+    for request, position, logits in run_logged(config, params, mesh, requests + texts):
+        seen[request.id][position] = logits
+    for request in requests:
+        row, length = int(request.id.split(".")[0]), len(request.handle)
+        # While a sequence grows over longrope's switch it turns as a short one; transformers' row is whole, and long.
+        at = [position for position in seen[request.id] if same_rope(config, position, length)]
+        got = np.stack([seen[request.id][position] for position in at])
+        assert relative_error(got, want["logits"][row, at]) <= TOLERANCE, request.id
+    for row, request in enumerate(texts):
+        assert request.completion == want["generated"][row].tolist(), request.id
+
+
+def same_rope(config: ModelConfig, position: int, length: int) -> bool:
+    """Whether a token computed as the last of its sequence turns as in a sequence of `length` tokens."""
+    return (position + 1 > config.rope_switch) == (length > config.rope_switch)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "phi3", "deepseek_v3"])
+def test_greedy_text_comes_out_of_the_whole_engine(family: str, mesh: Mesh) -> None:
+    """With the sampler on the device and a step in flight, and beside requests that nobody compares."""
+    want = golden(family)
+    _, config, params = load(family, mesh)
+    executor = Executor(config, engine_for(config), params, mesh, config.vocab_size)
+    executor.compile()
+    rng = random.Random(0)
+    arrivals = []
+    for row, length in enumerate(want["prompt_lengths"]):
+        request = Request(f"{row}", want["prompts"][row, :length].tolist(), GREEDY, 64)
+        noise = Request(f"noise{row}", [rng.randrange(config.vocab_size) for _ in range(20)], GREEDY, 30)
+        arrivals += [Arrival(request, step=3 * row), Arrival(noise, step=5 * row)]
+    play(executor, arrivals)
+    for row in range(len(want["prompt_lengths"])):
+        assert arrivals[2 * row].request.completion == want["generated"][row].tolist(), f"prompt {row}"
+
+
+@pytest.mark.parametrize("family", others_slow("deepseek_v3", "gemma3", "gpt_oss", "llama3"))
+def test_gradients_are_those_of_torch(family: str, mesh: Mesh) -> None:
+    """A wrong gradient trains quietly into a worse model; dense layers, routers and experts are compared by tensor."""
+    want = golden(family)
+    kind, config, params = load(family, mesh)
+    tokens = want["train_tokens"]
+    inputs = batch_of(tokens[:, :-1], [tokens.shape[1] - 1] * len(tokens))
+    batch = Batch(*(np.asarray(x)[None] for x in inputs._replace(targets=tokens[:, 1:].astype(np.int32))))
+    loss, grads, _ = jax.jit(partial(gradients, config))(params, batch)
+    assert abs(float(loss) - want["loss"]) <= 1e-5 * want["loss"]
+    squares = sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in jax.tree.leaves(grads))
+    assert abs(squares**0.5 - want["grad_norm"]) <= 1e-4 * want["grad_norm"]
+
+    sums: dict[str, float] = {}
+    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
+    for path, grad in flat:
+        parts = list(leaves_of(parts_of(config, kind.table(config), path_name(path), grad.shape)))
+        for part, values in zip(parts, np.asarray(grad, np.float64) if len(parts) > 1 else [grad], strict=True):
+            sums[part.name] = sums.get(part.name, 0.0) + float((np.asarray(values, np.float64) ** 2).sum())
+    norms = gradient_norms(family)
+    for name, norm in norms.items():
+        assert abs(sums[name] ** 0.5 - norm) <= 1e-4 * norm + 1e-6 * float(want["grad_norm"]), name

@@ -1,0 +1,168 @@
+"""Messages over the wire: a conversation becomes the prompt that the model's own template writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from isthmus import Client, generate_request
+from model.tokenizer import END_OF_TEXT, Tokenizer
+from serve.api.validation import MAX_MESSAGES
+from tests.serve.api.conftest import StartServer
+from tests.serve.api.harness import (
+    NETWORK,
+    PATIENCE,
+    RunningServer,
+    blamed_fields,
+    collect,
+    raw_stub,
+    save_model,
+    varied_params,
+)
+
+TEMPLATE = """\
+{% if style is defined and style == 'endless' %}
+    {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}
+{%- endif %}
+{% for message in messages %}
+    {%- if message.role == 'critic' %}{{ raise_exception('there are no critics here') }}{% endif %}
+    {{- bos_token ~ message.role ~ ': ' ~ message.content ~ '\\n' }}
+{%- endfor %}
+{%- if style is defined %}{{ style ~ '\\n' }}{% endif %}
+{%- if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}
+"""
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import ünïcode"}]
+TEXT = f"{END_OF_TEXT}system: Be brief.\n{END_OF_TEXT}user: import ünïcode\n"
+ASKED = f"{END_OF_TEXT}assistant:"
+
+
+@pytest.fixture(scope="module")
+def chat_server(
+    start_server: StartServer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> RunningServer:
+    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tokenizer, varied_params())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": END_OF_TEXT}}))
+    return start_server(model=folder)
+
+
+@pytest.fixture
+def chat(chat_server: RunningServer) -> Iterator[Client]:
+    with chat_server.client() as client:
+        yield client
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Of a text in which END_OF_TEXT is that token."""
+    special = tokenizer.encode("")
+    parts = [tokenizer.encode(part)[len(special) :] for part in text.split(END_OF_TEXT)]
+    assert len(special) == 1
+    return [token for index, part in enumerate(parts) for token in ([*special, *part] if index else part)]
+
+
+def test_messages_are_the_prompt_that_the_template_writes(chat: Client, tokenizer: Tokenizer) -> None:
+    """The model would be asked in another form than it was trained on."""
+    prompt = ids(tokenizer, TEXT + ASKED)
+    want = chat.generate(prompt, max_tokens=8, temperature=0.0, timeout=PATIENCE)
+    got = chat.generate(TALK, max_tokens=8, temperature=0.0, timeout=PATIENCE)
+    assert got.prompt_tokens == len(prompt)
+    assert (got.text, got.token_ids, got.finish_reason) == (want.text, want.token_ids, want.finish_reason)
+    streamed = collect(chat.stream(TALK, max_tokens=8, temperature=0.0, timeout=PATIENCE))
+    assert streamed.text == want.text
+
+
+def test_template_arguments_reach_the_template(chat: Client, tokenizer: Tokenizer) -> None:
+    """enable_thinking and tools would change nothing. The wire has one kind of number: 3 must not become 3.0."""
+    for value, text in (
+        (True, "True"),
+        (3, "3"),
+        (0.5, "0.5"),
+        (None, "None"),
+        ([1, {"a": [2, "b"]}], "[1, {'a': [2, 'b']}]"),
+    ):
+        got = chat.generate(TALK, template_arguments={"style": value}, max_tokens=1, timeout=PATIENCE)
+        assert got.prompt_tokens == len(ids(tokenizer, f"{TEXT}{text}\n{ASKED}")), value
+
+
+def test_a_conversation_goes_on_from_the_cache(chat: Client) -> None:
+    """Every turn would compute the whole conversation again."""
+    talk = [*TALK, {"role": "assistant", "content": "a b c " * 40}]
+    chat.generate(talk, max_tokens=1, timeout=PATIENCE)
+    again = chat.generate([*talk, {"role": "user", "content": "x"}], max_tokens=1, timeout=PATIENCE)
+    assert again.cached_prompt_tokens > 0
+
+
+def turn(role: str, content: str = "a") -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+Change = Callable[[Any], Any]
+
+
+@pytest.mark.parametrize(
+    "change, field, said",
+    [
+        (lambda m: m.messages.ClearField("messages"), "messages.messages", f"1 to {MAX_MESSAGES}"),
+        (lambda m: m.messages.messages.extend([m.messages.messages[0]] * MAX_MESSAGES), "messages.messages", "1 to"),
+        (lambda m: m.messages.messages.add(content="a"), "messages.messages[2].role", "must not be empty"),
+        (lambda m: m.messages.messages.add(role="critic"), "messages", "there are no critics here"),
+        (lambda m: m.messages.template_arguments.update({"messages": 1}), "messages", "'messages'"),
+        (lambda m: m.messages.template_arguments.update({"style": "endless"}), "messages", "chat template may"),
+        (
+            lambda m: m.messages.messages.add(role="user", content="a\n" * NETWORK.context_length),
+            "messages.messages",
+            f"context of {NETWORK.context_length}",
+        ),
+    ],
+)
+def test_what_is_wrong_with_messages_is_named(change: Change, field: str, said: str, chat: Client) -> None:
+    """A program couldn't tell which of its messages to mend."""
+    message = generate_request(TALK)
+    change(message)
+    with pytest.raises(grpc.RpcError) as refused:
+        raw_stub(chat).Generate(message, timeout=PATIENCE)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert blamed_fields(refused.value) == [field]
+    assert said in refused.value.details()
+
+
+def test_a_model_without_a_template_says_so(client: Client) -> None:
+    """A base model would be asked in some form that nobody chose."""
+    with pytest.raises(grpc.RpcError) as refused:
+        client.generate(TALK, timeout=PATIENCE)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert blamed_fields(refused.value) == ["messages"] and "no chat template" in refused.value.details()
+
+
+def test_a_slow_template_holds_nobody_up(chat: Client) -> None:
+    """Every stream of the server would stand still while one request's template runs."""
+    message = generate_request(TALK, template_arguments={"style": "endless"})
+    slow = [raw_stub(chat).Generate.future(message, timeout=PATIENCE) for _ in range(4)]
+    chat.load(timeout=PATIENCE)
+    assert not any(call.done() for call in slow)
+    assert {call.code() for call in slow} == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def test_the_client_names_what_it_can_not_send() -> None:
+    """A misspelt key would be left out silently."""
+    with pytest.raises(ValueError, match="contents"):
+        generate_request([{"role": "user", "contents": "a"}])
+    with pytest.raises(ValueError, match="template_arguments"):
+        generate_request("a", template_arguments={"a": 1})
+
+
+def test_a_malformed_template_is_named_at_start(
+    start_server: StartServer, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The server would start, and fail on every chat."""
+    from model.config import ConfigError
+
+    folder = save_model(tmp_path / "broken", tokenizer, varied_params())
+    (folder / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja, line 1"):
+        start_server(model=folder, load=False)

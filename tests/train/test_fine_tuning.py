@@ -1,0 +1,258 @@
+"""From a published folder to a tuned one, by the command line: what comes out opens, serves and can go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from model import lora
+from model.checkpoint import Checkpoints
+from model.config import MixtureConfig, ModelConfig
+from model.folder import ModelFolder, open_folder
+from model.tokenizer import Tokenizer
+from model.transformer import stacked
+from tests.support import forward, on_host, random_params
+from tests.train.chat_model import END, write_chat_model, write_chats
+from train.cli import main, parse
+from train.config import DataConfig, OptimizerConfig, TrainConfig
+from train.data import TokenFile, TrainingData
+from train.loop import train
+from train.metrics import read_metrics
+from train.optimizer import build_optimizer
+from train.step import Trainer
+
+STEPS, KILLED_AFTER = 12, 6
+SETTINGS = (
+    *("--steps", str(STEPS), "--batch", "4", "--text.seq", "32", "--text.heldout-fraction", "0.2", "--mesh", "dp=1"),
+    *(
+        "--model.scan-layers",
+        "--optimizer.lr",
+        "0.01",
+        "--optimizer.warmup-steps",
+        "2",
+        "--checkpoint-every",
+        "4",
+        "--eval-every",
+        "0",
+    ),
+)
+LORA = ("--model.lora.rank", "4", "--model.lora.targets", "attention/query|mlp/(up|down)")
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, chats.jsonl, and what the runs of this module left: full/, adapter/."""
+    folder = tmp_path_factory.mktemp("tuning")
+    write_chat_model(folder / "model")
+    write_chats(folder / "chats.jsonl")
+    return folder
+
+
+def words(room: Path, out: str, *more: str) -> list[str]:
+    return ["--init", str(room / "model"), str(room / "chats.jsonl"), "--out", str(room / out), *SETTINGS, *more]
+
+
+@pytest.fixture(scope="module")
+def full(room: Path) -> Path:
+    assert main(words(room, "full")) == 0
+    return room / "full"
+
+
+@pytest.fixture(scope="module")
+def adapter(room: Path) -> Path:
+    assert main(words(room, "adapter", *LORA)) == 0
+    return room / "adapter"
+
+
+def heldout_loss(folder: ModelFolder, data: Path, mesh: Mesh) -> float:
+    """Nats a target of the held-out split in the run `data`, by the model in `folder`."""
+    split = TokenFile.open(data / "data" / "heldout")
+    trainer = Trainer(dataclasses.replace(folder.config), build_optimizer(OptimizerConfig(), 1), mesh)
+    params, trainer.base = folder.load_params(mesh), None
+    if folder.config.lora.rank:
+        trainer.base, params = lora.split(params)
+    batches = TrainingData(split, split, 32, 0).heldout_batches(4)
+    return sum(float(trainer.evaluate(params, batch)) for batch in batches) / split.targets
+
+
+def test_a_full_run_leaves_a_model_that_learnt(full: Path, room: Path, mesh: Mesh) -> None:
+    """And one that is served as its source was: template, end of turn, and the way back to its family."""
+    source, tuned = open_folder(room / "model"), open_folder(full)
+    before, after = heldout_loss(source, full, mesh), heldout_loss(tuned, full, mesh)
+    assert after < before - 1
+    assert read_metrics(full)[-1]["heldout_loss"] == pytest.approx(after, rel=1e-4)
+    assert tuned.config == dataclasses.replace(source.config, scan_layers=True) and tuned.family is None
+    assert tuned.tokenizer.eos_ids == source.tokenizer.eos_ids == {2, 4}
+    assert tuned.end_id == source.end_id == source.tokenizer.token_id(END)
+    assert tuned.tokenizer.vocab_size == source.tokenizer.vocab_size and tuned.generation == source.generation
+    assert tuned.chat is not None and source.chat is not None and tuned.chat.source == source.chat.source
+    assert (full / "huggingface.json").read_bytes() == (room / "model" / "config.json").read_bytes()
+
+
+def test_without_settings_for_it_a_fine_tuned_folder_ends_where_its_source_did(full: Path, tmp_path: Path) -> None:
+    """Most base models say in config.json alone what ends a text."""
+    for name in ("config.json", "tokenizer.json", "huggingface.json"):
+        (tmp_path / name).write_bytes((full / name).read_bytes())
+    assert open_folder(tmp_path).tokenizer.eos_ids == {2}
+
+
+def test_an_adapter_run_leaves_an_adapter(adapter: Path, room: Path, mesh: Mesh) -> None:
+    """What PEFT and `isthmus serve --model` read is what was trained."""
+    source, tuned = open_folder(room / "model"), open_folder(adapter)
+    assert not (adapter / "config.json").exists() and tuned.adapter == adapter
+    assert tuned.config.lora.rank == 4 and tuned.tokenizer.eos_ids == {2, 4}
+    assert heldout_loss(tuned, adapter, mesh) < heldout_loss(source, adapter, mesh) - 0.5
+    base, adapters = lora.split(tuned.load_params(mesh))
+    jax.tree.map(np.testing.assert_array_equal, on_host(base), on_host(source.load_params(mesh)))
+    whole = stacked(dataclasses.replace(source.config, lora=parse(["--resume", "--out", str(adapter)]).model.lora))
+    abstract = Trainer(whole, build_optimizer(OptimizerConfig(), 1), mesh).abstract_state(whole)
+    checkpoints = Checkpoints(adapter)
+    saved = checkpoints.restore_params(abstract.params)
+    checkpoints.close()
+    run = on_host(saved)["blocks"]["0-4"]
+    for layer, block in on_host(adapters)["blocks"].items():
+        jax.tree.map(lambda ours, theirs, i=int(layer): np.testing.assert_array_equal(ours, theirs[i]), block, run)
+    tokens = [[3, 5, 7, 9, 11]]
+    theirs, ours = (forward(f.config, f.load_params(mesh), tokens) for f in (source, tuned))
+    assert np.abs(ours - theirs).max() > 0.1
+
+
+def test_a_killed_adapter_run_goes_on_as_if_it_had_not_been(adapter: Path, room: Path) -> None:
+    """Its checkpoints hold no base: --resume reads that again from --init."""
+    out = room / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "train", *words(room, "killed", *LORA)], env=os.environ)
+    deadline = time.monotonic() + 240
+    while max((row["step"] for row in read_metrics(out)), default=0) < KILLED_AFTER:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert (out / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+    for name in ("loss", "heldout_loss"):
+        ours, theirs = ([row[name] for row in read_metrics(run) if name in row] for run in (out, adapter))
+        assert ours == theirs
+
+
+def test_the_settings_come_back(adapter: Path, room: Path) -> None:
+    saved = TrainConfig.from_json((adapter / "train.json").read_text())
+    assert saved.init == room / "model" and saved.model.lora.rank == 4
+    assert TrainConfig.from_json(saved.to_json()) == saved
+    assert TrainConfig.from_json(TrainConfig().to_json()) == TrainConfig()
+
+
+def test_a_fine_tuned_model_can_be_tuned_again(full: Path, room: Path, tmp_path: Path) -> None:
+    """In our own format too, and texts as well as conversations; what its source published stays with it."""
+    data = tmp_path / "mixed.jsonl"
+    texts = "".join(json.dumps({"text": f"line {index} of a text."}) + "\n" for index in range(8))
+    data.write_text((room / "chats.jsonl").read_text() + texts)
+    out = tmp_path / "again"
+    words = ["--init", str(full), str(data), "--out", str(out), *SETTINGS]
+    assert main(words) == 0
+    assert (out / "huggingface.json").read_bytes() == (full / "huggingface.json").read_bytes()
+    assert open_folder(out).tokenizer.eos_ids == {2, 4}
+    assert read_metrics(out)[0]["loss"] < 4, "it did not start from what the first run had learnt"
+
+
+def test_a_mixture_of_experts_trains_and_balances(tmp_path: Path, mesh: Mesh) -> None:
+    """The correction is moved by the load, not by a gradient: nothing else shows that it is alive."""
+    text, source, out = tmp_path / "text.txt", tmp_path / "model", tmp_path / "out"
+    text.write_text("one two three four five six seven. " * 30)
+    source.mkdir()
+    mixture = MixtureConfig(experts=4, per_token=2, dim=16, scores="sigmoid", correction=True)
+    config = ModelConfig(
+        vocab_size=260,
+        dim=16,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=8,
+        mlp_dim=16,
+        context_length=16,
+        mixture=mixture,
+    )
+    config.save(source / "config.json")
+    Tokenizer.train([], 257).save(source / "tokenizer.json")
+    checkpoints = Checkpoints(source)
+    before = random_params(stacked(config), mesh)
+    checkpoints.save(1, before, {"count": np.zeros((), np.int32)}, {"step": 1})
+    checkpoints.close()
+    start = TrainConfig((str(text),), out, source, model=config, text=DataConfig(seq=16), steps=4, batch=4, mesh="dp=1")
+    report = train(start)
+    assert math.isfinite(report.loss) and report.bits_per_byte is not None
+    loads = [row["expert_load"] for row in read_metrics(out) if "expert_load" in row]
+    assert len(loads) == 4 and all(1 <= load <= 4 for load in loads)
+    after = open_folder(out).load_params(mesh)["blocks"]["0"]["mlp"]["router"]["correction"]
+    moves = np.asarray(after - before["blocks"]["0-0"]["mlp"]["router"]["correction"][0]) / mixture.correction_rate
+    np.testing.assert_allclose(moves, np.round(moves), atol=1e-2)
+    assert moves.any() and np.abs(moves).max() < 4.5
+
+
+# what can't work
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--model.layers", "3"], "model.layers can't be set with --init: it is 5"),
+        (["--model.vocab-size", "0"], "model.vocab_size"),
+        (["--model.rope-scaling.factor", "2"], "model.rope_scaling.factor"),
+        (["--preset", "5m"], "preset can't be set with --init"),
+        (["--text.seq", "97"], "text.seq=97 must be 1 to model.context_length=96"),
+        (["--text.tokenizer", "mine.json"], "text.tokenizer"),
+        (["--model.lora.rank", "-1"], "model.lora.rank"),
+        (["--model.lora.rank", "4", "--model.lora.targets", "mlp/gait"], "model.lora.targets"),
+        (["--init", "/nowhere"], "/nowhere"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_setting_that_does_not_go_with_a_model_is_named(
+    room: Path, change: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is computed, and without a trace of a run."""
+    assert main(words(room, "refused", *change)) == 2
+    assert named in " ".join(capsys.readouterr().out.split())
+    assert not (room / "refused" / "train.json").exists()
+
+
+def test_what_changes_no_answer_may_be_set(room: Path) -> None:
+    """How a model is trained is the user's business."""
+    change = ["--model.remat", "full", "--model.scan-layers", "--model.dtype", "bfloat16", "--model.lora.rank", "2"]
+    model = parse(words(room, "free", *change)).model
+    assert (model.remat, model.scan_layers, model.dtype, model.lora.rank) == ("full", True, "bfloat16", 2)
+
+
+def test_the_learning_rate_is_one_for_tuning(room: Path) -> None:
+    """That of a network which is trained from nothing would erase what the model knows."""
+    plain = ["--init", str(room / "model"), "data.jsonl"]
+    assert parse(plain).optimizer.lr == 2e-5
+    assert parse([*plain, "--model.lora.rank=8"]).optimizer.lr == 2e-4
+    assert parse(["data.jsonl"]).optimizer.lr == TrainConfig().optimizer.lr
+
+
+def test_adapters_need_a_model(tmp_path: Path, room: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(room / "chats.jsonl")
+    assert main([data, "--out", str(tmp_path / "out"), "--model.lora.rank", "4"]) == 2
+    assert "model.lora.rank needs --init" in capsys.readouterr().out
+
+
+def test_a_model_is_not_written_over(room: Path, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--out of habit where the download lies would cost the download."""
+    before = (room / "model" / "config.json").read_bytes()
+    assert main([*words(room, "model")]) == 2
+    assert "out:" in capsys.readouterr().out
+    assert (room / "model" / "config.json").read_bytes() == before
+    assert main(["--init", str(adapter), str(room / "chats.jsonl"), "--out", str(room / "more")]) == 2
+    assert "is an adapter" in capsys.readouterr().out

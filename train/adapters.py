@@ -1,0 +1,66 @@
+"""What differs when only adapters are trained: where they start, how a checkpoint holds them, what a step costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from model import lora
+from model.config import LoraConfig, ModelConfig
+from model.sharding import use_mesh
+from model.transformer import Params, Transformer, abstract_params, run_name, runs, stacked, unstack_blocks
+
+
+def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
+    """Adapters as a random network has them, without the network. The same seed gives the same values on any mesh,
+    scanned or not; none changes anything yet."""
+
+    def create(key: jax.Array) -> Params:
+        with nnx.use_eager_sharding(False):
+            state = nnx.state(Transformer(stacked(config), nnx.Rngs(key)))
+        adapters = lora.split(nnx.to_pure_dict(state))[1]  # what isn't returned is never computed
+        return adapters if config.scan_layers else unstack_blocks(adapters)
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, lora.split(abstract_params(config, mesh))[1])
+    with use_mesh(mesh):
+        return jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
+
+
+def stack_adapters(config: ModelConfig, tree: Any) -> Any:
+    """Adapters, or what mirrors them, in the stacked layout, whose runs only the configuration tells: layers that
+    differ in their experts may have the same adapters, or some of them none."""
+
+    def is_params(node: Any) -> bool:
+        return isinstance(node, dict) and "blocks" in node
+
+    def stack(node: Any) -> Any:
+        if not is_params(node):
+            return node
+        blocks = {}
+        for run in runs(config):
+            layers = [node["blocks"][str(layer)] for layer in run if str(layer) in node["blocks"]]
+            if layers:
+                assert len(layers) == len(run), (run, node["blocks"].keys())
+                blocks[run_name(run)] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+        return {**node, "blocks": blocks}
+
+    return tree if config.scan_layers else jax.tree.map(stack, tree, is_leaf=is_params)
+
+
+def step_flops(config: ModelConfig, batch: int, seq: int) -> int:
+    """FLOPs of a training step. Under adapters no parameter but theirs has a gradient: a matrix is multiplied by twice,
+    not three times."""
+    if not config.lora.rank:
+        return config.train_flops(batch, seq)
+    tokens, attended = batch * seq, batch * seq * (seq + 1) // 2
+    plain = dataclasses.replace(config, lora=LoraConfig())
+    matrices = plain.forward_flops(tokens, 0)
+    attention = plain.forward_flops(tokens, attended) - matrices
+    adapters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lora.split(abstract_params(config))[1]))
+    return 2 * matrices + 3 * attention + 6 * adapters * tokens

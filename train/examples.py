@@ -1,0 +1,134 @@
+"""From documents to tokens, and which of them the model learns to write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from model.chat import ChatError, Span
+from model.config import ConfigError
+from model.folder import ModelFolder
+from model.tokenizer import Tokenizer
+from train.documents import Document
+
+
+class Example(NamedTuple):
+    """A document's tokens."""
+
+    ids: list[int]
+    weights: np.ndarray | None
+    """uint8[tokens]: 1 where the token counts as a target; None is everywhere"""
+
+
+class Encoder(Protocol):
+    """What lies in the files of tokens."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def weighted(self) -> bool:
+        """Whether its examples have weights."""
+
+    def __call__(self, documents: Sequence[Document]) -> list[Example]:
+        """Raises ConfigError naming a document that can't be encoded."""
+
+
+class Pretraining:
+    """Every text led by the end-of-text token, which as the target of the token before it ends the one before."""
+
+    weighted = False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+
+    def __call__(self, documents: Sequence[Document]) -> list[Example]:
+        assert all(document.kind == "text" for document in documents)
+        return [Example(ids, None) for ids in self._tokenizer.encode_batch([document.text for document in documents])]
+
+
+class FineTuning:
+    """Texts between what the folder's tokenizer puts before a text and its end token; conversations as its template
+    writes them, of which the assistant's answers count. No document's first token is a target."""
+
+    weighted = True
+
+    def __init__(self, folder: ModelFolder) -> None:
+        """Raises ConfigError when the folder doesn't say what ends a text."""
+        if folder.end_id is None:
+            raise ConfigError(f"init: {folder.path} doesn't say which token ends a text (eos_token_id)")
+        self._folder, self._end, self.vocab_size = folder, folder.end_id, folder.config.vocab_size
+
+    @cached_property
+    def stamp(self) -> list[str | int]:
+        """Changes whenever the same documents would be other tokens."""
+        chat = self._folder.chat
+        template = None if chat is None else [chat.source, sorted(chat.special_tokens.items())]
+        parts = [(self._folder.path / "tokenizer.json").read_bytes(), json.dumps(template).encode()]
+        return [
+            *(hashlib.sha256(part).hexdigest() for part in parts),
+            self._end,
+            *sorted(self._folder.tokenizer.eos_ids),
+        ]
+
+    def __call__(self, documents: Sequence[Document]) -> list[Example]:
+        made: dict[int, Example] = {}
+        of_kind = {
+            kind: [index for index, document in enumerate(documents) if document.kind == kind]
+            for kind in ("text", "messages")
+        }
+        for kind, encode in (("text", self._texts), ("messages", self._conversations)):
+            made |= zip(of_kind[kind], encode([documents[index] for index in of_kind[kind]]), strict=True)
+        examples = [made[index] for index in range(len(documents))]
+        for document, example in zip(documents, examples, strict=True):
+            if (most := max(example.ids, default=0)) >= self.vocab_size:
+                raise ConfigError(
+                    f"data: {document.name} holds token {most}, and the model in {self._folder.path} has only "
+                    f"{self.vocab_size} ids"
+                )
+        return examples
+
+    def _texts(self, documents: Sequence[Document]) -> list[Example]:
+        examples = []
+        for ids in self._folder.tokenizer.encode_batch([document.text for document in documents]):
+            ids = ids if ids[-1:] == [self._end] else [*ids, self._end]
+            weights = np.ones(len(ids), np.uint8)
+            weights[0] = 0
+            examples.append(Example(ids, weights))
+        return examples
+
+    def _conversations(self, documents: Sequence[Document]) -> list[Example]:
+        rendered = [self._render(document) for document in documents]
+        encoded = self._folder.tokenizer.encode_chat_batch([text for text, _ in rendered])
+        return [
+            Example(ids, self._answers(ids, extents, spans))
+            for (ids, extents), (_, spans) in zip(encoded, rendered, strict=True)
+        ]
+
+    def _render(self, document: Document) -> tuple[str, list[Span]]:
+        if self._folder.chat is None:
+            raise ConfigError(f"data: {document.name} holds messages, and {self._folder.path} has no chat template")
+        fields = json.loads(document.text)
+        arguments = {name: value for name, value in fields.items() if name != "messages"}
+        try:
+            return self._folder.chat.render_with_assistant_spans(fields["messages"], arguments=arguments)
+        except ChatError as error:
+            raise ConfigError(f"data: {document.name}: {error}") from None
+
+    def _answers(self, ids: list[int], extents: list[Span], spans: list[Span]) -> np.ndarray:
+        """1 where a token stands for a character that the assistant said, up to the token that ends its turn."""
+        weights = np.zeros(len(ids), np.uint8)
+        starts, ends = np.asarray(extents, np.int64).reshape(-1, 2).T
+        stops = np.isin(ids, list(self._folder.tokenizer.eos_ids))
+        for start, end in spans:
+            inside = np.flatnonzero((starts < end) & (ends > start))
+            stopped = inside[stops[inside]]
+            # Templates go on with a newline that the model, which has stopped, never writes.
+            weights[inside if not len(stopped) else inside[inside <= stopped[-1]]] = 1
+        weights[:1] = 0
+        return weights

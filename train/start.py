@@ -1,0 +1,83 @@
+"""Starting from a model that is there: what may be set, what is loaded, what the out folder takes over from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from model.config import ConfigError, LoraConfig, ModelConfig
+from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.hardware import default_dtype
+from model.transformer import Params
+from train.config import OptimizerConfig, TrainConfig, flat
+
+SETTABLE = ("dtype", "remat", "scan_layers", "mixture.correction_rate")
+"""Fields of the model that change nothing of what it computes; lora.* besides."""
+
+
+def fine_tuning(path: Path, *, adapters: bool = False) -> TrainConfig:
+    """The settings that fine-tuning the model in `path` starts from. Raises ConfigError when it isn't a model's."""
+    folder = open_folder(path)
+    model = folder.config
+    if folder.family is not None:  # a published folder doesn't say how it is trained
+        accelerator = default_dtype() != "float32"
+        large = model.parameters > 500e6
+        model = dataclasses.replace(
+            model, dtype=default_dtype(), scan_layers=accelerator, remat="full" if accelerator and large else "none"
+        )
+    default = TrainConfig()
+    text = dataclasses.replace(default.text, seq=min(default.text.seq, model.context_length))
+    return TrainConfig(
+        init=path,
+        preset="",
+        model=model,
+        text=text,
+        optimizer=OptimizerConfig(lr=2e-4 if adapters else 2e-5),
+    )
+
+
+def open_start(config: TrainConfig) -> ModelFolder | None:
+    """The folder named by `init`, if one is. Raises ConfigError naming the setting that doesn't go with it."""
+    if config.init is None:
+        if config.model.lora.rank:
+            raise ConfigError("model.lora.rank needs --init: adapters are trained on a model that is there")
+        return None
+    if config.init.resolve() == config.out.resolve():
+        raise ConfigError(f"out: {config.out} is the folder that --init names; name another one")
+    if config.text.tokenizer is not None:
+        raise ConfigError("text.tokenizer can't be set with --init: the model has its own")
+    folder = open_folder(config.init)
+    if folder.adapter is not None:
+        raise ConfigError(f"init: {config.init} is an adapter; start from the model that it was trained on")
+    theirs, ours = (flat(dataclasses.asdict(model)) for model in (folder.config, config.model))
+    for name, value in theirs.items():
+        if name not in SETTABLE and not name.startswith("lora.") and ours[name] != value:
+            raise ConfigError(f"model.{name} can't be set with --init: it is {value!r} in {config.init}")
+    if config.model.lora.rank and (config.out / "config.json").is_file():
+        raise ConfigError(f"out: {config.out} holds a model already; adapters need a folder of their own")
+    return folder
+
+
+def load_start(folder: ModelFolder, config: ModelConfig, mesh: Mesh, console: Console) -> Params:
+    """The folder's parameters in the layout and shardings of `config`, without adapters: in float32 to train them; what
+    adapters are trained on is kept as it is read each step."""
+    plain = dataclasses.replace(folder, config=dataclasses.replace(config, lora=LoraConfig()))
+    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=folder.nbytes or None)
+        dtype = config.dtype if config.lora.rank else None
+        return plain.load_params(mesh, dtype, lambda size: bar.advance(task, size))
+
+
+def take_over(folder: ModelFolder, config: TrainConfig) -> None:
+    """Copies into the out folder what serving and exporting the result need besides its weights."""
+    copy_companions(folder.path, config.out)
+    if not config.model.lora.rank:
+        source = folder.path / (PUBLISHED_CONFIG if folder.family is None else "config.json")
+        if source.is_file():
+            shutil.copyfile(source, config.out / PUBLISHED_CONFIG)
