@@ -5,7 +5,7 @@ JOBS ?= 2
 EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
-.PHONY: demo test test-all lint protos peers setup setup-dev clean
+.PHONY: demo test test-all lint protos parity peers setup setup-dev clean
 
 demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight prompts at once
 	$(BIN)/isthmus demo
@@ -29,6 +29,9 @@ setup-dev: $(VENV)/.ready-dev
 protos: $(VENV)/.ready-dev  ## generate isthmus/v1 again
 	$(BIN)/python build_protos.py
 
+parity: $(VENV)/.ready-dev peers  ## every family against transformers, live, on models of a new seed
+	$(BIN)/python tests/parity/live.py $(SEED)
+
 peers: .venv-peers/.ready  ## torch, transformers and what else we are measured against; Python 3.11
 
 $(VENV)/.ready: $(SOURCES)
@@ -39,7 +42,7 @@ $(VENV)/.ready-dev: $(SOURCES)
 	@sh scripts/setup.sh $(VENV) $(EXTRAS)
 	@touch $@ $(VENV)/.ready
 
-.venv-peers/.ready: benchmarks/peers/requirements.txt
+.venv-peers/.ready: benchmarks/peers/requirements.txt scripts/setup_peers.sh
 	@sh scripts/setup_peers.sh .venv-peers
 	@touch $@
 

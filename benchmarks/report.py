@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.plots import plot_rates, plot_steps
 from benchmarks.record import Record, load_all
-from benchmarks.statistics import number, percentiles
+from benchmarks.statistics import median, number, percentiles
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,12 @@ def write_report(folder: Path) -> list[Path]:
     records = load_all(folder)
     written: list[Path] = []
     sections = ["# Results", INTRODUCTION]
-    for kind, title in (("step", "Steps"), ("serve", "Serving"), ("train", "Training")):
+    for kind, title in (
+        ("step", "Steps"),
+        ("serve", "Serving"),
+        ("train", "Training"),
+        ("weights", "Loading weights"),
+    ):
         chosen = [record for record in records if record.kind == kind]
         if chosen:
             sections.append(f"## {title}")
@@ -40,7 +45,7 @@ def write_report(folder: Path) -> list[Path]:
 
 
 INTRODUCTION = """Made by `isthmus bench report` from the JSON files in this folder, which hold more: every setting, and
-the spread of every figure. `isthmus bench step`, `serve` and `train` write them."""
+the spread of every figure. `isthmus bench step`, `serve`, `train` and `weights` write them."""
 
 
 def _plot(record: Record, folder: Path) -> Path | None:
@@ -161,4 +166,17 @@ def _training(record: Record) -> str:
     return text + (f"\n\nRatio of medians: {peer['ratio']:.2f}." if peer is not None else "")
 
 
-_SECTIONS = {"step": _steps, "serve": _serving, "train": _training}
+def _weights(record: Record) -> str:
+    figures = record.figures
+    rate = lambda key: number(figures["bytes"] / median(figures[key]) / 1e9)  # noqa: E731
+    rows = [("reading the files", rate("read_seconds")), ("loading the model", rate("load_seconds"))]
+    cache = "in" if figures["warm"] else "dropped from"
+    return (
+        f"{figures['bytes'] / 1e9:.2f} GB of safetensors, {cache} the page cache, kept in {figures['dtype']}; "
+        f"host memory above the model's own: {figures['host_bytes_above_model'] / 1e9:.2f} GB (the largest file: "
+        f"{figures['largest_file'] / 1e9:.2f} GB); {figures['share_of_reading']:.0%} of plain reading.\n\n"
+        + table(("", "GB/s"), rows)
+    )
+
+
+_SECTIONS = {"step": _steps, "serve": _serving, "train": _training, "weights": _weights}

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from benchmarks import report, serve, step, train
+from benchmarks import report, serve, step, train, weights
 from benchmarks.child import BenchError
 from benchmarks.record import Record, results_folder
 from model.checkpoint import CheckpointError
@@ -25,6 +25,7 @@ examples:
   isthmus bench serve --model runs/mine --rates 1 2 4    a model folder, at rates of one's own (requests a second)
   isthmus bench serve --address 127.0.0.1:50051          a server that runs already
   isthmus bench train --peer                             a training step, beside nanoGPT in torch (make peers)
+  isthmus bench weights                                  loading a published folder, beside reading its files
   isthmus bench report                                   README.md and plots from all results
 
 Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
@@ -33,11 +34,14 @@ Command = (
     Annotated[step.StepBench, tyro.conf.subcommand("step")]
     | Annotated[serve.ServeBench, tyro.conf.subcommand("serve")]
     | Annotated[train.TrainBench, tyro.conf.subcommand("train")]
+    | Annotated[weights.WeightsBench, tyro.conf.subcommand("weights")]
     | Annotated[report.ReportConfig, tyro.conf.subcommand("report")]
 )
 
 
-def _measure(command: step.StepBench | serve.ServeBench | train.TrainBench, console: Console) -> None:
+def _measure(
+    command: step.StepBench | serve.ServeBench | train.TrainBench | weights.WeightsBench, console: Console
+) -> None:
     """Runs, prints and saves one benchmark."""
     record: Record
     match command:
@@ -50,6 +54,9 @@ def _measure(command: step.StepBench | serve.ServeBench | train.TrainBench, cons
         case train.TrainBench():
             record = train.run(command, console)
             train.show(record, console)
+        case weights.WeightsBench():
+            record = weights.run(command, console)
+            weights.show(record, console)
     console.print(f"saved {record.save(results_folder(command.out))}", highlight=False)
 
 

@@ -101,7 +101,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     def complete(prompt: Prompt) -> Generator[str, None, None]:
         message = generate_request(prompt, **config.options())
         ids = prompt_ids(message, model.tokenizer, model.chat)
-        request = build_request(message, ids, model.tokenizer, model.config.context_length)
+        request = build_request(message, ids, model.tokenizer, engine.config.context_length, model.generation)
         outputs: SimpleQueue[Output] = SimpleQueue()
         request.handle = outputs
         engine.submit(request)

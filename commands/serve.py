@@ -53,6 +53,14 @@ async def serve(config: ServeConfig, console: Console) -> int:
         f"{pages * engine.config.page_size * model.config.kv_bytes_per_token() / 1e6:.0f} MB",
         highlight=False,
     )
+    if engine.config.context_length < model.config.context_length:
+        console.print(
+            f"context: {engine.config.context_length} of the model's {model.config.context_length} tokens, "
+            "what memory has room for; --engine.context-length sets it",
+            highlight=False,
+        )
+    for setting in model.generation.ignored:
+        console.print(f"generation_config.json: {setting} is not supported and has no effect", style="yellow")
     console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
     if not await server.run():
         console.print("isthmus serve: the engine has ended on an error; see the log above", style="red")

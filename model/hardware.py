@@ -84,6 +84,22 @@ def check_dtype(dtype: str) -> None:
         raise ConfigError("dtype=bfloat16 on CPU needs jax 0.12 or newer, and so Python 3.12 or newer; use float32")
 
 
+def free_memory(device: jax.Device) -> int:
+    """Bytes that can still be allocated on `device`; on CPU, of main memory, which all virtual devices share."""
+    if device.platform == "cpu":
+        return _available_main_memory()
+    stats = device.memory_stats() or {}
+    return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+
+
+def _available_main_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def measure_gemm(dtype: str) -> float:
     """FLOP/s of a large matrix product, the best of several."""
     m, k, n = (1024, 1024, 4096) if jax.devices()[0].platform == "cpu" else (8192, 8192, 8192)

@@ -21,7 +21,8 @@ _NO_EFFECT = {
 
 _HONOURED = {
     "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "task_type", "use_rslora",
+    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters",
+    "task_type", "use_rslora",
 }  # fmt: skip
 
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
@@ -84,12 +85,12 @@ class AdapterSettings:
             stabilized,
         )
 
-    def rank_of(self, module: str) -> int:
-        return _first_match(self.ranks, module, self.rank)
+    def rank_of(self, key: str) -> int:
+        return _first_match(self.ranks, key, self.rank)
 
-    def scale_of(self, module: str) -> float:
+    def scale_of(self, key: str) -> float:
         """What multiplies B·A·x."""
-        return self._scale(_first_match(self.alphas, module, self.alpha), self.rank_of(module))
+        return self._scale(_first_match(self.alphas, key, self.alpha), self.rank_of(key))
 
     @property
     def scale(self) -> float:
@@ -99,21 +100,25 @@ class AdapterSettings:
     def _scale(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
-    def check_applies(self, module: str, layer: int) -> None:
-        """Raises ConfigError when PEFT would leave out the adapter that is stored for `module`."""
+    def key_of(self, module: str, layer: int) -> str:
+        """What PEFT matches patterns with for `module`. Raises ConfigError when it would leave out the adapter that is
+        stored for it."""
         fields = self.fields
-        targets = fields.raw("target_modules", None)
-        if not _names(fields, "target_modules", module) and targets != "all-linear":
+        weight = f"{module}.weight"
+        if _names(fields, "target_parameters", weight):
+            return weight
+        if not _names(fields, "target_modules", module) and fields.raw("target_modules") != "all-linear":
             raise fields.error("target_modules", f"leaves out {module}, for which the file holds an adapter")
-        if fields.raw("exclude_modules", None) and _names(fields, "exclude_modules", module):
+        if _names(fields, "exclude_modules", module):
             raise fields.error("exclude_modules", f"leaves out {module}, for which the file holds an adapter")
         layers = fields.raw("layers_to_transform", None)
         if layers is None or layers == []:
-            return
+            return module
         if fields.raw("layers_pattern", None) not in (None, "layers", [], ["layers"], ""):
             raise fields.error("layers_pattern", "must be layers, as they are called in this model")
         if layer not in (layers if isinstance(layers, list) else [layers]):
             raise fields.error("layers_to_transform", f"leaves out {module}, for which the file holds an adapter")
+        return module
 
 
 def _is_positive(value: Any) -> bool:
@@ -141,20 +146,22 @@ def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
 
 
 def _names(fields: Fields, name: str, module: str) -> bool:
-    """Whether the field, a regular expression or a list of names' ends, names a module."""
+    """Whether the field, a regular expression or a list of names' ends, names a module or parameter."""
     value = fields.raw(name, None)
+    if value is None:
+        return False
     if isinstance(value, str):
         return _compiled(fields, name, value).fullmatch(module) is not None
     if not isinstance(value, list) or not all(isinstance(end, str) for end in value):
-        raise fields.error(name, "must be a list of modules' names, or a regular expression")
+        raise fields.error(name, "must be a list of names, or a regular expression")
     return any(module == end or module.endswith(f".{end}") for end in value)
 
 
 def adapter_config(
-    base: Path, rank: int, alpha: float, targets: list[str] | str, parts: Mapping[str, int]
+    base: Path, rank: int, alpha: float, targets: tuple[list[str], list[str]], parts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """adapter_config.json of an adapter of `base`. parts: modules (by regular expression) whose rank is a multiple of
-    `rank`, and that multiple; their scale is everybody's all the same."""
+    """adapter_config.json of an adapter of `base`. targets: modules, and parameters. parts: modules (by regular
+    expression) whose rank is a multiple of `rank`, and that multiple; their scale is everybody's all the same."""
     return {
         "alpha_pattern": {module: _whole(count * alpha) for module, count in parts.items()},
         "base_model_name_or_path": str(base.resolve()),
@@ -168,7 +175,8 @@ def adapter_config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {module: count * rank for module, count in parts.items()},
-        "target_modules": targets,
+        "target_modules": targets[0],
+        "target_parameters": targets[1] or None,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,

@@ -140,7 +140,7 @@ def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: P
         ranks[name] = len(a)
         stored[f"base_model.model.{name}.lora_A.weight"] = a
         stored[f"base_model.model.{name}.lora_B.weight"] = b
-    targets = _targets(list(modules), _weights(config, table))
+    targets = _targets(config, modules, _weights(config, table))
     settings = adapter_config(base.path, rank, config.lora.alpha, targets, _multiples(ranks, rank))
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / ADAPTER_FILE, lambda path: save_file(stored, path, {"format": "pt"}))
@@ -200,19 +200,21 @@ def _weights(config: ModelConfig, table: tensors.Table) -> set[str]:
     return {part.name.removesuffix(".weight") for nested in parts for part in leaves_of(nested)}
 
 
-def _targets(modules: list[str], everything: set[str]) -> list[str] | str:
-    """The modules' last names, or a regular expression where those would name others as well."""
-    ends = sorted({name.rpartition(".")[2] for name in modules})
-    if {name for name in everything if name.rpartition(".")[2] in ends} == set(modules):
-        return ends
-    layers: dict[str, list[str]] = {}
-    for name in modules:
-        _, _, layer, inner = name.split(".", 3)
-        layers.setdefault(inner, []).append(layer)
-    alike: dict[str, list[str]] = {}
-    for inner, where in layers.items():
-        alike.setdefault("|".join(where), []).append(re.escape(inner))
-    return "|".join(rf"model\.layers\.({where})\.({'|'.join(inner)})" for where, inner in alike.items())
+def _targets(config: ModelConfig, modules: Modules, everything: set[str]) -> tuple[list[str], list[str]]:
+    """target_modules and target_parameters: the modules' last names, or more of them where those would name others too.
+
+    In a model with experts, PEFT takes a module gate_proj, up_proj or down_proj for the experts' of that name, wherever
+    it is: there, those of other MLPs are named by their weight.
+    """
+    inner = {name: name.split(".", 3)[3] for name in modules}
+    by_weight = {name for name, slots in modules.items() if config.mixture.experts and slots[0].path.startswith("mlp/")}
+    by_name = set(modules) - by_weight
+    ends = {name.rpartition(".")[2] for name in by_name}
+    precise = {name for name in everything if name.rpartition(".")[2] in ends} == by_name
+    return (
+        sorted(ends if precise else {inner[name] for name in by_name}),
+        sorted({f"{inner[name]}.weight" for name in by_weight}),
+    )
 
 
 def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
@@ -246,9 +248,9 @@ def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, Params]:
     found: dict[tuple[int, str], Factors] = {}
     for name in _stored_modules(files, modules):
         slots = modules[name]
-        settings.check_applies(name, slots[0].layer)
-        a, b = _stored_pair(files, name, slots[0].tensor, settings)
-        for slot, factors in zip(slots, _split(slots, a, b, settings.scale_of(name), settings.rank), strict=True):
+        key = settings.key_of(name, slots[0].layer)
+        a, b = _stored_pair(files, name, slots[0].tensor, settings.rank_of(key))
+        for slot, factors in zip(slots, _split(slots, a, b, settings.scale_of(key), settings.rank), strict=True):
             found[slot.layer, slot.path] = factors
     used = {path for (_, path), factors in found.items() if factors.a.any() or factors.b.any()}
     paths = sorted(used or {path for _, path in found})
@@ -288,10 +290,7 @@ def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
     return list(halves)
 
 
-def _stored_pair(
-    files: TensorFiles, module: str, tensor: tuple[int, int], settings: AdapterSettings
-) -> tuple[np.ndarray, np.ndarray]:
-    rank = settings.rank_of(module)
+def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank: int) -> tuple[np.ndarray, np.ndarray]:
     pair = []
     for side, shape in (("A", (rank, tensor[1])), ("B", (tensor[0], rank))):
         name = f"base_model.model.{module}.lora_{side}.weight"

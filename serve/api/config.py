@@ -16,7 +16,7 @@ class ServeConfig:
     """Serves a model over gRPC."""
 
     model: Path
-    """A model folder, as `isthmus train` writes it"""
+    """A model folder: as `isthmus train` writes it, as Hugging Face publishes it, or a LoRA adapter's"""
     merge_adapter: bool = False
     """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
     host: str = "127.0.0.1"
@@ -31,6 +31,8 @@ class ServeConfig:
     """Of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
     tp: int = 1
     """Devices to split the model over"""
+    ep: int = 1
+    """Devices to split the experts over, times tp"""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM"""
     compilation_cache: Path | None = None

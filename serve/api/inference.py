@@ -98,7 +98,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             # A chat template is a program: it may take a second over a short text.
             size = math.inf if message.HasField("messages") else message.ByteSize()
             prompt = await _off_loop(size, prompt_ids, message, tokenizer, self._session.model.chat)
-            ours = build_request(message, prompt, tokenizer, engine.config.context_length)
+            model = self._session.model
+            ours = build_request(message, prompt, tokenizer, engine.config.context_length, model.generation)
         except InvalidRequest as error:
             await abort(context, invalid(error.field, error.message))
         queue = await self._session.submit(ours, context)

@@ -99,7 +99,7 @@ class Server:
         build = (
             self.session.model,
             self.config.engine,
-            MeshShape(tp=self.config.tp),
+            MeshShape(tp=self.config.tp, ep=self.config.ep),
             self.session.sink,
             tick,
         )

@@ -11,6 +11,7 @@ from google.protobuf import struct_pb2
 
 from isthmus.v1 import inference_pb2
 from model.chat import ChatError, ChatTemplate
+from model.folder import GenerationDefaults
 from model.tokenizer import Tokenizer
 from serve.engine.request import InvalidRequest, Request, SamplingParams
 
@@ -42,11 +43,14 @@ def _finite(field: str, value: float, low: float, high: float, *, open_low: bool
     return value
 
 
-def _sampling(params: inference_pb2.SamplingParams) -> SamplingParams:
-    def given(name: str, default: float) -> float:
-        return getattr(params, name) if params.HasField(name) else default
+def _sampling(params: inference_pb2.SamplingParams, recommended: GenerationDefaults) -> SamplingParams:
+    def given(name: str, default: float) -> Any:
+        if params.HasField(name):
+            return getattr(params, name)
+        own = getattr(recommended, name)
+        return default if own is None else own
 
-    top_k = params.top_k
+    top_k = given("top_k", 0)
     if top_k >= 1 << 31:
         raise InvalidRequest("sampling.top_k", f"must be below 2^31, not {top_k}")
     return SamplingParams(
@@ -103,27 +107,34 @@ def _arguments(value: Any) -> Any:
 
 
 def build_request(
-    message: inference_pb2.GenerateRequest, prompt: list[int], tokenizer: Tokenizer, context_length: int
+    message: inference_pb2.GenerateRequest,
+    prompt: list[int],
+    tokenizer: Tokenizer,
+    context_length: int,
+    recommended: GenerationDefaults,
 ) -> Request:
-    """The engine's request. Raises InvalidRequest naming the field in the API's words."""
+    """The engine's request; what it leaves open is as `recommended`. Raises InvalidRequest naming the field in the
+    API's words."""
     if len(message.request_id) > MAX_REQUEST_ID or not message.request_id.isprintable():
         raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     stop = message.stop
     if len(stop.token_ids) > MAX_STOP_TOKENS:
         raise InvalidRequest("stop.token_ids", f"has {len(stop.token_ids)} ids; at most {MAX_STOP_TOKENS}")
     stop_ids = check_token_ids("stop.token_ids", stop.token_ids, tokenizer.vocab_size)
+    fields = {"text": "text", "messages": "messages.messages"}
+    field = fields.get(message.WhichOneof("prompt") or "", "token_ids.ids")
     left = context_length - len(prompt)
     if left < 1:
-        fields = {"text": "text", "messages": "messages.messages"}
         raise InvalidRequest(
-            fields.get(message.WhichOneof("prompt") or "", "token_ids.ids"),
-            f"has {len(prompt)} tokens; the context of {context_length} needs room for one more",
+            field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more"
         )
+    if max(prompt, default=0) >= tokenizer.vocab_size:
+        raise InvalidRequest(field, f"spells the token {max(prompt)}, which the model has no embedding for")
     max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)
     return Request(
         id=message.request_id or secrets.token_hex(8),
         prompt=prompt,
-        sampling=_sampling(message.sampling),
+        sampling=_sampling(message.sampling, recommended),
         max_tokens=max_tokens,
         stop_ids=frozenset(stop_ids),
         eos_ids=frozenset() if stop.ignore_eos else tokenizer.eos_ids,

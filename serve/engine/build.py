@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from model.config import LoraConfig
+import jax
+
+from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
-from model.hardware import check_dtype, default_dtype
+from model.hardware import check_dtype, default_dtype, free_memory
 from model.sharding import MeshShape, build_mesh, check_divisible
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine, Sink
@@ -28,13 +31,41 @@ def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False) 
     return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
 
 
+CACHE_SHARE = {"cpu": 0.5}
+"""Of the memory that the weights leave, what the KV cache may take; elsewhere 0.8."""
+
+
+def fit_memory(engine: EngineConfig, model: ModelConfig, mesh: MeshShape, free: int) -> EngineConfig:
+    """Resolves `engine`, with fewer pages, and a shorter context where none was asked for, if the default doesn't fit
+    into `free` bytes of a device. Raises ConfigError when not even that does."""
+    resolved = engine.resolve(model)
+    if engine.pages:
+        return resolved
+    width = 4 if model.dtype == "float32" else 2
+    left = free - model.parameters * width // (mesh.tp * mesh.ep)
+    heads = 1 if model.latent.rank else mesh.tp
+    page_bytes = model.kv_bytes_per_token() * engine.page_size // heads
+    affordable = int(left * CACHE_SHARE.get(jax.default_backend(), 0.8)) // page_bytes
+    if affordable >= resolved.pages:
+        return resolved
+    context = resolved.context_length
+    if not engine.context_length:
+        context = min(context, (affordable - 1) * engine.page_size)
+    if context < 2 or affordable < 1 + -(-context // engine.page_size):
+        raise ConfigError(
+            f"engine.context_length={context}: {free / 1e9:.1f} GB are free, and after the model's "
+            f"{(free - left) / 1e9:.1f} GB there is room for {max(affordable, 0) * engine.page_size} tokens of KV cache"
+        )
+    return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)
+
+
 def build_executor(
     model: ModelFolder, engine: EngineConfig, mesh: MeshShape, tick: Callable[[str], None] = lambda text: None
 ) -> Executor:
     """Loads the newest checkpoint and compiles every bucket; tick(what) before each part. Raises ConfigError."""
-    engine = engine.resolve(model.config)
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
+    engine = fit_memory(engine, model.config, mesh, free_memory(devices.devices.flat[0]))
     tick("loading parameters")
     total, read = model.nbytes, 0
 

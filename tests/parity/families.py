@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
@@ -19,8 +22,13 @@ from model.huggingface.load import load_params
 from model.transformer import Params
 from tests.parity.weights import family_tensors
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("ISTHMUS_GOLDEN", Path(__file__).parent / "golden"))
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/manifest.json"))
+
+
+def others_slow(*chosen: str) -> list[Any]:
+    """All families, those that aren't `chosen` marked slow: every way in which families differ is in one of these."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
 def golden(family: str) -> dict[str, np.ndarray]:
@@ -44,8 +52,6 @@ def published(family: str) -> Path:
 
 
 def load(family: str, mesh: Mesh, **changes: Any) -> tuple[Family, ModelConfig, Params]:
-    import dataclasses
-
     folder = published(family)
     kind, config = read_config(folder / "config.json")
     config = dataclasses.replace(config, **changes)

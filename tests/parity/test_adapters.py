@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from model.config import LoraConfig
+from model.config import ConfigError, LoraConfig
 from model.folder import ModelFolder, open_folder
 from model.lora import join, load_adapter, merge, save_adapter, split
 from model.tokenizer import Tokenizer
@@ -40,9 +40,9 @@ TARGETS = {
 THEIRS = {
     "llama3": "all-linear",
     "phi3": "all-linear",
-    "qwen3_moe": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    "qwen3_moe": "q_proj,k_proj,v_proj,o_proj",
     "gemma3": "all-linear",
-    "deepseek_v2": "q_proj,kv_a_proj_with_mqa,o_proj,gate_proj,up_proj,down_proj",
+    "deepseek_v2": "q_proj,kv_a_proj_with_mqa,o_proj",
     "deepseek_v3": "q_a_proj,q_b_proj,kv_a_proj_with_mqa,o_proj",
 }
 
@@ -103,7 +103,9 @@ def test_we_compute_pefts_adapter(
 ) -> None:
     """An adapter that somebody published, served here, gives what its author saw."""
     base, adapter = published(family), tmp_path / "adapter"
-    theirs = peft_logits(base, adapter, "--make", "4", THEIRS[family], "--alpha", "6", *(["--rslora"] if rslora else []))
+    theirs = peft_logits(
+        base, adapter, "--make", "4", THEIRS[family], "--alpha", "6", *(["--rslora"] if rslora else [])
+    )
     folder = open_folder(adapter)
     assert json.loads((adapter / "adapter_config.json").read_text())["use_rslora"] == rslora
     ours = forward(folder.config, folder.load_params(mesh), some_tokens(base))
@@ -112,6 +114,14 @@ def test_we_compute_pefts_adapter(
     assert relative_error(merged, theirs) <= TOLERANCE
     plain = forward(base.config, base.load_params(mesh), some_tokens(base))
     assert relative_error(plain, theirs) > 0.1, "the comparison says nothing: the adapter does nothing"
+
+
+def test_experts_that_peft_adapted_are_refused(published: Callable[[str], ModelFolder], tmp_path: Path) -> None:
+    """An adapter's share of the experts can't be computed here, and leaving it out would be another model."""
+    base = published("qwen3_moe")
+    peft_logits(base, tmp_path / "adapter", "--make", "4", "q_proj,gate_proj,up_proj,down_proj")
+    with pytest.raises(ConfigError, match=r"the tensor .*mlp\.experts\..* is no part of an adapter that is supported"):
+        open_folder(tmp_path / "adapter")
 
 
 def test_an_adapter_comes_back_from_peft_as_it_was(

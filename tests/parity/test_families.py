@@ -26,7 +26,7 @@ from serve.engine.executor import Executor, cache_shape, paged_attention, sequen
 from serve.engine.plan import split_plan
 from serve.engine.request import Request, SamplingParams
 from serve.engine.scheduler import Scheduler
-from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load
+from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load, others_slow
 from tests.serve.engine.harness import Arrival, play
 from tests.support import relative_error
 from train.data import Batch
@@ -35,11 +35,6 @@ from train.step import gradients, long_sequences, packed_attention
 TOLERANCE = 2e-5
 """Relative, of a sequence's logits together (Euclidean); float32 in another order of operations moves them by 5e-6."""
 GREEDY = SamplingParams(temperature=0)
-
-
-def others_slow(*chosen: str) -> list[Any]:
-    """All families, those that aren't `chosen` marked slow: every way in which families differ is in one of these."""
-    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
 def batch_of(tokens: Any, lengths: Any) -> Batch:
