@@ -30,6 +30,7 @@ examples:
 
 Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
 
+Measurement = step.StepBench | serve.ServeBench | train.TrainBench | weights.WeightsBench
 Command = (
     Annotated[step.StepBench, tyro.conf.subcommand("step")]
     | Annotated[serve.ServeBench, tyro.conf.subcommand("serve")]
@@ -39,9 +40,7 @@ Command = (
 )
 
 
-def _measure(
-    command: step.StepBench | serve.ServeBench | train.TrainBench | weights.WeightsBench, console: Console
-) -> None:
+def _measure(command: Measurement, console: Console) -> None:
     """Runs, prints and saves one benchmark."""
     record: Record
     match command:

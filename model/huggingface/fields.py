@@ -15,20 +15,28 @@ MAX_CONFIG_BYTES = 4 << 20
 
 _NO_EFFECT = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
-    "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
-    "return_dict", "router_aux_loss_coef", "task_specific_params", "tokenizer_class", "torch_dtype",
-    "transformers_version", "transformers.js_config", "unsloth_fixed", "unsloth_version", "use_cache",
+    "cache_implementation", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_llama_config", "label2id", "max_length", "model_type", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "return_dict",
+    "router_aux_loss_coef", "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
-"""What the computation doesn't depend on. Code that `auto_map` names is never loaded."""
+"""What the logits don't depend on. Code that `auto_map` names is never loaded."""
 
 _NEUTRAL: dict[str, Collection[Any]] = {
     "add_cross_attention": (False,),
+    "attention_bias": (False, None),
     "attention_dropout": (0, None),
     "embd_pdrop": (0, None),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
-    "pretraining_tp": (1, None),
+    "lm_head_bias": (False,),
+    "mlp_bias": (False, None),
+    "rope_interleaved": (False,),
+    "sliding_window": (None,),
+    "use_mrope": (False,),
     "resid_pdrop": (0, None),
     "hidden_dropout": (0, None),
     "use_bidirectional_attention": (False, None),

@@ -237,6 +237,29 @@ def test_random_damage_never_gives_another_model(seed: int, mesh: Mesh, tmp_path
             files.array(name).copy()
 
 
+PUBLISHED_EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2": (
+        "llama2",
+        {"is_llama_config": True, "rope_interleaved": False, "transformers.js_config": {"dtype": {}}},
+    ),
+    "SmolLM3": ("smollm3", {"pretraining_tp": 2, "max_window_layers": 28}),
+    "Qwen2.5": ("qwen2", {"sliding_window": 131072, "use_mrope": False}),
+    "Gemma 2": ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+    "Phi-4-mini": ("phi4", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+    "gpt-oss": ("gpt_oss", {"experts_per_token": 3, "initial_context_length": 4096, "router_aux_loss_coef": 0.9}),
+    "DeepSeek-V2": ("deepseek_v2", {"aux_loss_alpha": 0.001, "moe_layer_freq": 1, "scoring_func": "softmax"}),
+    "DeepSeek-V3": ("deepseek_v3", {"ep_size": 1, "topk_method": "noaux_tc", "num_nextn_predict_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_EXTRAS)
+def test_fields_that_are_published_without_effect_are_read(name: str, tmp_path: Path) -> None:
+    """Strictness must not shut out the very folders people have."""
+    family, extras = PUBLISHED_EXTRAS[name]
+    plain = open_folder(write_folder(tmp_path / "plain", family)).config
+    assert open_folder(write_folder(tmp_path / "extra", family, **extras)).config == plain
+
+
 def test_code_in_the_folder_is_never_run(mesh: Mesh, tmp_path: Path) -> None:
     """`auto_map` asks other loaders to import the folder's Python; serving a stranger's model must not."""
     trap = tmp_path / "ran"
