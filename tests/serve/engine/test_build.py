@@ -1,4 +1,4 @@
-"""From a folder to an engine: what the defaults become on a machine that is smaller than the model's longest context."""
+"""From a folder to an engine: what the defaults become on a machine that is smaller than the model's context."""
 
 from __future__ import annotations
 
