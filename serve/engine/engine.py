@@ -72,7 +72,7 @@ class Engine:
         """executor: compiled. sink: called on the engine thread with what a step gave; it must return quickly."""
         self.executor = executor
         self.config: EngineConfig = executor.engine
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = Scheduler(self.config, executor.model.rope_switch)
         self.times = StepTimes()
         self._sink = sink
         self._inbox: deque[Request | _Cancel] = deque()
