@@ -16,7 +16,7 @@ from jax import export
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from model.config import ModelConfig
+from model.config import MixtureConfig, ModelConfig
 from model.sharding import MESH_AXES, use_mesh
 from model.transformer import stacked
 from serve.engine.config import Bucket, EngineConfig
@@ -148,13 +148,16 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def tpu_mesh(tp: int) -> Mesh:
-    if tp == 1:
+def tpu_mesh(tp: int, ep: int = 1) -> Mesh:
+    if tp * ep == 1:
         topology = topologies.get_topology_desc("v5e:1x1", "tpu", chips_per_host_bounds=(1, 1, 1))
     else:
         topology = topologies.get_topology_desc("v5e:2x2", "tpu")
-    devices = np.array(topology.devices[:tp]).reshape(1, 1, tp)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return mesh_of(topology.devices[: tp * ep], (1, 1, ep, tp))
+
+
+def mesh_of(devices: Any, shape: tuple[int, ...]) -> Mesh:
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @needs_libtpu
@@ -171,12 +174,23 @@ def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, tp: in
 
 
 @needs_libtpu
+def test_experts_are_served_from_several_chips() -> None:
+    """Experts split over chips, windows and sinks: one program for a TPU, its cache in place."""
+    config, engine = paged_config("bfloat16", 256)
+    mixture = MixtureConfig(experts=8, per_token=2, dim=256, shared_dim=256)
+    config = dataclasses.replace(config, mixture=mixture, windows=(64, 0), attention_sinks=True)
+    analysis = memory(config, engine, engine.buckets[0], tpu_mesh(2, ep=2))
+    share = cache_bytes(config, engine) // 2
+    assert analysis.alias_size_in_bytes >= share
+    assert analysis.temp_size_in_bytes < share / config.layers
+
+
+@needs_libtpu
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_training_step_compiles_for_a_tpu(devices: int) -> None:
     """And so does training, sharded over the chips, its state updated in place."""
     config = stacked(dataclasses.replace(TINY, dtype="bfloat16", remat="full", dim=256, mlp_dim=256, vocab_size=256))
-    mesh = tpu_mesh(devices)
-    mesh = Mesh(mesh.devices.reshape(1, -1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = mesh_of(tpu_mesh(devices).devices, (1, devices, 1, 1))
     trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
     state = trainer.abstract_state(config)
     batch = jax.tree.map(
