@@ -180,7 +180,8 @@ def _fetch(
     """
     lead, views, order = _select(files, config, parts, index)
     axes = tuple(sorted(range(views[0].ndim), key=lambda axis: -views[0].strides[axis]))  # as they lie in memory
-    turned = axes != tuple(range(len(axes)))
+    wide = [axis for axis in axes if views[0].shape[axis] > 1]  # an axis of size 1 turns nothing in memory
+    turned = wide != sorted(wide)
     shape = (*lead, *(views[0].shape[axis] for axis in axes))
     if turned and not lead and views[0].dtype == dtype:
         stored = views[0].transpose(axes)
