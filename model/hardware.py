@@ -84,12 +84,15 @@ def check_dtype(dtype: str) -> None:
         raise ConfigError("dtype=bfloat16 on CPU needs jax 0.12 or newer, and so Python 3.12 or newer; use float32")
 
 
-def free_memory(device: jax.Device) -> int:
-    """Bytes that can still be allocated on `device`; on CPU, of main memory, which all virtual devices share."""
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that can still be allocated on `device`; on CPU, of main memory, which all virtual devices share. None is
+    not known: not every platform tells."""
     if device.platform == "cpu":
         return _available_main_memory()
-    stats = device.memory_stats() or {}
-    return int(stats.get("bytes_limit", 0)) - int(stats.get("bytes_in_use", 0))
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
 
 
 def _available_main_memory() -> int:

@@ -31,21 +31,19 @@ def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False) 
     return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
 
 
-CACHE_SHARE = {"cpu": 0.5}
-"""Of the memory that the weights leave, what the KV cache may take; elsewhere 0.8."""
-
-
-def fit_memory(engine: EngineConfig, model: ModelConfig, mesh: MeshShape, free: int) -> EngineConfig:
+def fit_memory(engine: EngineConfig, model: ModelConfig, mesh: MeshShape, free: int | None) -> EngineConfig:
     """Resolves `engine`, with fewer pages, and a shorter context where none was asked for, if the default doesn't fit
-    into `free` bytes of a device. Raises ConfigError when not even that does."""
+    into `free` bytes of a device (None is not known, and leaves the default). Raises ConfigError when not even that
+    does."""
     resolved = engine.resolve(model)
-    if engine.pages:
+    if engine.pages or free is None:
         return resolved
     width = 4 if model.dtype == "float32" else 2
     left = free - model.parameters * width // (mesh.tp * mesh.ep)
     heads = 1 if model.latent.rank else mesh.tp
     page_bytes = model.kv_bytes_per_token() * engine.page_size // heads
-    affordable = int(left * CACHE_SHARE.get(jax.default_backend(), 0.8)) // page_bytes
+    share = 0.5 if jax.default_backend() == "cpu" else 0.8  # others live in main memory, too
+    affordable = int(left * share) // page_bytes
     if affordable >= resolved.pages:
         return resolved
     context = resolved.context_length

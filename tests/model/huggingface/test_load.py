@@ -34,8 +34,8 @@ def one_expert(folder: Path, dtype: Any) -> tuple[Path, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_what_a_device_may_take_as_it_is_has_memory_of_its_own(dtype: Any, tmp_path: Path) -> None:
-    """A CPU device keeps a contiguous array where it is: in the mapped file, whose pages are given back, or in memory
-    that the next tensor is written over, the router would silently become another."""
+    """A CPU device keeps a contiguous array where it is. In the mapped file it would change with the file; in memory
+    that the next tensor is written over, one layer's router would silently become another's."""
     path, tensors = one_expert(tmp_path / "model", dtype)
     folder, files = open_folder(path), TensorFiles(path)
     assert folder.family is not None

@@ -18,13 +18,18 @@ WEIGHTS = LONG.parameters * 4
 TOKEN = LONG.kv_bytes_per_token()
 
 
-def fit(free: int, engine: EngineConfig | None = None, mesh: MeshShape | None = None) -> EngineConfig:
+def fit(free: int | None, engine: EngineConfig | None = None, mesh: MeshShape | None = None) -> EngineConfig:
     return fit_memory(engine or EngineConfig(), LONG, mesh or MeshShape(), free)
 
 
 def test_a_machine_with_room_gets_the_default() -> None:
     """The limit is for those who need it."""
     assert fit(WEIGHTS + 2 * 40 * 131072 * TOKEN) == EngineConfig().resolve(LONG)
+
+
+def test_a_device_that_does_not_tell_its_memory_gets_the_default() -> None:
+    """Not every platform counts it; that is no reason to refuse to serve there."""
+    assert fit(None) == EngineConfig().resolve(LONG)
 
 
 def test_fewer_pages_come_before_a_shorter_context() -> None:
