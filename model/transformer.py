@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -257,7 +257,7 @@ def _is_params(node: Any) -> bool:
 
 
 def _is_unstacked(node: Any) -> bool:
-    return _is_params(node) and "0" in node["blocks"]
+    return _is_params(node) and all(name.isdecimal() for name in node["blocks"])
 
 
 def unstack_blocks(tree: Any) -> Any:
@@ -276,18 +276,29 @@ def unstack_blocks(tree: Any) -> Any:
     return jax.tree.map(unstack, tree, is_leaf=_is_params)
 
 
-def stack_blocks(tree: Any) -> Any:
-    """The inverse of unstack_blocks. Neighbours with the same arrays are a run."""
+def stack_blocks(tree: Any, runs: Iterable[range] | None = None) -> Any:
+    """The inverse of unstack_blocks. Without `runs`, neighbours with the same arrays are a run; adapters need those of
+    the network, whose layers may differ in their experts alone. A run without any layer in `tree` is left out."""
+    given = None if runs is None else list(runs)
 
     def stack(node: Any) -> Any:
         if not _is_unstacked(node):
             return node
-        layers = [node["blocks"][str(i)] for i in range(len(node["blocks"]))]
+        layers = {int(name): layer for name, layer in node["blocks"].items()}
         blocks = {}
-        for _, group in groupby(range(len(layers)), key=lambda layer: str(jax.tree.map(jnp.shape, layers[layer]))):
-            run = list(group)
-            name = run_name(range(run[0], run[-1] + 1))
-            blocks[name] = jax.tree.map(lambda *x: jnp.stack(x), *(layers[layer] for layer in run))
+        for run in _alike(layers) if given is None else given:
+            present = [layers[layer] for layer in run if layer in layers]
+            assert len(present) in (0, len(run)), (run, sorted(layers))
+            if present:
+                blocks[run_name(run)] = jax.tree.map(lambda *x: jnp.stack(x), *present)
         return {**node, "blocks": blocks}
 
     return jax.tree.map(stack, tree, is_leaf=_is_params)
+
+
+def _alike(layers: dict[int, Any]) -> Iterator[range]:
+    """Neighbours with the same arrays."""
+    shapes = {layer: str(jax.tree.map(jnp.shape, layers[layer])) for layer in sorted(layers)}
+    for _, group in groupby(enumerate(shapes), key=lambda each: (each[1] - each[0], shapes[each[1]])):
+        run = [layer for _, layer in group]
+        yield range(run[0], run[-1] + 1)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
 from model import lora
 from model.config import LoraConfig, ModelConfig
 from model.sharding import use_mesh
-from model.transformer import Params, Transformer, abstract_params, run_name, runs, stacked, unstack_blocks
+from model.transformer import Params, Transformer, abstract_params, stacked, unstack_blocks
 
 
 def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
@@ -30,27 +28,6 @@ def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, lora.split(abstract_params(config, mesh))[1])
     with use_mesh(mesh):
         return jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
-
-
-def stack_adapters(config: ModelConfig, tree: Any) -> Any:
-    """Adapters, or what mirrors them, in the stacked layout, whose runs only the configuration tells: layers that
-    differ in their experts may have the same adapters, or some of them none."""
-
-    def is_params(node: Any) -> bool:
-        return isinstance(node, dict) and "blocks" in node
-
-    def stack(node: Any) -> Any:
-        if not is_params(node):
-            return node
-        blocks = {}
-        for run in runs(config):
-            layers = [node["blocks"][str(layer)] for layer in run if str(layer) in node["blocks"]]
-            if layers:
-                assert len(layers) == len(run), (run, node["blocks"].keys())
-                blocks[run_name(run)] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-        return {**node, "blocks": blocks}
-
-    return tree if config.scan_layers else jax.tree.map(stack, tree, is_leaf=is_params)
 
 
 def step_flops(config: ModelConfig, batch: int, seq: int) -> int:

@@ -27,8 +27,8 @@ from model.config import ConfigError
 from model.folder import ModelFolder
 from model.hardware import check_dtype, peak_flops
 from model.sharding import build_mesh, check_divisible
-from model.transformer import stacked, unstack_blocks
-from train.adapters import init_adapters, stack_adapters, step_flops
+from model.transformer import runs, stack_blocks, stacked, unstack_blocks
+from train.adapters import init_adapters, step_flops
 from train.config import TrainConfig, check_resumable
 from train.data import TrainingData, prepare
 from train.metrics import MetricsLog, read_metrics
@@ -310,7 +310,7 @@ class _Run:
         progress = {"step": step, "tokens": step * self.config.batch * self.config.text.seq}
         with self.mesh:
             if self.config.model.lora.rank:
-                state = stack_adapters(self.config.model, state)
+                state = stack_blocks(state, runs(self.config.model))
             self.checkpoints.save(step, state.params, state.optimizer, progress)
         self._save_adapter(state)
 

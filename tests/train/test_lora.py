@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from model import lora
 from model.config import LoraConfig, MixtureConfig, ModelConfig
 from model.sharding import MeshShape, build_mesh
-from model.transformer import Params, abstract_params, stack_blocks, stacked, unstack_blocks
+from model.transformer import Params, abstract_params, runs, stack_blocks, stacked, unstack_blocks
 from tests.support import on_host, random_params, relative_error
 from tests.train.test_step import CONFIG, random_batch
-from train.adapters import init_adapters, stack_adapters, step_flops
+from train.adapters import init_adapters, step_flops
 from train.config import OptimizerConfig
 from train.optimizer import build_optimizer
 from train.step import Trainer, TrainState, gradients
@@ -121,7 +121,7 @@ def test_a_checkpoint_has_the_runs_of_the_network(targets: str, mesh: Mesh) -> N
     optimizer = build_optimizer(OPTIMIZER, 5)
     scanned = Trainer(stacked(config), optimizer, mesh)
     state = Trainer(config, optimizer, mesh).begin(lora.split(random_params(config, mesh))[1])
-    saved = stack_adapters(config, state)
+    saved = stack_blocks(state, runs(config))
     shapes = jax.tree.map(jnp.shape, scanned.abstract_state(stacked(config)))
     assert jax.tree.map(jnp.shape, saved) == shapes == jax.tree.map(jnp.shape, stack_blocks(saved))
     again = unstack_blocks(saved)
