@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from model.config import ConfigError, LoraConfig, ModelConfig
 from model.huggingface.families import FAMILIES, Family, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import DTYPES, INDEX, SINGLE, TensorFiles
-from model.huggingface.load import Part, leaves_of, parts_of, path_name
+from model.huggingface.load import Part, parts_of, path_name
 from model.transformer import Params, abstract_params
 
 DTYPES_FILE = "huggingface_dtypes.json"
@@ -32,6 +33,20 @@ class Source:
     index: tuple[int, ...]
     """Along the parameter's leading axes"""
     part: Part
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be written."""
+
+    sources: list[Source]
+    """What it is put together from"""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def published_config(config: ModelConfig) -> dict[str, Any]:
@@ -134,33 +149,38 @@ def write_weights(
 
     dtypes: as stored_dtypes gives; a float32 that came from a narrower type goes back without loss.
     """
-    sources = _sources(config, family)
-    shapes = {name: parts[0].part.piece.shape(parts[0].part.shape, config) for name, parts in sources.items()}
-    kinds = {name: np.dtype(DTYPES[dtypes.get(name, dtypes[""])]) for name in sources}
-    sizes = {name: kinds[name].itemsize * int(np.prod(shape, dtype=np.int64)) for name, shape in shapes.items()}
-    shards = _shards(sizes, max_shard_bytes)
+    targets = _targets(config, family, dtypes)
+    shards = _shards({name: target.nbytes for name, target in targets.items()}, max_shard_bytes)
     leaves = jax.tree.leaves(params)
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in shard:
-            tensors[name] = _assemble(sources[name], leaves, config, shapes[name], kinds[name])
+            tensors[name] = _assemble(targets[name], leaves, config)
             placed[name] = file
-            tick(sizes[name])
+            tick(targets[name].nbytes)
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
+        total = sum(target.nbytes for target in targets.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def weight_bytes(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> int:
     """Bytes that write_weights will write."""
-    total = 0
-    for name, parts in _sources(config, family).items():
-        shape = parts[0].part.piece.shape(parts[0].part.shape, config)
-        total += np.dtype(DTYPES[dtypes.get(name, dtypes[""])]).itemsize * int(np.prod(shape, dtype=np.int64))
-    return total
+    return sum(target.nbytes for target in _targets(config, family, dtypes).values())
+
+
+def _targets(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dict[str, Target]:
+    """Each tensor, in the order of the layers."""
+
+    def target(name: str, sources: list[Source]) -> Target:
+        part = sources[0].part
+        dtype = np.dtype(DTYPES[dtypes.get(name, dtypes[""])])
+        return Target(sources, part.piece.shape(part.shape, config), dtype)
+
+    return {name: target(name, sources) for name, sources in _sources(config, family).items()}
 
 
 def _sources(config: ModelConfig, family: Family) -> dict[str, list[Source]]:
@@ -177,9 +197,7 @@ def _sources(config: ModelConfig, family: Family) -> dict[str, list[Source]]:
 
     flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     for leaf, (path, abstract) in enumerate(flat):
-        parts = parts_of(config, table, path_name(path), abstract.shape)
-        assert all(part.name for part in leaves_of(parts))
-        add(leaf, (), parts)
+        add(leaf, (), parts_of(config, table, path_name(path), abstract.shape))
     return dict(sorted(sources.items(), key=lambda item: _natural(item[0])))
 
 
@@ -200,17 +218,15 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _assemble(
-    parts: list[Source], leaves: list[jax.Array], config: ModelConfig, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    raw = np.empty(shape, dtype)
-    for source in parts:
+def _assemble(target: Target, leaves: list[jax.Array], config: ModelConfig) -> np.ndarray:
+    raw = np.empty(target.shape, target.dtype)
+    for source in target.sources:
         piece = source.part.piece
         view = piece.view(raw, source.part.shape, config)
         values = np.asarray(leaves[source.leaf][source.index])
         order = piece.order_of(config)
         if order is None:
-            view[...] = values.astype(dtype)
+            view[...] = values.astype(target.dtype)
         else:
-            view[..., order] = values.astype(dtype)
+            view[..., order] = values.astype(target.dtype)
     return raw
