@@ -170,11 +170,11 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
 def _qwen3_moe(fields: Fields) -> dict[str, Any]:
     common = _common(fields, context=32768, eps=1e-6)
     layers, bias = common["layers"], fields.flag("attention_bias", False)
-    # transformers gives every layer the window here; max_window_layers, where published, has no effect.
+    # transformers gives every layer the window here; max_window_layers has no effect where it is published, and
+    # sliding_window none without use_sliding_window.
     fields.raw("max_window_layers", None)
-    window = (
-        _window(fields, 4096) if fields.flag("use_sliding_window", False) else fields.raw("sliding_window", None) and 0
-    )
+    fields.raw("sliding_window", None)
+    window = _window(fields, 4096) if fields.flag("use_sliding_window", False) else None
     step = fields.integer("decoder_sparse_step", 1)
     dense = set(fields.integers("mlp_only_layers", ())) | {i for i in range(layers) if (i + 1) % step}
     experts = fields.integer("num_local_experts", None) if "num_local_experts" in fields else None
