@@ -75,19 +75,22 @@ class TensorFiles:
     def array(self, name: str) -> np.ndarray:
         """A read-only view of the file."""
         stored = self.tensors[name]
-        if stored.file not in self._maps:
-            with stored.file.open("rb") as file:
-                self._maps[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         count = int(np.prod(stored.shape, dtype=np.int64))
-        flat = np.frombuffer(self._maps[stored.file], stored.dtype, count, stored.start)
-        return flat.reshape(stored.shape)
+        return np.frombuffer(self._mapped(stored.file), stored.dtype, count, stored.start).reshape(stored.shape)
 
     def advise(self, name: str, advice: int) -> None:
         """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
         stored = self.tensors[name]
-        if stored.file in self._maps and stored.nbytes:
+        if stored.nbytes:
             start = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._maps[stored.file].madvise(advice, start, stored.start + stored.nbytes - start)
+            self._mapped(stored.file).madvise(advice, start, stored.start + stored.nbytes - start)
+
+    def _mapped(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                # Two threads may come first together; both get the mapping that is kept.
+                self._maps.setdefault(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._maps[path]
 
 
 def _files(folder: Path, single: str, indexed: bool) -> list[Path]:
