@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -136,7 +137,8 @@ def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:
 def _read(folder: ModelFolder, progress: Progress) -> Params:
     reading = progress.add_task("reading", total=folder.nbytes or None)
     params = folder.load_params(build_mesh(MeshShape()), None, lambda size: progress.advance(reading, size))
-    progress.update(reading, total=1, completed=1)
+    size = folder.nbytes or sum(array.nbytes for array in jax.tree.leaves(params))
+    progress.update(reading, total=size, completed=size)
     return params
 
 
