@@ -53,6 +53,7 @@ NETWORK = ModelConfig(
     tie_embeddings=False,
 )
 ENGINE = EngineConfig(max_sequences=8, prefill_tokens=64)
+PROMPT = "def main(argv):\n    return "
 LONG = 4000
 """Tokens of a generation that is still going on when a test has something to say about it"""
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -236,6 +237,14 @@ def collect(events: Iterable[pb.GenerateStreamResponse]) -> Streamed:
         values.append(getattr(event, kind))
     assert kinds == ["started", *["delta"] * (len(kinds) - 2), "finished"]
     return Streamed(values[0], tuple(values[1:-1]), values[-1])
+
+
+def begin(client: Client, **options: Any) -> Any:
+    """A long stream that has given its first tokens."""
+    events = client.stream(PROMPT, **{"max_tokens": LONG, "ignore_eos": True, **options})
+    assert next(events).WhichOneof("event") == "started"
+    assert next(events).WhichOneof("event") == "delta"
+    return events
 
 
 def raw_stub(client: Client) -> inference_pb2_grpc.InferenceServiceStub:

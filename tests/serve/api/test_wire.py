@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-import random
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import grpc
 import jax
@@ -22,29 +15,25 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from isthmus import Client, generate_request
 from isthmus.v1 import inference_pb2 as pb
 from model.tokenizer import Tokenizer
-from serve.api.validation import MAX_REQUEST_ID, MAX_STOP_TOKENS
-from serve.engine.config import EngineConfig
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,
     LONG,
     NETWORK,
+    PROMPT,
     SERVING,
     RunningServer,
-    blamed_fields,
+    begin,
     byte_token,
     check_health,
     collect,
     cycle,
     details,
-    idle,
     raw_stub,
     save_model,
     scripted_params,
-    wait_for,
 )
 
-PROMPT = "def main(argv):\n    return "
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -219,297 +208,6 @@ def test_all_64_bits_of_a_seed_count(client: Client) -> None:
     assert len({completion.token_ids for completion in drawn}) == len(seeds)
 
 
-# Ending a request from outside
-
-
-def _begin(client: Client, **options: Any) -> Any:
-    """A long stream that has given its first tokens."""
-    events = client.stream(PROMPT, **{"max_tokens": LONG, "ignore_eos": True, **options})
-    assert next(events).WhichOneof("event") == "started"
-    assert next(events).WhichOneof("event") == "delta"
-    return events
-
-
-def _assert_pages_come_back(client: Client, steps_before: int) -> None:
-    """Idle, and after `steps_before` at most the step in flight and the one being planned have run."""
-    wait_for(lambda: idle(client), "the pages of the request that was ended")
-    assert client.load().steps <= steps_before + 2
-
-
-def test_cancel_ends_the_stream_and_frees_its_pages_at_once(client: Client) -> None:
-    events = _begin(client, request_id="mine")
-    assert client.load().pages_in_use > 0
-    assert client.cancel(["unknown", "mine", "mine"]) == ["mine"]
-    _assert_pages_come_back(client, client.load().steps)
-    with pytest.raises(grpc.RpcError) as failure:
-        list(events)
-    assert failure.value.code() == grpc.StatusCode.CANCELLED
-    assert client.cancel(["mine"]) == []
-
-
-def test_cancel_ends_a_unary_call(client: Client) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        call = pool.submit(client.generate, PROMPT, max_tokens=LONG, ignore_eos=True, request_id="unary")
-        wait_for(lambda: client.cancel(["unary"]), "the request in flight")
-        with pytest.raises(grpc.RpcError) as failure:
-            call.result()
-    assert failure.value.code() == grpc.StatusCode.CANCELLED
-    wait_for(lambda: idle(client), "its pages")
-
-
-def test_closing_a_stream_frees_its_pages(client: Client) -> None:
-    """Else every browser tab that is closed keeps computing."""
-    before = client.load().completion_tokens
-    _begin(client).close()
-    wait_for(lambda: idle(client), "the pages of the stream that was closed")
-    assert client.load().completion_tokens - before < LONG / 2
-
-
-def test_cancelled_twice_before_the_engine_looks(start_server: StartServer) -> None:
-    """Two callers may cancel one request at the same moment; that must not end the engine for everybody."""
-    server = start_server()
-    with server.client() as client:
-        events = _begin(client, request_id="twice")
-        with server.engine._wake:  # the engine can't look at its inbox between the two
-            assert server.engine.cancel("twice") and server.engine.cancel("twice")
-        with pytest.raises(grpc.RpcError) as failure:
-            list(events)
-        assert failure.value.code() == grpc.StatusCode.CANCELLED
-        assert client.generate(PROMPT, max_tokens=3, ignore_eos=True).finish_reason == "LENGTH"
-
-
-def test_streams_dropped_as_soon_as_they_are_opened_leave_nothing_running(client: Client) -> None:
-    """A call can end before its first message is out. Else its request runs to the end for nobody."""
-    stub, dice = raw_stub(client), random.Random(0)
-    message = pb.GenerateStreamRequest(request=generate_request(PROMPT, max_tokens=LONG, ignore_eos=True))
-    for _ in range(200):
-        call = stub.GenerateStream(message)
-        for _ in range(dice.randrange(400)):
-            call.is_active()
-        call.cancel()
-    client.generate(PROMPT, max_tokens=1)
-    before = client.load().completion_tokens
-    wait_for(lambda: idle(client), "an idle server")
-    assert client.load().completion_tokens - before < LONG / 2, "a request went on after its call had ended"
-
-
-def test_a_deadline_ends_the_request(client: Client) -> None:
-    with pytest.raises(grpc.RpcError) as failure:
-        client.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.2)
-    assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    before = client.load().completion_tokens
-    wait_for(lambda: idle(client), "the pages of the request that was late")
-    assert client.load().completion_tokens - before < LONG / 2
-
-
-def test_a_deadline_ends_a_request_that_waits(client: Client) -> None:
-    running = [_begin(client) for _ in range(ENGINE.max_sequences)]
-    with pytest.raises(grpc.RpcError) as failure:
-        client.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.1)
-    assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_for(lambda: client.load().waiting == 0, "an empty queue")
-    for events in running:
-        events.close()
-
-
-# Overload
-
-
-def test_overload_refuses_the_newcomer_and_nobody_else(start_server: StartServer) -> None:
-    """With a full queue one more is told when to come back, and those accepted get what they get alone."""
-    room, tokens = 3, 1500
-    server = start_server(engine=_with(max_waiting=room))
-    with server.client() as client:
-        alone = client.generate(PROMPT, max_tokens=tokens, seed=0, ignore_eos=True)
-        running = [_begin(client, seed=0, max_tokens=tokens) for _ in range(ENGINE.max_sequences)]
-        wait_for(lambda: client.load().waiting == 0, "everybody running")
-        waiting = [client.stream(PROMPT, seed=0, max_tokens=20, ignore_eos=True) for _ in range(room)]
-        assert [next(events).WhichOneof("event") for events in waiting] == ["started"] * room
-        assert client.load().waiting == room, "the test is slower than its streams"
-        with pytest.raises(grpc.RpcError) as failure:
-            client.generate(PROMPT, max_tokens=1)
-        assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert details(failure.value, error_details_pb2.RetryInfo).retry_delay.ToSeconds() >= 1
-        for events in running:
-            ids = [token for event in events for token in event.delta.token_ids]
-            assert tuple(ids) == alone.token_ids[-len(ids) :] and len(ids) > tokens / 2
-        for events in waiting:
-            ids = [token for event in events for token in event.delta.token_ids]
-            assert tuple(ids) == alone.token_ids[:20]
-        assert client.generate(PROMPT, max_tokens=1).token_ids, "the queue did not open again"
-
-
-def _with(**fields: Any) -> EngineConfig:
-    return dataclasses.replace(ENGINE, **fields)
-
-
-# What can't work is refused, naming the field
-
-NAN, INF = math.nan, math.inf
-
-BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None], str]] = [
-    *(
-        (f"{name} {value}", lambda r, n=name, v=value: setattr(r.sampling, n, v), f"sampling.{name}")
-        for name, values in {
-            "temperature": (NAN, INF, -INF, -1.0, -1e-30, 100.1, 3e38),
-            "top_p": (NAN, INF, -INF, -0.5, 0.0, -0.0, 1.001),
-            "min_p": (NAN, INF, -INF, -0.1, 1.001),
-        }.items()
-        for value in values
-    ),
-    ("top_k 2^31", lambda r: setattr(r.sampling, "top_k", 1 << 31), "sampling.top_k"),
-    ("top_k 2^32-1", lambda r: setattr(r.sampling, "top_k", (1 << 32) - 1), "sampling.top_k"),
-    ("empty text", lambda r: setattr(r, "text", ""), "text"),
-    ("no prompt", lambda r: r.ClearField("text"), "prompt"),
-    ("no ids", lambda r: r.token_ids.SetInParent(), "token_ids.ids"),
-    ("unknown id", lambda r: r.token_ids.ids.extend([1, 2, 512]), "token_ids.ids[2]"),
-    ("largest id", lambda r: r.token_ids.ids.extend([(1 << 32) - 1]), "token_ids.ids[0]"),
-    ("unknown stop id", lambda r: r.stop.token_ids.extend([0, 512]), "stop.token_ids[1]"),
-    ("too many stop ids", lambda r: r.stop.token_ids.extend(range(MAX_STOP_TOKENS + 1)), "stop.token_ids"),
-    ("too many ids", lambda r: r.token_ids.ids.extend([1] * NETWORK.context_length), "token_ids.ids"),
-    ("too long a text", lambda r: setattr(r, "text", "\x00" * NETWORK.context_length), "text"),
-    ("a very long text", lambda r: setattr(r, "text", "word " * 200_000), "text"),
-    ("max_tokens 0", lambda r: setattr(r.stop, "max_tokens", 0), "stop.max_tokens"),
-    (
-        "max_tokens too big",
-        lambda r: setattr(r.stop, "max_tokens", NETWORK.context_length),
-        "stop.max_tokens",
-    ),
-    ("max_tokens 2^32-1", lambda r: setattr(r.stop, "max_tokens", (1 << 32) - 1), "stop.max_tokens"),
-    ("long request_id", lambda r: setattr(r, "request_id", "x" * (MAX_REQUEST_ID + 1)), "request_id"),
-    ("a line in request_id", lambda r: setattr(r, "request_id", "a\nb"), "request_id"),
-    ("NUL in request_id", lambda r: setattr(r, "request_id", "a\0b"), "request_id"),
-]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "field"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS]
-)
-def test_a_field_that_cannot_work_is_named(
-    client: Client, spoil: Callable[[pb.GenerateRequest], None], field: str
-) -> None:
-    """In both calls. Else a typo costs an afternoon, or a NaN reaches the engine."""
-    request = generate_request(PROMPT, max_tokens=2)
-    spoil(request)
-    stub = raw_stub(client)
-    calls: list[Callable[[], object]] = [
-        lambda: stub.Generate(request),
-        lambda: list(stub.GenerateStream(pb.GenerateStreamRequest(request=request))),
-    ]
-    for call in calls:
-        with pytest.raises(grpc.RpcError) as failure:
-            call()
-        assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert blamed_fields(failure.value) == [field]
-        assert field in failure.value.details()
-    assert idle(client)
-
-
-def test_the_limits_themselves_are_allowed(client: Client) -> None:
-    request = generate_request(
-        PROMPT,
-        max_tokens=2,
-        temperature=100.0,
-        top_p=1.0,
-        top_k=(1 << 31) - 1,
-        min_p=1.0,
-        request_id="x" * MAX_REQUEST_ID,
-    )
-    request.stop.token_ids.extend(range(MAX_STOP_TOKENS))
-    assert raw_stub(client).Generate(request).finished.usage.completion_tokens >= 1
-    tiny = generate_request(PROMPT, max_tokens=2, temperature=1e-30, top_p=1e-30, top_k=1, min_p=0.0)
-    assert raw_stub(client).Generate(tiny).finished.usage.completion_tokens >= 1
-
-
-def test_a_stream_without_its_request_is_refused(client: Client) -> None:
-    with pytest.raises(grpc.RpcError) as failure:
-        list(raw_stub(client).GenerateStream(pb.GenerateStreamRequest()))
-    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(failure.value) == ["prompt"]
-
-
-def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: Client) -> None:
-    events = _begin(client, request_id="one")
-    with pytest.raises(grpc.RpcError) as failure:
-        client.generate(PROMPT, max_tokens=1, request_id="one")
-    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert blamed_fields(failure.value) == ["request_id"]
-    assert next(events).WhichOneof("event") == "delta", "the one in flight was disturbed"
-    events.close()
-    wait_for(lambda: idle(client), "the end of the first")
-    for _ in range(2):
-        assert client.generate(PROMPT, max_tokens=1, request_id="one").token_ids
-
-
-def test_cancel_without_ids_is_refused(client: Client) -> None:
-    for ids in ([], ["x"] * 1025):
-        with pytest.raises(grpc.RpcError) as failure:
-            client.cancel(ids)
-        assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert blamed_fields(failure.value) == ["request_ids"]
-
-
-def test_tokenize_and_detokenize_name_what_is_wrong(client: Client) -> None:
-    for call, field in (
-        (lambda: client.tokenize(""), "text"),
-        (lambda: client.detokenize([1, 512]), "token_ids[1]"),
-    ):
-        with pytest.raises(grpc.RpcError) as failure:
-            call()
-        assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert blamed_fields(failure.value) == [field]
-
-
-def _garbage(client: Client) -> None:
-    for payload in (b"\xff" * 50, b"\x12\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x0f"):
-        call = client.channel.unary_unary("/isthmus.v1.InferenceService/Generate")
-        with pytest.raises(grpc.RpcError):
-            call(payload)
-    with pytest.raises(grpc.RpcError) as failure:
-        client.generate("x" * (5 << 20))
-    assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-def test_bad_requests_change_nothing_for_the_streams_beside_them(client: Client) -> None:
-    """Everything above, again and again, while others generate: their tokens are those that they get alone."""
-    options: dict[str, Any] = {"max_tokens": 1200, "seed": 5, "ignore_eos": True}
-    alone = client.generate(PROMPT, **options).token_ids
-    streams = [client.stream(PROMPT, **options) for _ in range(3)]
-    with ThreadPoolExecutor(len(streams)) as pool:
-        reading = [pool.submit(collect, events) for events in streams]
-        wait_for(lambda: client.load().running == len(streams), "the streams running")
-        refused = 0
-        for _, spoil, _ in itertools.islice(itertools.cycle(BAD_REQUESTS), 2 * len(BAD_REQUESTS)):
-            request = generate_request(PROMPT, max_tokens=2)
-            spoil(request)
-            with pytest.raises(grpc.RpcError):
-                raw_stub(client).Generate(request)
-            refused += 1
-        _garbage(client)
-        assert all(future.result().token_ids == alone for future in reading)
-    assert refused == 2 * len(BAD_REQUESTS)
-
-
-# Many at once
-
-
-def test_sixty_four_clients_each_get_what_they_get_alone(server: RunningServer, client: Client) -> None:
-    """Eight run at a time and the others queue; greedy, in float32, no batch may change a token."""
-    clients, tokens = 64, 40
-    prompts = [f"def function_{i}({', '.join('abcdefgh'[: i % 8])}):" for i in range(clients)]
-    barrier = threading.Barrier(clients)
-
-    def call(prompt: str) -> tuple[int, ...]:
-        with server.client() as own:
-            barrier.wait(60)
-            return own.generate(prompt, max_tokens=tokens, temperature=0, ignore_eos=True).token_ids
-
-    with ThreadPoolExecutor(clients) as pool:
-        together = list(pool.map(call, prompts))
-    alone = [client.generate(p, max_tokens=tokens, temperature=0, ignore_eos=True).token_ids for p in prompts]
-    assert together == alone
-    assert len(set(alone)) > clients // 2, "the model says the same to everybody: this test shows nothing"
-
-
 # What the server says of itself
 
 
@@ -588,7 +286,7 @@ def test_load_counts_what_happened(client: Client) -> None:
 
 
 def test_load_counts_what_runs_and_waits(client: Client) -> None:
-    streams = [_begin(client) for _ in range(ENGINE.max_sequences)]
+    streams = [begin(client) for _ in range(ENGINE.max_sequences)]
     waiting = [client.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(2)]
     for events in waiting:
         next(events)
@@ -607,23 +305,3 @@ def test_usage_and_timings_add_up(client: Client) -> None:
     assert (finished.usage.completion_tokens, finished.usage.recomputed_tokens) == (30, 0)
     assert finished.usage.cached_prompt_tokens <= finished.usage.prompt_tokens
     assert times.preemptions == 0
-
-
-def test_preempted_requests_still_get_what_they_get_alone(start_server: StartServer) -> None:
-    """Too few pages for everybody: some are put back and computed again, and no client can tell by the tokens."""
-    tokens = 700
-    server = start_server(engine=_with(prefix_cache=False))
-    with server.client() as client:
-        prompts = [[10 + i, *(1 + token % 200 for token in range(2000))] for i in range(ENGINE.max_sequences)]
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            calls = [
-                pool.submit(collect, client.stream(p, max_tokens=tokens, seed=3, ignore_eos=True)) for p in prompts
-            ]
-            together = [call.result() for call in calls]
-        assert client.load().preemptions > 0, "there were pages for all: this test shows nothing"
-        assert sum(t.finished.usage.recomputed_tokens for t in together) > 0
-        preempted = [i for i, t in enumerate(together) if t.finished.timings.preemptions]
-        for i in preempted[:1]:
-            alone = client.generate(prompts[i], max_tokens=tokens, seed=3, ignore_eos=True)
-            assert together[i].token_ids == alone.token_ids
-        assert client.load().pages_in_use == 0
