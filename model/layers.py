@@ -16,6 +16,7 @@ from flax import nnx
 
 from model.config import Activation, LayerKind, ModelConfig
 from model.ops.attention import Scoring
+from model.ops.linear import linear
 from model.rotary import Angles, rotate
 from model.sharding import shard
 
@@ -60,7 +61,7 @@ class Linear(nnx.Module):
         self.axes = (*inputs, *outputs)
         self.kernel = parameter(rngs, shape, self.axes, nnx.initializers.normal(std))
         self.bias = parameter(rngs, tuple(outputs.values()), tuple(outputs), nnx.initializers.zeros) if bias else None
-        self.inputs = len(inputs)
+        self.inputs, self.outputs = len(inputs), tuple(outputs.values())
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
         self.lora_scale = 0.0
@@ -68,8 +69,7 @@ class Linear(nnx.Module):
     def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
         """Adds alpha / rank * (x @ lora_a[*inputs, rank]) @ lora_b[rank, *outputs] to the output: nothing at first,
         since lora_b starts as zeros."""
-        shape = self.kernel.get_value().shape
-        inputs, outputs = shape[: self.inputs], shape[self.inputs :]
+        inputs, outputs = self.kernel.get_value().shape[: self.inputs], self.outputs
         start = nnx.initializers.normal(1 / math.sqrt(math.prod(inputs)))
         a = parameter(rngs, (*inputs, rank), (*self.axes[: self.inputs], None), start)
         b = parameter(rngs, (rank, *outputs), (None, *self.axes[self.inputs :]), nnx.initializers.zeros)
@@ -77,25 +77,21 @@ class Linear(nnx.Module):
         self.lora_scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        out = contract(x, kernel, self.inputs)
+        out = linear(x, self.kernel.get_value(), self.outputs, self.inputs)
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
-            hidden = contract(x, self.lora_a[...].astype(x.dtype), self.inputs).astype(x.dtype)
-            out = out + self.lora_scale * contract(hidden, self.lora_b[...].astype(x.dtype), 1)
+            hidden = linear(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
+            out = out + self.lora_scale * linear(hidden, self.lora_b[...], self.outputs)
         return out.astype(x.dtype)
 
 
-def contract(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-    """Contracts the last `axes` axes of x with the first of kernel, in float32.
+class HeadLinear(Linear):
+    """A Linear whose kernel is multiplied head by head: an einsum's operand, always a plain array."""
 
-    As a product of two matrices: with more axes, XLA transposes the weight gradient's operands before its product.
-    """
-    leading, inner, outer = x.shape[: x.ndim - axes], kernel.shape[:axes], kernel.shape[axes:]
-    size = math.prod(inner)
-    out = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=jnp.float32)
-    return out.reshape(*leading, *outer)
+    def per_head(self, equation: str, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -124,10 +120,8 @@ class Attention(nnx.Module):
         self.key = Linear(embed, kv_heads, rngs, bias=bias)
         self.value = Linear(embed, kv_heads, rngs, bias=bias)
         self.out = Linear(heads, embed, rngs, bias=config.attention_out_bias, std=out_std)
-        self.query_norm, self.key_norm = (
-            self._norm(config, config.heads, rngs),
-            self._norm(config, config.kv_heads, rngs),
-        )
+        self.query_norm = self._norm(config, config.heads, rngs)
+        self.key_norm = self._norm(config, config.kv_heads, rngs)
         self.sinks = parameter(rngs, (config.heads,), ("heads",)) if config.attention_sinks else None
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.soft_cap = config.attention_soft_cap
@@ -177,8 +171,8 @@ class LatentAttention(nnx.Module):
         self.query = Linear(squeezed if latent.query_rank else embed, query, rngs)
         self.latent = Linear(embed, {"latent": latent.rank + latent.rope_dim}, rngs)
         self.latent_norm = RMSNorm(latent.rank, "latent", LATENT_EPS, rngs)
-        self.key = Linear(rank, {**heads, "head_dim": latent.nope_dim}, rngs)
-        self.value = Linear(rank, {**heads, "head_dim": latent.value_dim}, rngs)
+        self.key = HeadLinear(rank, {**heads, "head_dim": latent.nope_dim}, rngs)
+        self.value = HeadLinear(rank, {**heads, "head_dim": latent.value_dim}, rngs)
         out = {**heads, "head_dim": latent.value_dim}
         self.out = Linear(out, embed, rngs, std=INIT_STD / math.sqrt(2 * config.layers))
         self.rank, self.nope_dim = latent.rank, latent.nope_dim
@@ -195,17 +189,12 @@ class LatentAttention(nnx.Module):
         content, position = self.latent_norm(latent[..., : self.rank]), latent[..., None, self.rank :]
         if kind.rope != "none":
             turned, position = rotate(turned, angles[kind.rope]), rotate(position, angles[kind.rope])
-        plain = self._per_head("...hd,rhd->...hr", plain, self.key)
+        plain = self.key.per_head("...hd,rhd->...hr", plain)
         q = shard(jnp.concatenate([plain, turned], axis=-1), "heads", "head_dim")
         k = shard(jnp.concatenate([content[..., None, :], position], axis=-1), "latent_head", "head_dim")
         out, cache = attend(layer, q, k, None, cache, Scoring(self.scale, kind.window), None)
-        out = self._per_head("...hr,rhd->...hd", out[..., : self.rank], self.value)
+        out = self.value.per_head("...hr,rhd->...hd", out[..., : self.rank])
         return self.out(shard(out, "heads", "head_dim")), cache
-
-    @staticmethod
-    def _per_head(equation: str, x: jax.Array, linear: Linear) -> jax.Array:
-        kernel = linear.kernel[...].astype(x.dtype)
-        return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 LATENT_EPS = 1e-6

@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 
 from model.block import Block
 from model.config import LayerKind, ModelConfig
-from model.layers import Attend, Cache, RMSNorm, contract, parameter
+from model.layers import Attend, Cache, RMSNorm, parameter
+from model.ops.linear import linear, lookup, unembed
 from model.rotary import Angles, rotary_angles
 from model.sharding import named_sharding, shard, use_mesh
 
@@ -69,11 +70,7 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """As a call, with the load of the experts: float32[sparse layers, experts], tokens that each one got."""
         config = self.config
-        # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole rows.
-        table = self.embedding[...].astype(config.dtype)
-        if not jax.sharding.get_abstract_mesh().empty:
-            table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec("tp", None))
-        x = table[tokens]
+        x = lookup(self.embedding.get_value(), tokens, config.dim, config.dtype)
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = shard(x, "residual")
@@ -147,8 +144,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., vocab_size] for hidden states [..., dim]."""
-        table = self.embedding[...].T if self.head is None else self.head[...]
-        logits = contract(hidden, table.astype(hidden.dtype), 1)
+        vocab = self.config.vocab_size
+        if self.head is None:
+            logits = unembed(hidden, self.embedding.get_value(), vocab)
+        else:
+            logits = linear(hidden, self.head.get_value(), (vocab,))
         if cap := self.config.logit_soft_cap:
             logits = cap * jnp.tanh(logits / cap)
         return shard(logits, "vocab")
@@ -184,6 +184,11 @@ def _period(kinds: list[LayerKind]) -> int:
 def _abstract(config: ModelConfig) -> tuple[Any, Any]:
     with nnx.use_eager_sharding(False):
         return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+
+
+def abstract_module(config: ModelConfig) -> Transformer:
+    """The module with shapes in the place of arrays."""
+    return nnx.merge(*_abstract(config))
 
 
 def bind(config: ModelConfig, params: Params) -> Transformer:

@@ -1,4 +1,5 @@
-"""Attention: over a packed batch (training) and over the paged cache (serving). Plain jnp, right on every backend."""
+"""Attention: over a packed batch (training) and over the paged cache (serving). Plain jnp, right on every backend; for the
+paged cache on CPU there is a kernel as well (model/ops/cpu/attention.cc)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MASKED = -1e30
 """Stands for minus infinity: a row with nothing to attend to gives a finite, meaningless average instead of NaN."""
@@ -86,17 +88,130 @@ def _attend_block(
     return out.reshape(batch, queries, heads, head_dim)
 
 
-def write_pages(cache: jax.Array, k: jax.Array, v: jax.Array | None, pages: jax.Array, offsets: jax.Array) -> jax.Array:
-    """Scatters k and v [tokens, kv_heads, head_dim] to (pages, offsets) int32[tokens] of the cache
-    [pages, page_size, 2 * kv_heads, head_dim], K and V of a head side by side; without v, [..., kv_heads, head_dim]."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers, by page."""
+
+    pages: jax.Array
+    """[pages, page_size, 2 * kv_heads, head_dim], K and V of a head side by side; [..., kv_heads, head_dim] where keys
+    are values too. float32, bfloat16, or int8"""
+    scales: jax.Array | None = None
+    """float32[pages, page_size, 2 * kv_heads] of int8 pages: what each vector's integers are times"""
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """Where a step's tokens belong: first `rows` tokens, each of a sequence of its own, then equal blocks of tokens, each
+    of one sequence."""
+
+    rows: int
+    tables: jax.Array
+    """int32[rows + blocks, pages a sequence]: pages within a layer; entries past a sequence's end are any valid page"""
+    positions: jax.Array
+    """int32[tokens], in their sequences; -1 for padding"""
+
+
+def paged_step(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    cache: Cache,
+    first: jax.Array,
+    step: PagedStep,
+    scoring: Scoring,
+    sinks: jax.Array | None,
+    *,
+    kernel: bool,
+) -> tuple[jax.Array, Cache]:
+    """Writes a layer's keys and values to their pages, then attends over each sequence's pages, causal by position.
+
+    q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], a v of None being k; first: int32[], the layer's
+    first page in the cache; sinks: float32[heads]. Returns (as q, the cache). kernel: on CPU, with model/ops/cpu's
+    library; what it gives a token depends on that token's sequence alone.
+
+    Written before it is read: the other order makes XLA copy the whole cache in every layer.
+    """
+    if kernel:
+        return _paged_step_cpu(q, k, v, cache, first, step, scoring, sinks)
+    sequences = step.tables.shape[0]
+    blocks = sequences - step.rows
+    page_size = cache.pages.shape[1]
+    length = (q.shape[0] - step.rows) // blocks if blocks else 0
+    sequence = jnp.concatenate([jnp.arange(step.rows), step.rows + jnp.repeat(jnp.arange(blocks), length)])
+    position = jnp.maximum(step.positions, 0)
+    pages = first + step.tables[sequence, position // page_size]
+    cache = write_pages(cache, k, v, jnp.where(step.positions < 0, first, pages), position % page_size)
+    tables, rows = step.tables + first, step.rows
+
+    def attend(q: jax.Array, tables: jax.Array, positions: jax.Array) -> jax.Array:
+        return paged(q, cache, tables, positions, scoring, sinks, shared=v is None)
+
+    out = [attend(q[:rows, None], tables[:rows], step.positions[:rows, None])[:, 0]]
+    if blocks:
+        each = (blocks, length)
+        block_out = attend(q[rows:].reshape(*each, *q.shape[1:]), tables[rows:], step.positions[rows:].reshape(each))
+        out.append(block_out.reshape(-1, *q.shape[1:]))
+    return jnp.concatenate(out), cache
+
+
+def _paged_step_cpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    cache: Cache,
+    first: jax.Array,
+    step: PagedStep,
+    scoring: Scoring,
+    sinks: jax.Array | None,
+) -> tuple[jax.Array, Cache]:
+    scales = jnp.zeros(0, jnp.float32) if cache.scales is None else cache.scales
+    none = jnp.zeros((0,), q.dtype)
+    out, pages, new_scales = jax.ffi.ffi_call(
+        "isthmus_paged_attention",
+        tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, cache.pages, scales)),
+        input_output_aliases={3: 1, 4: 2},
+    )(
+        q,
+        k,
+        none if v is None else v,
+        cache.pages,
+        scales,
+        step.tables,
+        step.positions,
+        first,
+        jnp.zeros(0, jnp.float32) if sinks is None else sinks.astype(jnp.float32),
+        rows=np.int64(step.rows),
+        scale=np.float32(scoring.scale),
+        soft_cap=np.float32(scoring.soft_cap),
+        window=np.int64(scoring.window),
+        shared=v is None,
+    )
+    return out, Cache(pages, None if cache.scales is None else new_scales)
+
+
+def write_pages(cache: Cache, k: jax.Array, v: jax.Array | None, pages: jax.Array, offsets: jax.Array) -> Cache:
+    """Scatters k and v [tokens, kv_heads, head_dim] to (pages, offsets) int32[tokens] of the cache."""
     tokens, kv_heads, head_dim = k.shape
     kv = k if v is None else jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim)
-    return cache.at[pages, offsets].set(kv.astype(cache.dtype))
+    if cache.scales is None:
+        return Cache(cache.pages.at[pages, offsets].set(kv.astype(cache.pages.dtype)))
+    kv = kv.astype(jnp.float32)
+    scales = jnp.abs(kv).max(axis=-1) / 127
+    integers = jnp.round(kv / jnp.where(scales == 0, 1, scales)[..., None]).astype(jnp.int8)
+    return Cache(cache.pages.at[pages, offsets].set(integers), cache.scales.at[pages, offsets].set(scales))
+
+
+def _read_pages(cache: Cache, pages: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[*pages.shape, page_size, slots, head_dim] in `dtype`."""
+    if cache.scales is None:
+        return cache.pages[pages].astype(dtype)
+    return (cache.pages[pages].astype(jnp.float32) * cache.scales[pages][..., None]).astype(dtype)
 
 
 def paged(
     q: jax.Array,
-    cache: jax.Array,
+    cache: Cache,
     tables: jax.Array,
     positions: jax.Array,
     scoring: Scoring,
@@ -106,17 +221,16 @@ def paged(
 ) -> jax.Array:
     """Attention of queries over the pages of their sequence, causal by position.
 
-    q: [rows, queries, heads, head_dim], the queries of a row belonging to one sequence; cache: [pages, page_size,
-    2 * kv_heads, head_dim], or [..., kv_heads, head_dim] with `shared`, where keys are values too; tables: int32[rows,
-    pages a sequence], entries past a sequence's end being any valid page; positions: int32[rows, queries], -1 for
-    padding; sinks: float32[heads], as in `causal`. Returns as q.
+    q: [rows, queries, heads, head_dim], the queries of a row belonging to one sequence; shared: keys are values too;
+    tables: int32[rows, pages a sequence], entries past a sequence's end being any valid page; positions: int32[rows,
+    queries], -1 for padding; sinks: float32[heads], as in `causal`. Returns as q.
 
     Reads CHUNK keys at a time with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), from the earliest
     window's beginning to the longest row's end. A chunk beyond a row's own end changes none of its bits: it multiplies
     by exp(0) and adds 0. Neither does one before its window: what it leaves is multiplied by exp(MASKED) = 0.
     """
     rows, queries, heads, head_dim = q.shape
-    page_size, kv_heads = cache.shape[1], cache.shape[2] // (1 if shared else 2)
+    page_size, kv_heads = cache.pages.shape[1], cache.pages.shape[2] // (1 if shared else 2)
     chunk_pages = max(1, min(CHUNK // page_size, tables.shape[1]))
     chunk = chunk_pages * page_size
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % chunk_pages)), mode="edge")
@@ -125,7 +239,7 @@ def paged(
     def body(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, out = state
         pages = jax.lax.dynamic_slice_in_dim(tables, i * chunk_pages, chunk_pages, axis=1)
-        kv = cache[pages].reshape(rows, chunk, kv_heads, -1, head_dim)
+        kv = _read_pages(cache, pages, q.dtype).reshape(rows, chunk, kv_heads, -1, head_dim)
         key_position = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
         # Keys beyond a row's end are stale pages of others: whatever they hold, NaN included, must not reach it.
         ends = positions.max(axis=1)
@@ -154,9 +268,15 @@ def paged(
     chunks = jnp.maximum(positions.max(), 0) // chunk + 1
     top, total, out = jax.lax.fori_loop(jnp.minimum(first, chunks - 1), chunks, body, start)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1)
-        new_top = jnp.maximum(top, sink)
-        shrink = jnp.exp(top - new_top)
-        total, out = total * shrink + jnp.exp(sink - new_top), out * shrink[..., None]
+        total, out = _with_sinks(top, total, out, sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1))
     out = (out / total[..., None]).astype(q.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, head_dim)
+
+
+def _with_sinks(
+    top: jax.Array, total: jax.Array, out: jax.Array, sinks: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(total, out) of a running softmax after one more logit, which gives nothing."""
+    new_top = jnp.maximum(top, sinks)
+    shrink = jnp.exp(top - new_top)
+    return total * shrink + jnp.exp(sinks - new_top), out * shrink[..., None]

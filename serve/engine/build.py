@@ -11,10 +11,11 @@ import jax
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype, free_memory
+from model.matrices import pack_params
 from model.sharding import MeshShape, build_mesh, check_divisible
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine, Sink
-from serve.engine.executor import Executor
+from serve.engine.executor import Executor, uses_kernels
 
 
 def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False) -> ModelFolder:
@@ -73,6 +74,9 @@ def build_executor(
         tick(f"loading parameters: {read / 1e9:.2f} of {total / 1e9:.2f} GB")
 
     params = model.load_params(devices, model.config.dtype, show)
+    if uses_kernels(engine, devices):
+        tick("packing parameters for this CPU")
+        pack_params(model.config, params)
     executor = Executor(model.config, engine, params, devices, model.tokenizer.vocab_size)
     todo = len(engine.buckets)
     tick(f"compiling {todo} programs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from model.config import ConfigError, ModelConfig
 
@@ -46,6 +46,10 @@ class EngineConfig:
     """Requests in flight beyond max_sequences; one more is refused"""
     prefix_cache: bool = True
     """Keep the pages of finished requests for prompts that begin alike"""
+    cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
+    """Of keys and values; model is the dtype it runs in. int8 has a scale a head and token"""
+    kernels: bool = True
+    """On CPU: multiply and attend with Isthmus' own kernels where there is a C++ compiler"""
 
     def resolve(self, model: ModelConfig) -> EngineConfig:
         """With every 0 filled in. Raises ConfigError naming the field that can't work."""

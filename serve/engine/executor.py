@@ -16,8 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.compilation import compilations
 from model.config import ModelConfig
 from model.layers import Attend
-from model.ops import attention
-from model.ops.attention import Scoring
+from model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from model.ops.cpu import library
 from model.sharding import named_sharding, use_mesh
 from model.transformer import Params, abstract_params, bind
 from serve.engine.config import Bucket, EngineConfig
@@ -25,14 +25,25 @@ from serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_pl
 from serve.engine.sampling import sample
 
 
-def cache_shape(model: ModelConfig, engine: EngineConfig) -> tuple[int, int, int, int]:
-    """[layers * pages, page_size, cache_heads, head_dim]: one array for all layers, so that no layer is sliced out."""
-    return (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
+def abstract_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Cache:
+    """One array for all layers, so that no layer is sliced out. Split over the key heads; a latent belongs to all heads,
+    and so to all devices."""
+    shape = (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
+    axes = ("pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
+    dtype = jnp.dtype(engine.cache_dtype if engine.cache_dtype != "model" else model.dtype)
+    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
+    if dtype != jnp.int8:
+        return Cache(pages)
+    return Cache(pages, jax.ShapeDtypeStruct(shape[:3], jnp.float32, sharding=named_sharding(mesh, *axes[:3])))
 
 
-def cache_sharding(model: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """Split over the key heads; a latent belongs to all heads, and so to all devices."""
-    return named_sharding(mesh, "pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
+def uses_kernels(engine: EngineConfig, mesh: Mesh) -> bool:
+    """Whether steps on `mesh` run the CPU's own kernels. XLA doesn't know how to split them over devices."""
+    return engine.kernels and mesh.size == 1 and _is_this_cpu(mesh) and library.why_not() is None
+
+
+def _is_this_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def sequence_of_token(bucket: Bucket) -> jax.Array:
@@ -41,41 +52,20 @@ def sequence_of_token(bucket: Bucket) -> jax.Array:
     return jnp.concatenate([jnp.arange(bucket.rows), bucket.rows + blocks])
 
 
-def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) -> Attend:
-    """The serving side of the seam: write k and v to their pages, then attend over the sequence's pages.
-
-    Written before it is read: the other order makes XLA copy the whole cache in every layer.
-    """
-    page_of_row = jnp.maximum(arrays.positions, 0) // engine.page_size
-    pages = arrays.tables[sequence_of_token(bucket), page_of_row]
-    padding = arrays.positions == PADDING
-    offsets = jnp.maximum(arrays.positions, 0) % engine.page_size
+def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, kernel: bool) -> Attend:
+    """The serving side of the seam."""
+    step = PagedStep(bucket.rows, arrays.tables, arrays.positions)
 
     def attend(
         layer: jax.Array,
         q: jax.Array,
         k: jax.Array,
         v: jax.Array | None,
-        cache: jax.Array,
+        cache: Cache,
         scoring: Scoring,
         sinks: jax.Array | None,
-    ) -> tuple[jax.Array, jax.Array]:
-        first = layer * engine.pages
-        cache = attention.write_pages(cache, k, v, jnp.where(padding, first, first + pages), offsets)
-        tables = arrays.tables + first
-        rows = bucket.rows
-        paged = partial(attention.paged, scoring=scoring, sinks=sinks, shared=v is None)
-        out = [paged(q[:rows, None], cache, tables[:rows], arrays.positions[:rows, None])[:, 0]]
-        if bucket.blocks:
-            blocks = (bucket.blocks, bucket.block_size)
-            block_out = paged(
-                q[rows:].reshape(*blocks, *q.shape[1:]),
-                cache,
-                tables[rows:],
-                arrays.positions[rows:].reshape(blocks),
-            )
-            out.append(block_out.reshape(-1, *q.shape[1:]))
-        return jnp.concatenate(out), cache
+    ) -> tuple[jax.Array, Cache]:
+        return paged_step(q, k, v, cache, layer * engine.pages, step, scoring, sinks, kernel=kernel)
 
     return attend
 
@@ -85,12 +75,13 @@ def engine_step(
     engine: EngineConfig,
     bucket: Bucket,
     vocab: int,
+    kernels: bool,
     params: Params,
-    cache: jax.Array,
+    cache: Cache,
     last_token: jax.Array,
     packed: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step: (cache, last_token, drawn). Pure; the first four arguments are static.
+) -> tuple[Cache, jax.Array, jax.Array]:
+    """One step: (cache, last_token, drawn). Pure; the first five arguments are static.
 
     last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what nobody wants.
     packed: int32, see PlanArrays. drawn: int32[samples]. vocab: ids from here on are padding and never drawn.
@@ -99,8 +90,10 @@ def engine_step(
     singles = arrays.tokens[: bucket.rows]
     singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
+    # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
+    tokens = jnp.where(arrays.positions < 0, model_config.vocab_size, tokens)
     model = bind(model_config, params)
-    attend = paged_attention(engine, bucket, arrays)
+    attend = paged_attention(engine, bucket, arrays, kernels)
     long = arrays.long[sequence_of_token(bucket)] > 0
     hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
     logits = model.logits(hidden[arrays.sample_token])
@@ -138,7 +131,6 @@ class Executor:
         """params: in the layout and dtypes that serving reads; engine: resolved."""
         self.model, self.engine, self.mesh, self._vocab = model, engine, mesh, vocab
         self._params = params
-        self._cache_sharding = cache_sharding(model, mesh)
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._programs: dict[Bucket, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
@@ -147,9 +139,12 @@ class Executor:
         self._reset_state()
 
     def _reset_state(self) -> None:
-        shape = cache_shape(self.model, self.engine)
-        zeros = jax.jit(lambda: jnp.zeros(shape, self.model.dtype), out_shardings=self._cache_sharding)
-        self._cache = zeros()
+        abstract = abstract_cache(self.model, self.engine, self.mesh)
+
+        def zeros() -> Cache:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+
+        self._cache = jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:
@@ -219,7 +214,6 @@ def step_and_arguments(
     params: Params | None = None,
 ) -> tuple[Any, tuple]:
     """The jitted step of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
-    sharding = cache_sharding(model, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     if params is None:
         abstract = abstract_params(model, mesh)
@@ -230,11 +224,11 @@ def step_and_arguments(
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
 
-    cache = jax.ShapeDtypeStruct(cache_shape(model, engine), jnp.dtype(model.dtype), sharding=sharding)
+    cache = abstract_cache(model, engine, mesh)
     args = (params, cache, ints(engine.max_sequences + 1), ints(plan_size(bucket, engine.pages_per_sequence)))
     step = jax.jit(
-        partial(engine_step, model, engine, bucket, vocab),
+        partial(engine_step, model, engine, bucket, vocab, uses_kernels(engine, mesh)),
         donate_argnums=(1, 2),
-        out_shardings=(sharding, replicated, replicated),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), replicated, replicated),
     )
     return step, args

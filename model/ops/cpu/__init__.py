@@ -1,0 +1,1 @@
+"""The CPU's kernels: C++ behind jax.ffi, compiled for the host at first use."""

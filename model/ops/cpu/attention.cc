@@ -1,0 +1,395 @@
+// Attention over the paged cache, which it reads in place: what model/ops/attention.py's `paged_step` says, for one layer.
+//
+// First the step's keys and values go to their pages, then every (sequence, key head) is a task: its queries pass over the
+// keys kChunk at a time with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Chunks lie on a grid of
+// absolute positions and every sum has a fixed order, so a query's result depends on its own sequence alone: not on the
+// batch, on where its pages are, or on how many queries of its sequence the step has.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "pool.h"
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace isthmus {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kChunk = 32;
+constexpr int kKeys = 4;  // at a time, so that the sums of lanes are taken together
+constexpr float kMinusInfinity = -INFINITY;
+
+typedef float Quad __attribute__((vector_size(16)));
+
+// The lane sums of four vectors.
+inline Quad sums(const Floats (&a)[kKeys]) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  auto half = [](Floats x) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
+                         _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1)));
+  };
+  __m256 b[kKeys] = {half(a[0]), half(a[1]), half(a[2]), half(a[3])};
+#elif defined(__AVX2__) && defined(__FMA__)
+  __m256 b[kKeys] = {(__m256)a[0], (__m256)a[1], (__m256)a[2], (__m256)a[3]};
+#endif
+#if defined(__AVX2__) && defined(__FMA__)
+  __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(b[0], b[1]), _mm256_hadd_ps(b[2], b[3]));
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+#else
+  return Quad{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])};
+#endif
+}
+
+// One layer's arguments. T tokens: `rows` of a sequence each, then blocks of `block` of one sequence each.
+struct Step {
+  int64_t tokens, rows, block, heads, kv_heads, head_dim;
+  int64_t pages, page_size, table_width;
+  bool shared;  // keys are values too
+  const void* q;
+  const void* k;
+  const void* v;
+  void* cache;    // [pages, page_size, kv_heads * (shared ? 1 : 2), head_dim]
+  float* scales;  // of an int8 cache: [pages, page_size, kv_heads * (shared ? 1 : 2)]
+  void* out;
+  const int32_t* tables;
+  const int32_t* positions;
+  int64_t first;  // page of this layer
+  float scale, soft_cap;
+  int64_t window;
+  const float* sinks;
+
+  int64_t slots() const { return kv_heads * (shared ? 1 : 2); }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t padded() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  int64_t sequences() const { return rows + (block ? (tokens - rows) / block : 0); }
+  int64_t first_token(int64_t sequence) const {
+    return sequence < rows ? sequence : rows + (sequence - rows) * block;
+  }
+  int64_t sequence_tokens(int64_t sequence) const { return sequence < rows ? 1 : block; }
+  // The index of a token's vector in the cache, in vectors of head_dim; a page that isn't there is the null page.
+  int64_t slot(int64_t sequence, int64_t position, int64_t head) const {
+    int64_t page = position / page_size;
+    page = page < table_width ? int64_t(tables[sequence * table_width + page]) : 0;
+    page += first;
+    if (page < 0 || page >= pages) page = 0;
+    return (page * page_size + position % page_size) * slots() + head;
+  }
+};
+
+// ---- element types
+
+inline void read(const float* from, int64_t size, float, float* to) { std::memcpy(to, from, size * 4); }
+inline void read(const uint16_t* from, int64_t size, float, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store(to + i, load_bf16(from + i));
+  for (; i < size; i++) to[i] = from_bf16(from[i]);
+}
+inline void read(const int8_t* from, int64_t size, float scale, float* to) {
+  for (int64_t i = 0; i < size; i++) to[i] = float(from[i]) * scale;
+}
+inline void write(const float* from, int64_t size, float* to) { std::memcpy(to, from, size * 4); }
+inline void write(const float* from, int64_t size, uint16_t* to) {
+  for (int64_t i = 0; i < size; i++) to[i] = to_bf16(from[i]);
+}
+
+template <class C>
+void write_vector(const float* from, int64_t size, C* cache, float* scales, int64_t slot) {
+  if constexpr (std::is_same_v<C, int8_t>) {
+    float top = 0, probe = 0;
+    for (int64_t i = 0; i < size; i++) top = std::max(top, std::fabs(from[i])), probe += from[i] * 0;
+    bool usable = top > 0 && std::isfinite(probe) && std::isfinite(127.f / top);
+    scales[slot] = top / 127.f + probe;
+    for (int64_t i = 0; i < size; i++)
+      cache[slot * size + i] = usable ? int8_t(std::lrintf(from[i] * (127.f / top))) : int8_t(0);
+  } else {
+    write(from, size, cache + slot * size);
+  }
+}
+
+template <class X, class C>
+void write_pages(const Step& s) {
+  std::vector<float> vector(s.head_dim);
+  for (int64_t sequence = 0; sequence < s.sequences(); sequence++)
+    for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
+      int64_t token = s.first_token(sequence) + i, position = s.positions[token];
+      if (position < 0) continue;
+      for (int64_t head = 0; head < s.kv_heads; head++)
+        for (int64_t part = 0; part < (s.shared ? 1 : 2); part++) {
+          const X* from = (const X*)(part == 0 ? s.k : s.v) + (token * s.kv_heads + head) * s.head_dim;
+          read(from, s.head_dim, 1.f, vector.data());
+          int64_t slot = s.slot(sequence, position, s.shared ? head : 2 * head + part);
+          write_vector(vector.data(), s.head_dim, (C*)s.cache, s.scales, slot);
+        }
+    }
+}
+
+// ---- one task
+
+// A query head of one token on its way through the keys.
+struct Query {
+  int64_t token, head, position;
+  float top, total;
+};
+
+struct Scratch {
+  std::vector<Query> queries;
+  std::vector<float> q, out, keys, values, scores;
+};
+
+// scores[i][key] = q[i] · keys[key], for `n` (1 or 2) queries and all keys of the chunk up to `count`.
+template <int N>
+void score(const float* q, const float* keys, int64_t width, int count, float* scores) {
+  for (int key = 0; key < count; key += kKeys) {
+    Floats products[N][kKeys] = {};
+    for (int64_t d = 0; d < width; d += kLanes) {
+      Floats k[kKeys];
+#pragma GCC unroll 4
+      for (int j = 0; j < kKeys; j++) k[j] = load<Floats>(keys + (key + j) * width + d);
+#pragma GCC unroll 2
+      for (int i = 0; i < N; i++) {
+        Floats x = load<Floats>(q + i * width + d);
+#pragma GCC unroll 4
+        for (int j = 0; j < kKeys; j++) products[i][j] = fma(x, k[j], products[i][j]);
+      }
+    }
+    for (int i = 0; i < N; i++) store(scores + i * kChunk + key, sums(products[i]));
+  }
+}
+
+// out[i] += sum over keys of weights[i][key] * values[key], keys in order.
+template <int N, int B>
+void add_values(const float* weights, const float* values, int64_t width, int first, int last, int64_t d, float* out) {
+  Floats sums[N][B];
+  for (int i = 0; i < N; i++)
+    for (int b = 0; b < B; b++) sums[i][b] = load<Floats>(out + i * width + d + b * kLanes);
+  for (int key = first; key < last; key++) {
+    Floats value[B];
+#pragma GCC unroll 4
+    for (int b = 0; b < B; b++) value[b] = load<Floats>(values + key * width + d + b * kLanes);
+#pragma GCC unroll 2
+    for (int i = 0; i < N; i++) {
+      Floats weight = splat(weights[i * kChunk + key]);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; b++) sums[i][b] = fma(weight, value[b], sums[i][b]);
+    }
+  }
+  for (int i = 0; i < N; i++)
+    for (int b = 0; b < B; b++) store(out + i * width + d + b * kLanes, sums[i][b]);
+}
+
+// Turns one query's scores into weights and rescales what it has gathered. Keys outside [first, last) weigh nothing.
+void weigh(const Step& s, Query& query, float* scores, int first, int last, float* out, int64_t width) {
+  float top = query.top;
+  for (int key = 0; key < kChunk; key++) {
+    float score = scores[key] * s.scale;
+    if (s.soft_cap != 0) score = s.soft_cap * std::tanh(score / s.soft_cap);
+    scores[key] = key >= first && key < last ? score : kMinusInfinity;
+    top = std::max(top, scores[key]);
+  }
+  Floats total = {};
+  for (int key = 0; key < kChunk; key += kLanes) {
+    Floats weights = exp(load<Floats>(scores + key) - splat(top));
+    store(scores + key, weights);
+    total += weights;
+  }
+  if (top > query.top) {
+    Floats shrink = exp(splat(query.top - top));
+    query.total *= shrink[0];
+    for (int64_t d = 0; d < width; d += kLanes) store(out + d, load<Floats>(out + d) * shrink);
+    query.top = top;
+  }
+  query.total += sum(total);
+}
+
+// Keys [first, last) of the chunk that a query sees.
+inline int first_seen(const Step& s, const Query& query, int64_t chunk) {
+  int64_t first = s.window ? query.position - s.window + 1 - chunk : 0;
+  return int(std::clamp<int64_t>(first, 0, kChunk));
+}
+inline int last_seen(const Query& query, int64_t chunk) {
+  return int(std::clamp<int64_t>(query.position + 1 - chunk, 0, kChunk));
+}
+
+template <int N>
+void attend(const Step& s, Query* queries, const float* q, const Scratch& scratch, int64_t chunk, int64_t width,
+            float* scores, float* out) {
+  int first = kChunk, last = 0;
+  for (int i = 0; i < N; i++) {
+    first = std::min(first, first_seen(s, queries[i], chunk));
+    last = std::max(last, last_seen(queries[i], chunk));
+  }
+  if (first >= last) return;
+  score<N>(q, scratch.keys.data(), width, last, scores);
+  for (int i = 0; i < N; i++) {
+    int begin = first_seen(s, queries[i], chunk), end = last_seen(queries[i], chunk);
+    if (begin < end)
+      weigh(s, queries[i], scores + i * kChunk, begin, end, out + i * width, width);
+    else
+      std::fill_n(scores + i * kChunk, kChunk, 0.f);
+  }
+  const float* values = s.shared ? scratch.keys.data() : scratch.values.data();
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) add_values<N, 4>(scores, values, width, first, last, d, out);
+  for (; d < width; d += kLanes) add_values<N, 1>(scores, values, width, first, last, d, out);
+}
+
+template <class C>
+void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, Scratch& scratch) {
+  const int64_t width = s.padded();
+  for (int i = 0; i < kChunk; i++) {
+    float* key = scratch.keys.data() + i * width;
+    float* value = scratch.values.data() + i * width;
+    if (chunk + i > last) {  // nobody sees these: whatever lies there, NaN included, must not be read
+      std::fill_n(key, width, 0.f);
+      if (!s.shared) std::fill_n(value, width, 0.f);
+      continue;
+    }
+    int64_t slot = s.slot(sequence, chunk + i, s.shared ? head : 2 * head);
+    const C* from = (const C*)s.cache + slot * s.head_dim;
+    read(from, s.head_dim, s.scales ? s.scales[slot] : 1.f, key);
+    if (!s.shared) read(from + s.head_dim, s.head_dim, s.scales ? s.scales[slot + 1] : 1.f, value);
+  }
+}
+
+template <class X, class C>
+void attend_head(const Step& s, int64_t sequence, int64_t head) {
+  thread_local Scratch scratch;
+  const int64_t width = s.padded(), group = s.group();
+  auto& queries = scratch.queries;
+  queries.clear();
+  int64_t last = -1, first = INT64_MAX;
+  for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
+    int64_t token = s.first_token(sequence) + i, position = s.positions[token];
+    if (position < 0) {
+      for (int64_t h = head * group; h < (head + 1) * group; h++) {
+        X* out = (X*)s.out + (token * s.heads + h) * s.head_dim;
+        std::fill_n(out, s.head_dim, X{});
+      }
+      continue;
+    }
+    for (int64_t h = head * group; h < (head + 1) * group; h++)
+      queries.push_back({token, h, position, kMinusInfinity, 0.f});
+    last = std::max(last, position);
+    first = std::min(first, s.window ? std::max<int64_t>(0, position - s.window + 1) : 0);
+  }
+  const int64_t count = int64_t(queries.size());
+  if (count == 0) return;
+  scratch.q.assign(count * width, 0.f);
+  scratch.out.assign(count * width, 0.f);
+  scratch.keys.assign(kChunk * width, 0.f);  // zeros between head_dim and width
+  scratch.values.assign(kChunk * width, 0.f);
+  scratch.scores.resize(2 * kChunk);
+  for (int64_t i = 0; i < count; i++)
+    read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f,
+         scratch.q.data() + i * width);
+  for (int64_t chunk = first / kChunk * kChunk; chunk <= last; chunk += kChunk) {
+    read_chunk<C>(s, sequence, head, chunk, last, scratch);
+    float *q = scratch.q.data(), *out = scratch.out.data(), *scores = scratch.scores.data();
+    int64_t i = 0;
+    for (; i + 2 <= count; i += 2)
+      attend<2>(s, &queries[i], q + i * width, scratch, chunk, width, scores, out + i * width);
+    if (i < count) attend<1>(s, &queries[i], q + i * width, scratch, chunk, width, scores, out + i * width);
+  }
+  for (int64_t i = 0; i < count; i++) {
+    Query& query = queries[i];
+    float* out = scratch.out.data() + i * width;
+    float shrink = 1.f;
+    if (s.sinks) {
+      float top = std::max(query.top, s.sinks[query.head]);
+      shrink = exp(splat(query.top - top))[0];
+      query.total = query.total * shrink + exp(splat(s.sinks[query.head] - top))[0];
+    }
+    for (int64_t d = 0; d < s.head_dim; d++) out[d] = out[d] * shrink / query.total;
+    write(out, s.head_dim, (X*)s.out + (query.token * s.heads + query.head) * s.head_dim);
+  }
+}
+
+template <class X, class C>
+void run(const Step& s) {
+  write_pages<X, C>(s);
+  Pool::get().run(s.sequences() * s.kv_heads,
+                  [&](int64_t i) { attend_head<X, C>(s, i / s.kv_heads, i % s.kv_heads); });
+}
+
+// ---- the handler
+
+#define REQUIRE(condition, message) \
+  if (!(condition)) return ffi::Error::InvalidArgument("paged_attention: " message)
+
+ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::AnyBuffer cache, ffi::AnyBuffer scales,
+                     ffi::Buffer<ffi::S32> tables, ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> first,
+                     ffi::Buffer<ffi::F32> sinks, ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> new_cache,
+                     ffi::Result<ffi::AnyBuffer> new_scales, int64_t rows, float scale, float soft_cap, int64_t window,
+                     bool shared) {
+  auto qd = q.dimensions(), kd = k.dimensions(), vd = v.dimensions(), cd = cache.dimensions();
+  auto td = tables.dimensions();
+  REQUIRE(qd.size() == 3 && kd.size() == 3 && cd.size() == 4 && td.size() == 2, "q, k, cache or tables has the wrong rank");
+  Step s{};
+  s.tokens = qd[0], s.rows = rows, s.heads = qd[1], s.head_dim = qd[2], s.kv_heads = kd[1];
+  s.pages = cd[0], s.page_size = cd[1], s.table_width = td[1], s.shared = shared;
+  REQUIRE(kd[0] == s.tokens && kd[2] == s.head_dim, "k must be [tokens, kv_heads, head_dim]");
+  REQUIRE(shared || (vd.size() == 3 && vd[0] == kd[0] && vd[1] == kd[1] && vd[2] == kd[2]), "v must have k's shape");
+  REQUIRE(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "heads must be a multiple of kv_heads");
+  REQUIRE(s.pages > 0 && s.page_size > 0 && cd[2] == s.slots() && cd[3] == s.head_dim,
+          "cache must be [pages, page_size, slots, head_dim]");
+  REQUIRE(positions.element_count() == size_t(s.tokens) && first.element_count() == 1, "a position a token, one first page");
+  REQUIRE(rows >= 0 && rows <= s.tokens && td[0] >= rows, "rows must be at most the tokens and the tables");
+  int64_t blocks = td[0] - rows;
+  REQUIRE(blocks == 0 ? rows == s.tokens : (s.tokens - rows) % blocks == 0, "blocks must have the same size");
+  s.block = blocks ? (s.tokens - rows) / blocks : 0;
+  REQUIRE(sinks.element_count() == 0 || sinks.element_count() == size_t(s.heads), "sinks must be one a head");
+  REQUIRE(cache.untyped_data() == new_cache->untyped_data(), "the cache must be written in place");
+  REQUIRE(q.element_type() == k.element_type() && (shared || v.element_type() == k.element_type()) &&
+              q.element_type() == out->element_type() && out->element_count() == q.element_count(),
+          "q, k, v and the result must be alike");
+  s.q = q.untyped_data(), s.k = k.untyped_data(), s.v = v.untyped_data(), s.out = out->untyped_data();
+  s.cache = new_cache->untyped_data(), s.tables = tables.typed_data(), s.positions = positions.typed_data();
+  s.first = first.typed_data()[0], s.scale = scale, s.soft_cap = soft_cap, s.window = window;
+  s.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  bool is_bf16 = q.element_type() == ffi::BF16;
+  REQUIRE(is_bf16 || q.element_type() == ffi::F32, "q must be float32 or bfloat16");
+  if (cache.element_type() == ffi::S8) {
+    REQUIRE(scales.element_type() == ffi::F32 && scales.element_count() == size_t(s.pages * s.page_size * s.slots()) &&
+                scales.untyped_data() == new_scales->untyped_data(),
+            "an int8 cache needs a scale a vector, written in place");
+    s.scales = (float*)new_scales->untyped_data();
+    is_bf16 ? run<uint16_t, int8_t>(s) : run<float, int8_t>(s);
+  } else if (cache.element_type() == ffi::BF16) {
+    is_bf16 ? run<uint16_t, uint16_t>(s) : run<float, uint16_t>(s);
+  } else if (cache.element_type() == ffi::F32) {
+    is_bf16 ? run<uint16_t, float>(s) : run<float, float>(s);
+  } else {
+    return ffi::Error::InvalidArgument("paged_attention: the cache must be float32, bfloat16 or int8");
+  }
+  return ffi::Error::Success();
+}
+
+auto binding() {
+  using Ints = ffi::Buffer<ffi::S32>;
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<Ints>()
+      .Arg<Ints>()
+      .Arg<Ints>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<int64_t>("rows")
+      .Attr<float>("scale")
+      .Attr<float>("soft_cap")
+      .Attr<int64_t>("window")
+      .Attr<bool>("shared");
+}
+
+}  // namespace
+}  // namespace isthmus
+
+using namespace isthmus;
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, attention, binding());

@@ -1,0 +1,185 @@
+"""The kernels' shared library: compiled for this machine at first use, kept on disk, loaded once a process.
+
+A library's file name says what it was made from (sources, compiler, flags, jaxlib's headers, CPU), so that nothing stale is
+ever loaded. It appears by a rename when it is whole: processes that start together each make one, and the last one wins.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jax
+import jaxlib
+
+SOURCES = Path(__file__).parent
+HANDLERS = ("linear_float32", "linear_bfloat16", "linear_int8", "linear_int4", "paged_attention")
+"""What the library exports, each the target "isthmus_NAME" of jax.ffi"""
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
+
+
+class KernelError(RuntimeError):
+    """The kernels can't be had here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled library."""
+
+    path: Path
+    target: str
+    """What it was compiled for: "native", or the -march it was given"""
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this CPU has what the library was compiled for."""
+        try:
+            return bool(ctypes.CDLL(str(self.path)).isthmus_runs_here())
+        except (OSError, AttributeError):
+            return False
+
+
+def user_folder() -> Path:
+    """Where libraries are kept for one user."""
+    return Path("~/.cache/isthmus/kernels").expanduser()
+
+
+def shared_folder() -> Path:
+    """Where `isthmus kernels build --shared` leaves them for all users of this Python environment."""
+    return Path(sys.prefix) / "share" / "isthmus" / "kernels"
+
+
+def find() -> list[Library]:
+    """All libraries of these sources and this jaxlib, those for this very machine first."""
+    found = []
+    for folder in (user_folder(), shared_folder()):
+        for path in sorted(folder.glob(f"*-{_source_key()}.so")) if folder.is_dir() else ():
+            target = path.name[: -len(f"-{_source_key()}.so")]
+            if target.startswith(_native_name()) or not target.startswith("native"):
+                found.append(Library(path, target))
+    return sorted(found, key=lambda library: not library.target.startswith("native"))
+
+
+def build(folder: Path, target: str = "native") -> Library:
+    """Compiles the kernels into `folder`. target: -march. Raises KernelError."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++")
+    name = _native_name() if target == "native" else target
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            made = _compile(compiler, target, Path(work))
+            path = folder / f"{name}-{_source_key()}.so"
+            made.rename(path)
+    except OSError as error:
+        raise KernelError(f"{folder} can't be written: {error}") from None
+    return Library(path, target)
+
+
+def _compile(compiler: str, target: str, work: Path) -> Path:
+    include = f"-I{jax.ffi.include_dir()}"
+    sources = sorted(SOURCES.glob("*.cc"))
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run([compiler, *arguments], capture_output=True, text=True, cwd=work)
+        if done.returncode:
+            raise KernelError(f"{compiler} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+
+    with ThreadPoolExecutor() as workers:
+        flags = (*FLAGS, f"-march={target}", include)
+        list(workers.map(lambda source: run(*flags, "-c", str(source), "-o", f"{source.stem}.o"), sources))
+    run(*FLAGS, "-shared", *(f"{source.stem}.o" for source in sources), "-o", "kernels.so")
+    return work / "kernels.so"
+
+
+@cache
+def load() -> Library:
+    """Finds or builds the library, and registers its handlers with JAX. Raises KernelError."""
+    usable = next((library for library in find() if library.runs_here), None)
+    if usable is None:
+        usable = _build_somewhere()
+    _register(usable)
+    return usable
+
+
+@cache
+def why_not() -> str | None:
+    """Why this process computes without the kernels; None: it has them."""
+    try:
+        load()
+    except KernelError as error:
+        return str(error)
+    return None
+
+
+def _build_somewhere() -> Library:
+    """In the user's folder, or where that can't be written, in a temporary one for this process alone."""
+    if find_compiler() is None or os.access(_existing_parent(user_folder()), os.W_OK):
+        return build(user_folder())
+    folder = Path(tempfile.mkdtemp(prefix="isthmus-kernels-"))
+    try:
+        library = build(folder)
+        _register(library)  # a loaded library needs its file no more
+        return library
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _existing_parent(folder: Path) -> Path:
+    return folder if folder.exists() else _existing_parent(folder.parent)
+
+
+@cache
+def _register(library: Library) -> None:
+    loaded = ctypes.CDLL(str(library.path))
+    for name in HANDLERS:
+        jax.ffi.register_ffi_target(f"isthmus_{name}", jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+
+
+def find_compiler() -> str | None:
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
+@cache
+def _source_key() -> str:
+    """Of what a library is made from, but for the CPU and the compiler: they are this machine's."""
+    key = hashlib.sha256(repr((FLAGS, jaxlib.__version__, platform.system(), platform.machine())).encode())
+    for source in sorted((*SOURCES.glob("*.cc"), *SOURCES.glob("*.h"))):
+        key.update(source.read_bytes())
+    return key.hexdigest()[:16]
+
+
+@cache
+def _native_name() -> str:
+    """ "native" with keys of this CPU's abilities and of the compiler; without one, whatever made the library will do."""
+    compiler = find_compiler()
+    if compiler is None:
+        return f"native_{_key(_cpu())}"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    return f"native_{_key(_cpu())}_{_key(version)}"
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _cpu() -> str:
+    """Model and abilities of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "features", "cpu part", "cpu implementer")
+    return "\n".join(sorted({line for line in lines if line.lower().startswith(wanted)}))

@@ -1,0 +1,108 @@
+// Vectors of the machine that this is compiled for: AVX-512, AVX2, NEON, or plain C++ that the compiler lowers.
+// The order of every sum is fixed here, so a kernel's result doesn't depend on how its loops are tiled.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace isthmus {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+// Of 32-bit lanes; `Bytes` has the same width.
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline Floats splat(float x) { return x - Floats{}; }
+inline Words splat(uint32_t x) { return x - Words{}; }
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  Floats out;
+  for (int i = 0; i < kLanes; i++) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return out;
+#endif
+}
+
+inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
+
+inline float from_bf16(uint16_t x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// kLanes bfloat16 numbers.
+inline Floats load_bf16(const void* from) {
+  return (Floats)(__builtin_convertvector(load<HalfWords>(from), Words) << 16);
+}
+
+// To nearest even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The sum of lanes in one fixed order: halves are added until one is left.
+inline float sum(Floats x) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof lanes);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// e^x for x <= 0 within 2 ulp; 0 below -87. The range reduction and polynomial of Cephes' expf.
+inline Floats exp(Floats x) {
+  Floats lowest = splat(-87.f);
+  Ints tiny = x < lowest;
+  x = lowest > x ? lowest : x;  // NaN stays NaN
+  Floats n = fma(x, splat(1.44269504f), splat(12582912.f)) - splat(12582912.f);  // to the nearest integer
+  x = fma(n, splat(-0.693359375f), x);
+  x = fma(n, splat(2.12194440e-4f), x);
+  Floats y = splat(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = fma(y, x, splat(c));
+  y = fma(y, x * x, x + splat(1.f));
+  Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return tiny ? Floats{} : y * (Floats)power;
+}
+
+}  // namespace isthmus
