@@ -16,7 +16,7 @@ from flax import nnx
 
 from model.config import Activation, LayerKind, ModelConfig
 from model.ops.attention import Scoring
-from model.ops.linear import linear
+from model.ops.linear import linear, linears
 from model.rotary import Angles, rotate
 from model.sharding import shard
 
@@ -77,13 +77,23 @@ class Linear(nnx.Module):
         self.lora_scale = alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = linear(x, self.kernel.get_value(), self.outputs, self.inputs)
+        return project(x, self)[0]
+
+    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
+        """What is added to the product with the kernel, float32[..., *outputs]; in x's dtype."""
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
             hidden = linear(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
             out = out + self.lora_scale * linear(hidden, self.lora_b[...], self.outputs)
         return out.astype(x.dtype)
+
+
+def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
+    """layer(x) of each of the layers, which have the same inputs."""
+    weights = [(layer.kernel.get_value(), layer.outputs) for layer in layers]
+    products = linears(x, weights, layers[0].inputs)
+    return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
 
 
 class HeadLinear(Linear):
@@ -143,7 +153,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        q, k, v = self.query(x), self.key(x), self.value(x)
+        q, k, v = project(x, self.query, self.key, self.value)
         q, k = self._normalize(self.query_norm, q), self._normalize(self.key_norm, k)
         if kind.rope != "none":
             q, k = rotate(q, angles[kind.rope]), rotate(k, angles[kind.rope])
@@ -226,4 +236,5 @@ class MLP(nnx.Module):
         self.activation, self.limit = config.activation, config.activation_limit
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(shard(gated(self.activation, self.limit, self.gate(x), self.up(x)), "mlp"))
+        gate, up = project(x, self.gate, self.up)
+        return self.down(shard(gated(self.activation, self.limit, gate, up), "mlp"))

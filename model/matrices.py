@@ -56,9 +56,10 @@ def pack_params(config: ModelConfig, params: Params, tick: Callable[[int], None]
     def change(path: Path, weight: Weight, inputs: int) -> Weight:
         if path == ("embedding",) and not config.tie_embeddings and not isinstance(weight, Quantized):
             return weight  # rows are only looked up
+        transposed = path == ("embedding",)
         if isinstance(weight, jax.Array):
-            weight = as_matrix(path, weight, inputs)
-        packed = weight if isinstance(weight, Packed) else pack(weight, inputs)
+            weight = weight if transposed else as_matrix(path, weight, inputs)
+        packed = weight if isinstance(weight, Packed) else pack(weight, inputs, transposed=transposed)
         jax.block_until_ready(packed.lines)
         tick(packed.lines.nbytes)
         return packed

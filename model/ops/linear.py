@@ -4,11 +4,12 @@ multiplied: an array by XLA, integers by the jnp below, and what model/ops/cpu/p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from model.ops.cpu.packed import Packed
+from model.ops.cpu.packed import Packed, multiply
 from model.ops.quantized import Quantized
 
 Weight = jax.Array | Quantized | Packed
@@ -18,20 +19,34 @@ def linear(x: jax.Array, weight: Weight, outputs: tuple[int, ...], axes: int = 1
     """Contracts the last `axes` axes of x with the inputs of a weight: float32[leading axes of x, *outputs].
 
     weight: an array [*inputs, *outputs], cast to x's dtype; or integers, or packed, of a matrix of as many inputs and
-    outputs. As a product of two matrices: with more axes, XLA transposes the weight gradient's operands before its
-    product.
+    outputs.
     """
+    return linears(x, [(weight, outputs)], axes)[0]
+
+
+def linears(x: jax.Array, weights: Sequence[tuple[Weight, tuple[int, ...]]], axes: int = 1) -> list[jax.Array]:
+    """`linear` of the same x with each weight and its outputs, which a kernel does in one pass."""
     leading, inputs = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     rows = x.reshape(-1, inputs)
+    packed = [weight for weight, _ in weights if isinstance(weight, Packed)]
+    if len(packed) == len(weights) and len({weight.kind for weight in packed}) == 1:
+        products = multiply(rows, packed)
+    else:
+        products = [_product(rows, weight) for weight, _ in weights]
+    return [product.reshape(*leading, *outputs) for product, (_, outputs) in zip(products, weights, strict=True)]
+
+
+def _product(x: jax.Array, weight: Weight) -> jax.Array:
+    """float32[rows, outputs] of x[rows, inputs]."""
     match weight:
         case Packed():
-            out = weight.multiply(rows)
+            return multiply(x, [weight])[0]
         case Quantized():
-            out = multiply_quantized(rows, weight)
+            return multiply_quantized(x, weight)
         case _:
-            matrix = weight.reshape(inputs, -1).astype(x.dtype)
-            out = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
-    return out.reshape(*leading, *outputs)
+            # A product of two matrices: with more axes, XLA transposes the weight gradient's operands before its product.
+            matrix = weight.reshape(x.shape[1], -1).astype(x.dtype)
+            return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 
 
 def multiply_quantized(x: jax.Array, weight: Quantized) -> jax.Array:

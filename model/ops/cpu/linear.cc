@@ -24,13 +24,15 @@ constexpr int kPanel = 16;
 constexpr int kLine = 64;
 constexpr int kVectors = kPanel / kLanes;
 constexpr int kRows = 6;
-constexpr int64_t kPanelBytes = 192 << 10;  // of weights that one thread keeps in L2
+constexpr int64_t kBlockLines = 1024;       // of a panel, that every tile passes over before the next
+constexpr int64_t kBlockBytes = 128 << 10;  // of some panels' lines: one thread's L2 holds these and the next
 
 // Numbers of one row as the kernel reads them: `kParts` words a line, and a scale, or for int4 a scale and the
 // start of its sum for every run.
 struct Rows {
   int64_t rows, inputs, lines;
   int tiles;
+  std::vector<int64_t> places;  // of each row in x and y: rows of zeros, which padding is, are left out
   std::unique_ptr<uint32_t[]> words;
   std::unique_ptr<float[]> scales;
   std::unique_ptr<uint32_t[]> starts;
@@ -119,12 +121,17 @@ inline void pin(V& sum) {
 #endif
 }
 
+// Weights that are wanted soon: each line that is multiplied asks for `step` bytes of them in each panel.
+struct Ahead {
+  const uint8_t* at;
+  int64_t step;
+};
+
 template <class F, int MR, int NB>
-inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, int64_t lines,
+inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, int64_t lines, Ahead ahead,
                      typename F::Sum (&sums)[MR][NB * kVectors]) {
-  for (int64_t line = 0; line < lines; line++, w += kLine, x += F::kParts * MR) {
-    if constexpr (MR <= 2)
-      for (int b = 0; b < NB; b++) __builtin_prefetch(w + b * panel_bytes + 1024);
+  for (int64_t line = 0; line < lines; line++, w += kLine, x += F::kParts * MR, ahead.at += ahead.step) {
+    for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes);
 #pragma GCC unroll 4
     for (int p = 0; p < F::kParts; p++) {
       decltype(F::part(w, 0)) parts[NB * kVectors];
@@ -146,6 +153,14 @@ struct Out {
   float* y;
   int64_t outputs;
 
+  Floats get(int64_t row, int64_t column) const {
+    const float* from = y + row * outputs + column;
+    if (column + kLanes <= outputs) return load<Floats>(from);
+    Floats value = {};
+    for (int i = 0; column + i < outputs; i++) value[i] = from[i];
+    return value;
+  }
+
   // Writes `value` to kLanes columns from `column` of a row, as far as there are columns.
   void put(int64_t row, int64_t column, Floats value) const {
     float* to = y + row * outputs + column;
@@ -164,12 +179,24 @@ struct Weights {
   int64_t group = 0;              // of int4, numbers along k
 };
 
+// The lines [first_line, last_line) of panels.
+struct Block {
+  int64_t first_line, last_line;
+  int64_t first_panel, last_panel;
+};
+
 template <class F, int MR, int NB>
-void tile(const Rows& rows, int index, const Weights& w, int64_t panel, const Out& out) {
+void tile(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
   typename F::Sum sums[MR][NB * kVectors] = {};
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index);
-  multiply<F, MR, NB>(rows.words.get() + first * rows.lines * F::kParts, w.lines + panel * panel_bytes, panel_bytes,
-                      rows.lines, sums);
+  if constexpr (std::is_same_v<typename F::Sum, Floats>)
+    if (block.first_line > 0)
+      for (int m = 0; m < MR; m++)
+        for (int j = 0; j < NB * kVectors; j++)
+          sums[m][j] = out.get(rows.places[first + m], panel * kPanel + j * kLanes);
+  multiply<F, MR, NB>(rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts,
+                      w.lines + panel * panel_bytes + block.first_line * kLine, panel_bytes,
+                      block.last_line - block.first_line, ahead, sums);
   for (int m = 0; m < MR; m++)
     for (int j = 0; j < NB * kVectors; j++) {
       int64_t column = panel * kPanel + j * kLanes;
@@ -180,7 +207,7 @@ void tile(const Rows& rows, int index, const Weights& w, int64_t panel, const Ou
       } else {
         value = sums[m][j];
       }
-      out.put(first + m, column, value);
+      out.put(rows.places[first + m], column, value);
     }
 }
 
@@ -231,7 +258,7 @@ template <int Run>
 constexpr bool is_int4<Int4<Run>> = true;
 
 template <class F, int MR, int NB>
-void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, const Out& out) {
+void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, Ahead ahead, const Out& out) {
   constexpr int kLines = F::kRun / F::kNumbers;
   Floats totals[MR][NB * kVectors] = {};
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index), runs = rows.lines / kLines;
@@ -246,9 +273,8 @@ void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, const O
 #pragma GCC unroll 16
       for (int j = 0; j < NB * kVectors; j++) sums[m][j] = (RunSum)splat(starts[m]);
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; l++, line += kLine, x += F::kParts * MR) {
-      if constexpr (MR <= 2)
-        for (int b = 0; b < NB; b++) __builtin_prefetch(line + b * panel_bytes + 1024);
+    for (int l = 0; l < kLines; l++, line += kLine, x += F::kParts * MR, ahead.at += ahead.step) {
+      for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes);
 #pragma GCC unroll 2
       for (int p = 0; p < 2; p++) {
         Words parts[NB * kVectors];
@@ -277,7 +303,7 @@ void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, const O
     }
   }
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NB * kVectors; j++) out.put(first + m, panel * kPanel + j * kLanes, totals[m][j]);
+    for (int j = 0; j < NB * kVectors; j++) out.put(rows.places[first + m], panel * kPanel + j * kLanes, totals[m][j]);
 }
 
 // ---- packing rows
@@ -285,11 +311,12 @@ void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, const O
 inline float number(const float* x, int64_t i) { return x[i]; }
 inline float number(const uint16_t* x, int64_t i) { return from_bf16(x[i]); }
 
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
+inline uint32_t bits(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
 }
+inline uint32_t bits(uint16_t x) { return x; }
 
 // The largest |x| of [first, last), or NaN when one of them is not finite.
 template <class X>
@@ -353,7 +380,7 @@ void pack_row(Rows& rows, const X* x, int64_t row, int tile) {
       for (int64_t i = 0; i < 2 * rows.lines; i++) std::memcpy(to + i * size, bytes.data() + 4 * i, 4);
     }
   } else if constexpr (F::kParts == F::kNumbers) {
-    for (int64_t k = 0; k < rows.lines * F::kNumbers; k++) to[k * size] = k < inputs ? bits_of(number(x, k)) : 0;
+    for (int64_t k = 0; k < rows.lines * F::kNumbers; k++) to[k * size] = k < inputs ? bits(number(x, k)) : 0;
   } else {
     static_assert(F::kNumbers == 2);
     for (int64_t line = 0; line < rows.lines; line++) {
@@ -364,9 +391,18 @@ void pack_row(Rows& rows, const X* x, int64_t row, int tile) {
   }
 }
 
+template <class X>
+bool is_zero(const X* x, int64_t size) {
+  uint32_t any = 0;
+  for (int64_t i = 0; i < size && !any; i += 256)
+    for (int64_t j = i; j < std::min(size, i + 256); j++) any |= bits(x[j]);
+  return any == 0;
+}
+
 template <class F, class X>
-Rows pack(const X* x, int64_t count, int64_t inputs, int64_t lines) {
-  Rows rows{count, inputs, lines, int((count + kRows - 1) / kRows), nullptr, nullptr, nullptr};
+Rows pack(const X* x, std::vector<int64_t> places, int64_t inputs, int64_t lines) {
+  const int64_t count = int64_t(places.size());
+  Rows rows{count, inputs, lines, int((count + kRows - 1) / kRows), std::move(places), nullptr, nullptr, nullptr};
   rows.words.reset(new uint32_t[count * lines * F::kParts]);
   if constexpr (std::is_same_v<F, Int8>) rows.scales.reset(new float[count]);
   if constexpr (is_int4<F>) {
@@ -375,7 +411,7 @@ Rows pack(const X* x, int64_t count, int64_t inputs, int64_t lines) {
   }
   auto task = [&](int64_t tile) {
     for (int64_t row = rows.first(int(tile)); row < rows.first(int(tile) + 1); row++)
-      pack_row<F>(rows, x + row * inputs, row, int(tile));
+      pack_row<F>(rows, x + rows.places[row] * inputs, row, int(tile));
   };
   if (count * inputs < 1 << 15)
     for (int tile = 0; tile < rows.tiles; tile++) task(tile);
@@ -387,11 +423,11 @@ Rows pack(const X* x, int64_t count, int64_t inputs, int64_t lines) {
 // ---- dispatch
 
 template <class F, int MR, int NB>
-void one(const Rows& rows, int index, const Weights& w, int64_t panel, const Out& out) {
+void one(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
   if constexpr (is_int4<F>)
-    tile4<F, MR, NB>(rows, index, w, panel, out);
+    tile4<F, MR, NB>(rows, index, w, panel, ahead, out);
   else
-    tile<F, MR, NB>(rows, index, w, panel, out);
+    tile<F, MR, NB>(rows, index, w, block, panel, ahead, out);
 }
 
 // Panels at a time for a tile of `mr` rows: as many sums as registers hold, for enough of them to hide an addition's latency.
@@ -402,96 +438,173 @@ constexpr int panels_for(int mr) {
 }
 
 template <class F, int MR>
-void all_panels(const Rows& rows, int index, const Weights& w, int64_t first, int64_t last, const Out& out) {
+void all_panels(const Rows& rows, int index, const Weights& w, const Block& block, const Block& next, const Out& out) {
   constexpr int kNB = panels_for(MR);
-  for (; first + kNB <= last; first += kNB) one<F, MR, kNB>(rows, index, w, first, out);
-  for (; first < last; first++) one<F, MR, 1>(rows, index, w, first, out);
+  const int64_t panel_bytes = rows.lines * kLine, lines = block.last_line - block.first_line;
+  auto ahead = [&](int64_t panel) -> Ahead {
+    const uint8_t* line = w.lines + panel * panel_bytes;
+    if (rows.tiles == 1) return {line + 1024, kLine};  // a single pass: what this panel needs next
+    line += (next.first_panel - block.first_panel) * panel_bytes + next.first_line * kLine;
+    return {line + lines * index * kLine / rows.tiles, kLine / rows.tiles};
+  };
+  int64_t panel = block.first_panel;
+  for (; panel + kNB <= block.last_panel; panel += kNB)
+    one<F, MR, kNB>(rows, index, w, block, panel, ahead(panel), out);
+  for (; panel < block.last_panel; panel++) one<F, MR, 1>(rows, index, w, block, panel, ahead(panel), out);
 }
 
 template <class F>
-void run(const Rows& rows, const Weights& w, const Out& out) {
-  const int64_t panels = w.padded / kPanel, panel_bytes = rows.lines * kLine;
-  const int threads = Pool::get().threads();
-  int64_t chunk = std::clamp<int64_t>(kPanelBytes / panel_bytes, 1, std::max<int64_t>(1, panels / (8 * threads)));
-  if (rows.tiles == 1) chunk = (chunk + 3) / 4 * 4;
-  Pool::get().run((panels + chunk - 1) / chunk, [&](int64_t i) {
-    const int64_t first = i * chunk, last = std::min(panels, first + chunk);
-    for (int index = 0; index < rows.tiles; index++) switch (rows.size(index)) {
-        case 1: all_panels<F, 1>(rows, index, w, first, last, out); break;
-        case 2: all_panels<F, 2>(rows, index, w, first, last, out); break;
-        case 3: all_panels<F, 3>(rows, index, w, first, last, out); break;
-        case 4: all_panels<F, 4>(rows, index, w, first, last, out); break;
-        case 5: all_panels<F, 5>(rows, index, w, first, last, out); break;
-        case 6: all_panels<F, 6>(rows, index, w, first, last, out); break;
-      }
+void all_tiles(const Rows& rows, const Weights& w, const Block& block, const Block& next, const Out& out) {
+  for (int index = 0; index < rows.tiles; index++) switch (rows.size(index)) {
+      case 1: all_panels<F, 1>(rows, index, w, block, next, out); break;
+      case 2: all_panels<F, 2>(rows, index, w, block, next, out); break;
+      case 3: all_panels<F, 3>(rows, index, w, block, next, out); break;
+      case 4: all_panels<F, 4>(rows, index, w, block, next, out); break;
+      case 5: all_panels<F, 5>(rows, index, w, block, next, out); break;
+      case 6: all_panels<F, 6>(rows, index, w, block, next, out); break;
+    }
+}
+
+// One product: weights and where it goes.
+struct Product {
+  Weights weights;
+  Out out;
+  int64_t chunks = 0;  // parts that threads take
+};
+
+template <class F>
+void part(const Rows& rows, const Product& product, int64_t chunk) {
+  // Sums of integers stay in registers from the first line to the last.
+  constexpr bool kWhole = is_int4<F> || std::is_same_v<F, Int8>;
+  const int64_t panels = product.weights.padded / kPanel, lines = rows.lines;
+  const int64_t depth = kWhole || rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
+  const int64_t width = std::max<int64_t>(rows.tiles == 1 ? 4 : 1, kBlockBytes / (depth * kLine));
+  const int64_t groups = (panels + width - 1) / width;
+  const int64_t end = std::min(panels, groups * (chunk + 1) / product.chunks * width);
+  Block block{0, depth, groups * chunk / product.chunks * width, 0};
+  block.last_panel = std::min(end, block.first_panel + width);
+  while (block.first_panel < end) {
+    Block next{block.last_line, std::min(lines, block.last_line + depth), block.first_panel, block.last_panel};
+    if (block.last_line == lines) next = {0, depth, block.last_panel, std::min(end, block.last_panel + width)};
+    all_tiles<F>(rows, product.weights, block, next, product.out);
+    block = next;
+  }
+}
+
+template <class F, class X>
+void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<Product>& products) {
+  std::vector<int64_t> places;
+  for (int64_t row = 0; row < count; row++)
+    if (!is_zero(x + row * inputs, inputs))
+      places.push_back(row);
+    else
+      for (const Product& p : products) std::fill_n(p.out.y + row * p.out.outputs, p.out.outputs, 0.f);
+  if (places.empty()) return;
+  const Rows rows = pack<F>(x, std::move(places), inputs, lines);
+  int64_t panels = 0, chunks = 0;
+  for (const Product& p : products) panels += p.weights.padded / kPanel;
+  for (Product& p : products) {  // of about the same size
+    p.chunks = std::max<int64_t>(1, p.weights.padded / kPanel * 6 * Pool::get().threads() / panels);
+    chunks += p.chunks;
+  }
+  Pool::get().run(chunks, [&](int64_t chunk) {
+    size_t i = 0;
+    while (chunk >= products[i].chunks) chunk -= products[i++].chunks;
+    part<F>(rows, products[i], chunk);
   });
 }
 
-#define REQUIRE(condition, message) \
-  if (!(condition)) return ffi::Error::InvalidArgument(message)
+// ---- handlers: x against one or more weights, each an argument `lines` and what its kind has beside, and a result
 
-template <class F, class Same>
-ffi::Error linear(ffi::AnyBuffer x, Weights w, int64_t panels, int64_t lines, int64_t line_bytes,
-                  ffi::ResultBuffer<ffi::F32> y) {
-  REQUIRE(x.dimensions().size() == 2 && y->dimensions().size() == 2, "linear: x and y must be matrices");
-  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  REQUIRE(y->dimensions()[0] == rows, "linear: x and y must have the same rows");
-  REQUIRE(line_bytes == kLine && panels == (outputs + kPanel - 1) / kPanel, "linear: weights have other outputs than y");
-  REQUIRE(inputs > (lines - 1) * F::kNumbers * !is_int4<F> && inputs <= lines * F::kNumbers,
-          "linear: weights have other inputs than x");
-  if (rows == 0 || outputs == 0) return ffi::Error::Success();
-  w.padded = panels * kPanel;
-  Out out{y->typed_data(), outputs};
-  if (x.element_type() == ffi::F32) {
-    run<F>(pack<F>(x.typed_data<float>(), rows, inputs, lines), w, out);
-  } else if (x.element_type() == ffi::BF16) {
-    run<Same>(pack<Same>((const uint16_t*)x.untyped_data(), rows, inputs, lines), w, out);
-  } else {
-    return ffi::Error::InvalidArgument("linear: x must be float32 or bfloat16");
+#define REQUIRE(condition, message) \
+  if (!(condition)) return ffi::Error::InvalidArgument("linear: " message)
+
+using Lines = ffi::Buffer<ffi::U8, 3>;
+
+// Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py.
+template <class F>
+ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int64_t lines) {
+  auto fail = [](const char* what) { return ffi::Unexpected(ffi::Error::InvalidArgument(what)); };
+  auto matrix = arguments.get<Lines>(at);
+  if (!matrix) return fail("linear: weights must be uint8[panels, lines, 64]");
+  auto size = matrix->dimensions();
+  if (size[1] != lines || size[2] != kLine) return fail("linear: weights have other inputs than x");
+  Weights w{matrix->typed_data()};
+  w.padded = size[0] * kPanel;
+  if constexpr (std::is_same_v<F, Int8>) {
+    auto scales = arguments.get<ffi::Buffer<ffi::F32, 1>>(at + 1);
+    auto sums = arguments.get<ffi::Buffer<ffi::S32, 1>>(at + 2);
+    if (!scales || !sums || scales->dimensions()[0] != w.padded || sums->dimensions()[0] != w.padded)
+      return fail("linear: int8 weights need a float32 scale and an int32 sum a column");
+    w.scales = scales->typed_data(), w.sums = sums->typed_data();
+  } else if constexpr (is_int4<F>) {
+    auto scales = arguments.get<ffi::Buffer<ffi::BF16, 2>>(at + 1);
+    const int64_t numbers = lines * F::kNumbers;
+    if (!scales || scales->dimensions()[1] != w.padded || scales->dimensions()[0] < 1 ||
+        numbers % (scales->dimensions()[0] * F::kRun))
+      return fail("linear: int4 weights need bfloat16 scales [groups, columns] of groups that are multiples of 32");
+    w.scales = scales->untyped_data(), w.group = numbers / scales->dimensions()[0];
   }
+  return w;
+}
+
+template <class F>
+constexpr size_t kArguments = std::is_same_v<F, Int8> ? 3 : is_int4<F> ? 2 : 1;
+
+template <class F, class X>
+ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, ffi::RemainingArgs arguments,
+                        ffi::RemainingRets results) {
+  REQUIRE(arguments.size() == results.size() * kArguments<F>, "expected one result a weight");
+  auto first = arguments.get<Lines>(0);
+  REQUIRE(first, "weights must be uint8[panels, lines, 64]");
+  const int64_t lines = first->dimensions()[1];
+  REQUIRE(inputs <= lines * F::kNumbers && (is_int4<F> || inputs > (lines - 1) * F::kNumbers),
+          "weights have other inputs than x");
+  std::vector<Product> products;
+  for (size_t i = 0; i < results.size(); i++) {
+    auto weights = read_weights<F>(arguments, i * kArguments<F>, lines);
+    if (!weights) return weights.error();
+    auto y = results.get<ffi::Buffer<ffi::F32, 2>>(i);
+    REQUIRE(y && (*y)->dimensions()[0] == rows, "a result must be float32[rows, outputs]");
+    const int64_t outputs = (*y)->dimensions()[1];
+    REQUIRE(weights->padded == (outputs + kPanel - 1) / kPanel * kPanel, "weights have other outputs than the result");
+    if (outputs) products.push_back({*weights, Out{(*y)->typed_data(), outputs}});
+  }
+  if (rows && !products.empty()) run<F>(x, rows, inputs, lines, products);
   return ffi::Error::Success();
 }
 
-using Lines = ffi::Buffer<ffi::U8, 3>;
-using Floats1 = ffi::Buffer<ffi::F32, 1>;
-using Ints1 = ffi::Buffer<ffi::S32, 1>;
-using Scales = ffi::Buffer<ffi::BF16, 2>;
-using Result = ffi::Buffer<ffi::F32>;
-
 template <class F, class Same>
-ffi::Error plain(ffi::AnyBuffer x, Lines lines, ffi::ResultBuffer<ffi::F32> y) {
-  auto d = lines.dimensions();
-  return linear<F, Same>(x, Weights{lines.typed_data()}, d[0], d[1], d[2], y);
+ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  REQUIRE(x.dimensions().size() == 2 && results.size() > 0, "x must be a matrix");
+  const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1];
+  if (x.element_type() == ffi::F32) return multiply_all<F>(x.typed_data<float>(), rows, inputs, arguments, results);
+  REQUIRE(x.element_type() == ffi::BF16, "x must be float32 or bfloat16");
+  return multiply_all<Same>((const uint16_t*)x.untyped_data(), rows, inputs, arguments, results);
 }
 
-ffi::Error int8(ffi::AnyBuffer x, Lines lines, Floats1 scales, Ints1 sums,
-                ffi::ResultBuffer<ffi::F32> y) {
-  auto d = lines.dimensions();
-  REQUIRE(scales.dimensions()[0] == d[0] * kPanel && sums.dimensions()[0] == d[0] * kPanel,
-          "linear: int8 weights need a scale and a sum a column");
-  return linear<Int8, Int8>(x, Weights{lines.typed_data(), scales.typed_data(), sums.typed_data()}, d[0], d[1], d[2], y);
+// A run of 64 numbers of x shares a scale where every weight's group is a multiple of that.
+ffi::Error int4(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  bool wide = true;
+  for (size_t at = 0; at + 1 < arguments.size(); at += 2) {
+    auto lines = arguments.get<Lines>(at);
+    auto scales = arguments.get<ffi::Buffer<ffi::BF16, 2>>(at + 1);
+    REQUIRE(lines && scales && scales->dimensions()[0] > 0, "int4 weights need lines and bfloat16 scales");
+    wide = wide && lines->dimensions()[1] * 8 / scales->dimensions()[0] % 64 == 0;
+  }
+  return wide ? linear<Int4<64>, Int4<64>>(x, arguments, results) : linear<Int4<32>, Int4<32>>(x, arguments, results);
 }
 
-ffi::Error int4(ffi::AnyBuffer x, Lines lines, Scales scales, ffi::ResultBuffer<ffi::F32> y) {
-  auto d = lines.dimensions();
-  const int64_t groups = scales.dimensions()[0], numbers = d[1] * Int4<32>::kNumbers;
-  REQUIRE(groups > 0 && numbers % groups == 0 && numbers / groups % 32 == 0 && scales.dimensions()[1] == d[0] * kPanel,
-          "linear: int4 weights need scales [groups, columns] of groups that are multiples of 32");
-  Weights w{lines.typed_data(), scales.untyped_data()};
-  w.group = numbers / groups;
-  if (w.group % 64) return linear<Int4<32>, Int4<32>>(x, w, d[0], d[1], d[2], y);
-  return linear<Int4<64>, Int4<64>>(x, w, d[0], d[1], d[2], y);
-}
-
-auto arguments() { return ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<Lines>(); }
-constexpr auto float32 = plain<Float32, Float32>;
-constexpr auto bfloat16 = plain<Bfloat16, Bfloat16Pairs>;
+auto binding() { return ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets(); }
+constexpr auto float32 = linear<Float32, Float32>;
+constexpr auto bfloat16 = linear<Bfloat16, Bfloat16Pairs>;
+constexpr auto int8 = linear<Int8, Int8>;
 
 }  // namespace
 }  // namespace isthmus
 
 using namespace isthmus;
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_float32, float32, arguments().Ret<Result>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_bfloat16, bfloat16, arguments().Ret<Result>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int8, int8, arguments().Arg<Floats1>().Arg<Ints1>().Ret<Result>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int4, int4, arguments().Arg<Scales>().Ret<Result>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_float32, float32, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_bfloat16, bfloat16, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int8, int8, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int4, int4, binding());

@@ -8,6 +8,7 @@ numbers in a byte the low one comes 4 inputs before the high one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -36,15 +37,6 @@ class Packed:
     kind: Kind = field(metadata={"static": True})
     inputs: int = field(metadata={"static": True})
     outputs: int = field(metadata={"static": True})
-
-    def multiply(self, x: jax.Array) -> jax.Array:
-        """x[rows, inputs], float32 or bfloat16 → float32[rows, outputs]. A row's result depends on that row alone.
-
-        Against integers, x is rounded to int8: over each row, or over 32 or 64 numbers of it for int4.
-        """
-        assert x.shape[1] == self.inputs, (x.shape, self.inputs)
-        out = jax.ShapeDtypeStruct((x.shape[0], self.outputs), jnp.float32)
-        return jax.ffi.ffi_call(f"isthmus_linear_{self.kind}", out)(x, self.lines, *self.extra)
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]; zeros for an index that isn't there."""
@@ -76,35 +68,47 @@ class Packed:
                 return both.astype(jnp.float32).reshape(*flat, -1) - 8
 
 
-def pack(matrix: jax.Array | Quantized, inputs: int) -> Packed:
-    """A matrix [inputs, outputs] of float32, bfloat16 or integers, whose own inputs may be padded."""
+def multiply(x: jax.Array, weights: Sequence[Packed]) -> list[jax.Array]:
+    """x[rows, inputs], float32 or bfloat16 → float32[rows, outputs] for each of the weights, which are of one kind.
+
+    A row's result depends on that row alone. Against integers, x is rounded to int8: over each row, or over 32 or 64
+    numbers of it for int4.
+    """
+    kind = weights[0].kind
+    assert all(weight.kind == kind and weight.inputs == x.shape[1] for weight in weights), (x.shape, kind)
+    out = tuple(jax.ShapeDtypeStruct((x.shape[0], weight.outputs), jnp.float32) for weight in weights)
+    arguments = [array for weight in weights for array in (weight.lines, *weight.extra)]
+    return list(jax.ffi.ffi_call(f"isthmus_linear_{kind}", out)(x, *arguments))
+
+
+def pack(matrix: jax.Array | Quantized, inputs: int, *, transposed: bool = False) -> Packed:
+    """A matrix [inputs, outputs] of float32, bfloat16 or integers, whose own inputs may be padded.
+
+    transposed: an array is given as [outputs, inputs].
+    """
     if isinstance(matrix, Quantized):
         return _pack_quantized(matrix, inputs)
     kind: Kind = "float32" if matrix.dtype == jnp.float32 else "bfloat16"
     assert matrix.dtype == kind, matrix.dtype
-    return Packed(_lines(matrix, NUMBERS[kind]), (), kind, *matrix.shape)
+    outputs = matrix.shape[0 if transposed else 1]
+    return Packed(_lines(matrix, inputs, outputs, kind, transposed), (), kind, inputs, outputs)
 
 
-@partial(jax.jit, static_argnums=1)
 def _pack_quantized(matrix: Quantized, inputs: int) -> Packed:
-    integers = matrix.integers()
-    outputs = integers.shape[1]
-    right = (0, -outputs % PANEL)
-    scales = jnp.pad(matrix.scales, ((0, 0), right))
-    if matrix.bits == 8:
-        sums = jnp.pad(integers.sum(axis=0, dtype=jnp.int32), right)
-        return Packed(_lines(integers, 4), (scales[0], sums), "int8", inputs, outputs)
-    nibbles = jnp.pad((integers + 8).astype(jnp.uint8), ((0, 0), right))
-    quads = nibbles.reshape(-1, 2, 4, nibbles.shape[1] // PANEL, PANEL).transpose(1, 3, 0, 4, 2)
-    lines = (quads[0] | quads[1] << 4).reshape(*quads.shape[1:3], 4 * PANEL)
-    return Packed(lines, (scales,), "int4", inputs, outputs)
+    outputs = matrix.values.shape[1]
+    kind: Kind = "int8" if matrix.bits == 8 else "int4"
+    padded = inputs if kind == "int8" else matrix.group * matrix.scales.shape[0]
+    lines = _lines(matrix.values, padded, outputs, kind, False)
+    scales = jnp.pad(matrix.scales, ((0, 0), (0, -outputs % PANEL)))
+    if kind == "int4":
+        return Packed(lines, (scales,), kind, inputs, outputs)
+    sums = jnp.pad(matrix.values.sum(axis=0, dtype=jnp.int32), (0, -outputs % PANEL))
+    return Packed(lines, (scales[0], sums), kind, inputs, outputs)
 
 
-@partial(jax.jit, static_argnums=1)
-def _lines(matrix: jax.Array, numbers: int) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _lines(values: jax.Array, inputs: int, outputs: int, kind: Kind, transposed: bool) -> jax.Array:
     """uint8[panels, lines, 64], columns and inputs padded with zeros."""
-    inputs, outputs = matrix.shape
-    lines, panels = math.ceil(inputs / numbers), math.ceil(outputs / PANEL)
-    matrix = jnp.pad(matrix, ((0, lines * numbers - inputs), (0, panels * PANEL - outputs)))
-    turned = matrix.reshape(lines, numbers, panels, PANEL).transpose(2, 0, 3, 1)
-    return jax.lax.bitcast_convert_type(turned, jnp.uint8).reshape(panels, lines, 64)
+    shape = (math.ceil(outputs / PANEL), math.ceil(inputs / NUMBERS[kind]), 64)
+    out = jax.ShapeDtypeStruct(shape, jnp.uint8)
+    return jax.ffi.ffi_call("isthmus_pack_matrix", out)(values, transposed=transposed)

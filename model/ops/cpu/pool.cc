@@ -70,11 +70,11 @@ void Pool::work() {
 }
 
 void Pool::run(int64_t count, const std::function<void(int64_t)>& task) {
-  std::unique_lock<std::mutex> lock(caller_, std::try_to_lock);
-  if (!lock || workers_ == 0 || count <= 1 || count > int64_t(kLimit)) {
+  if (workers_ == 0 || count <= 1 || count > int64_t(kLimit)) {
     for (int64_t i = 0; i < count; i++) task(i);
     return;
   }
+  std::lock_guard<std::mutex> lock(caller_);
   task_ = &task;
   done_.store(0, std::memory_order_relaxed);
   uint64_t number = (state_.load(std::memory_order_relaxed) >> 2 * kBits) + 1;

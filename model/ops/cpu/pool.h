@@ -18,8 +18,8 @@ class Pool {
 
   int threads() const { return workers_ + 1; }
 
-  // Calls task(i) once for every i in [0, count), on any thread, and returns when all have returned. Runs all of them on
-  // this thread when another caller has the workers.
+  // Calls task(i) once for every i in [0, count), on any thread, and returns when all have returned. XLA may run several
+  // kernels at once; they go one after the other, each with all threads. A task must not call run.
   void run(int64_t count, const std::function<void(int64_t)>& task);
 
  private:

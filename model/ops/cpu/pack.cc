@@ -1,0 +1,100 @@
+// Lays a matrix out as linear.cc reads it (model/ops/cpu/packed.py says how): panels of 16 columns, in lines of 64 bytes.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "pool.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace isthmus {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kPanel = 16, kLine = 64;
+
+// Asks for large pages, before the first touch: the weights are all read at every step.
+void want_large_pages(void* at, int64_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kLarge = 2 << 20;
+  uintptr_t begin = (uintptr_t(at) + kLarge - 1) & ~(kLarge - 1), end = (uintptr_t(at) + size) & ~(kLarge - 1);
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// matrix[k, n] at k * k_step + n * n_step.
+template <class T>
+struct Matrix {
+  const T* at;
+  int64_t inputs, outputs, k_step, n_step;
+};
+
+template <class T>
+void pack_panel(const Matrix<T>& m, int64_t panel, int64_t lines, T* to) {
+  constexpr int64_t kNumbers = 4 / sizeof(T);
+  const int64_t first = panel * kPanel, columns = std::min(kPanel, m.outputs - first);
+  std::memset(to, 0, lines * kLine);
+  for (int64_t k = 0; k < m.inputs; k++) {
+    const T* from = m.at + k * m.k_step + first * m.n_step;
+    T* line = to + k / kNumbers * (kLine / sizeof(T)) + k % kNumbers;
+    for (int64_t c = 0; c < columns; c++) line[c * kNumbers] = from[c * m.n_step];
+  }
+}
+
+// Bytes of two nibbles along the inputs, k in the low half: to bytes with k + 4 beside k.
+void pack_nibbles(const Matrix<uint8_t>& m, int64_t panel, int64_t lines, uint8_t* to) {
+  const int64_t first = panel * kPanel, columns = std::min(kPanel, m.outputs - first);
+  std::memset(to, 0, lines * kLine);
+  for (int64_t line = 0; line < lines; line++)
+    for (int64_t c = 0; c < columns; c++) {
+      const uint8_t* from = m.at + 4 * line * m.k_step + (first + c) * m.n_step;
+      uint8_t r[4] = {from[0], from[m.k_step], from[2 * m.k_step], from[3 * m.k_step]};
+      uint8_t* quad = to + line * kLine + 4 * c;
+      quad[0] = (r[0] & 15) | r[2] << 4, quad[1] = r[0] >> 4 | (r[2] & 0xf0);
+      quad[2] = (r[1] & 15) | r[3] << 4, quad[3] = r[1] >> 4 | (r[3] & 0xf0);
+    }
+}
+
+#define REQUIRE(condition, message) \
+  if (!(condition)) return ffi::Error::InvalidArgument("pack: " message)
+
+using Lines = ffi::Buffer<ffi::U8, 3>;
+
+// transposed: the matrix is given as [outputs, inputs].
+ffi::Error pack(ffi::AnyBuffer matrix, ffi::Result<Lines> out, bool transposed) {
+  auto md = matrix.dimensions(), od = out->dimensions();
+  REQUIRE(md.size() == 2 && od[2] == kLine, "expected a matrix and lines of 64 bytes");
+  const int64_t rows = md[0], inputs = transposed ? md[1] : rows, outputs = transposed ? rows : md[1];
+  const int64_t panels = od[0], lines = od[1], k_step = transposed ? 1 : md[1], n_step = transposed ? md[1] : 1;
+  const int64_t numbers = matrix.element_type() == ffi::F32 ? 1 : matrix.element_type() == ffi::BF16 ? 2 : 4;
+  REQUIRE(panels == (outputs + kPanel - 1) / kPanel && lines == (inputs + numbers - 1) / numbers,
+          "the result has another size than the matrix");
+  uint8_t* to = out->typed_data();
+  want_large_pages(to, out->size_bytes());
+  auto each = [&](auto* from, auto panel_of) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+    Matrix<T> m{from, inputs, outputs, k_step, n_step};
+    Pool::get().run(panels, [&](int64_t panel) { panel_of(m, panel, lines, (T*)(to + panel * lines * kLine)); });
+  };
+  const void* data = matrix.untyped_data();
+  switch (matrix.element_type()) {
+    case ffi::F32: each((const uint32_t*)data, pack_panel<uint32_t>); break;
+    case ffi::BF16: each((const uint16_t*)data, pack_panel<uint16_t>); break;
+    case ffi::S8: each((const uint8_t*)data, pack_panel<uint8_t>); break;
+    case ffi::U8: each((const uint8_t*)data, pack_nibbles); break;
+    default: return ffi::Error::InvalidArgument("pack: expected float32, bfloat16, int8, or int4 in bytes");
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace isthmus
+
+using namespace isthmus;
+XLA_FFI_DEFINE_HANDLER_SYMBOL(pack_matrix, pack,
+                              ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<Lines>().Attr<bool>("transposed"));
