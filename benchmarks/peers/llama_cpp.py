@@ -1,9 +1,10 @@
 """llama.cpp, by its llama-batched-bench: `llama_cpp.py DIR`, DIR made by setup_llama_cpp.sh; protocol.py's questions.
 
 The benchmark takes no token ids, only counts: each question runs it once, with as many random tokens as asked. It
-decodes random tokens too, not its own, which costs the same. Its times are used as they are: `t_pp` for the prompts, `t_tg`
-for the steps. They hold the logits but not the choice of a token. Its defaults otherwise: batches of 2048 in parts of
-512, a float16 cache. To decode, one prompt is computed and its cache copied to every sequence, outside the timed part.
+decodes random tokens too, not its own, which costs the same. Its times are used as they are: `t_pp` for the prompts,
+`t_tg` for the steps. They hold the logits but not the choice of a token. Its defaults otherwise: batches of 2048 in
+parts of 512, a float16 cache. To decode, one prompt is computed and its cache copied to every sequence, outside the
+timed part.
 """
 
 import json

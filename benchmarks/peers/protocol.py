@@ -3,7 +3,8 @@
 A peer is a class with these methods, each a handler that answers a dictionary:
 
 - `load(model, dtype, max_sequences, context)`: makes ready for up to `max_sequences` sequences of up to `context`
-  tokens, prompt and answer together. Answers {"version": of the engine, "seconds": loading took, "threads": it computes with}.
+  tokens, prompt and answer together. Answers {"version": of the engine, "seconds": that loading took, "threads": that
+  compute}.
 - `prefill(tokens)`: computes the prompts, lists of token ids, and one token each. Answers {"seconds"}.
 - `decode(tokens, steps)`: computes the prompts and then `steps` more tokens of each, all sequences together, greedily
   and past any end of text. Answers {"seconds"} of those steps alone: len(tokens) * steps tokens.
