@@ -5,7 +5,7 @@ JOBS ?= 2
 EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
-.PHONY: demo test test-all lint protos parity peers setup setup-dev clean
+.PHONY: demo test test-all lint protos parity peers peers-llama peers-vllm setup setup-dev clean
 
 demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight prompts at once
 	$(BIN)/isthmus demo
@@ -34,6 +34,10 @@ parity: $(VENV)/.ready-dev peers  ## every family against transformers, live, on
 
 peers: .venv-peers/.ready  ## torch, transformers and what else we are measured against; Python 3.11
 
+peers-llama: .peers-llama/.ready  ## llama.cpp, built for this machine; a quarter of an hour on two cores
+
+peers-vllm: .venv-vllm/.ready  ## vLLM for CPUs; 3.4 GB
+
 $(VENV)/.ready: $(SOURCES)
 	@sh scripts/setup.sh $(VENV)
 	@touch $@
@@ -46,5 +50,13 @@ $(VENV)/.ready-dev: $(SOURCES)
 	@sh scripts/setup_peers.sh .venv-peers
 	@touch $@
 
+.peers-llama/.ready: benchmarks/peers/requirements_llama_cpp.txt scripts/setup_llama_cpp.sh | .venv-peers/.ready
+	@JOBS=$(JOBS) sh scripts/setup_llama_cpp.sh .peers-llama .venv-peers/bin/python
+	@touch $@
+
+.venv-vllm/.ready: benchmarks/peers/requirements_vllm.txt scripts/setup_vllm.sh | .venv-peers/.ready
+	@sh scripts/setup_vllm.sh .venv-vllm .venv-peers/bin/python
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers demo-out
+	rm -rf $(VENV) .venv-peers .venv-vllm .peers-llama demo-out

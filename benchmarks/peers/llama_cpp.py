@@ -1,0 +1,79 @@
+"""llama.cpp, by its llama-batched-bench: `llama_cpp.py DIR`, DIR made by setup_llama_cpp.sh; protocol.py's questions.
+
+The benchmark takes no token ids, only counts: each question runs it once, with as many random tokens as asked. It
+decodes random tokens too, not its own, which costs the same. Its times are used as they are: `t_pp` for the prompts,
+`t_tg` for the steps. They hold the logits but not the choice of a token. Its defaults otherwise: batches of 2048 in
+parts of 512, a float16 cache. To decode, one prompt is computed and its cache copied to every sequence, outside the
+timed part.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from protocol import answer, check, cores
+
+GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+
+class LlamaCpp:
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+
+    def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
+        """`model` is a .gguf, or the folder beside which make_gguf.py put MODEL-TYPE.gguf. It maps the file, so that
+        the time depends on what the system has in memory; computing two tokens is part of it."""
+        path = Path(model)
+        kind = GGUF_NAMES.get(dtype, dtype)
+        self.gguf = path if path.suffix == ".gguf" else path.parent / f"{path.name}-{kind}.gguf"
+        if not self.gguf.is_file():
+            raise ValueError(f"model: {self.gguf} does not exist; make_gguf.py makes it")
+        self.limits = max_sequences, context
+        start = time.perf_counter()
+        self._run(1, 1, 1)
+        return {
+            "version": self._version(),
+            "seconds": time.perf_counter() - start,
+            "threads": len(cores()),
+        }
+
+    def prefill(self, tokens: list[list[int]]) -> dict:
+        length = check(tokens, 1, *self.limits)
+        return {"seconds": self._run(len(tokens), length, 1)["t_pp"]}
+
+    def decode(self, tokens: list[list[int]], steps: int) -> dict:
+        length = check(tokens, steps, *self.limits)
+        return {"seconds": self._run(len(tokens), length, steps, "-pps")["t_tg"]}
+
+    def _run(self, sequences: int, prompt: int, steps: int, *options: str) -> dict:
+        """What llama-batched-bench says, as a dictionary."""
+        threads = str(len(cores()))
+        # Room for a copy's dummy token; 256 because a stream of the cache is a multiple of that long.
+        room = -(-(prompt + steps + 1) // 256) * 256 * sequences
+        counts = ["-npp", str(prompt), "-ntg", str(steps), "-npl", str(sequences), "-c", str(room)]
+        output = self._call(
+            "llama-batched-bench",
+            *("-m", str(self.gguf), "-t", threads, "-tb", threads, *counts, *options, "--output-format", "jsonl"),
+        )
+        lines = [line for line in output.splitlines() if line.startswith("{")]
+        if len(lines) != 1:
+            raise RuntimeError(f"llama-batched-bench: no result in {output[-1000:]!r}")
+        return json.loads(lines[0])
+
+    def _version(self) -> str:
+        found = re.search(r"version: (.*)", self._call("llama-server", "--version"))
+        return f"llama.cpp {found[1] if found else 'unknown'}, {self.gguf.name}"
+
+    def _call(self, program: str, *arguments: str) -> str:
+        """What the program prints. Raises RuntimeError with its last words when it fails."""
+        done = subprocess.run([self.bin / program, *arguments], capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            raise RuntimeError(f"{program} exited with {done.returncode}: {done.stderr[-1000:]}")
+        return done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    answer(LlamaCpp(Path(sys.argv[1])))

@@ -1,0 +1,70 @@
+"""transformers' `generate` on torch's CPU backend: one static batch, eager, SDPA attention; protocol.py's questions.
+
+Decoding is timed inside one `generate` call: from when the first new token of every sequence is known until the last.
+"""
+
+import time
+
+import torch
+import transformers
+from protocol import answer, check, cores
+from transformers import AutoModelForCausalLM
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+
+class Clock(StoppingCriteria):
+    """Notes when each new token of the batch was known; never stops."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+class Transformers:
+    def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
+        """`dtype` is torch's name of it: bfloat16, float16 or float32."""
+        start = time.perf_counter()
+        torch.set_num_threads(len(cores()))
+        self.limits = max_sequences, context
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
+        ).eval()
+        # Else `generate` would stop at an end of text.
+        self.model.generation_config.eos_token_id = None
+        return {
+            "version": f"transformers {transformers.__version__}, torch {torch.__version__}",
+            "seconds": time.perf_counter() - start,
+            "threads": torch.get_num_threads(),
+        }
+
+    def prefill(self, tokens: list[list[int]]) -> dict:
+        start = time.perf_counter()
+        return {"seconds": self._generate(tokens, 1)[-1] - start}
+
+    def decode(self, tokens: list[list[int]], steps: int) -> dict:
+        times = self._generate(tokens, 1 + steps)
+        return {"seconds": times[-1] - times[0]}
+
+    def _generate(self, tokens: list[list[int]], new: int) -> list[float]:
+        """When each of `new` tokens was known, by time.perf_counter."""
+        check(tokens, new, *self.limits)
+        clock = Clock()
+        prompts = torch.tensor(tokens)
+        with torch.inference_mode():
+            self.model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        assert len(clock.times) == new, f"{len(clock.times)} steps of {new}"
+        return clock.times
+
+
+if __name__ == "__main__":
+    answer(Transformers())

