@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial as partial_call
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from commands.quality import WINDOW, QualityError, compare, predictions, windows
 from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError, LoraConfig
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
@@ -22,9 +26,14 @@ from model.huggingface.export import DTYPES_FILE, network_of, published_config, 
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
+from model.matrices import pack_params
+from model.ops.cpu import library
+from model.quantization import SCHEMES, formats, quantize_params
 from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
+from train.config import DataConfig
+from train.documents import is_heldout, read_documents
 
 HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
 
@@ -32,6 +41,7 @@ examples:
   isthmus convert runs/mine exported               # a trained model, for transformers and all who read its layout
   isthmus convert runs/adapter merged              # a LoRA adapter, merged into its base model
   isthmus convert Llama-3.2-1B llama --to isthmus  # a published folder; serving and --init read it as it is, too
+  isthmus convert Llama-3.2-1B small --quantize int4 --text prose.txt  # matrices of integers, and what that costs
 
 TARGET must not exist. It appears when all of it is written."""
 
@@ -48,6 +58,16 @@ class ConvertConfig:
     """Of the tensors written in Hugging Face's layout; source is what they were published in, else float32"""
     max_shard_gb: float = 5.0
     """Most of a file, in GB; more weights go into several, with an index"""
+    quantize: str = "none"
+    """int8 (a scale a column), int4 (a scale for 64 numbers of a column; embedding and head are int8), or rules of
+    one's own, joined by commas, the first that matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
+    text: tuple[str, ...] = ()
+    """Files or folders of text, like --data of `isthmus train`, that the quantized model is compared with the original
+    on; default: those of Python's own library that the demo holds out"""
+    windows: int = 24
+    """Of 256 tokens, that are compared"""
+    force: bool = False
+    """Write a quantized model however far it is from the original"""
 
 
 def convert(config: ConvertConfig, console: Console) -> None:
@@ -57,23 +77,41 @@ def convert(config: ConvertConfig, console: Console) -> None:
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
     folder = open_folder(config.source)
+    if config.quantize != "none":
+        return _quantize(config, folder, console)
     kind = config.to
+    if folder.config.quantization:
+        raise ConfigError(f"{config.source} is quantized: convert the model that it was made from")
     if kind == "auto":
         kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
-    partial = config.target.with_name(config.target.name + ".partial")
+    with _appearing(config.target) as partial, _progress(console) as progress:
+        if kind == "huggingface":
+            _to_huggingface(config, folder, partial, progress)
+        else:
+            _to_isthmus(folder, partial, progress)
+    _report(config, folder, console)
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to write to, which takes its own name once all is written."""
+    partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-            if kind == "huggingface":
-                _to_huggingface(config, folder, partial, progress)
-            else:
-                _to_isthmus(folder, partial, progress)
-        partial.rename(config.target)
+        yield partial
+        partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+
+
+def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
     size = sum(path.stat().st_size for path in config.target.rglob("*") if path.is_file())
     console.print(
         f"{config.target}: {folder.config.parameters / 1e6:.1f}M parameters, {size / 1e9:.2f} GB", highlight=False
@@ -124,10 +162,64 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
 
 def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    _write_isthmus(plain, _read(plain, progress), target)
+
+
+def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
+    """Raises QualityError when the result is too far from the original, and is not forced."""
+    if config.to == "huggingface":
+        raise ConfigError("quantize: a quantized model is written in our own layout; leave out --to huggingface")
+    if folder.config.quantization:
+        raise ConfigError(f"{config.source} is quantized already: convert the model that it was made from")
+    rules = SCHEMES.get(config.quantize) or tuple(rule.strip() for rule in config.quantize.split(","))
+    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    chosen = formats(plain.config, rules).values()
+    kind = "int4" if any(each.bits == 4 for each in chosen) else "int8"
+    texts = windows(_sample_text(config, folder), plain.config, config.windows)
+    with _appearing(config.target) as partial, _progress(console) as progress:
+        params = _read(plain, progress)
+        comparing = progress.add_task("comparing", total=2 * len(texts))
+        tick = partial_call(progress.advance, comparing)
+        original = []
+        for each in predictions(plain.config, params, texts):
+            original.append(each)
+            tick()
+        quantizing = progress.add_task("quantizing", total=None)
+        quantize_params(plain.config, params, rules, lambda size: progress.advance(quantizing, size))
+        quality = compare(iter(original), predictions(plain.config, _as_served(plain, params), texts), texts, tick)
+        console.print(f"{kind}: {quality.text()}", highlight=False)
+        if not config.force:
+            quality.check(kind)
+        _write_isthmus(plain.with_config(quantization=rules), params, partial)
+    _report(config, folder, console)
+
+
+def _as_served(folder: ModelFolder, params: Params) -> Params:
+    """On CPU with the kernels that will serve it, which round activations as well."""
+    if jax.default_backend() != "cpu" or library.why_not() is not None:
+        return params
+    served: Params = jax.tree.map(lambda leaf: leaf, params)
+    pack_params(folder.config, served)
+    return served
+
+
+def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
+    """Tokens of as much text as is compared."""
+    tokens: list[int] = []
+    default = (sysconfig.get_path("stdlib"),)
+    for document in read_documents(config.text or default):
+        if config.text or is_heldout(document.name, DataConfig().heldout_fraction):
+            tokens += folder.tokenizer.encode(document.text)
+        if len(tokens) > config.windows * (WINDOW + 1):
+            break
+    return tokens
+
+
+def _write_isthmus(folder: ModelFolder, params: Params, target: Path) -> None:
     checkpoints = Checkpoints(target)
-    checkpoints.save(0, _read(plain, progress), None, {"step": 0, "tokens": 0})
+    checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()
-    plain.config.save(target / "config.json")
+    folder.config.save(target / "config.json")
     copy_companions(folder.path, target)
     if folder.family is not None:
         shutil.copyfile(folder.path / "config.json", target / PUBLISHED_CONFIG)
@@ -157,7 +249,7 @@ def main(argv: Sequence[str]) -> int:
     console = Console(soft_wrap=True)
     try:
         convert(config, console)
-    except (ConfigError, CheckpointError, OSError) as error:
+    except (ConfigError, CheckpointError, QualityError, OSError) as error:
         console.print(f"isthmus convert: {error}", style="red", markup=False)
         return 2
     return 0

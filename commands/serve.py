@@ -33,7 +33,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
     """Serves until told to stop. Raises ConfigError, CheckpointError, and CancelledError when told while loading."""
     config.validate()
     enable_compilation_cache(config.compilation_cache)
-    model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter)
+    model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter, quantize=config.quantize)
     server = Server(config, model)
     await server.start()
     loading = asyncio.current_task()
@@ -50,7 +50,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
         f"{model.name}: {model.config.parameters / 1e6:.1f}M parameters, {model.config.dtype}; "
         f"{len(engine.config.buckets)} programs in {engine.executor.compile_seconds:.1f} s, "
         f"warm-up {engine.executor.warmup_seconds:.1f} s; {pages} pages of {engine.config.page_size} tokens, "
-        f"{pages * engine.config.page_size * model.config.kv_bytes_per_token() / 1e6:.0f} MB",
+        f"{pages * engine.config.page_size * engine.config.kv_bytes_per_token(model.config) / 1e6:.0f} MB",
         highlight=False,
     )
     if engine.config.context_length < model.config.context_length:

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from model import quantization
 from model.config import ConfigError, ModelConfig
 from model.sharding import use_mesh
-from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
+from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, unstack_blocks
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
 
@@ -100,7 +101,7 @@ class Checkpoints:
 @jax.jit
 def _snapshot(tree: Any) -> Any:
     """The stacked layout in fresh buffers, which the next step can't overwrite while they are being written."""
-    return jax.tree.map(jnp.copy, stack_blocks(tree))
+    return quantization.to_arrays(jax.tree.map(jnp.copy, stack_blocks(tree)))
 
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None = None) -> Params:
@@ -113,9 +114,11 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None
         raise ConfigError(f"{folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
     checkpoints = Checkpoints(folder)
     try:
-        params = checkpoints.restore_params(abstract_params(stacked(config), mesh))
+        params = checkpoints.restore_params(quantization.abstract_stored(config, mesh))
     finally:
         checkpoints.close()
+    if config.quantization:
+        return quantization.restored(config, params, dtype)
     return serving_layout(config, mesh, dtype)(params)
 
 

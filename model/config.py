@@ -76,6 +76,9 @@ class ModelConfig:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantization: tuple[str, ...] = ()
+    """Rules by which the folder's matrices are integers (model/quantization.py); `isthmus convert --quantize` sets
+    it"""
     dtype: Dtype = "float32"
     """Of activations and KV cache; parameters are trained in float32"""
     scan_layers: bool = False

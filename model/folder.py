@@ -21,6 +21,7 @@ from model.huggingface import load
 from model.huggingface.adapter_config import base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_config
 from model.huggingface.fields import Fields
+from model.quantization import quantize_params
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 
@@ -61,6 +62,8 @@ class ModelFolder:
     """Of a published folder; None is one of our own"""
     adapter: Path | None = None
     """The adapter's folder, where one was opened; path is its base model's then"""
+    quantize: tuple[str, ...] = ()
+    """Rules by which matrices become integers when they are loaded, beside those that already are"""
 
     @property
     def name(self) -> str:
@@ -98,15 +101,19 @@ class ModelFolder:
         CheckpointError for a folder that doesn't hold them.
         """
         if self.adapter is not None:
-            return self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
-        if self.family is None:
-            return checkpoint.load_params(self.path, self.config, mesh, dtype)
-        return load.load_params(self.path, self.family, self.config, mesh, dtype, tick)
+            params = self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
+        elif self.family is None:
+            params = checkpoint.load_params(self.path, self.config, mesh, dtype)
+        else:
+            params = load.load_params(self.path, self.family, self.config, mesh, dtype, tick)
+        if self.quantize:
+            quantize_params(self.config, params, self.quantize)
+        return params
 
     def _load_adapted(
         self, folder: Path, mesh: Mesh, dtype: str | None, tick: Callable[[int], None], merge: bool
     ) -> Params:
-        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None)
+        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=())
         settings, adapters = lora.load_adapter(folder, base)
         if not merge and settings != self.config.lora:
             raise ConfigError(f"{folder} holds an adapter of {settings}, not of {self.config.lora}")
@@ -132,6 +139,8 @@ def _open_adapter(path: Path) -> ModelFolder:
     """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
     where = base_folder(path)
     base = _open_model(where, path if (path / "tokenizer.json").is_file() else where)
+    if base.config.quantization:
+        raise ConfigError(f"{where} is quantized, and {path} adapts it: adapt the model that it was made from")
     if base.config.lora.rank:
         raise ConfigError(f"{where} has adapters itself (model.lora in config.json), and {path} adapts it")
     chat = ChatTemplate.load(path) or base.chat

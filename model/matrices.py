@@ -1,5 +1,5 @@
-"""The parameters that are matrices of a plain product, and what can be made of them: integers, or what the CPU's kernels
-read. Everything else (norms, biases, experts, what is multiplied head by head) stays an array."""
+"""The parameters that are matrices of a plain product, and what can be made of them: integers, or what the CPU's
+kernels read. Everything else (norms, biases, experts, what is multiplied head by head) stays an array."""
 
 from __future__ import annotations
 

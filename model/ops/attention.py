@@ -1,9 +1,10 @@
-"""Attention: over a packed batch (training) and over the paged cache (serving). Plain jnp, right on every backend; for the
-paged cache on CPU there is a kernel as well (model/ops/cpu/attention.cc)."""
+"""Attention: over a packed batch (training) and over the paged cache (serving). Plain jnp, right on every backend; for
+the paged cache on CPU there is a kernel as well (model/ops/cpu/attention.cc)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,17 +94,17 @@ def _attend_block(
 class Cache:
     """Keys and values of all layers, by page."""
 
-    pages: jax.Array
-    """[pages, page_size, 2 * kv_heads, head_dim], K and V of a head side by side; [..., kv_heads, head_dim] where keys
-    are values too. float32, bfloat16, or int8"""
-    scales: jax.Array | None = None
+    pages: Any
+    """An array, or the shape of one: [pages, page_size, 2 * kv_heads, head_dim], K and V of a head side by side; [...,
+    kv_heads, head_dim] where keys are values too. float32, bfloat16, or int8"""
+    scales: Any = None
     """float32[pages, page_size, 2 * kv_heads] of int8 pages: what each vector's integers are times"""
 
 
 @dataclass(frozen=True)
 class PagedStep:
-    """Where a step's tokens belong: first `rows` tokens, each of a sequence of its own, then equal blocks of tokens, each
-    of one sequence."""
+    """Where a step's tokens belong: first `rows` tokens, each of a sequence of its own, then equal blocks of tokens,
+    each of one sequence."""
 
     rows: int
     tables: jax.Array
@@ -273,9 +274,7 @@ def paged(
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, head_dim)
 
 
-def _with_sinks(
-    top: jax.Array, total: jax.Array, out: jax.Array, sinks: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _with_sinks(top: jax.Array, total: jax.Array, out: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(total, out) of a running softmax after one more logit, which gives nothing."""
     new_top = jnp.maximum(top, sinks)
     shrink = jnp.exp(top - new_top)

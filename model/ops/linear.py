@@ -1,5 +1,6 @@
 """x @ weight for every kind of weight, and the lookup of an embedding. How a weight is kept decides how it is
-multiplied: an array by XLA, integers by the jnp below, and what model/ops/cpu/packed.py has packed by its C++ kernel."""
+multiplied: an array by XLA, integers by the jnp below, and what model/ops/cpu/packed.py has packed by its C++
+kernel."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def _product(x: jax.Array, weight: Weight) -> jax.Array:
         case Quantized():
             return multiply_quantized(x, weight)
         case _:
-            # A product of two matrices: with more axes, XLA transposes the weight gradient's operands before its product.
+            # A product of two matrices: with more axes, XLA transposes the weight gradient's operands before its
+            # product.
             matrix = weight.reshape(x.shape[1], -1).astype(x.dtype)
             return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 
@@ -67,11 +69,12 @@ def lookup(table: Weight, tokens: jax.Array, dim: int, dtype: str) -> jax.Array:
             known = (tokens >= 0) & (tokens < table.values.shape[1])
             return jnp.where(known[..., None], table.columns(jnp.where(known, tokens, 0), dim), 0).astype(dtype)
         case _:
-            table = table.astype(dtype)
-            # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole ones.
+            rows = table.astype(dtype)
+            # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole
+            # ones.
             if not jax.sharding.get_abstract_mesh().empty:
-                table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec("tp", None))
-            return table.at[tokens].get(mode="fill", fill_value=0)
+                rows = jax.lax.with_sharding_constraint(rows, jax.sharding.PartitionSpec("tp", None))
+            return rows.at[tokens].get(mode="fill", fill_value=0)
 
 
 def unembed(hidden: jax.Array, table: Weight, vocab: int) -> jax.Array:

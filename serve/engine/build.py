@@ -12,19 +12,26 @@ from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype, free_memory
 from model.matrices import pack_params
+from model.quantization import SCHEMES, weight_bytes
 from model.sharding import MeshShape, build_mesh, check_divisible
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine, Sink
 from serve.engine.executor import Executor, uses_kernels
 
 
-def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False) -> ModelFolder:
+def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False, quantize: str = "none") -> ModelFolder:
     """Opens a model folder as serving runs it. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
-    merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded.
+    merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded. quantize: a name
+    of model/quantization.py's SCHEMES; matrices become integers when they are loaded.
 
-    Raises ConfigError when the folder isn't a model's.
+    Raises ConfigError when the folder isn't a model's, or is quantized already.
     """
     folder = open_folder(path)
+    if quantize != "none" and folder.config.quantization:
+        raise ConfigError(
+            f"quantize={quantize}: {path} is quantized already, by {', '.join(folder.config.quantization)}"
+        )
+    folder = dataclasses.replace(folder, quantize=SCHEMES[quantize])
     dtype = default_dtype() if dtype == "auto" else dtype
     check_dtype(dtype)
     # A scan copies each layer's weights out of the stack every step: serving unrolls.
@@ -32,17 +39,18 @@ def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False) 
     return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
 
 
-def fit_memory(engine: EngineConfig, model: ModelConfig, mesh: MeshShape, free: int | None) -> EngineConfig:
+def fit_memory(
+    engine: EngineConfig, model: ModelConfig, mesh: MeshShape, free: int | None, quantize: tuple[str, ...] = ()
+) -> EngineConfig:
     """Resolves `engine`, with fewer pages, and a shorter context where none was asked for, if the default doesn't fit
     into `free` bytes of a device (None is not known, and leaves the default). Raises ConfigError when not even that
     does."""
     resolved = engine.resolve(model)
     if engine.pages or free is None:
         return resolved
-    width = 4 if model.dtype == "float32" else 2
-    left = free - model.parameters * width // (mesh.tp * mesh.ep)
+    left = free - weight_bytes(model, quantize or model.quantization) // (mesh.tp * mesh.ep)
     heads = 1 if model.latent.rank else mesh.tp
-    page_bytes = model.kv_bytes_per_token() * engine.page_size // heads
+    page_bytes = engine.kv_bytes_per_token(model) * engine.page_size // heads
     share = 0.5 if jax.default_backend() == "cpu" else 0.8  # others live in main memory, too
     affordable = int(left * share) // page_bytes
     if affordable >= resolved.pages:
@@ -64,7 +72,7 @@ def build_executor(
     """Loads the newest checkpoint and compiles every bucket; tick(what) before each part. Raises ConfigError."""
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
-    engine = fit_memory(engine, model.config, mesh, free_memory(devices.devices.flat[0]))
+    engine = fit_memory(engine, model.config, mesh, free_memory(devices.devices.flat[0]), model.quantize)
     tick("loading parameters")
     total, read = model.nbytes, 0
 

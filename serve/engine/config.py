@@ -77,6 +77,12 @@ class EngineConfig:
     def pages_per_sequence(self) -> int:
         return -(-self.context_length // self.page_size)
 
+    def kv_bytes_per_token(self, model: ModelConfig) -> int:
+        """Bytes of KV cache a token takes, all layers together."""
+        dtype = self.cache_dtype if self.cache_dtype != "model" else model.dtype
+        vector = {"float32": 4 * model.head_dim, "bfloat16": 2 * model.head_dim, "int8": model.head_dim + 4}[dtype]
+        return model.layers * model.cache_heads * vector
+
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
         """Every shape a step can have: powers of two of single tokens, then all rows with powers of two of blocks."""

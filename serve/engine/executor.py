@@ -26,8 +26,8 @@ from serve.engine.sampling import sample
 
 
 def abstract_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Cache:
-    """One array for all layers, so that no layer is sliced out. Split over the key heads; a latent belongs to all heads,
-    and so to all devices."""
+    """One array for all layers, so that no layer is sliced out. Split over the key heads; a latent belongs to all
+    heads, and so to all devices."""
     shape = (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
     axes = ("pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
     dtype = jnp.dtype(engine.cache_dtype if engine.cache_dtype != "model" else model.dtype)

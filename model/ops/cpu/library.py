@@ -1,7 +1,8 @@
 """The kernels' shared library: compiled for this machine at first use, kept on disk, loaded once a process.
 
-A library's file name says what it was made from (sources, compiler, flags, jaxlib's headers, CPU), so that nothing stale is
-ever loaded. It appears by a rename when it is whole: processes that start together each make one, and the last one wins.
+A library's file name says what it was made from (sources, compiler, flags, jaxlib's headers, CPU), so that nothing
+stale is ever loaded. It appears by a rename when it is whole: processes that start together each make one, and the last
+one wins.
 """
 
 from __future__ import annotations
@@ -163,7 +164,8 @@ def _source_key() -> str:
 
 @cache
 def _native_name() -> str:
-    """ "native" with keys of this CPU's abilities and of the compiler; without one, whatever made the library will do."""
+    """ "native" with keys of this CPU's abilities and of the compiler; without one, whatever made the library will
+    do."""
     compiler = find_compiler()
     if compiler is None:
         return f"native_{_key(_cpu())}"

@@ -1,0 +1,191 @@
+"""Which matrices of a model are kept as integers, and making them so: when a model is converted or loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from model.config import ConfigError, ModelConfig
+from model.matrices import as_matrix, matrix_inputs, replace_matrices
+from model.ops.linear import Weight
+from model.ops.quantized import Bits, Quantized, quantize
+from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
+
+SCHEMES: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "int8": (".*=int8",),
+    "int4": ("embedding|head=int8", ".*=int4:64"),
+}
+"""Rules by a name of their own. Embedding and head matter most, and are a small part."""
+
+_PARTS = ("integers", "scales")
+"""What a matrix of integers is made of in a checkpoint"""
+
+
+class Format(NamedTuple):
+    bits: Bits
+    group: int
+    """Of int4: inputs that share a scale"""
+
+
+def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
+    """Reads "REGEX=int8", "REGEX=int4", "REGEX=int4:GROUP" or "REGEX=none". Raises ConfigError."""
+    pattern, _, name = rule.rpartition("=")
+    kind, _, group = name.partition(":")
+    formats = {"none": None, "int8": Format(8, 0), "int4": Format(4, 64)}
+    if not pattern or kind not in formats or (group and kind != "int4"):
+        raise ConfigError(f"quantize: {rule!r} must be REGEX=int8, REGEX=int4, REGEX=int4:GROUP or REGEX=none")
+    if group and group not in ("32", "64", "128"):
+        raise ConfigError(f"quantize: {rule!r}: a group has 32, 64 or 128 numbers")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"quantize: {rule!r} has no regular expression before the =: {error}") from None
+    return compiled, Format(4, int(group)) if group else formats[kind]
+
+
+def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], Format]:
+    """The format of each matrix that `rules` turn into integers, by its path in the unstacked layout. The first rule
+    that matches a whole path, such as "blocks/0/mlp/up/kernel", decides. A router stays as it is: it is small, and
+    chooses.
+
+    Raises ConfigError for a rule that can't be read, or that matches nothing.
+    """
+    parsed = [parse_rule(rule) for rule in rules]
+    found, used = {}, set()
+    for path in matrix_inputs(config):
+        name = "/".join(path)
+        index = next((i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(name)), None)
+        if index is None or "router" in path:
+            continue
+        used.add(index)
+        if (chosen := parsed[index][1]) is not None:
+            found[path] = chosen
+    if rules and not used:
+        raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {name}")
+    return found
+
+
+def quantize_params(
+    config: ModelConfig, params: Params, rules: Sequence[str], tick: Callable[[int], None] = lambda size: None
+) -> None:
+    """Turns matrices into integers, in place and one at a time; what already is integers stays. params: unstacked;
+    tick(bytes) after each."""
+    wanted = formats(config, rules)
+
+    def change(path: tuple[str, ...], weight: Weight, inputs: int) -> Weight:
+        if path not in wanted or not isinstance(weight, jax.Array):
+            return weight
+        integers = _quantize(weight, path, inputs, wanted[path])
+        jax.block_until_ready(integers.values)
+        tick(integers.values.nbytes)
+        return integers
+
+    replace_matrices(config, params, change)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(weight: jax.Array, path: tuple[str, ...], inputs: int, wanted: Format) -> Quantized:
+    return quantize(as_matrix(path, weight, inputs), *wanted)
+
+
+def weight_bytes(config: ModelConfig, rules: Sequence[str]) -> int:
+    """Bytes of the parameters as serving keeps them, all devices together."""
+    unstacked = abstract_params(_unstacked(config))
+    wanted = formats(config, rules)
+    total = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(unstacked)[0]:
+        chosen = wanted.get(tuple(entry.key for entry in path))
+        bits: float = jnp.dtype(kept_dtype(path, config.dtype)).itemsize * 8
+        if chosen is not None:
+            bits = 8 if chosen.bits == 8 else 4 + 16 / chosen.group  # a scale a column is nothing
+        total += math.ceil(math.prod(leaf.shape) * bits / 8)
+    return total
+
+
+def _unstacked(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, scan_layers=False)
+
+
+# In a checkpoint, integers are two arrays in a dict of their own.
+
+
+def to_arrays(params: Params) -> Params:
+    """With a dict of arrays in the place of each matrix of integers."""
+
+    def change(node: Any) -> Any:
+        return dict(zip(_PARTS, (node.values, node.scales), strict=True)) if isinstance(node, Quantized) else node
+
+    return cast(Params, jax.tree.map(change, params, is_leaf=lambda node: isinstance(node, Quantized)))
+
+
+def from_arrays(params: Params) -> Params:
+    """The inverse of to_arrays."""
+
+    def is_integers(node: Any) -> bool:
+        return isinstance(node, dict) and set(node) == set(_PARTS)
+
+    def change(node: Any) -> Any:
+        return Quantized(*(node[part] for part in _PARTS)) if is_integers(node) else node
+
+    return cast(Params, jax.tree.map(change, params, is_leaf=is_integers))
+
+
+def is_part(path: tuple[Any, ...]) -> bool:
+    """Whether a tree path ends at an array of a matrix of integers."""
+    return path[-1].key in _PARTS
+
+
+def abstract_stored(config: ModelConfig, mesh: Mesh) -> Params:
+    """Shapes, dtypes and shardings of a checkpoint of `config`, quantized as config.quantization says: integers are
+    split along their outputs where the devices divide them."""
+    plain = abstract_params(stacked(config), mesh)
+    if not config.quantization:
+        return plain
+
+    def make(params: Params) -> Params:
+        quantize_abstract(params)
+        return to_arrays(stack_blocks(params))
+
+    def quantize_abstract(params: Params) -> None:
+        wanted = formats(config, config.quantization)
+
+        def change(path: tuple[str, ...], weight: Weight, inputs: int) -> Weight:
+            assert isinstance(weight, jax.Array)
+            return quantize(as_matrix(path, weight, inputs), *wanted[path]) if path in wanted else weight
+
+        replace_matrices(config, params, change)
+
+    shapes = jax.eval_shape(lambda params: make(jax.tree.map(lambda x: x, params)), abstract_params(_unstacked(config)))
+    tensors = mesh.shape["tp"]
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if is_part(path):
+            split = "tp" if leaf.shape[-1] % tensors == 0 else None
+            spec = PartitionSpec(*(None,) * (len(leaf.shape) - 1), split)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        node: Any = plain
+        for entry in path:
+            node = node[entry.key]
+        return cast(jax.ShapeDtypeStruct, node)
+
+    return cast(Params, jax.tree_util.tree_map_with_path(place, shapes))
+
+
+def restored(config: ModelConfig, params: Params, dtype: str | None) -> Params:
+    """What serving reads of a quantized checkpoint as `abstract_stored` describes it: integers as they are, the rest in
+    `dtype`, in the layout of `config`."""
+
+    def cast_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if is_part(path) else leaf.astype(kept_dtype(path, dtype))
+
+    params = jax.tree_util.tree_map_with_path(cast_leaf, params)
+    return from_arrays(unstack_blocks(params))
