@@ -21,10 +21,9 @@ from benchmarks.roofline import Workload, cost, limit_seconds, workload
 from benchmarks.statistics import median
 from benchmarks.timing import Timing, time_plan
 from model.config import ConfigError, Dtype, ModelConfig
-from model.matrices import pack_params
 from model.sharding import MeshShape, build_mesh, check_divisible
 from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import Executor, uses_kernels
+from serve.engine.executor import Executor
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,7 @@ def build_executor(bench: StepBench, config: ModelConfig, tick: Callable[[], Non
     shape = MeshShape(tp=bench.tp)
     check_divisible(config, shape)
     mesh = build_mesh(shape)
-    params = random_params(config, mesh)
-    if uses_kernels(engine, mesh):
-        pack_params(config, params)
-    executor = Executor(config, with_room(engine, depth), params, mesh, config.vocab_size)
+    executor = Executor(config, with_room(engine, depth), random_params(config, mesh), mesh, config.vocab_size)
     executor.compile(lambda bucket: tick())
     return executor, depth
 

@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
+from model.matrices import pack_params
+from model.ops.cpu import library
 from model.transformer import Params, abstract_params, bind
 from train.step import packed_attention
 
@@ -54,6 +56,14 @@ def _scaled(config: ModelConfig, names: list[str], normal: np.ndarray) -> np.nda
         return 2 * normal / math.sqrt(config.dim)
     fan_in = {"out": config.heads * config.head_dim, "down": config.mlp_dim}.get(names[-2], config.dim)
     return 1.5 * normal / math.sqrt(fan_in)
+
+
+def packed_params(config: ModelConfig, params: Params) -> Params:
+    """The same, laid out for the CPU's kernels; `params` stay as they are."""
+    packed: Params = jax.tree.map(lambda leaf: leaf, params)
+    library.load()
+    pack_params(config, packed)
+    return packed
 
 
 def on_host(tree: Any) -> Any:

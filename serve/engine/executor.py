@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.compilation import compilations
 from model.config import ModelConfig
 from model.layers import Attend
+from model.matrices import pack_params
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
 from model.ops.cpu import library
 from model.sharding import named_sharding, use_mesh
@@ -128,7 +129,10 @@ class Executor:
     """Device state and compiled programs of one engine. `compile` must have run before `launch`."""
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh, vocab: int) -> None:
-        """params: in the layout and dtypes that serving reads; engine: resolved."""
+        """params: in the layout and dtypes that serving reads, packed or not; engine: resolved."""
+        if uses_kernels(engine, mesh) and not model.scan_layers:
+            params = jax.tree.map(lambda leaf: leaf, params)  # the caller's dicts stay as they are
+            pack_params(model, params)
         self.model, self.engine, self.mesh, self._vocab = model, engine, mesh, vocab
         self._params = params
         self._replicated = NamedSharding(mesh, PartitionSpec())

@@ -19,16 +19,17 @@ from jax.sharding import Mesh
 from model.config import ModelConfig
 from model.huggingface.families import read_config
 from model.huggingface.load import leaves_of, parts_of, path_name
+from model.ops.attention import Cache
 from model.sharding import use_mesh
 from model.transformer import Params, bind
 from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import Executor, cache_shape, paged_attention, sequence_of_token
+from serve.engine.executor import Executor, abstract_cache, paged_attention, sequence_of_token
 from serve.engine.plan import split_plan
 from serve.engine.request import Request, SamplingParams
 from serve.engine.scheduler import Scheduler
 from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load, others_slow
 from tests.serve.engine.harness import Arrival, play
-from tests.support import relative_error
+from tests.support import packed_params, relative_error
 from train.data import Batch
 from train.step import gradients, long_sequences, packed_attention
 
@@ -91,18 +92,21 @@ def engine_for(config: ModelConfig) -> EngineConfig:
     return engine
 
 
-def run_logged(config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request]) -> Iterator[tuple]:
+def run_logged(
+    config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request], kernel: bool
+) -> Iterator[tuple]:
     """Runs `requests` through scheduler and paged attention; yields (request, position, logits) of every sample.
 
     What is drawn is the next of the tokens in request.handle, as long as there are any, and the likeliest after that.
     """
     engine = engine_for(config)
+    params = packed_params(config, params) if kernel else params
 
-    def step(bucket: Bucket, params: Params, cache: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(bucket: Bucket, params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
         arrays = split_plan(packed, bucket, engine.pages_per_sequence)
         model = bind(config, params)
         long = arrays.long[sequence_of_token(bucket)] > 0
-        attend = paged_attention(engine, bucket, arrays)
+        attend = paged_attention(engine, bucket, arrays, kernel)
         hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
         return cache, model.logits(hidden[arrays.sample_token])
 
@@ -110,7 +114,8 @@ def run_logged(config: ModelConfig, params: Params, mesh: Mesh, requests: list[R
     scheduler = Scheduler(engine, config.rope_switch)
     for request in requests:
         scheduler.add(request)
-    cache = jnp.full(cache_shape(config, engine), jnp.nan, jnp.float32)  # stale pages may hold anything
+    # Stale pages may hold anything.
+    cache = Cache(jnp.full(abstract_cache(config, engine, mesh).pages.shape, jnp.nan, jnp.float32))
     while (plan := scheduler.plan()) is not None:
         with use_mesh(mesh):
             cache, logits = programs[plan.bucket](params, cache, plan.packed)
@@ -125,10 +130,11 @@ def run_logged(config: ModelConfig, params: Params, mesh: Mesh, requests: list[R
     assert scheduler.idle and scheduler.counters.preemptions > 0
 
 
+@pytest.mark.parametrize("kernel", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kernels", "reference"])
 @pytest.mark.parametrize(
     "family", others_slow("deepseek_v3", "gemma3", "gpt_oss", "llama3", "mixtral", "olmo2", "phi4", "smollm3")
 )
-def test_the_engine_computes_what_transformers_does(family: str, mesh: Mesh) -> None:
+def test_the_engine_computes_what_transformers_does(family: str, kernel: bool, mesh: Mesh) -> None:
     """Chunked prompts, pages, windows, sinks, shared latents and preemptions are other ways to the same logits, and to
     the same 64 tokens of greedy text, for requests that run together."""
     want = golden(family)
@@ -143,7 +149,7 @@ def test_the_engine_computes_what_transformers_does(family: str, mesh: Mesh) -> 
         for row, length in enumerate(want["prompt_lengths"])
     ]
     seen: dict[str, dict[int, np.ndarray]] = {request.id: {} for request in requests + texts}
-    for request, position, logits in run_logged(config, params, mesh, requests + texts):
+    for request, position, logits in run_logged(config, params, mesh, requests + texts, kernel):
         seen[request.id][position] = logits
     for request in requests:
         row, length = int(request.id.split(".")[0]), len(request.handle)

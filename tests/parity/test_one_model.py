@@ -17,15 +17,16 @@ import pytest
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
+from model.ops.attention import Cache
 from model.sharding import MeshShape, build_mesh, use_mesh
 from model.transformer import Params, bind
 from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import Executor, cache_shape, paged_attention
+from serve.engine.executor import Executor, abstract_cache, paged_attention
 from serve.engine.plan import split_plan
 from serve.engine.request import FinishReason, Request, SamplingParams
 from serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import Arrival, play
-from tests.support import forward, next_tokens, random_params
+from tests.support import forward, next_tokens, packed_params, random_params
 
 VOCAB = 90
 """Of 96: the last ids are padding of the embedding."""
@@ -151,16 +152,18 @@ def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
         assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
 
 
-def test_the_engines_logits_are_the_training_forwards(params: Params, mesh: Mesh) -> None:
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernels", "reference"])
+def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Params, mesh: Mesh) -> None:
     """Equal tokens could hide a drift that shows on a larger model; the numbers behind them must agree too."""
     engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=32, pages=14)
     programs: dict[Bucket, Any] = {}
+    served = packed_params(CONFIG, params) if kernel else params
 
     def program(bucket: Bucket) -> Any:
-        def step(params: Params, cache: jax.Array, packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def step(params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
             arrays = split_plan(packed, bucket, engine.pages_per_sequence)
             model = bind(CONFIG, params)
-            attend = paged_attention(engine, bucket, arrays)
+            attend = paged_attention(engine, bucket, arrays, kernel)
             hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
             return cache, model.logits(hidden[arrays.sample_token])
 
@@ -173,12 +176,12 @@ def test_the_engines_logits_are_the_training_forwards(params: Params, mesh: Mesh
     for request in requests:
         scheduler.add(request)
     # Stale pages of others may hold anything, NaN included.
-    cache = jnp.full(cache_shape(CONFIG, engine), jnp.nan, jnp.float32)
+    cache = Cache(jnp.full(abstract_cache(CONFIG, engine, mesh).pages.shape, jnp.nan, jnp.float32))
     seen: list[tuple[Request, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
-            cache, logits = run(params, cache, plan.packed)
+            cache, logits = run(served, cache, plan.packed)
         rows = np.asarray(logits)
         seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
         scheduler.commit(plan, rows[:, :VOCAB].argmax(axis=1))
