@@ -318,14 +318,24 @@ inline uint32_t bits(float x) {
 }
 inline uint32_t bits(uint16_t x) { return x; }
 
+inline Floats numbers(const float* x) { return load<Floats>(x); }
+inline Floats numbers(const uint16_t* x) { return load_bf16(x); }
+
 // The largest |x| of [first, last), or NaN when one of them is not finite.
 template <class X>
 float largest(const X* x, int64_t first, int64_t last) {
-  float top = 0, probe = 0;
-  for (int64_t i = first; i < last; i++) {
-    float value = number(x, i);
-    top = std::max(top, std::fabs(value));
-    probe += value * 0;  // NaN once a number is not finite
+  Floats tops = {}, probes = {};
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) {
+    Floats value = numbers(x + i);
+    tops = max(tops, (Floats)((Words)value & 0x7fffffffu));
+    probes += value * splat(0.f);  // NaN once a number is not finite
+  }
+  float top = 0, probe = sum(probes);
+  for (int lane = 0; lane < kLanes; lane++) top = std::max(top, tops[lane]);
+  for (; i < last; i++) {
+    top = std::max(top, std::fabs(number(x, i)));
+    probe += number(x, i) * 0;
   }
   return top + probe;
 }
@@ -333,12 +343,19 @@ float largest(const X* x, int64_t first, int64_t last) {
 // Puts round(x * 127 / top) of [first, last) into `to`, and the factor that undoes it into `scale`.
 template <class X>
 void quantize(const X* x, int64_t first, int64_t last, int8_t* to, float* scale) {
-  float top = largest(x, first, last);
-  bool usable = top > 0 && std::isfinite(top);
-  float inverse = usable ? 127.f / top : 0.f;
+  const float top = largest(x, first, last), inverse = 127.f / top;
   *scale = top / 127.f;  // NaN for a row that isn't finite: so is its result
-  if (!std::isfinite(inverse)) inverse = 0;
-  for (int64_t i = first; i < last; i++) to[i] = usable ? int8_t(std::lrintf(number(x, i) * inverse)) : int8_t(0);
+  if (!(top > 0) || !std::isfinite(inverse)) {
+    std::fill(to + first, to + std::max(first, last), int8_t(0));
+    return;
+  }
+  const float nearest = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
+  int64_t i = first;
+  for (; i + kLanes <= last; i += kLanes) {
+    Ints rounded = (Ints)(numbers(x + i) * splat(inverse) + splat(nearest)) & 0xff;
+    store(to + i, __builtin_convertvector(rounded, SmallBytes));
+  }
+  for (; i < last; i++) to[i] = int8_t(std::lrintf(number(x, i) * inverse));
 }
 
 // What a sum of (nibble - 8) * x starts with, as the bits of a lane of RunSum.

@@ -19,13 +19,14 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// Of 32-bit lanes; `Bytes` has the same width.
+// kLanes numbers; `Shorts` and `Bytes` fill as much as 32-bit ones do.
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t SmallBytes __attribute__((vector_size(kLanes)));
 
 template <class V>
 inline V load(const void* from) {
