@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": ("commands.serve", "serve a model folder over gRPC"),
     "convert": ("commands.convert", "convert a model folder from or to Hugging Face's layout; merge an adapter"),
     "generate": ("commands.generate", "complete a prompt, on a running server or on a model folder"),
+    "kernels": ("commands.kernels", "compile the CPU's kernels ahead of time, or list them"),
     "bench": ("commands.bench", "measure a step, a server or training against the hardware's limits"),
     "demo": ("commands.demo", "train a small model on Python's own source, serve it and call it"),
 }

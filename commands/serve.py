@@ -53,6 +53,8 @@ async def serve(config: ServeConfig, console: Console) -> int:
         f"{pages * engine.config.page_size * engine.config.kv_bytes_per_token(model.config) / 1e6:.0f} MB",
         highlight=False,
     )
+    if reason := engine.executor.without_kernels:
+        console.print(f"slower than it could be, without CPU kernels: {reason}", style="yellow", markup=False)
     if engine.config.context_length < model.config.context_length:
         console.print(
             f"context: {engine.config.context_length} of the model's {model.config.context_length} tokens, "

@@ -168,6 +168,12 @@ class Executor:
         self._compilations_when_ready = compilations()
 
     @property
+    def without_kernels(self) -> str | None:
+        """Why steps on a CPU run without its kernels, where they were wanted; None: they have them, or it isn't one."""
+        wanted = self.engine.kernels and self.mesh.size == 1 and _is_this_cpu(self.mesh)
+        return library.why_not() if wanted else None
+
+    @property
     def recompilations(self) -> int:
         """Programs compiled in this process since `compile`: in serving, 0 is the only right value."""
         return compilations() - self._compilations_when_ready

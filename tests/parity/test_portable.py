@@ -30,9 +30,7 @@ from train.optimizer import build_optimizer
 from train.step import Metrics, Trainer
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
-ENGINE = EngineConfig(
-    max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, kernels=False
-).resolve(TINY)
+ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, kernels=False).resolve(TINY)
 
 
 def abstract_batch(accumulate: int, sequences: int, seq: int) -> Batch:

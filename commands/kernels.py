@@ -1,0 +1,89 @@
+"""`isthmus kernels`."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from model.ops.cpu import library
+from model.ops.cpu.library import KernelError
+
+HELP = """Compiles the CPU's kernels ahead of time, and shows which there are.
+
+Serving on CPU compiles them for the machine at first use, in some seconds, and keeps them in ~/.cache/isthmus/kernels.
+In a container, where that folder may be empty or read-only and a compiler missing, build them into the image.
+
+examples:
+  isthmus kernels build                             for this machine and user
+  isthmus kernels build --shared --march x86-64-v3  for every user of this Python, on any x86 CPU with AVX2
+  isthmus kernels list                              what is there, and whether it runs here"""
+
+
+@dataclass(frozen=True)
+class Build:
+    """Compiles the kernels."""
+
+    march: str = "native"
+    """As the compiler's -march: native, or the least that the machines have which are to run them, such as x86-64-v3
+    (AVX2), x86-64-v4 (AVX-512), sapphirerapids (and its bfloat16 and int8 products), armv8.2-a+dotprod"""
+    shared: bool = False
+    """Into this Python environment instead of the user's cache"""
+
+
+@dataclass(frozen=True)
+class List:
+    """Shows the libraries of this version that lie on this machine."""
+
+
+Command = Annotated[Build, tyro.conf.subcommand("build")] | Annotated[List, tyro.conf.subcommand("list")]
+
+
+def build(config: Build, console: Console) -> int:
+    folder = library.shared_folder() if config.shared else library.user_folder()
+    with console.status("compiling the kernels"):
+        made = library.build(folder, config.march)
+    console.print(f"{made.path}", highlight=False)
+    if not made.runs_here:
+        console.print(f"compiled for {config.march}: this machine, {platform.machine()}, can't run it", style="yellow")
+    return 0
+
+
+def show(console: Console) -> int:
+    """Returns 1 when this machine has no library that it can run."""
+    found = library.find()
+    table = Table("for", "runs here", "file")
+    for each in found:
+        table.add_row(
+            "this machine" if each.target.startswith("native") else each.target,
+            "yes" if each.runs_here else "no",
+            str(each.path),
+        )
+    console.print(table)
+    if any(each.runs_here for each in found):
+        return 0
+    compiler = library.find_compiler()
+    what = f"serving will compile them with {compiler}" if compiler else "and there is no C++ compiler: install g++"
+    console.print(f"no kernels for this machine yet: {what}")
+    return 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the process's exit status."""
+    console = Console(soft_wrap=True)
+    command = tyro.cli(Command, args=list(argv), description=HELP, prog="isthmus kernels")  # type: ignore[arg-type]
+    try:
+        return build(command, console) if isinstance(command, Build) else show(console)
+    except KernelError as error:
+        console.print(f"isthmus kernels: {error}", style="red", markup=False)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
