@@ -101,7 +101,8 @@ class Transformer(nnx.Module):
             return block(x, kind, angles, layer, attend, cache)
 
         if self.config.remat == "none":
-            return body
+            # Traced once for all layers that are alike; XLA inlines it.
+            return body if self.config.scan_layers else jax.jit(body, static_argnums=(0, 2))
         policy = {
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             "full": jax.checkpoint_policies.nothing_saveable,
