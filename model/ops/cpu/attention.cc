@@ -68,13 +68,14 @@ struct Step {
     return sequence < rows ? sequence : rows + (sequence - rows) * block;
   }
   int64_t sequence_tokens(int64_t sequence) const { return sequence < rows ? 1 : block; }
-  // The index of a token's vector in the cache, in vectors of head_dim; a page that isn't there is the null page.
-  int64_t slot(int64_t sequence, int64_t position, int64_t head) const {
-    int64_t page = position / page_size;
-    page = page < table_width ? int64_t(tables[sequence * table_width + page]) : 0;
-    page += first;
+  // Where a page of a sequence begins in the cache, in vectors of head_dim; one that isn't there is the null page.
+  int64_t page_begin(int64_t sequence, int64_t index) const {
+    int64_t page = first + (index < table_width ? int64_t(tables[sequence * table_width + index]) : 0);
     if (page < 0 || page >= pages) page = 0;
-    return (page * page_size + position % page_size) * slots() + head;
+    return page * page_size * slots();
+  }
+  int64_t slot(int64_t sequence, int64_t position, int64_t head) const {
+    return page_begin(sequence, position / page_size) + position % page_size * slots() + head;
   }
 };
 
@@ -135,18 +136,20 @@ struct Query {
 
 struct Scratch {
   std::vector<Query> queries;
-  std::vector<float> q, out, keys, values, scores;
+  std::vector<float> q, out, keys, values, scores, zeros;
+  const float* key[kChunk];  // of the chunk, `width` numbers each: in the cache, or turned to float32 in keys and values
+  const float* value[kChunk];
 };
 
-// scores[i][key] = q[i] · keys[key], for `n` (1 or 2) queries and all keys of the chunk up to `count`.
+// scores[i][key] = q[i] · keys[key], for N (1 or 2) queries and all keys of the chunk up to `count`.
 template <int N>
-void score(const float* q, const float* keys, int64_t width, int count, float* scores) {
+void score(const float* q, const float* const* keys, int64_t width, int count, float* scores) {
   for (int key = 0; key < count; key += kKeys) {
     Floats products[N][kKeys] = {};
     for (int64_t d = 0; d < width; d += kLanes) {
       Floats k[kKeys];
 #pragma GCC unroll 4
-      for (int j = 0; j < kKeys; j++) k[j] = load<Floats>(keys + (key + j) * width + d);
+      for (int j = 0; j < kKeys; j++) k[j] = load<Floats>(keys[key + j] + d);
 #pragma GCC unroll 2
       for (int i = 0; i < N; i++) {
         Floats x = load<Floats>(q + i * width + d);
@@ -160,14 +163,15 @@ void score(const float* q, const float* keys, int64_t width, int count, float* s
 
 // out[i] += sum over keys of weights[i][key] * values[key], keys in order.
 template <int N, int B>
-void add_values(const float* weights, const float* values, int64_t width, int first, int last, int64_t d, float* out) {
+void add_values(const float* weights, const float* const* values, int64_t width, int first, int last, int64_t d,
+                float* out) {
   Floats sums[N][B];
   for (int i = 0; i < N; i++)
     for (int b = 0; b < B; b++) sums[i][b] = load<Floats>(out + i * width + d + b * kLanes);
   for (int key = first; key < last; key++) {
     Floats value[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; b++) value[b] = load<Floats>(values + key * width + d + b * kLanes);
+    for (int b = 0; b < B; b++) value[b] = load<Floats>(values[key] + d + b * kLanes);
 #pragma GCC unroll 2
     for (int i = 0; i < N; i++) {
       Floats weight = splat(weights[i * kChunk + key]);
@@ -181,13 +185,19 @@ void add_values(const float* weights, const float* values, int64_t width, int fi
 
 // Turns one query's scores into weights and rescales what it has gathered. Keys outside [first, last) weigh nothing.
 void weigh(const Step& s, Query& query, float* scores, int first, int last, float* out, int64_t width) {
-  float top = query.top;
-  for (int key = 0; key < kChunk; key++) {
-    float score = scores[key] * s.scale;
-    if (s.soft_cap != 0) score = s.soft_cap * std::tanh(score / s.soft_cap);
-    scores[key] = key >= first && key < last ? score : kMinusInfinity;
-    top = std::max(top, scores[key]);
+  Floats tops = splat(query.top);
+  for (int key = 0; key < kChunk; key += kLanes) {
+    Floats some = load<Floats>(scores + key) * splat(s.scale);
+    if (s.soft_cap != 0)
+      for (int i = 0; i < kLanes; i++) some[i] = s.soft_cap * std::tanh(some[i] / s.soft_cap);
+    if (key < first || key + kLanes > last)
+      for (int i = 0; i < kLanes; i++)
+        if (key + i < first || key + i >= last) some[i] = kMinusInfinity;
+    tops = max(some, tops);
+    store(scores + key, some);
   }
+  float top = query.top;
+  for (int i = 0; i < kLanes; i++) top = std::max(top, tops[i]);
   Floats total = {};
   for (int key = 0; key < kChunk; key += kLanes) {
     Floats weights = exp(load<Floats>(scores + key) - splat(top));
@@ -221,7 +231,7 @@ void attend(const Step& s, Query* queries, const float* q, const Scratch& scratc
     last = std::max(last, last_seen(queries[i], chunk));
   }
   if (first >= last) return;
-  score<N>(q, scratch.keys.data(), width, last, scores);
+  score<N>(q, scratch.key, width, last, scores);
   for (int i = 0; i < N; i++) {
     int begin = first_seen(s, queries[i], chunk), end = last_seen(queries[i], chunk);
     if (begin < end)
@@ -229,28 +239,45 @@ void attend(const Step& s, Query* queries, const float* q, const Scratch& scratc
     else
       std::fill_n(scores + i * kChunk, kChunk, 0.f);
   }
-  const float* values = s.shared ? scratch.keys.data() : scratch.values.data();
+  const float* const* values = s.shared ? scratch.key : scratch.value;
   int64_t d = 0;
   for (; d + 4 * kLanes <= width; d += 4 * kLanes) add_values<N, 4>(scores, values, width, first, last, d, out);
   for (; d < width; d += kLanes) add_values<N, 1>(scores, values, width, first, last, d, out);
 }
 
+// Calls row(i, slot) for the keys [chunk, last] of a chunk, page by page.
+template <class F>
+void each_key(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, F row) {
+  const int64_t step = s.slots(), end = std::min(last + 1, chunk + kChunk);
+  for (int64_t position = chunk; position < end;) {
+    const int64_t page = position / s.page_size, next = std::min(end, (page + 1) * s.page_size);
+    int64_t slot = s.page_begin(sequence, page) + (position - page * s.page_size) * step + (s.shared ? head : 2 * head);
+    for (; position < next; position++, slot += step) row(int(position - chunk), slot);
+  }
+}
+
 template <class C>
 void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, Scratch& scratch) {
-  const int64_t width = s.padded();
-  for (int i = 0; i < kChunk; i++) {
-    float* key = scratch.keys.data() + i * width;
-    float* value = scratch.values.data() + i * width;
-    if (chunk + i > last) {  // nobody sees these: whatever lies there, NaN included, must not be read
-      std::fill_n(key, width, 0.f);
-      if (!s.shared) std::fill_n(value, width, 0.f);
-      continue;
-    }
-    int64_t slot = s.slot(sequence, chunk + i, s.shared ? head : 2 * head);
-    const C* from = (const C*)s.cache + slot * s.head_dim;
+  const int64_t width = s.padded(), bytes = s.head_dim * (s.shared ? 1 : 2) * int64_t(sizeof(C));
+  const C* cache = (const C*)s.cache;
+  each_key(s, sequence, head, chunk + kChunk, last, [&](int, int64_t slot) {  // what comes next is far from here
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)(cache + slot * s.head_dim) + at);
+  });
+  each_key(s, sequence, head, chunk, last, [&](int i, int64_t slot) {
+    const C* from = cache + slot * s.head_dim;
+    if constexpr (std::is_same_v<C, float>)
+      if (width == s.head_dim) {
+        scratch.key[i] = from, scratch.value[i] = from + s.head_dim;
+        return;
+      }
+    float *key = scratch.keys.data() + i * width, *value = scratch.values.data() + i * width;
+    scratch.key[i] = key, scratch.value[i] = value;
     read(from, s.head_dim, s.scales ? s.scales[slot] : 1.f, key);
     if (!s.shared) read(from + s.head_dim, s.head_dim, s.scales ? s.scales[slot + 1] : 1.f, value);
-  }
+  });
+  // Nobody sees these: whatever lies there, NaN included, must not be read.
+  for (int64_t i = std::max<int64_t>(0, last + 1 - chunk); i < kChunk; i++)
+    scratch.key[i] = scratch.value[i] = scratch.zeros.data();
 }
 
 template <class X, class C>
@@ -280,6 +307,7 @@ void attend_head(const Step& s, int64_t sequence, int64_t head) {
   scratch.out.assign(count * width, 0.f);
   scratch.keys.assign(kChunk * width, 0.f);  // zeros between head_dim and width
   scratch.values.assign(kChunk * width, 0.f);
+  scratch.zeros.assign(width, 0.f);
   scratch.scores.resize(2 * kChunk);
   for (int64_t i = 0; i < count; i++)
     read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f,
