@@ -120,8 +120,10 @@ def exact_int4(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.ndarray
 
 
 def exact(x: np.ndarray, weight: jax.Array | Quantized) -> tuple[np.ndarray, np.ndarray]:
-    """(x @ weight with exact sums, float64; how far float32 may be from it). Against integers x is rounded as it is said
-    to be, so that what remains is the rounding of a few multiplications."""
+    """(x @ weight with exact sums, float64; how far float32 may be from it).
+
+    Against integers x is rounded as it is said to be, so that what remains is the rounding of a few multiplications.
+    """
     if isinstance(weight, Quantized):
         return (exact_int8 if weight.bits == 8 else exact_int4)(x.astype(np.float32), weight)
     return exact_floats(x.astype(np.float64), np.asarray(weight, np.float64))
@@ -160,7 +162,7 @@ def test_large_and_small_numbers(kind: str) -> None:
     """Rows of very different sizes in one batch: none may be rounded by another's scale, or overflow on the way."""
     rng = np.random.default_rng(5)
     x = random_x(rng, 9, 200)
-    x *= np.float32([1e30, 1e-30, 1, 1e-38, 1e38, 1e-42, 1e10, 1e-10, 1])[:, None]
+    x *= np.array([1e30, 1e-30, 1, 1e-38, 1e38, 1e-42, 1e10, 1e-10, 1], np.float32)[:, None]
     x[4] = np.clip(x[4], -1e36, 1e36)
     x[8] = -0.0
     x[2, :150] = 0
@@ -264,7 +266,7 @@ def test_columns_that_are_not_there_are_zeros(kind: str) -> None:
     rng = np.random.default_rng(12)
     weight = random_weight(rng, kind, 40, 21)
     limits = np.iinfo(np.int32)
-    indices = np.int32([[0, -1, 20], [21, 31, 32], [1000, limits.max, limits.min]])
+    indices = np.array([[0, -1, 20], [21, 31, 32], [1000, limits.max, limits.min]], np.int32)
     got = columns(pack(weight, 40), indices)
     assert got.shape == (3, 3, 40)
     there = (indices >= 0) & (indices < 21)
