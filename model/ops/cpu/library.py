@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -44,11 +45,24 @@ class Library:
 
     @property
     def runs_here(self) -> bool:
-        """Whether this CPU has what the library was compiled for."""
+        """Whether the file is whole, and this CPU has what it was compiled for."""
         try:
-            return bool(ctypes.CDLL(str(self.path)).isthmus_runs_here())
+            return _is_sealed(self.path) and bool(ctypes.CDLL(str(self.path)).isthmus_runs_here())
         except (OSError, AttributeError):
             return False
+
+
+def _seal(path: Path) -> None:
+    """Ends a library with a hash of what comes before, which a loader doesn't look at."""
+    digest = hashlib.sha256(path.read_bytes()).digest()
+    with path.open("ab") as file:
+        file.write(digest)
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether all of it is there: a file that a crash or a full disk cut short kills the process that loads it."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def user_folder() -> Path:
@@ -65,15 +79,18 @@ def find() -> list[Library]:
     """All libraries of these sources and this jaxlib, those for this very machine first."""
     found = []
     for folder in (user_folder(), shared_folder()):
-        for path in sorted(folder.glob(f"*-{_source_key()}.so")) if folder.is_dir() else ():
+        for path in sorted(folder.glob(f"*-{_source_key()}.so")) if os.path.isdir(folder) else ():
             target = path.name[: -len(f"-{_source_key()}.so")]
             if target.startswith(_native_name()) or not target.startswith("native"):
                 found.append(Library(path, target))
     return sorted(found, key=lambda library: not library.target.startswith("native"))
 
 
-def build(folder: Path, target: str = "native") -> Library:
-    """Compiles the kernels into `folder`. target: -march. Raises KernelError."""
+def build(folder: Path, target: str = "native", flags: Sequence[str] = ()) -> Library:
+    """Compiles the kernels into `folder`. Raises KernelError.
+
+    target: -march. flags: further ones, a sanitizer's say, that the file's name doesn't tell.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++")
@@ -81,15 +98,17 @@ def build(folder: Path, target: str = "native") -> Library:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = _compile(compiler, target, Path(work))
+            made = _compile(compiler, target, flags, Path(work))
             path = folder / f"{name}-{_source_key()}.so"
+            _seal(made)
             made.rename(path)
     except OSError as error:
         raise KernelError(f"{folder} can't be written: {error}") from None
     return Library(path, target)
 
 
-def _compile(compiler: str, target: str, work: Path) -> Path:
+def _compile(compiler: str, target: str, flags: Sequence[str], work: Path) -> Path:
+    flags = (*FLAGS, *flags)
     include = f"-I{jax.ffi.include_dir()}"
     sources = sorted(SOURCES.glob("*.cc"))
 
@@ -99,9 +118,9 @@ def _compile(compiler: str, target: str, work: Path) -> Path:
             raise KernelError(f"{compiler} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
 
     with ThreadPoolExecutor() as workers:
-        flags = (*FLAGS, f"-march={target}", include)
-        list(workers.map(lambda source: run(*flags, "-c", str(source), "-o", f"{source.stem}.o"), sources))
-    run(*FLAGS, "-shared", *(f"{source.stem}.o" for source in sources), "-o", "kernels.so")
+        compile_flags = (*flags, f"-march={target}", include)
+        list(workers.map(lambda source: run(*compile_flags, "-c", str(source), "-o", f"{source.stem}.o"), sources))
+    run(*flags, "-shared", *(f"{source.stem}.o" for source in sources), "-o", "kernels.so")
     return work / "kernels.so"
 
 
@@ -127,7 +146,7 @@ def why_not() -> str | None:
 
 def _build_somewhere() -> Library:
     """In the user's folder, or where that can't be written, in a temporary one for this process alone."""
-    if find_compiler() is None or os.access(_existing_parent(user_folder()), os.W_OK):
+    if find_compiler() is None or _can_make(user_folder()):
         return build(user_folder())
     folder = Path(tempfile.mkdtemp(prefix="isthmus-kernels-"))
     try:
@@ -138,13 +157,19 @@ def _build_somewhere() -> Library:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _existing_parent(folder: Path) -> Path:
-    return folder if folder.exists() else _existing_parent(folder.parent)
+def _can_make(folder: Path) -> bool:
+    """Whether a folder is there to be written into, or can be made."""
+    if os.path.lexists(folder) or folder == folder.parent:
+        return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    return _can_make(folder.parent)
 
 
 @cache
 def _register(library: Library) -> None:
-    loaded = ctypes.CDLL(str(library.path))
+    try:
+        loaded = ctypes.CDLL(str(library.path))
+    except OSError as error:  # its file system is mounted noexec, say
+        raise KernelError(f"{library.path} can't be loaded: {error}") from None
     for name in HANDLERS:
         jax.ffi.register_ffi_target(f"isthmus_{name}", jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
 

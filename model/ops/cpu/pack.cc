@@ -74,6 +74,7 @@ ffi::Error pack(ffi::AnyBuffer matrix, ffi::Result<Lines> out, bool transposed) 
   const int64_t numbers = matrix.element_type() == ffi::F32 ? 1 : matrix.element_type() == ffi::BF16 ? 2 : 4;
   REQUIRE(panels == (outputs + kPanel - 1) / kPanel && lines == (inputs + numbers - 1) / numbers,
           "the result has another size than the matrix");
+  REQUIRE(matrix.element_type() != ffi::U8 || inputs % 4 == 0, "int4 needs a multiple of 8 inputs");
   uint8_t* to = out->typed_data();
   want_large_pages(to, out->size_bytes());
   auto each = [&](auto* from, auto panel_of) {

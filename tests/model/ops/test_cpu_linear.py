@@ -1,0 +1,397 @@
+"""Products with packed matrices: every kind of numbers against sums in float64, and what the engine relies on: a row's
+result is its own, to the bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from model.ops.cpu.packed import Packed, multiply
+from model.ops.cpu.packed import pack as pack_eagerly
+from model.ops.quantized import Quantized
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+HALF_ULP = 2.0**-24
+SUBNORMAL = 2.0**-125
+"""What is this small may count as zero on the way"""
+KINDS = ("float32", "bfloat16", "int8", "int4-32", "int4-64", "int4-128")
+SIZES = (
+    *((1, 1), (1, 17), (2, 1), (3, 5), (7, 16), (8, 15), (15, 33), (31, 4), (32, 48), (33, 31), (63, 65), (65, 2)),
+    *((96, 130), (127, 100), (129, 130), (1025, 40), (2051, 70), (2500, 37)),
+)
+"""(inputs, outputs): on both sides of every vector, line, panel, group and block"""
+pack = jax.jit(pack_eagerly, static_argnums=1, static_argnames="transposed")
+ROWS = (0, 1, 2, 5, 6, 7, 13, 47)
+
+
+def random_x(rng: np.random.Generator, rows: int, inputs: int, dtype: Any = np.float32) -> np.ndarray:
+    return rng.normal(size=(rows, inputs)).astype(dtype)
+
+
+def random_weight(rng: np.random.Generator, kind: str, inputs: int, outputs: int) -> jax.Array | Quantized:
+    match kind.split("-"):
+        case ["int8"]:
+            values = rng.integers(-127, 128, (inputs, outputs), np.int8)
+            return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(0, 0.01, (1, outputs)), jnp.float32))
+        case ["int4", group]:
+            groups = math.ceil(inputs / int(group))
+            values = rng.integers(0, 256, (groups * int(group) // 2, outputs), np.uint8)
+            scales = rng.uniform(0, 0.1, (groups, outputs)).astype(BFLOAT16)
+            return Quantized(jnp.asarray(values), jnp.asarray(scales))
+    return jnp.asarray(rng.normal(size=(inputs, outputs)).astype(np.dtype(kind)))
+
+
+def packed(rng: np.random.Generator, kind: str, inputs: int, outputs: int) -> Packed:
+    return pack(random_weight(rng, kind, inputs, outputs), inputs)
+
+
+def integers_of(weight: Quantized) -> np.ndarray:
+    """int64[inputs, outputs], padding included."""
+    values = np.asarray(weight.values)
+    if weight.bits == 8:
+        return values.astype(np.int64)
+    return np.stack([values & 15, values >> 4], axis=1).reshape(-1, values.shape[1]).astype(np.int64) - 8
+
+
+def columns_of(weight: jax.Array | Quantized, inputs: int) -> np.ndarray:
+    """float32[outputs, inputs]."""
+    if isinstance(weight, Quantized):
+        scales = np.repeat(np.asarray(weight.scales, np.float32), weight.group, axis=0)
+        matrix = integers_of(weight).astype(np.float32) * scales
+    else:
+        matrix = np.asarray(weight, np.float32)
+    return np.ascontiguousarray(matrix[:inputs].T)
+
+
+def product(x: np.ndarray | jax.Array, weight: Packed) -> np.ndarray:
+    return np.asarray(multiply(jnp.asarray(x), [weight])[0])
+
+
+def columns(weight: Packed, indices: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.jit(Packed.columns)(weight, jnp.asarray(indices)))
+
+
+def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
+    np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+
+
+# ---- what the kernels compute, in float64
+
+
+def exact_floats(x: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(products, how far float32 may be from them)."""
+    rough = HALF_ULP * (2 * math.sqrt(len(matrix)) + 4)
+    return x @ matrix, rough * (np.abs(x) @ np.abs(matrix)) + len(matrix) * SUBNORMAL
+
+
+def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(integers of at most 127, their scales float32[..., 1]) of the runs x[..., run]."""
+    top = np.abs(x).max(axis=-1, keepdims=True, initial=0).astype(np.float32)
+    tiny = top < 127 / np.finfo(np.float32).max  # rounds to zeros
+    inverse = np.float32(127) / np.where(tiny, 1, top)
+    return np.where(tiny, 0, np.rint(x * inverse)).astype(np.int64), top / np.float32(127)
+
+
+def exact_int8(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.ndarray]:
+    integers, scales = rounded(x)
+    products = integers @ integers_of(weight)
+    want = products * np.asarray(weight.scales, np.float64) * scales
+    return want, 4 * HALF_ULP * np.abs(want) + SUBNORMAL
+
+
+def exact_int4(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.ndarray]:
+    run = 64 if weight.group % 64 == 0 else 32
+    matrix = integers_of(weight)
+    x = np.pad(x, ((0, 0), (0, len(matrix) - x.shape[1])))
+    integers, scales = rounded(x.reshape(len(x), len(matrix) // run, run))
+    products = np.einsum("ngk,gko->ngo", integers, matrix.reshape(-1, run, matrix.shape[1]))
+    weight_scales = np.repeat(np.asarray(weight.scales, np.float64), weight.group // run, axis=0)
+    terms = products * weight_scales * scales
+    return terms.sum(axis=1), HALF_ULP * (terms.shape[1] + 4) * np.abs(terms).sum(axis=1) + SUBNORMAL
+
+
+def exact(x: np.ndarray, weight: jax.Array | Quantized) -> tuple[np.ndarray, np.ndarray]:
+    """(x @ weight with exact sums, float64; how far float32 may be from it).
+
+    Against integers x is rounded as it is said to be, so that what remains is the rounding of a few multiplications.
+    """
+    if isinstance(weight, Quantized):
+        return (exact_int8 if weight.bits == 8 else exact_int4)(x.astype(np.float32), weight)
+    return exact_floats(x.astype(np.float64), np.asarray(weight, np.float64))
+
+
+def assert_right(x: np.ndarray, weight: jax.Array | Quantized) -> None:
+    got = product(x, pack(weight, x.shape[1]))
+    want, tolerance = exact(x, weight)
+    assert got.dtype == np.float32 and got.shape == want.shape
+    worst = np.max(np.abs(got - want) / tolerance, initial=0)
+    assert worst <= 1, f"{worst:.2f} times as far from the exact product as rounding explains"
+
+
+@pytest.mark.parametrize("inputs, outputs", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_product_is_the_exact_one_up_to_rounding(kind: str, inputs: int, outputs: int) -> None:
+    """Sizes that fill no vector, line, panel or group: a wrong tail here is a model that talks nonsense."""
+    rng = np.random.default_rng(inputs * 31 + outputs)
+    weight = random_weight(rng, kind, inputs, outputs)
+    index = SIZES.index((inputs, outputs))
+    for rows in (ROWS[index % len(ROWS)], ROWS[(index + 3) % len(ROWS)]):
+        assert_right(random_x(rng, rows, inputs), weight)
+        assert_right(random_x(rng, rows, inputs, BFLOAT16), weight)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_number_of_rows(kind: str, rows: int) -> None:
+    """Rows are tiled by up to six, and a batch of any size comes."""
+    rng = np.random.default_rng(rows)
+    assert_right(random_x(rng, rows, 130), random_weight(rng, kind, 130, 90))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_and_small_numbers(kind: str) -> None:
+    """Rows of very different sizes in one batch: none may be rounded by another's scale, or overflow on the way."""
+    rng = np.random.default_rng(5)
+    x = random_x(rng, 9, 200)
+    x *= np.array([1e30, 1e-30, 1, 1e-38, 1e38, 1e-42, 1e10, 1e-10, 1], np.float32)[:, None]
+    x[4] = np.clip(x[4], -1e36, 1e36)
+    x[8] = -0.0
+    x[2, :150] = 0
+    x[6, ::2] = 0
+    weight = random_weight(rng, kind, 200, 50)
+    assert_right(x, weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_zeros_give_zeros(kind: str) -> None:
+    """Padding: it is left out of the work, and must not shift the rows after it."""
+    rng = np.random.default_rng(6)
+    x = random_x(rng, 20, 70)
+    x[[0, 3, 4, 5, 11, 19]] = 0
+    weight = packed(rng, kind, 70, 40)
+    got = product(x, weight)
+    assert not got[[0, 3, 4, 5, 11, 19]].any()
+    for row in (1, 2, 6, 12, 18):
+        assert_same_bits(got[row], product(x[row : row + 1], weight)[0])
+    assert not product(np.zeros((7, 70), np.float32), weight).any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_at_the_end_of_their_range(kind: str) -> None:
+    """Where a sum of 16 bits would overflow first."""
+    signs = np.random.default_rng(7).choice([-1.0, 1.0], (3, 512)).astype(np.float32)
+    x = np.concatenate([signs, np.ones((1, 512), np.float32), -np.ones((1, 512), np.float32)])
+    match kind.split("-"):
+        case ["int8"]:
+            assert_right(x, Quantized(jnp.asarray(127 * x.T, jnp.int8), jnp.ones((1, 5))))
+        case ["int4", group]:
+            for byte in (0, 255):  # -8 or 7 everywhere
+                values = jnp.full((256, 20), byte, jnp.uint8)
+                assert_right(x, Quantized(values, jnp.ones((512 // int(group), 20), jnp.bfloat16)))
+        case _:
+            assert_right(x, jnp.asarray(x.T, kind))
+
+
+# ---- rows are independent
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_that_is_not_finite_keeps_it_to_itself(kind: str, bad: float) -> None:
+    """One broken request in the batch: its own answer is visibly broken, everybody else's is what it was."""
+    rng = np.random.default_rng(8)
+    weight = packed(rng, kind, 100, 70)
+    x = random_x(rng, 13, 100)
+    clean = product(x, weight)
+    x[4, 99] = x[7, 0] = bad
+    got = product(x, weight)
+    assert not np.isfinite(got[[4, 7]]).any()
+    others = [row for row in range(13) if row not in (4, 7)]
+    assert_same_bits(got[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs, outputs", [(100, 70), (2500, 33), (40, 300)])
+def test_a_row_gives_the_same_bits_in_any_batch(kind: str, dtype: str, inputs: int, outputs: int) -> None:
+    """A request's tokens must not depend on who else is being served."""
+    rng = np.random.default_rng(9)
+    weight = packed(rng, kind, inputs, outputs)
+    x = random_x(rng, 47, inputs, np.float32 if dtype == "float32" else BFLOAT16)
+    x[[5, 20]] = 0
+    whole = product(x, weight)
+    for row in range(0, 47, 5):
+        assert_same_bits(product(x[row : row + 1], weight)[0], whole[row])
+    for size in (2, 3, 4, 5, 6, 7, 12, 13, 47):
+        some = rng.permutation(47)[:size]
+        assert_same_bits(product(x[some], weight), whole[some])
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_weights_at_once_are_the_same_as_one_by_one(kind: str, rows: int) -> None:
+    """q, k and v, or gate and up, share one pass over x."""
+    rng = np.random.default_rng(10)
+    weights = [packed(rng, kind, 150, outputs) for outputs in (64, 1, 17, 200)]
+    x = jnp.asarray(random_x(rng, rows, 150))
+    for got, weight in zip(multiply(x, weights), weights, strict=True):
+        assert_same_bits(np.asarray(got), product(x, weight))
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs, outputs", [(1, 1), (7, 17), (33, 16), (100, 31), (130, 5)])
+def test_columns_are_what_was_packed(kind: str, inputs: int, outputs: int) -> None:
+    """The embedding is kept packed, and its rows are read from there."""
+    rng = np.random.default_rng(11)
+    weight = random_weight(rng, kind, inputs, outputs)
+    got = columns(pack(weight, inputs), np.arange(outputs))
+    assert_same_bits(got, columns_of(weight, inputs))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_are_not_there_are_zeros(kind: str) -> None:
+    """Padding has a token that no vocabulary holds; the panel's own padding and what lies behind it stay unread."""
+    rng = np.random.default_rng(12)
+    weight = random_weight(rng, kind, 40, 21)
+    limits = np.iinfo(np.int32)
+    indices = np.array([[0, -1, 20], [21, 31, 32], [1000, limits.max, limits.min]], np.int32)
+    got = columns(pack(weight, 40), indices)
+    assert got.shape == (3, 3, 40)
+    there = (indices >= 0) & (indices < 21)
+    assert not got[~there].any()
+    assert_same_bits(got[there], columns_of(weight, 40)[indices[there]])
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_a_transposed_matrix_packs_alike(kind: str) -> None:
+    """The embedding is stored as [vocab, dim]."""
+    weight = random_weight(np.random.default_rng(13), kind, 37, 50)
+    assert isinstance(weight, jax.Array)
+    np.testing.assert_array_equal(pack(weight.T, 37, transposed=True).lines, pack(weight, 37).lines)
+
+
+# ---- calls that are wrong: an error, never a crash
+
+
+def call(target: str, out: Sequence[tuple[tuple[int, ...], Any]], *arguments: jax.Array, **attributes: Any) -> None:
+    results = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out)
+    jax.block_until_ready(jax.ffi.ffi_call(f"isthmus_{target}", results)(*arguments, **attributes))
+
+
+def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def lines(panels: int, count: int) -> jax.Array:
+    return zeros(panels, count, 64, dtype=jnp.uint8)
+
+
+OUT = [((3, 20), jnp.float32)]
+SUMS = zeros(32, dtype=jnp.int32)
+SCALES = zeros(1, 32, dtype=jnp.bfloat16)
+RIGHT: dict[str, tuple[jax.Array, ...]] = {
+    "linear_float32": (zeros(3, 8), lines(2, 8)),
+    "linear_bfloat16": (zeros(3, 8), lines(2, 4)),
+    "linear_int8": (zeros(3, 8), lines(2, 2), zeros(32), SUMS),
+    "linear_int4": (zeros(3, 8), lines(2, 4), SCALES),
+}
+
+
+def replaced(target: str, index: int, argument: jax.Array) -> tuple[jax.Array, ...]:
+    arguments = list(RIGHT[target])
+    arguments[index] = argument
+    return tuple(arguments)
+
+
+@pytest.mark.parametrize("target", RIGHT)
+def test_the_right_calls_are_right(target: str) -> None:
+    """What the wrong calls below differ from."""
+    call(target, OUT, *RIGHT[target])
+
+
+@pytest.mark.parametrize("target", RIGHT)
+@pytest.mark.parametrize("wrong", ["integers", "rank", "inner", "lines", "panels", "line", "signed", "none", "twice"])
+def test_a_wrong_call_is_an_error(target: str, wrong: str) -> None:
+    """A mistake in the Python above must not read or write beyond an array."""
+    right = RIGHT[target][1]
+    arguments = {
+        "integers": replaced(target, 0, zeros(3, 8, dtype=jnp.int32)),
+        "rank": replaced(target, 0, zeros(1, 3, 8)),
+        "inner": replaced(target, 0, zeros(3, 40)),
+        "lines": replaced(target, 1, lines(2, right.shape[1] * 3 + 1)),
+        "panels": replaced(target, 1, lines(3, right.shape[1])),
+        "line": replaced(target, 1, zeros(2, right.shape[1], 32, dtype=jnp.uint8)),
+        "signed": replaced(target, 1, right.astype(jnp.int8)),
+        "none": RIGHT[target][:1],
+        "twice": (*RIGHT[target], *RIGHT[target][1:]),
+    }[wrong]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+        call(target, OUT, *arguments)
+
+
+@pytest.mark.parametrize("out", [[((2, 20), jnp.float32)], [((3, 20), jnp.bfloat16)], [((60,), jnp.float32)], OUT * 2])
+@pytest.mark.parametrize("target", RIGHT)
+def test_a_wrong_result_is_an_error(target: str, out: list[tuple[tuple[int, ...], Any]]) -> None:
+    """As above, for where the kernel writes."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+        call(target, out, *RIGHT[target])
+
+
+@pytest.mark.parametrize(
+    "target, index, argument",
+    [
+        ("linear_int8", 2, zeros(20)),
+        ("linear_int8", 2, zeros(32, dtype=jnp.bfloat16)),
+        ("linear_int8", 3, zeros(32)),
+        ("linear_int8", 3, zeros(16, dtype=jnp.int32)),
+        ("linear_int8", 3, zeros(32, 1, dtype=jnp.int32)),
+        ("linear_int4", 2, zeros(1, 20, dtype=jnp.bfloat16)),
+        ("linear_int4", 2, zeros(0, 32, dtype=jnp.bfloat16)),
+        ("linear_int4", 2, zeros(2, 32, dtype=jnp.bfloat16)),
+        ("linear_int4", 2, zeros(32, dtype=jnp.bfloat16)),
+        ("linear_int4", 2, zeros(1, 32)),
+    ],
+)
+def test_wrong_scales_are_an_error(target: str, index: int, argument: jax.Array) -> None:
+    """As above, for what integers have beside their lines."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+        call(target, OUT, *replaced(target, index, argument))
+
+
+@pytest.mark.parametrize("target", RIGHT)
+def test_weights_of_other_inputs_are_an_error(target: str) -> None:
+    """Of several weights, the second is checked as well."""
+    other = replaced(target, 1, lines(2, RIGHT[target][1].shape[1] * 2))[1:]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+        call(target, OUT * 2, *RIGHT[target], *other)
+
+
+@pytest.mark.parametrize(
+    "matrix, panels, count, width",
+    [
+        (zeros(8, 20), 1, 8, 64),
+        (zeros(8, 20), 2, 7, 64),
+        (zeros(8, 20), 2, 9, 64),
+        (zeros(8, 20), 2, 8, 32),
+        (zeros(20), 2, 8, 64),
+        (zeros(8, 20, dtype=jnp.int32), 2, 8, 64),
+        (zeros(8, 20, dtype=jnp.float16), 2, 4, 64),
+        (zeros(5, 20, dtype=jnp.uint8), 2, 2, 64),
+    ],
+)
+def test_a_wrong_call_of_packing_is_an_error(matrix: jax.Array, panels: int, count: int, width: int) -> None:
+    """As above, for packing; bytes of two numbers come in fours, as a line needs them."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match="pack:"):
+        call("pack_matrix", [((panels, count, width), jnp.uint8)], matrix, transposed=False)
