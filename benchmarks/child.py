@@ -43,6 +43,14 @@ class Child:
             raise BenchError(f"{do}: {answer['error']}")
         return answer
 
+    def cpu_seconds(self) -> float:
+        """Of processor time that it has taken, all threads together and children that ended; 0 when it has died."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         """Ends it: by the end of its input, else by a signal."""
         assert self._process.stdin is not None

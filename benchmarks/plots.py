@@ -11,7 +11,10 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
+from benchmarks import pieces
 from benchmarks.record import Record
+from benchmarks.stacks import CLASSES, STACKS
+from benchmarks.statistics import median
 
 MEASURED, LIMIT = "#2f6f9f", "#c9c9c9"
 LATENCIES = (
@@ -54,6 +57,34 @@ def plot_rates(record: Record, path: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     panels[0].legend(["p50", "p90", "p99"], frameon=False)
+    figure.suptitle(_title(record), fontsize=10)
+    _finish(figure, path)
+
+
+def plot_peers(record: Record, path: Path) -> None:
+    """Bars of tokens a second, a panel a cell, stacks grouped by how they store weights; Isthmus' ratio to the best of
+    its group stands above its bar."""
+    found = pieces.newest(record.figures["pieces"])
+    ratios = {(row["cell"], row["ours"]): row["ratio"] for row in record.figures["compared"]}
+    columns = min(2, len(found))
+    rows = -(-len(found) // columns)
+    size = (6.5 * columns, 3.6 * rows)
+    figure, panels = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(found) :]:
+        axes.axis("off")
+    for axes, (cell, rates) in zip(panels.flat, found.items(), strict=False):
+        groups = [[n for n in rates if STACKS[n].weights == weights] for weights in (*CLASSES, "")]
+        names = [name for group in groups for name in group]
+        shift = {name: index * 0.6 for index, group in enumerate(groups) for name in group}
+        at = [index + shift[name] for index, name in enumerate(names)]
+        colors = [MEASURED if STACKS[name].engine == "isthmus" else LIMIT for name in names]
+        bars = axes.bar(at, [median(rates[name]) for name in names], color=colors)
+        texts = [f"{ratios[cell, name]:.2f}x" if (cell, name) in ratios else "" for name in names]
+        axes.bar_label(bars, texts, fontsize=9, fontweight="bold")
+        axes.set_xticks(at, [name.replace("-", "\n") for name in names], fontsize=7)
+        axes.set_ylabel("tok/s")
+        axes.margins(y=0.12)
+        axes.set_title(pieces.label(cell), fontsize=9)
     figure.suptitle(_title(record), fontsize=10)
     _finish(figure, path)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import plot_rates, plot_steps
+from benchmarks.pieces import errors, label, newest
+from benchmarks.plots import plot_peers, plot_rates, plot_steps
 from benchmarks.record import Record, load_all
+from benchmarks.stacks import STACKS
 from benchmarks.statistics import median, number, percentiles
 
 
@@ -28,6 +31,8 @@ def write_report(folder: Path) -> list[Path]:
     for kind, title in (
         ("step", "Steps"),
         ("serve", "Serving"),
+        ("peers", "Beside other engines"),
+        ("peer-servers", "Beside other servers"),
         ("train", "Training"),
         ("weights", "Loading weights"),
     ):
@@ -45,7 +50,7 @@ def write_report(folder: Path) -> list[Path]:
 
 
 INTRODUCTION = """Made by `isthmus bench report` from the JSON files in this folder, which hold more: every setting, and
-the spread of every figure. `isthmus bench step`, `serve`, `train` and `weights` write them."""
+the spread of every figure. `isthmus bench step`, `serve`, `peers`, `peer-servers`, `train` and `weights` write them."""
 
 
 def _plot(record: Record, folder: Path) -> Path | None:
@@ -54,6 +59,8 @@ def _plot(record: Record, folder: Path) -> Path | None:
         plot_steps(record, path)
     elif record.kind == "serve" and record.figures["rates"]:
         plot_rates(record, path)
+    elif record.kind in ("peers", "peer-servers"):
+        plot_peers(record, path)
     else:
         return None
     return path
@@ -179,4 +186,62 @@ def _weights(record: Record) -> str:
     )
 
 
-_SECTIONS = {"step": _steps, "serve": _serving, "train": _training, "weights": _weights}
+def _ratios(record: Record) -> str:
+    rows = [
+        [
+            label(row["cell"]),
+            row["class"],
+            number(row["rate"], 4),
+            row["peer"],
+            number(row["peer_rate"], 4),
+            f"{row['ratio']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f} of {row['repeats']}",
+        ]
+        for row in record.figures["compared"]
+    ]
+    return table(["tok/s", "weights", "Isthmus", "fastest peer", "its tok/s", "ratio", "repetitions'"], rows)
+
+
+def _rates(pieces: Sequence[dict[str, Any]]) -> str:
+    found = newest(pieces)
+    names = [name for name in STACKS if any(name in rates for rates in found.values())]
+    rows = [[n, *(number(median(rates[n]), 4) if n in rates else "" for rates in found.values())] for n in names]
+    return table(["", *map(label, found)], rows)
+
+
+def _run_facts(pieces: Sequence[dict[str, Any]]) -> str:
+    """What ran, under which conditions, and what did not."""
+    versions = {re.sub(r", [^ ]*\.gguf", "", facts["version"]) for p in pieces for facts in p["stacks"].values()}
+    limits = [side for piece in pieces for side in piece["limits"]]
+    bandwidth, flops = (
+        " to ".join(f"{bound(side[key] for side in limits) / 1e9:,.0f}" for bound in (min, max))
+        for key in ("bandwidth", "flops")
+    )
+    text = (
+        f"Measured in runs with both sides in each ({len(pieces)}). Before and after: {bandwidth} GB/s, and {flops} GFLOP/s of "
+        f"a matrix product. {'; '.join(sorted(versions))}."
+    )
+    failed = [f"- {name}, {where}: `{message.splitlines()[0][:200]}`" for name, where, message in errors(pieces)]
+    return text + ("\n\nDid not run:\n\n" + "\n".join(failed) if failed else "")
+
+
+def _peers(record: Record) -> str:
+    pieces = record.figures["pieces"]
+    parts = [
+        "Engine against engine: the same model and prompts, greedy, in turns. Medians; the ratio is to the fastest "
+        "that stores weights in as many bits; float32 of vLLM and transformers counts with the 16 bits.",
+        _ratios(record),
+        _rates(pieces),
+    ]
+    shares = {cell: found for cell, found in newest(pieces, "shares").items() if found}
+    if shares:
+        rows = [[name, *(percent(found.get(name)) for found in shares.values())] for name in STACKS]
+        rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
+        parts += [
+            "One sequence decoding: weights read, of the bandwidth. A prompt: FLOPs, of a matrix product's peak.",
+            table(["", *map(label, shares)], rows),
+        ]
+    return "\n\n".join([*parts, _run_facts(pieces)])
+
+
+_SECTIONS = {"step": _steps, "serve": _serving, "peers": _peers, "train": _training, "weights": _weights}

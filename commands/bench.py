@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from benchmarks import report, serve, step, train, weights
+from benchmarks import report, serve, step, train, versus, weights
 from benchmarks.child import BenchError
 from benchmarks.record import Record, results_folder
 from model.checkpoint import CheckpointError
@@ -26,16 +26,19 @@ examples:
   isthmus bench serve --address 127.0.0.1:50051          a server that runs already
   isthmus bench train --peer                             a training step, beside nanoGPT in torch (make peers)
   isthmus bench weights                                  loading a published folder, beside reading its files
+  isthmus bench peers --model models/125m                beside llama.cpp, vLLM and transformers (benchmarks/peers)
+  isthmus bench peers --cells decode1 --merge            a part of that, added to the result
   isthmus bench report                                   README.md and plots from all results
 
 Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
 
-Measurement = step.StepBench | serve.ServeBench | train.TrainBench | weights.WeightsBench
+Measurement = step.StepBench | serve.ServeBench | train.TrainBench | weights.WeightsBench | versus.PeersBench
 Command = (
     Annotated[step.StepBench, tyro.conf.subcommand("step")]
     | Annotated[serve.ServeBench, tyro.conf.subcommand("serve")]
     | Annotated[train.TrainBench, tyro.conf.subcommand("train")]
     | Annotated[weights.WeightsBench, tyro.conf.subcommand("weights")]
+    | Annotated[versus.PeersBench, tyro.conf.subcommand("peers")]
     | Annotated[report.ReportConfig, tyro.conf.subcommand("report")]
 )
 
@@ -56,6 +59,9 @@ def _measure(command: Measurement, console: Console) -> None:
         case weights.WeightsBench():
             record = weights.run(command, console)
             weights.show(record, console)
+        case versus.PeersBench():
+            record = versus.run(command, console)
+            versus.show(record, console)
     console.print(f"saved {record.save(results_folder(command.out))}", highlight=False)
 
 
