@@ -1,0 +1,220 @@
+"""Integers in the place of matrices: what they are, which become them, how they travel, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from commands.main import main
+from commands.quality import QualityError, compare, predictions, windows
+from model.checkpoint import load_params
+from model.config import ConfigError, ModelConfig
+from model.folder import open_folder
+from model.ops.quantized import Quantized, quantize
+from model.quantization import SCHEMES, formats, quantize_params, weight_bytes
+from model.sharding import MeshShape, build_mesh, use_mesh
+from model.transformer import Params
+from serve.engine.build import open_model
+from serve.engine.config import EngineConfig
+from serve.engine.executor import Executor
+from serve.engine.request import Request, SamplingParams
+from tests.model.huggingface.folders import write_folder
+from tests.parity.families import load
+from tests.parity.test_portable import PLATFORMS, export_flat
+from tests.serve.engine.harness import Arrival, play
+from tests.support import TINY, forward, random_params
+
+GREEDY = SamplingParams(temperature=0)
+CONFIG = dataclasses.replace(TINY, dim=64, mlp_dim=96, head_dim=16)
+ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32).resolve(CONFIG)
+
+
+def quantized(config: ModelConfig, params: Params, scheme: str) -> Params:
+    """A copy with the matrices of a scheme as integers."""
+    copy: Params = jax.tree.map(lambda leaf: leaf, params)
+    quantize_params(config, copy, SCHEMES[scheme])
+    return copy
+
+
+@pytest.mark.parametrize("inputs", [1, 31, 64, 100])
+@pytest.mark.parametrize(("bits", "group", "limit"), [(8, 0, 127), (4, 32, 7), (4, 64, 7), (4, 128, 7)])
+def test_a_number_comes_back_within_half_a_step(bits: Any, group: int, limit: int, inputs: int) -> None:
+    """A wrong nibble, group or scale is a model that talks nonsense; the bound is what rounding allows, computed anew."""
+    matrix = np.random.default_rng(inputs).standard_normal((inputs, 21)).astype(np.float32)
+    matrix[:, 3] = 0
+    made = quantize(jnp.asarray(matrix), bits, group)
+    got = np.asarray(made.dequantize(inputs))
+    size = group or inputs
+    for start in range(0, inputs, size):
+        part = slice(start, start + size)
+        step = np.abs(matrix[part]).max(axis=0) / limit
+        # int4's scales are bfloat16: up to 1/256 off, which a number near the limit is off as a whole.
+        slack = 1e-6 if bits == 8 else np.abs(matrix[part]).max(axis=0) / 256
+        assert (np.abs(got[part] - matrix[part]) <= step / 2 + slack).all()
+    assert (got[:, 3] == 0).all()
+    assert made.bits == bits and made.values.dtype == (jnp.int8 if bits == 8 else jnp.uint8)
+    np.testing.assert_array_equal(np.asarray(made.columns(jnp.asarray([[5, 0]]), inputs))[0], got.T[[5, 0]])
+
+
+def test_rules_choose_by_path_and_the_first_one_counts() -> None:
+    """Somebody keeps the first layer whole, or everything but the MLPs: the rules must mean what they say."""
+    chosen = formats(CONFIG, ("blocks/0/.*=none", ".*mlp.*=int4:32", "head=int8"))
+    assert {path[:2] for path in chosen} == {("blocks", "1"), ("head",)}
+    assert all(each.bits == (8 if path == ("head",) else 4) for path, each in chosen.items())
+    assert ("blocks", "1", "attention", "query", "kernel") not in chosen
+    everything = formats(CONFIG, SCHEMES["int4"])
+    assert everything[("embedding",)].bits == 8 and everything[("blocks", "0", "mlp", "up", "kernel")].group == 64
+
+
+@pytest.mark.parametrize("rule", ["int8", "=int8", ".*=int7", ".*=int8:64", ".*=int4:48", "(=int8", "no such path=int4"])
+def test_a_rule_that_means_nothing_is_an_error(rule: str) -> None:
+    """It would otherwise serve another model than was asked for, quietly."""
+    with pytest.raises(ConfigError, match="quantize"):
+        formats(CONFIG, (rule,))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_memory_is_what_the_rules_say(scheme: str, mesh: Mesh) -> None:
+    """The pages of the cache are counted from what the weights leave."""
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(config, mesh))
+    made = quantized(config, params, scheme)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
+    assert abs(weight_bytes(config, SCHEMES[scheme]) - held) < 0.15 * held
+    assert weight_bytes(config, ()) > 1.8 * weight_bytes(config, SCHEMES["int8"])
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_families_stay_close_to_themselves(family: str, scheme: str, mesh: Mesh) -> None:
+    """Latents, experts, tied and scaled embeddings: what can't be quantized is left alone, the rest stays near."""
+    _, config, params = load(family, mesh)
+    config = dataclasses.replace(config, scan_layers=False)
+    made = quantized(config, params, scheme)
+    assert any(isinstance(leaf, Quantized) for leaf in jax.tree.leaves(made, is_leaf=lambda x: isinstance(x, Quantized)))
+    texts = windows(np.random.default_rng(0).integers(0, config.vocab_size, 400).tolist(), config, 4)
+    quality = compare(predictions(config, params, texts), predictions(config, made, texts), texts, lambda: None)
+    assert quality.kl < (0.02 if scheme == "int8" else 0.3)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+def test_the_engine_generates_with_integers(scheme: str, cache_dtype: Any, mesh: Mesh) -> None:
+    """By the kernels and by the reference: the same text, but for the rounding of activations, so nearly all of it."""
+    params = quantized(CONFIG, random_params(CONFIG, mesh), scheme)
+    texts: dict[bool, list[list[int]]] = {}
+    for kernels in (True, False):
+        engine = dataclasses.replace(ENGINE, kernels=kernels, cache_dtype=cache_dtype)
+        executor = Executor(CONFIG, engine, params, mesh, CONFIG.vocab_size)
+        executor.compile()
+        requests = [Request(f"{i}", [i, 7, 3 * i + 1], GREEDY, 24) for i in range(6)]
+        play(executor, [Arrival(request) for request in requests])
+        texts[kernels] = [request.completion for request in requests]
+        for request, text in zip(requests, texts[kernels], strict=True):
+            logits = forward(CONFIG, params, np.asarray([request.tokens]))[0, len(request.prompt) - 1 : -1]
+            lost = logits.max(axis=1) - logits[np.arange(len(text)), text]
+            assert np.median(lost) < 0.05 and lost.max() < 0.6 * logits.std(), "not even near the likeliest"
+    first = [a[0] == b[0] for a, b in zip(texts[True], texts[False], strict=True)]
+    assert sum(first) >= 4
+
+
+def test_a_batch_does_not_change_a_quantized_row(mesh: Mesh) -> None:
+    """Activations are rounded by row: a neighbour with large numbers must not coarsen anybody else's."""
+    params = quantized(CONFIG, random_params(CONFIG, mesh), "int4")
+    executor = Executor(CONFIG, ENGINE, params, mesh, CONFIG.vocab_size)
+    executor.compile()
+    alone = Request("alone", [5, 6, 7], GREEDY, 20)
+    play(executor, [Arrival(alone)])
+    crowd = [Request(f"{i}", [i, 5, 6, 7], GREEDY, 30) for i in range(3)]
+    again = Request("again", [5, 6, 7], GREEDY, 20)
+    play(executor, [*(Arrival(request) for request in crowd), Arrival(again, step=2)])
+    assert again.completion == alone.completion
+
+
+def test_one_quantized_step_lowers_for_every_platform(mesh: Mesh) -> None:
+    """A folder quantized on a laptop is served on a GPU or TPU: through the reference, from the same integers."""
+    params = quantized(CONFIG, random_params(CONFIG, mesh), "int4")
+
+    def step(params: Params, tokens: jax.Array) -> jax.Array:
+        from model.transformer import bind
+        from train.step import packed_attention
+
+        model = bind(CONFIG, params)
+        hidden, _ = model(tokens, jnp.arange(8)[None], packed_attention(jnp.zeros((1, 8), jnp.int32)), None)
+        return model.logits(hidden)
+
+    tokens = jnp.arange(8)[None]
+    exported = export_flat(jax.jit(step), (params, tokens), mesh)
+    assert set(exported.platforms) == set(PLATFORMS)
+    with use_mesh(mesh):
+        (got,) = exported.call(*jax.tree.leaves((params, tokens)))
+    np.testing.assert_allclose(got, forward(CONFIG, params, np.asarray(tokens)), rtol=1e-4, atol=1e-4)
+
+
+def test_conversion_writes_what_serving_reads_on_any_mesh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole way: a published folder, the command, the gate's figures, the folder, an engine's parameters."""
+    source = write_folder(tmp_path / "source", "llama3", shards=2)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--quantize", "int8", "--text", str(text), "--force"]
+    assert main(["convert", str(source), str(tmp_path / "small"), *flags]) == 0
+    assert "KL" in capsys.readouterr().out
+    folder = open_folder(tmp_path / "small")
+    assert folder.config.quantization == SCHEMES["int8"]
+    original = open_folder(source)
+    want: Params = original.with_config(scan_layers=False).load_params(build_mesh(MeshShape()))
+    quantize_params(dataclasses.replace(original.config, scan_layers=False), want, SCHEMES["int8"])
+    for shape in (MeshShape(), MeshShape(tp=2)):
+        config = dataclasses.replace(folder.config, scan_layers=False)
+        got = load_params(folder.path, config, build_mesh(shape))
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    with pytest.raises(ConfigError, match="quantized already"):
+        open_model(tmp_path / "small", quantize="int8")
+    assert main(["convert", str(tmp_path / "small"), str(tmp_path / "back")]) == 2
+    assert "quantized" in capsys.readouterr().out
+
+
+def test_a_model_that_loses_too_much_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A silent conversion to nonsense would be found by its users; --force is for those who know."""
+    source = write_folder(tmp_path / "source", "llama3")
+    config = json.loads((source / "config.json").read_text())
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["convert", str(source), str(tmp_path / "small"), "--quantize", ".*=int4:128", "--text", str(text)]
+    assert config["model_type"] == "llama"
+    assert main(flags) == 2
+    assert "--force" in capsys.readouterr().out
+    assert not (tmp_path / "small").exists() and not (tmp_path / "small.partial").exists()
+    assert main([*flags, "--force"]) == 0
+
+
+def test_the_gate_measures_what_it_says(mesh: Mesh) -> None:
+    """KL, agreement and perplexity against a plain numpy computation of both models."""
+    params = random_params(CONFIG, mesh)
+    made = quantized(CONFIG, params, "int4")
+    texts = windows(np.random.default_rng(1).integers(0, CONFIG.vocab_size, 300).tolist(), CONFIG, 3)
+    quality = compare(predictions(CONFIG, params, texts), predictions(CONFIG, made, texts), texts, lambda: None)
+
+    def probabilities(params: Params) -> np.ndarray:
+        logits = forward(CONFIG, params, texts[:, :-1]).astype(np.float64)
+        exps = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        return exps / exps.sum(axis=-1, keepdims=True)
+
+    p, q = probabilities(params), probabilities(made)
+    nats = -np.log(np.take_along_axis(q, texts[:, 1:, None], axis=-1))
+    assert quality.kl == pytest.approx((p * np.log(p / q)).sum(axis=-1).mean(), rel=1e-3)
+    assert quality.top1 == (p.argmax(axis=-1) == q.argmax(axis=-1)).mean()
+    assert quality.perplexity == pytest.approx(np.exp(nats.mean()), rel=1e-4)
+    assert quality.tokens == texts.shape[0] * (texts.shape[1] - 1)
+    with pytest.raises(QualityError, match="too far"):
+        dataclasses.replace(quality, kl=1.0).check("int8")
+    with pytest.raises(QualityError):
+        dataclasses.replace(quality, kl=float("nan")).check("int4")
