@@ -1,4 +1,4 @@
-// y[row, n] = sum over k of x[row, k] * w[k, n], for weights laid out by model/ops/cpu/linear.py: panels of 16 columns, each
+// y[row, n] = sum over k of x[row, k] * w[k, n], for weights laid out by model/ops/cpu/packed.py: panels of 16 columns, each
 // a sequence of lines of 64 bytes, 4 bytes a column: 1 float32, 2 bfloat16, 4 int8 or 8 int4 along k.
 //
 // A row is multiplied in one order of k by one accumulator a column, however many rows there are and however they are
@@ -7,10 +7,11 @@
 // The tiling follows Goto and van de Geijn 2008 (doi 10.1145/1356052.1356053): rows packed in tiles of up to kRows, the
 // panels that a thread works on kept in its L2 while every tile passes over them.
 #include <algorithm>
-#include <cmath>
-#include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "linear_formats.h"
+#include "linear_rows.h"
 #include "pool.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -20,96 +21,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kPanel = 16;
-constexpr int kLine = 64;
-constexpr int kVectors = kPanel / kLanes;
-constexpr int kRows = 6;
 constexpr int64_t kBlockLines = 1024;       // of a panel, that every tile passes over before the next
 constexpr int64_t kBlockBytes = 128 << 10;  // of some panels' lines: one thread's L2 holds these and the next
-
-// Numbers of one row as the kernel reads them: `kParts` words a line, and a scale, or for int4 a scale and the
-// start of its sum for every run.
-struct Rows {
-  int64_t rows, inputs, lines;
-  int tiles;
-  std::vector<int64_t> places;  // of each row in x and y: rows of zeros, which padding is, are left out
-  std::unique_ptr<uint32_t[]> words;
-  std::unique_ptr<float[]> scales;
-  std::unique_ptr<uint32_t[]> starts;
-
-  int64_t first(int tile) const { return rows * tile / tiles; }
-  int size(int tile) const { return int(first(tile + 1) - first(tile)); }
-};
-
-// ---- formats: how a line is decoded and multiplied. kParts words of x meet one line.
-
-struct Float32 {
-  using Sum = Floats;
-  static constexpr int kNumbers = 1, kParts = 1;
-  static Floats part(const uint8_t* w, int) { return load<Floats>(w); }
-  static Sum add(Sum sum, uint32_t x, Floats w) { return fma((Floats)splat(x), w, sum); }
-};
-
-struct Bfloat16 {
-  using Sum = Floats;
-  static constexpr int kNumbers = 2, kParts = 2;
-  static Floats part(const uint8_t* w, int p) {
-    return (Floats)(p == 0 ? load<Words>(w) << 16 : load<Words>(w) & 0xffff0000u);
-  }
-  static Sum add(Sum sum, uint32_t x, Floats w) { return fma((Floats)splat(x), w, sum); }
-};
-
-#if defined(__AVX512BF16__)
-struct Bfloat16Pairs {  // x is bfloat16 as well
-  using Sum = Floats;
-  static constexpr int kNumbers = 2, kParts = 1;
-  static Words part(const uint8_t* w, int) { return load<Words>(w); }
-  static Sum add(Sum sum, uint32_t x, Words w) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)splat(x), (__m512bh)w);
-  }
-};
-#else
-using Bfloat16Pairs = Bfloat16;
-#endif
-
-// int8 numbers of x: as unsigned bytes 128 too large where the machine multiplies unsigned by signed (kOffset), as bytes,
-// or as pairs of shorts.
-struct Int8 {
-  using Sum = Ints;
-  static constexpr int kNumbers = 4;
-#if defined(__AVX512VNNI__)
-  static constexpr int kParts = 1, kOffset = 128;
-  static Words part(const uint8_t* w, int) { return load<Words>(w); }
-  static Sum add(Sum sum, uint32_t x, Words w) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)splat(x), (__m512i)w);
-  }
-#elif defined(__AVX2__)
-  static constexpr int kParts = 2, kOffset = 0;
-  static Words part(const uint8_t* w, int p) {  // bytes 0 and 2 of each word, or 1 and 3, as shorts
-    Shorts pair = load<Shorts>(w);
-    return (Words)((p == 0 ? pair << 8 : pair) >> 8);
-  }
-  static Sum add(Sum sum, uint32_t x, Words w) {
-#if defined(__AVX512BW__)
-    return sum + (Ints)_mm512_madd_epi16((__m512i)splat(x), (__m512i)w);
-#else
-    return sum + (Ints)_mm256_madd_epi16((__m256i)splat(x), (__m256i)w);
-#endif
-  }
-#else
-  static constexpr int kParts = 1, kOffset = 0;
-  static Words part(const uint8_t* w, int) { return load<Words>(w); }
-  static Sum add(Sum sum, uint32_t x, Words w) {
-#if defined(__ARM_FEATURE_DOTPROD)
-    return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)splat(x));
-#else
-    Words xs = splat(x);
-    for (int shift = 0; shift < 32; shift += 8) sum += ((Ints)(w << (24 - shift)) >> 24) * ((Ints)(xs << (24 - shift)) >> 24);
-    return sum;
-#endif
-  }
-#endif
-};
 
 // ---- the kernel: `MR` rows by `NB` panels
 
@@ -211,52 +124,6 @@ void tile(const Rows& rows, int index, const Weights& w, const Block& block, int
     }
 }
 
-// ---- int4: bytes of x against nibbles, a run of kRun numbers at a time
-
-// Four products a 32-bit lane, or two a 16-bit lane, which holds what a run of 64 comes to: at most 32 * 8 * 127.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-using RunSum = Shorts;
-inline RunSum add_nibbles(RunSum sum, uint32_t x, Words w) {
-#if defined(__AVX512BW__)
-  return sum + (Shorts)_mm512_maddubs_epi16((__m512i)w, (__m512i)splat(x));
-#else
-  return sum + (Shorts)_mm256_maddubs_epi16((__m256i)w, (__m256i)splat(x));
-#endif
-}
-inline Ints total(RunSum sum) {
-#if defined(__AVX512BW__)
-  return (Ints)_mm512_madd_epi16((__m512i)sum, _mm512_set1_epi16(1));
-#else
-  return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1));
-#endif
-}
-#else
-using RunSum = Ints;
-inline RunSum add_nibbles(RunSum sum, uint32_t x, Words w) {
-#if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)splat(x));
-#elif defined(__ARM_FEATURE_DOTPROD)
-  return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)w, (int8x16_t)splat(x));
-#else
-  Words xs = splat(x);
-  for (int shift = 0; shift < 32; shift += 8) sum += (Ints)(w >> shift & 0xff) * ((Ints)(xs << (24 - shift)) >> 24);
-  return sum;
-#endif
-}
-inline Ints total(RunSum sum) { return sum; }
-#endif
-
-// Numbers of x are bytes, with one scale for kRun of them along k. A weight is a nibble, 8 too large, which is made up for
-// by starting each sum with -8 times the sum of x.
-template <int Run>
-struct Int4 {
-  static constexpr int kNumbers = 8, kParts = 2, kRun = Run;
-};
-template <class F>
-constexpr bool is_int4 = false;
-template <int Run>
-constexpr bool is_int4<Int4<Run>> = true;
-
 template <class F, int MR, int NB>
 void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, Ahead ahead, const Out& out) {
   constexpr int kLines = F::kRun / F::kNumbers;
@@ -304,137 +171,6 @@ void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, Ahead a
   }
   for (int m = 0; m < MR; m++)
     for (int j = 0; j < NB * kVectors; j++) out.put(rows.places[first + m], panel * kPanel + j * kLanes, totals[m][j]);
-}
-
-// ---- packing rows
-
-inline float number(const float* x, int64_t i) { return x[i]; }
-inline float number(const uint16_t* x, int64_t i) { return from_bf16(x[i]); }
-
-inline uint32_t bits(float x) {
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  return word;
-}
-inline uint32_t bits(uint16_t x) { return x; }
-
-inline Floats numbers(const float* x) { return load<Floats>(x); }
-inline Floats numbers(const uint16_t* x) { return load_bf16(x); }
-
-// The largest |x| of [first, last), or NaN when one of them is not finite.
-template <class X>
-float largest(const X* x, int64_t first, int64_t last) {
-  Floats tops = {}, probes = {};
-  int64_t i = first;
-  for (; i + kLanes <= last; i += kLanes) {
-    Floats value = numbers(x + i);
-    tops = max(tops, (Floats)((Words)value & 0x7fffffffu));
-    probes += value * splat(0.f);  // NaN once a number is not finite
-  }
-  float top = 0, probe = sum(probes);
-  for (int lane = 0; lane < kLanes; lane++) top = std::max(top, tops[lane]);
-  for (; i < last; i++) {
-    top = std::max(top, std::fabs(number(x, i)));
-    probe += number(x, i) * 0;
-  }
-  return top + probe;
-}
-
-// Puts round(x * 127 / top) of [first, last) into `to`, and the factor that undoes it into `scale`.
-template <class X>
-void quantize(const X* x, int64_t first, int64_t last, int8_t* to, float* scale) {
-  const float top = largest(x, first, last), inverse = 127.f / top;
-  *scale = top / 127.f;  // NaN for a row that isn't finite: so is its result
-  if (!(top > 0) || !std::isfinite(inverse)) {
-    std::fill(to + first, to + std::max(first, last), int8_t(0));
-    return;
-  }
-  const float nearest = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
-  int64_t i = first;
-  for (; i + kLanes <= last; i += kLanes) {
-    Ints rounded = (Ints)(numbers(x + i) * splat(inverse) + splat(nearest)) & 0xff;
-    store(to + i, __builtin_convertvector(rounded, SmallBytes));
-  }
-  for (; i < last; i++) to[i] = int8_t(std::lrintf(number(x, i) * inverse));
-}
-
-// What a sum of (nibble - 8) * x starts with, as the bits of a lane of RunSum.
-inline uint32_t start_of(const int8_t* x, int run) {
-  int sums[2] = {0, 0};
-  for (int i = 0; i < run; i++) sums[i / 2 % 2] -= 8 * x[i];
-  if (sizeof(RunSum{}[0]) == 2) return uint32_t(uint16_t(sums[0])) | uint32_t(uint16_t(sums[1])) << 16;
-  return uint32_t(sums[0] + sums[1]);
-}
-
-template <class F, class X>
-void pack_row(Rows& rows, const X* x, int64_t row, int tile) {
-  const int64_t first = rows.first(tile), m = row - first, size = rows.size(tile);
-  uint32_t* to = rows.words.get() + first * rows.lines * F::kParts + m;
-  const int64_t inputs = rows.inputs;
-  if constexpr (std::is_same_v<F, Int8> || is_int4<F>) {
-    thread_local std::vector<int8_t> bytes;
-    bytes.assign(rows.lines * F::kNumbers, 0);
-    if constexpr (std::is_same_v<F, Int8>) {
-      quantize(x, 0, inputs, bytes.data(), &rows.scales[row]);
-      for (int64_t line = 0; line < rows.lines; line++) {
-        const int8_t* b = bytes.data() + 4 * line;
-        if constexpr (F::kParts == 2) {
-          to[(2 * line) * size] = uint16_t(int16_t(b[0])) | uint32_t(uint16_t(int16_t(b[2]))) << 16;
-          to[(2 * line + 1) * size] = uint16_t(int16_t(b[1])) | uint32_t(uint16_t(int16_t(b[3]))) << 16;
-        } else {
-          uint32_t word = 0;
-          for (int i = 0; i < 4; i++) word |= uint32_t(uint8_t(b[i] + F::kOffset)) << 8 * i;
-          to[line * size] = word;
-        }
-      }
-    } else {
-      const int64_t runs = rows.lines * F::kNumbers / F::kRun;
-      for (int64_t run = 0; run < runs; run++) {
-        int64_t begin = run * F::kRun, at = first * runs + run * size + m;
-        quantize(x, begin, std::min(inputs, begin + F::kRun), bytes.data(), &rows.scales[at]);
-        rows.starts[at] = start_of(bytes.data() + begin, F::kRun);
-      }
-      for (int64_t i = 0; i < 2 * rows.lines; i++) std::memcpy(to + i * size, bytes.data() + 4 * i, 4);
-    }
-  } else if constexpr (F::kParts == F::kNumbers) {
-    for (int64_t k = 0; k < rows.lines * F::kNumbers; k++) to[k * size] = k < inputs ? bits(number(x, k)) : 0;
-  } else {
-    static_assert(F::kNumbers == 2);
-    for (int64_t line = 0; line < rows.lines; line++) {
-      uint32_t low = to_bf16(number(x, 2 * line));
-      uint32_t high = 2 * line + 1 < inputs ? to_bf16(number(x, 2 * line + 1)) : 0;
-      to[line * size] = low | high << 16;
-    }
-  }
-}
-
-template <class X>
-bool is_zero(const X* x, int64_t size) {
-  uint32_t any = 0;
-  for (int64_t i = 0; i < size && !any; i += 256)
-    for (int64_t j = i; j < std::min(size, i + 256); j++) any |= bits(x[j]);
-  return any == 0;
-}
-
-template <class F, class X>
-Rows pack(const X* x, std::vector<int64_t> places, int64_t inputs, int64_t lines) {
-  const int64_t count = int64_t(places.size());
-  Rows rows{count, inputs, lines, int((count + kRows - 1) / kRows), std::move(places), nullptr, nullptr, nullptr};
-  rows.words.reset(new uint32_t[count * lines * F::kParts]);
-  if constexpr (std::is_same_v<F, Int8>) rows.scales.reset(new float[count]);
-  if constexpr (is_int4<F>) {
-    rows.scales.reset(new float[count * lines * F::kNumbers / F::kRun]);
-    rows.starts.reset(new uint32_t[count * lines * F::kNumbers / F::kRun]);
-  }
-  auto task = [&](int64_t tile) {
-    for (int64_t row = rows.first(int(tile)); row < rows.first(int(tile) + 1); row++)
-      pack_row<F>(rows, x + rows.places[row] * inputs, row, int(tile));
-  };
-  if (count * inputs < 1 << 15)
-    for (int tile = 0; tile < rows.tiles; tile++) task(tile);
-  else
-    Pool::get().run(rows.tiles, task);
-  return rows;
 }
 
 // ---- dispatch
