@@ -313,6 +313,7 @@ ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, ffi::Remaining
   const int64_t lines = first->dimensions()[1];
   REQUIRE(inputs <= lines * F::kNumbers && (is_int4<F> || inputs > (lines - 1) * F::kNumbers),
           "weights have other inputs than x");
+  if constexpr (std::is_same_v<F, Int8>) REQUIRE(inputs <= 1 << 17, "int8 weights have at most 131072 inputs");
   std::vector<Product> products;
   for (size_t i = 0; i < results.size(); i++) {
     auto weights = read_weights<F>(arguments, i * kArguments<F>, lines);
