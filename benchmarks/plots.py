@@ -68,7 +68,7 @@ def plot_peers(record: Record, path: Path) -> None:
     ratios = {(row["cell"], row["ours"]): row["ratio"] for row in record.figures["compared"]}
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
-    size = (6.5 * columns, 3.6 * rows)
+    size = (8.5 * columns, 3.6 * rows)
     figure, panels = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axes in panels.flat[len(found) :]:
         axes.axis("off")
@@ -81,7 +81,7 @@ def plot_peers(record: Record, path: Path) -> None:
         bars = axes.bar(at, [median(rates[name]) for name in names], color=colors)
         texts = [f"{ratios[cell, name]:.2f}x" if (cell, name) in ratios else "" for name in names]
         axes.bar_label(bars, texts, fontsize=9, fontweight="bold")
-        axes.set_xticks(at, [name.replace("-", "\n") for name in names], fontsize=7)
+        axes.set_xticks(at, [name.replace("-", "\n") for name in names], fontsize=6.5)
         axes.set_ylabel("tok/s")
         axes.margins(y=0.12)
         axes.set_title(pieces.label(cell), fontsize=9)

@@ -13,6 +13,7 @@ from benchmarks.plots import plot_peers, plot_rates, plot_steps
 from benchmarks.record import Record, load_all
 from benchmarks.stacks import STACKS
 from benchmarks.statistics import median, number, percentiles
+from benchmarks.versus_serve import LATENCY_HEAD, engine_lines, latency_rows
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ def _run_facts(pieces: Sequence[dict[str, Any]]) -> str:
         for key in ("bandwidth", "flops")
     )
     text = (
-        f"Measured in runs with both sides in each ({len(pieces)}). Before and after: {bandwidth} GB/s, and {flops} GFLOP/s of "
-        f"a matrix product. {'; '.join(sorted(versions))}."
+        f"Measured in runs with both sides in each ({len(pieces)}). Before and after: {bandwidth} GB/s, and {flops} "
+        f"GFLOP/s of a matrix product. {'; '.join(sorted(versions))}."
     )
     failed = [f"- {name}, {where}: `{message.splitlines()[0][:200]}`" for name, where, message in errors(pieces)]
     return text + ("\n\nDid not run:\n\n" + "\n".join(failed) if failed else "")
@@ -244,4 +245,24 @@ def _peers(record: Record) -> str:
     return "\n\n".join([*parts, _run_facts(pieces)])
 
 
-_SECTIONS = {"step": _steps, "serve": _serving, "peers": _peers, "train": _training, "weights": _weights}
+def _peer_servers(record: Record) -> str:
+    pieces = record.figures["pieces"]
+    parts = [
+        "Server against server: the same requests of 16 to 256 tokens and completions of 16 to 96, streamed, greedy, "
+        "without prefix caches; Poisson arrivals, or so many streams always in flight. Completed tokens a second.",
+        _ratios(record),
+        table(LATENCY_HEAD, latency_rows(pieces)),
+        "\n".join(f"- {line}" for piece in pieces for line in engine_lines(piece)),
+        _run_facts(pieces),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+_SECTIONS = {
+    "step": _steps,
+    "serve": _serving,
+    "peers": _peers,
+    "peer-servers": _peer_servers,
+    "train": _training,
+    "weights": _weights,
+}

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from benchmarks import report, serve, step, train, versus, weights
+from benchmarks import report, serve, step, train, versus, versus_serve, weights
 from benchmarks.child import BenchError
 from benchmarks.record import Record, results_folder
 from model.checkpoint import CheckpointError
@@ -28,17 +28,26 @@ examples:
   isthmus bench weights                                  loading a published folder, beside reading its files
   isthmus bench peers --model models/125m                beside llama.cpp, vLLM and transformers (benchmarks/peers)
   isthmus bench peers --cells decode1 --merge            a part of that, added to the result
+  isthmus bench peer-servers --model models/125m         their servers and ours, under the same requests
   isthmus bench report                                   README.md and plots from all results
 
 Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
 
-Measurement = step.StepBench | serve.ServeBench | train.TrainBench | weights.WeightsBench | versus.PeersBench
+Measurement = (
+    step.StepBench
+    | serve.ServeBench
+    | train.TrainBench
+    | weights.WeightsBench
+    | versus.PeersBench
+    | versus_serve.PeerServersBench
+)
 Command = (
     Annotated[step.StepBench, tyro.conf.subcommand("step")]
     | Annotated[serve.ServeBench, tyro.conf.subcommand("serve")]
     | Annotated[train.TrainBench, tyro.conf.subcommand("train")]
     | Annotated[weights.WeightsBench, tyro.conf.subcommand("weights")]
     | Annotated[versus.PeersBench, tyro.conf.subcommand("peers")]
+    | Annotated[versus_serve.PeerServersBench, tyro.conf.subcommand("peer-servers")]
     | Annotated[report.ReportConfig, tyro.conf.subcommand("report")]
 )
 
@@ -62,6 +71,9 @@ def _measure(command: Measurement, console: Console) -> None:
         case versus.PeersBench():
             record = versus.run(command, console)
             versus.show(record, console)
+        case versus_serve.PeerServersBench():
+            record = versus_serve.run(command, console)
+            versus_serve.show(record, console)
     console.print(f"saved {record.save(results_folder(command.out))}", highlight=False)
 
 
