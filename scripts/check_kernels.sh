@@ -1,0 +1,47 @@
+#!/bin/sh
+# The CPU kernels' own tests once more: with the address and undefined-behaviour sanitizers, then as plain C++ without AVX.
+# Needs g++ with its sanitizers' libraries, on x86-64. Usage: scripts/check_kernels.sh [PYTHON]
+set -eu
+cd "$(dirname "$0")/.."
+python=$(command -v "${1:-.venv/bin/python}")
+home=$(mktemp -d)
+trap 'rm -rf "$home"' EXIT
+
+# Builds the kernels for -march=$1 with the flags that follow, where a process at home in $home/$1 finds them.
+build() {
+    mkdir -p "$home/$1"
+    HOME="$home/$1" "$python" - "$@" <<'PYTHON'
+import sys
+from model.ops.cpu import library
+library.build(library.user_folder(), sys.argv[1], sys.argv[2:])
+PYTHON
+}
+
+# Tests them with the environment that follows; a library of anywhere else would prove nothing.
+check() {
+    march=$1
+    shift
+    env HOME="$home/$march" "$@" "$python" - <<'PYTHON'
+import sys
+from pathlib import Path
+import pytest
+from model.ops.cpu import library
+path = library.load().path
+assert Path.home() in path.parents, path
+print("testing", path.name, flush=True)
+# In one process, and whatever a sanitizer says goes straight to the terminal.
+arguments = ["-p", "no:xdist", "--capture=no", "--durations=0", "--durations-min=60"]
+sys.exit(pytest.main([*arguments, *(f"tests/model/ops/test_cpu_{name}.py" for name in ("linear", "attention"))]))
+PYTHON
+}
+
+library_of() { g++ -print-file-name="lib$1.so"; }
+
+build native -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+check native LD_PRELOAD="$(library_of asan) $(library_of ubsan)" ASAN_OPTIONS=detect_leaks=0 \
+    UBSAN_OPTIONS=print_stacktrace=1
+
+if [ "$(uname -m)" = x86_64 ]; then
+    build x86-64
+    check x86-64
+fi
