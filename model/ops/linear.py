@@ -30,7 +30,7 @@ def linears(x: jax.Array, weights: Sequence[tuple[Weight, tuple[int, ...]]], axe
     leading, inputs = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     rows = x.reshape(-1, inputs)
     packed = [weight for weight, _ in weights if isinstance(weight, Packed)]
-    if len(packed) == len(weights) and len({weight.kind for weight in packed}) == 1:
+    if len(packed) == len(weights) and len({weight.layout for weight in packed}) == 1:
         products = multiply(rows, packed)
     else:
         products = [_product(rows, weight) for weight, _ in weights]

@@ -38,6 +38,11 @@ class Packed:
     inputs: int = field(metadata={"static": True})
     outputs: int = field(metadata={"static": True})
 
+    @property
+    def layout(self) -> tuple[str, int, int]:
+        """What weights have in common that one call can multiply: kind, lines, and groups of int4."""
+        return (self.kind, self.lines.shape[1], self.extra[0].shape[0] if self.kind == "int4" else 0)
+
     def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]; zeros for an index that isn't there."""
         known = (indices >= 0) & (indices < self.outputs)
@@ -69,13 +74,14 @@ class Packed:
 
 
 def multiply(x: jax.Array, weights: Sequence[Packed]) -> list[jax.Array]:
-    """x[rows, inputs], float32 or bfloat16 → float32[rows, outputs] for each of the weights, which are of one kind.
+    """x[rows, inputs], float32 or bfloat16 → float32[rows, outputs] for each of the weights, which have one layout.
 
     A row's result depends on that row alone. Against integers, x is rounded to int8: over each row, or over 32 or 64
     numbers of it for int4.
     """
     kind = weights[0].kind
-    assert all(weight.kind == kind and weight.inputs == x.shape[1] for weight in weights), (x.shape, kind)
+    assert len({weight.layout for weight in weights}) == 1, [weight.layout for weight in weights]
+    assert all(weight.inputs == x.shape[1] for weight in weights), x.shape
     out = tuple(jax.ShapeDtypeStruct((x.shape[0], weight.outputs), jnp.float32) for weight in weights)
     arguments = [array for weight in weights for array in (weight.lines, *weight.extra)]
     return list(jax.ffi.ffi_call(f"isthmus_linear_{kind}", out)(x, *arguments))

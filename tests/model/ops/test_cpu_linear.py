@@ -15,6 +15,7 @@ import pytest
 
 from model.ops.cpu.packed import Packed, multiply
 from model.ops.cpu.packed import pack as pack_eagerly
+from model.ops.linear import linears
 from model.ops.quantized import Quantized
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -248,6 +249,16 @@ def test_several_weights_at_once_are_the_same_as_one_by_one(kind: str, rows: int
 
 
 # ---- packing
+
+
+def test_weights_of_other_groups_do_not_change_a_product() -> None:
+    """Rules may give a layer's query int4 by 32 and its key int4 by 128 or int8: each rounds x in its own way."""
+    rng = np.random.default_rng(8)
+    x = jnp.asarray(random_x(rng, 5, 200))
+    weights = [packed(rng, kind, 200, 40) for kind in ("int4-32", "int4-128", "int8", "int4-128", "float32")]
+    together = linears(x, [(weight, (40,)) for weight in weights])
+    for weight, got in zip(weights, together, strict=True):
+        assert_same_bits(np.asarray(got), product(x, weight))
 
 
 @pytest.mark.parametrize("kind", KINDS)
