@@ -245,7 +245,8 @@ def run(bench: PeerServersBench, console: Console) -> Record:
     """Measures and returns the record, merged if asked to. Raises ConfigError, BenchError."""
     bench.validate()
     # The servers are process groups of their own: they would outlive a benchmark that is told to end.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for told in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(told, signal.default_int_handler)
     machine = describe()
     config = open_folder(bench.model).config
     stacks = chosen(bench.stacks, SERVERS)
