@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -173,6 +174,9 @@ class _Run:
             self._failed(name, load, BenchError(f"no request was answered: {figures['failures']}"))
             return
         self._answers[load].setdefault(name, []).append(answer)
+        if not self._console.is_terminal:
+            rate_done = figures["output_tokens_per_second"]
+            self._console.print(f"{load}, {name}: {rate_done:,.1f} tok/s", highlight=False)
         if rate == 0 and name in self._engines:
             self._measure_engine(name, planned)
 
@@ -240,6 +244,9 @@ def served_of_engine(piece: Piece) -> dict[str, dict[str, float]]:
 def run(bench: PeerServersBench, console: Console) -> Record:
     """Measures and returns the record, merged if asked to. Raises ConfigError, BenchError."""
     bench.validate()
+    # The servers are process groups of their own: they would outlive a benchmark that is told to end.
+    for told in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(told, signal.default_int_handler)
     machine = describe()
     config = open_folder(bench.model).config
     stacks = chosen(bench.stacks, SERVERS)
