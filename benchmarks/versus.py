@@ -308,13 +308,7 @@ def show(record: Record, console: Console) -> None:
         + ", then ".join(f"{side['bandwidth'] / 1e9:.1f} GB/s and {side['flops'] / 1e9:,.0f} GFLOP/s" for side in last),
         highlight=False,
     )
-    for name, facts in pieces[-1]["stacks"].items():
-        if (facts["waiting_share"] or 0.0) > SPINS:
-            console.print(
-                f"{name} took {facts['waiting_share']:.0%} of a core while it waited: it disturbed the others",
-                style="yellow",
-                highlight=False,
-            )
+    show_spinning(pieces[-1], console)
     for name, where, message in errors(pieces):
         console.print(f"{name}, {where}: {message.splitlines()[0]}", style="red", markup=False, highlight=False)
 
@@ -341,3 +335,14 @@ def show_ratios(rows: Sequence[dict[str, Any]], console: Console) -> None:
             f"{row['low']:.2f} to {row['high']:.2f}",
         )
     console.print(table)
+
+
+def show_spinning(piece: Piece, console: Console) -> None:
+    for name, facts in piece["stacks"].items():
+        share = facts.get("waiting_share") or 0.0
+        if share > SPINS:
+            console.print(
+                f"{name} took {share:.0%} of a core while it waited: it disturbed the others",
+                style="yellow",
+                highlight=False,
+            )

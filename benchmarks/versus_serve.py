@@ -25,7 +25,7 @@ from benchmarks.record import Record, results_folder
 from benchmarks.serve import as_json, load_figures
 from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question
 from benchmarks.statistics import median, number
-from benchmarks.versus import PAUSE_SECONDS, machine_limits, show_rates, show_ratios
+from benchmarks.versus import PAUSE_SECONDS, machine_limits, show_rates, show_ratios, show_spinning
 from benchmarks.workload import PlannedRequest, poisson_arrivals
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
@@ -155,7 +155,10 @@ class _Run:
         """A few requests at once to each server, which compiles or touches what the first ones need."""
         some = plan(self._bench, 0.0, self._bench.repeats, self._config.vocab_size) if self._bench.requests else []
         for name in list(self._servers):
-            self._send(child, name, some[:8] or [PlannedRequest(0.0, [10] * 16, 16, 0)], 8)
+            try:
+                self._send(child, name, some[:8] or [PlannedRequest(0.0, [10] * 16, 16, 0)], 8)
+            except BenchError as error:
+                self._failed(name, "warm-up", error)
             self._tick()
 
     def repeat(self, child: Child, turn: int) -> None:
@@ -168,7 +171,11 @@ class _Run:
 
     def _measure(self, child: Child, load: str, rate: float, name: str, planned: list[PlannedRequest]) -> None:
         time.sleep(PAUSE_SECONDS)
-        answer = self._send(child, name, planned, 0 if rate else self._bench.streams)
+        try:
+            answer = self._send(child, name, planned, 0 if rate else self._bench.streams)
+        except BenchError as error:
+            self._failed(name, load, error)
+            return
         figures = load_figures(answer)
         if figures["completed"] == 0:
             self._failed(name, load, BenchError(f"no request was answered: {figures['failures']}"))
@@ -178,7 +185,11 @@ class _Run:
             rate_done = figures["output_tokens_per_second"]
             self._console.print(f"{load}, {name}: {rate_done:,.1f} tok/s", highlight=False)
         if rate == 0 and name in self._engines:
-            self._measure_engine(name, planned)
+            try:
+                self._measure_engine(name, planned)
+            except BenchError as error:
+                self._failed(name, "engine", error)
+                del self._engines[name]
 
     def _measure_engine(self, name: str, planned: list[PlannedRequest]) -> None:
         """The same requests without a server, and a decode of as many sequences."""
@@ -314,6 +325,7 @@ def show(record: Record, console: Console) -> None:
     for piece in pieces:
         for line in engine_lines(piece):
             console.print(line, highlight=False)
+    show_spinning(pieces[-1], console)
     for name, where, message in errors(pieces):
         console.print(f"{name}, {where}: {message.splitlines()[0]}", style="red", markup=False, highlight=False)
 
