@@ -21,30 +21,35 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kBlockLines = 1024;       // of a panel, that every tile passes over before the next
-constexpr int64_t kBlockBytes = 128 << 10;  // of some panels' lines: one thread's L2 holds these and the next
+constexpr int64_t kBlockLines = 1024;  // of a panel, that every tile passes over before the next
+constexpr int64_t kSoon = 32;          // lines from asking for weights to their use
+// Of some panels' lines: one thread's L2, 1 MB and more where there is AVX-512, holds these and the next.
+constexpr int64_t kBlockBytes = kLanes == 16 ? 256 << 10 : 128 << 10;
 
 // ---- the kernel: `MR` rows by `NB` panels
 
-// Keeps additions to a sum in the order they are written: moved apart, their operands don't fit into registers.
+// Keeps additions to a sum in the order they are written: moved apart, their operands don't fit into 16 registers.
 template <class V>
 inline void pin(V& sum) {
-#if defined(__x86_64__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
   asm("" : "+x"(sum));
 #endif
 }
 
-// Weights that are wanted soon: each line that is multiplied asks for `step` bytes of them in each panel.
+// Weights that are wanted soon: each line that is multiplied asks for `step` bytes of them in each panel, and after `turn`
+// lines goes on `jump` bytes further.
 struct Ahead {
   const uint8_t* at;
-  int64_t step;
+  int64_t step, turn = 0, jump = 0;
+
+  void advance() { at += --turn ? step : step + jump; }
 };
 
 template <class F, int MR, int NB>
-inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, int64_t lines, Ahead ahead,
+__attribute__((always_inline)) inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, int64_t lines, Ahead ahead,
                      typename F::Sum (&sums)[MR][NB * kVectors]) {
-  for (int64_t line = 0; line < lines; line++, w += kLine, x += F::kParts * MR, ahead.at += ahead.step) {
-    for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes);
+  for (int64_t line = 0; line < lines; line++, w += kLine, x += F::kParts * MR, ahead.advance()) {
+    for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes, 0, 2);
 #pragma GCC unroll 4
     for (int p = 0; p < F::kParts; p++) {
       decltype(F::part(w, 0)) parts[NB * kVectors];
@@ -86,7 +91,7 @@ struct Out {
 
 struct Weights {
   const uint8_t* lines;
-  const void* scales = nullptr;  // int8: float32[padded outputs]; int4: bfloat16[groups, padded outputs]
+  const void* scales = nullptr;  // int8: float32[padded outputs]; int4: bfloat16[panels, groups, 16]
   const int32_t* sums = nullptr;  // int8: int32[padded outputs], of each column
   int64_t padded = 0;             // outputs
   int64_t group = 0;              // of int4, numbers along k
@@ -98,50 +103,61 @@ struct Block {
   int64_t first_panel, last_panel;
 };
 
+// What a tile's sums were after the lines before the block: zeros before the first, and then what `out` keeps of them.
+template <class Sum, int MR, int N>
+void resume(const Rows& rows, int64_t first, const Block& block, int64_t panel, const Out& out, Sum (&sums)[MR][N]) {
+  for (int m = 0; m < MR; m++)
+    for (int j = 0; j < N; j++)
+      sums[m][j] = block.first_line ? (Sum)out.get(rows.places[first + m], panel * kPanel + j * kLanes) : Sum{};
+}
+
 template <class F, int MR, int NB>
 void tile(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
-  typename F::Sum sums[MR][NB * kVectors] = {};
+  typename F::Sum sums[MR][NB * kVectors];
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index);
-  if constexpr (std::is_same_v<typename F::Sum, Floats>)
-    if (block.first_line > 0)
-      for (int m = 0; m < MR; m++)
-        for (int j = 0; j < NB * kVectors; j++)
-          sums[m][j] = out.get(rows.places[first + m], panel * kPanel + j * kLanes);
+  resume(rows, first, block, panel, out, sums);
   multiply<F, MR, NB>(rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts,
                       w.lines + panel * panel_bytes + block.first_line * kLine, panel_bytes,
                       block.last_line - block.first_line, ahead, sums);
+  const bool ends = block.last_line == rows.lines;
   for (int m = 0; m < MR; m++)
     for (int j = 0; j < NB * kVectors; j++) {
       int64_t column = panel * kPanel + j * kLanes;
-      Floats value;
-      if constexpr (std::is_same_v<F, Int8>) {
-        Ints sum = sums[m][j] - F::kOffset * load<Ints>(w.sums + column);
-        value = to_floats(sum) * load<Floats>((const float*)w.scales + column) * splat(rows.scales[first + m]);
-      } else {
-        value = sums[m][j];
-      }
+      Floats value = (Floats)sums[m][j];
+      if constexpr (std::is_same_v<F, Int8>)
+        if (ends) {
+          Ints sum = sums[m][j] - F::kOffset * load<Ints>(w.sums + column);
+          value = to_floats(sum) * load<Floats>((const float*)w.scales + column) * splat(rows.scales[first + m]);
+        }
       out.put(rows.places[first + m], column, value);
     }
 }
 
 template <class F, int MR, int NB>
-void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, Ahead ahead, const Out& out) {
+void tile4(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead,
+           const Out& out) {
   constexpr int kLines = F::kRun / F::kNumbers;
-  Floats totals[MR][NB * kVectors] = {};
+  static_assert(kBlockLines % kLines == 0);
+  Floats totals[MR][NB * kVectors];
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index), runs = rows.lines / kLines;
-  const uint32_t* x = rows.words.get() + first * rows.lines * F::kParts;
-  const float* x_scales = rows.scales.get() + first * runs;
-  const uint32_t* starts = rows.starts.get() + first * runs;
-  const uint8_t* line = w.lines + panel * panel_bytes;
-  for (int64_t run = 0; run < runs; run++, x_scales += MR, starts += MR) {
+  const int64_t first_run = block.first_line / kLines, last_run = block.last_line / kLines;
+  resume(rows, first, block, panel, out, totals);
+  const uint32_t* x = rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts;
+  const float* x_scales = rows.scales.get() + first * runs + first_run * MR;
+  const uint32_t* starts = rows.starts.get() + first * runs + first_run * MR;
+  const uint8_t* line = w.lines + panel * panel_bytes + block.first_line * kLine;
+  const int64_t group_runs = w.group / F::kRun, panel_scales = runs / group_runs * kPanel;
+  const uint16_t* scales = (const uint16_t*)w.scales + panel * panel_scales + first_run / group_runs * kPanel;
+  int64_t left = group_runs - first_run % group_runs;  // runs of the group
+  for (int64_t run = first_run; run < last_run; run++, x_scales += MR, starts += MR) {
     RunSum sums[MR][NB * kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
       for (int j = 0; j < NB * kVectors; j++) sums[m][j] = (RunSum)splat(starts[m]);
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; l++, line += kLine, x += F::kParts * MR, ahead.at += ahead.step) {
-      for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes);
+    for (int l = 0; l < kLines; l++, line += kLine, x += F::kParts * MR, ahead.advance()) {
+      for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes, 0, 2);
 #pragma GCC unroll 2
       for (int p = 0; p < 2; p++) {
         Words parts[NB * kVectors];
@@ -155,19 +171,17 @@ void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, Ahead a
 #pragma GCC unroll 16
           for (int j = 0; j < NB * kVectors; j++) {
             sums[m][j] = add_nibbles(sums[m][j], x[p * MR + m], parts[j]);
-
           }
       }
     }
-    const uint16_t* scales = (const uint16_t*)w.scales + run * F::kRun / w.group * w.padded + panel * kPanel;
 #pragma GCC unroll 16
     for (int j = 0; j < NB * kVectors; j++) {
-      Floats scale = load_bf16(scales + j * kLanes);
+      Floats scale = load_bf16(scales + j / kVectors * panel_scales + j % kVectors * kLanes);
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) {
+      for (int m = 0; m < MR; m++)
         totals[m][j] = fma(to_floats(total(sums[m][j])), scale * splat(x_scales[m]), totals[m][j]);
-      }
     }
+    if (--left == 0) scales += kPanel, left = group_runs;
   }
   for (int m = 0; m < MR; m++)
     for (int j = 0; j < NB * kVectors; j++) out.put(rows.places[first + m], panel * kPanel + j * kLanes, totals[m][j]);
@@ -178,16 +192,17 @@ void tile4(const Rows& rows, int index, const Weights& w, int64_t panel, Ahead a
 template <class F, int MR, int NB>
 void one(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
   if constexpr (is_int4<F>)
-    tile4<F, MR, NB>(rows, index, w, panel, ahead, out);
+    tile4<F, MR, NB>(rows, index, w, block, panel, ahead, out);
   else
     tile<F, MR, NB>(rows, index, w, block, panel, ahead, out);
 }
 
 // Panels at a time for a tile of `mr` rows: as many sums as registers hold, for enough of them to hide an addition's latency.
 constexpr int kRegisters = kLanes == 16 || kLanes == 4 ? 24 : 12;
+constexpr int kPanels = 4;  // at most
 constexpr int panels_for(int mr) {
   int n = kRegisters / (mr * kVectors);
-  return n >= 4 ? 4 : n >= 2 ? 2 : 1;
+  return n >= kPanels ? kPanels : n >= 2 ? 2 : 1;
 }
 
 template <class F, int MR>
@@ -196,7 +211,8 @@ void all_panels(const Rows& rows, int index, const Weights& w, const Block& bloc
   const int64_t panel_bytes = rows.lines * kLine, lines = block.last_line - block.first_line;
   auto ahead = [&](int64_t panel) -> Ahead {
     const uint8_t* line = w.lines + panel * panel_bytes;
-    if (rows.tiles == 1) return {line + 1024, kLine};  // a single pass: what this panel needs next
+    if (rows.tiles == 1)  // a single pass: what these panels need next, and at their end what follows them
+      return {line + kSoon * kLine, kLine, lines - kSoon, (kNB - 1) * panel_bytes};
     line += (next.first_panel - block.first_panel) * panel_bytes + next.first_line * kLine;
     return {line + lines * index * kLine / rows.tiles, kLine / rows.tiles};
   };
@@ -206,16 +222,17 @@ void all_panels(const Rows& rows, int index, const Weights& w, const Block& bloc
   for (; panel < block.last_panel; panel++) one<F, MR, 1>(rows, index, w, block, panel, ahead(panel), out);
 }
 
+template <class F, int MR = 1>
+void all_panels_of(int size, const Rows& rows, int index, const Weights& w, const Block& block, const Block& next,
+                   const Out& out) {
+  if (size == MR) return all_panels<F, MR>(rows, index, w, block, next, out);
+  if constexpr (MR < kRows) all_panels_of<F, MR + 1>(size, rows, index, w, block, next, out);
+}
+
 template <class F>
 void all_tiles(const Rows& rows, const Weights& w, const Block& block, const Block& next, const Out& out) {
-  for (int index = 0; index < rows.tiles; index++) switch (rows.size(index)) {
-      case 1: all_panels<F, 1>(rows, index, w, block, next, out); break;
-      case 2: all_panels<F, 2>(rows, index, w, block, next, out); break;
-      case 3: all_panels<F, 3>(rows, index, w, block, next, out); break;
-      case 4: all_panels<F, 4>(rows, index, w, block, next, out); break;
-      case 5: all_panels<F, 5>(rows, index, w, block, next, out); break;
-      case 6: all_panels<F, 6>(rows, index, w, block, next, out); break;
-    }
+  for (int index = 0; index < rows.tiles; index++)
+    all_panels_of<F>(rows.size(index), rows, index, w, block, next, out);
 }
 
 // One product: weights and where it goes.
@@ -227,11 +244,10 @@ struct Product {
 
 template <class F>
 void part(const Rows& rows, const Product& product, int64_t chunk) {
-  // Sums of integers stay in registers from the first line to the last.
-  constexpr bool kWhole = is_int4<F> || std::is_same_v<F, Int8>;
   const int64_t panels = product.weights.padded / kPanel, lines = rows.lines;
-  const int64_t depth = kWhole || rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
-  const int64_t width = std::max<int64_t>(rows.tiles == 1 ? 4 : 1, kBlockBytes / (depth * kLine));
+  const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
+  const int64_t most = rows.tiles == 1 ? kPanels : kBlockBytes / (depth * kLine), share = panels / product.chunks;
+  const int64_t width = std::max<int64_t>(kPanels, std::min(most, share) / kPanels * kPanels);
   const int64_t groups = (panels + width - 1) / width;
   const int64_t end = std::min(panels, groups * (chunk + 1) / product.chunks * width);
   Block block{0, depth, groups * chunk / product.chunks * width, 0};
@@ -273,6 +289,7 @@ void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<P
   if (!(condition)) return ffi::Error::InvalidArgument("linear: " message)
 
 using Lines = ffi::Buffer<ffi::U8, 3>;
+using Int4Scales = ffi::Buffer<ffi::BF16, 3>;
 
 // Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py.
 template <class F>
@@ -291,12 +308,12 @@ ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int6
       return fail("linear: int8 weights need a float32 scale and an int32 sum a column");
     w.scales = scales->typed_data(), w.sums = sums->typed_data();
   } else if constexpr (is_int4<F>) {
-    auto scales = arguments.get<ffi::Buffer<ffi::BF16, 2>>(at + 1);
+    auto scales = arguments.get<Int4Scales>(at + 1);
     const int64_t numbers = lines * F::kNumbers;
-    if (!scales || scales->dimensions()[1] != w.padded || scales->dimensions()[0] < 1 ||
-        numbers % (scales->dimensions()[0] * F::kRun))
-      return fail("linear: int4 weights need bfloat16 scales [groups, columns] of groups that are multiples of 32");
-    w.scales = scales->untyped_data(), w.group = numbers / scales->dimensions()[0];
+    if (!scales || scales->dimensions()[0] != size[0] || scales->dimensions()[2] != kPanel ||
+        scales->dimensions()[1] < 1 || numbers % (scales->dimensions()[1] * F::kRun))
+      return fail("linear: int4 weights need bfloat16 scales [panels, groups, 16] of groups that are multiples of 32");
+    w.scales = scales->untyped_data(), w.group = numbers / scales->dimensions()[1];
   }
   return w;
 }
@@ -342,9 +359,9 @@ ffi::Error int4(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRe
   bool wide = true;
   for (size_t at = 0; at + 1 < arguments.size(); at += 2) {
     auto lines = arguments.get<Lines>(at);
-    auto scales = arguments.get<ffi::Buffer<ffi::BF16, 2>>(at + 1);
-    REQUIRE(lines && scales && scales->dimensions()[0] > 0, "int4 weights need lines and bfloat16 scales");
-    wide = wide && lines->dimensions()[1] * 8 / scales->dimensions()[0] % 64 == 0;
+    auto scales = arguments.get<Int4Scales>(at + 1);
+    REQUIRE(lines && scales && scales->dimensions()[1] > 0, "int4 weights need lines and bfloat16 scales");
+    wide = wide && lines->dimensions()[1] * 8 / scales->dimensions()[1] % 64 == 0;
   }
   return wide ? linear<Int4<64>, Int4<64>>(x, arguments, results) : linear<Int4<32>, Int4<32>>(x, arguments, results);
 }

@@ -13,7 +13,7 @@
 
 namespace isthmus {
 
-constexpr int kRows = 6;  // of a tile, at most
+constexpr int kRows = kLanes == 16 ? 12 : 6;  // of a tile, at most: half as many as there are registers for sums
 
 // Numbers of one row as the kernel reads them: `kParts` words a line, and a scale, or for int4 a scale and the
 // start of its sum for every run.

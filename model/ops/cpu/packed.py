@@ -33,7 +33,7 @@ class Packed:
     """uint8[panels, lines, 64]"""
     extra: tuple[jax.Array, ...]
     """Of int8: scales float32[padded outputs], sums over the inputs int32[padded outputs]; of int4: scales
-    bfloat16[groups, padded outputs]"""
+    bfloat16[panels, groups, 16]"""
     kind: Kind = field(metadata={"static": True})
     inputs: int = field(metadata={"static": True})
     outputs: int = field(metadata={"static": True})
@@ -41,7 +41,7 @@ class Packed:
     @property
     def layout(self) -> tuple[str, int, int]:
         """What weights have in common that one call can multiply: kind, lines, and groups of int4."""
-        return (self.kind, self.lines.shape[1], self.extra[0].shape[0] if self.kind == "int4" else 0)
+        return (self.kind, self.lines.shape[1], self.extra[0].shape[1] if self.kind == "int4" else 0)
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]; zeros for an index that isn't there."""
@@ -53,7 +53,7 @@ class Packed:
         if self.kind == "int8":
             numbers = numbers * self.extra[0][index][..., None]
         if self.kind == "int4":
-            scales = jnp.moveaxis(self.extra[0][:, index], 0, -1).astype(jnp.float32)
+            scales = self.extra[0][index // PANEL, :, index % PANEL].astype(jnp.float32)
             numbers = numbers * jnp.repeat(scales, numbers.shape[-1] // scales.shape[-1], axis=-1)
         return jnp.where(known[..., None], numbers[..., : self.inputs], 0)
 
@@ -107,6 +107,7 @@ def _pack_quantized(matrix: Quantized, inputs: int) -> Packed:
     lines = _lines(matrix.values, padded, outputs, kind, False)
     scales = jnp.pad(matrix.scales, ((0, 0), (0, -outputs % PANEL)))
     if kind == "int4":
+        scales = scales.reshape(scales.shape[0], -1, PANEL).swapaxes(0, 1)
         return Packed(lines, (scales,), kind, inputs, outputs)
     sums = jnp.pad(matrix.values.sum(axis=0, dtype=jnp.int32), (0, -outputs % PANEL))
     return Packed(lines, (scales[0], sums), kind, inputs, outputs)

@@ -21,7 +21,7 @@ struct Matrix {
   std::vector<int> integers;  // or `floats`, of [lines * numbers, padded]
   std::vector<float> floats;
   std::vector<float> scales;       // of int8
-  std::vector<uint16_t> scales16;  // of int4
+  std::vector<uint16_t> scales16;  // of int4, [padded / 16, groups, 16]
   std::vector<int32_t> sums;
 
   Matrix(int64_t inputs, int64_t outputs, int64_t numbers, int64_t group)
@@ -39,6 +39,10 @@ struct Matrix {
     }
     for (int64_t k = 0; k < inputs; k++)
       for (int64_t n = 0; n < outputs; n++) put(k, n);
+  }
+
+  uint16_t scale16(int64_t k, int64_t n) const {
+    return scales16[(n / 16 * (lines * numbers / group) + k / group) * 16 + n % 16];
   }
 
   uint8_t* quad(int64_t k, int64_t n) { return &bytes[((n / 16 * lines + k / numbers) * 16 + n % 16) * 4]; }
@@ -80,7 +84,7 @@ void expect(const Matrix& w, const std::vector<float>& x, int64_t n, double* wan
     float scale;
     round_run(&x[begin], count, integers.data(), &scale);
     for (int64_t i = 0; i < count; i++) sum += integers[i] * w.integers[(begin + i) * w.padded + n];
-    double unit = w.group ? isthmus::from_bf16(w.scales16[begin / w.group * w.padded + n]) : w.scales[n];
+    double unit = w.group ? isthmus::from_bf16(w.scale16(begin, n)) : w.scales[n];
     add(double(sum) * unit * scale);
   }
 }
@@ -119,7 +123,7 @@ void check(int64_t rows, int64_t inputs, int64_t outputs, int64_t group = 0) {
 
 int main() {
   using namespace isthmus;
-  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 13})
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25})
     for (int64_t inputs : {1, 3, 31, 64, 130, 1100})
       for (int64_t outputs : {1, 15, 16, 50, 129}) {
         if (inputs == 1100 && outputs < 50) continue;
