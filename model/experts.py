@@ -12,7 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from model.config import MixtureConfig, ModelConfig
-from model.layers import INIT_STD, MLP, Linear, gated, parameter
+from model.layers import INIT_STD, MLP, Linear, parameter
+from model.ops.gated import gated
 from model.ops.grouped_matmul import grouped_matmul
 from model.sharding import partition_spec
 

@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import Activation, LayerKind, ModelConfig
+from model.config import LayerKind, ModelConfig
 from model.ops.attention import Scoring
+from model.ops.gated import gated
 from model.ops.linear import linear, linears
-from model.rotary import Angles, rotate
+from model.ops.norm import rms_norm
+from model.ops.rotary import rotate
+from model.rotary import Angles
 from model.sharding import shard
 
 Cache = TypeVar("Cache")
@@ -80,7 +83,7 @@ class Linear(nnx.Module):
         return project(x, self)[0]
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """What is added to the product with the kernel, float32[..., *outputs]; in x's dtype."""
+        """With what is added to the product with the kernel, [..., *outputs]; in x's dtype."""
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
@@ -92,7 +95,8 @@ class Linear(nnx.Module):
 def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     """layer(x) of each of the layers, which have the same inputs."""
     weights = [(layer.kernel.get_value(), layer.outputs) for layer in layers]
-    products = linears(x, weights, layers[0].inputs)
+    plain = all(layer.bias is None and layer.lora_a is None for layer in layers)
+    products = linears(x, weights, layers[0].inputs, dtype=x.dtype if plain else jnp.float32)
     return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
 
 
@@ -105,7 +109,7 @@ class HeadLinear(Linear):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * (scale + offset) over the last axis, in float32 (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+    """model/ops/norm.py's, with a learned scale."""
 
     def __init__(self, size: int, axis: str, eps: float, rngs: nnx.Rngs, *, offset: float = 0.0) -> None:
         start = nnx.initializers.constant(1 - offset)
@@ -113,10 +117,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.offset = eps, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32)
-        return (y * (scale + self.offset if self.offset else scale)).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps, self.offset)
 
 
 class Attention(nnx.Module):
@@ -156,7 +157,7 @@ class Attention(nnx.Module):
         q, k, v = project(x, self.query, self.key, self.value)
         q, k = self._normalize(self.query_norm, q), self._normalize(self.key_norm, k)
         if kind.rope != "none":
-            q, k = rotate(q, angles[kind.rope]), rotate(k, angles[kind.rope])
+            q, k = rotate(angles[kind.rope], q, k)
         q = shard(q, "heads", "head_dim")
         k, v = shard(k, "kv_heads", "head_dim"), shard(v, "kv_heads", "head_dim")
         sinks = None if self.sinks is None else self.sinks[...]
@@ -198,7 +199,7 @@ class LatentAttention(nnx.Module):
         plain, turned = q[..., : self.nope_dim], q[..., self.nope_dim :]
         content, position = self.latent_norm(latent[..., : self.rank]), latent[..., None, self.rank :]
         if kind.rope != "none":
-            turned, position = rotate(turned, angles[kind.rope]), rotate(position, angles[kind.rope])
+            turned, position = rotate(angles[kind.rope], turned, position)
         plain = self.key.per_head("...hd,rhd->...hr", plain)
         q = shard(jnp.concatenate([plain, turned], axis=-1), "heads", "head_dim")
         k = shard(jnp.concatenate([content[..., None, :], position], axis=-1), "latent_head", "head_dim")
@@ -209,20 +210,6 @@ class LatentAttention(nnx.Module):
 
 LATENT_EPS = 1e-6
 """Of the norms inside latent attention, whatever the network's other norms have: so DeepSeek published it."""
-
-
-def gated(activation: Activation, limit: float, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The hidden layer of a gated MLP (Shazeer 2020, arXiv 2002.05202); clamped_swiglu: arXiv 2508.10925."""
-    match activation:
-        case "silu":
-            return jax.nn.silu(gate) * up
-        case "gelu":
-            return jax.nn.gelu(gate, approximate=False) * up
-        case "gelu_tanh":
-            return jax.nn.gelu(gate, approximate=True) * up
-        case "clamped_swiglu":
-            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-            return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
 
 
 class MLP(nnx.Module):

@@ -39,16 +39,6 @@ def rotary_angles(config: ModelConfig, positions: jax.Array, long: jax.Array | N
     return angles
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns pairs (i, i + n / 2) of the first n dimensions of x[..., heads, head_dim], n as wide as the angles: the
-    half-split layout of Llama and Qwen."""
-    cos, sin = angles
-    turned = cos.shape[-1]
-    y = x[..., :turned].astype(jnp.float32)
-    y = (y * cos + jnp.roll(y, turned // 2, axis=-1) * sin).astype(x.dtype)
-    return y if turned == x.shape[-1] else jnp.concatenate([y, x[..., turned:]], axis=-1)
-
-
 def frequencies(theta: float, dim: int, scaling: RopeScaling, length: Literal["short", "long"]) -> np.ndarray:
     """float32[dim / 2]: radians a position. length: of the sequence, for longrope."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from model.ops.backend import cpu_kernels
+
 MASKED = -1e30
 """Stands for minus infinity: a row with nothing to attend to gives a finite, meaningless average instead of NaN."""
 
@@ -122,18 +124,15 @@ def paged_step(
     step: PagedStep,
     scoring: Scoring,
     sinks: jax.Array | None,
-    *,
-    kernel: bool,
 ) -> tuple[jax.Array, Cache]:
     """Writes a layer's keys and values to their pages, then attends over each sequence's pages, causal by position.
 
     q: [tokens, heads, head_dim]; k, v: [tokens, kv_heads, head_dim], a v of None being k; first: int32[], the layer's
-    first page in the cache; sinks: float32[heads]. Returns (as q, the cache). kernel: on CPU, with model/ops/cpu's
-    library; what it gives a token depends on that token's sequence alone.
+    first page in the cache; sinks: float32[heads]. Returns (as q, the cache).
 
     Written before it is read: the other order makes XLA copy the whole cache in every layer.
     """
-    if kernel:
+    if cpu_kernels():
         return _paged_step_cpu(q, k, v, cache, first, step, scoring, sinks)
     sequences = step.tables.shape[0]
     blocks = sequences - step.rows
@@ -166,6 +165,7 @@ def _paged_step_cpu(
     scoring: Scoring,
     sinks: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
+    """What it gives a token depends on that token's sequence alone, to the bit."""
     scales = jnp.zeros(0, jnp.float32) if cache.scales is None else cache.scales
     none = jnp.zeros((0,), q.dtype)
     out, pages, new_scales = jax.ffi.ffi_call(

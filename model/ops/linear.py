@@ -25,16 +25,25 @@ def linear(x: jax.Array, weight: Weight, outputs: tuple[int, ...], axes: int = 1
     return linears(x, [(weight, outputs)], axes)[0]
 
 
-def linears(x: jax.Array, weights: Sequence[tuple[Weight, tuple[int, ...]]], axes: int = 1) -> list[jax.Array]:
-    """`linear` of the same x with each weight and its outputs, which a kernel does in one pass."""
+def linears(
+    x: jax.Array,
+    weights: Sequence[tuple[Weight, tuple[int, ...]]],
+    axes: int = 1,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> list[jax.Array]:
+    """`linear` of the same x with each weight and its outputs, which a kernel does in one pass; rounded to `dtype`."""
     leading, inputs = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     rows = x.reshape(-1, inputs)
     packed = [weight for weight, _ in weights if isinstance(weight, Packed)]
     if len(packed) == len(weights) and len({weight.layout for weight in packed}) == 1:
-        products = multiply(rows, packed)
+        products = multiply(rows, packed, dtype)
     else:
         products = [_product(rows, weight) for weight, _ in weights]
-    return [product.reshape(*leading, *outputs) for product, (_, outputs) in zip(products, weights, strict=True)]
+    return [
+        product.astype(dtype).reshape(*leading, *outputs)
+        for product, (_, outputs) in zip(products, weights, strict=True)
+    ]
 
 
 def _product(x: jax.Array, weight: Weight) -> jax.Array:

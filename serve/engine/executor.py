@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.layers import Attend
 from model.matrices import pack_params
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from model.ops.backend import use_cpu_kernels
 from model.ops.cpu import library
 from model.sharding import named_sharding, use_mesh
 from model.transformer import Params, abstract_params, bind
@@ -53,7 +54,7 @@ def sequence_of_token(bucket: Bucket) -> jax.Array:
     return jnp.concatenate([jnp.arange(bucket.rows), bucket.rows + blocks])
 
 
-def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, kernel: bool) -> Attend:
+def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) -> Attend:
     """The serving side of the seam."""
     step = PagedStep(bucket.rows, arrays.tables, arrays.positions)
 
@@ -66,7 +67,7 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, ke
         scoring: Scoring,
         sinks: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
-        return paged_step(q, k, v, cache, layer * engine.pages, step, scoring, sinks, kernel=kernel)
+        return paged_step(q, k, v, cache, layer * engine.pages, step, scoring, sinks)
 
     return attend
 
@@ -94,9 +95,10 @@ def engine_step(
     # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
     tokens = jnp.where(arrays.positions < 0, model_config.vocab_size, tokens)
     model = bind(model_config, params)
-    attend = paged_attention(engine, bucket, arrays, kernels)
+    attend = paged_attention(engine, bucket, arrays)
     long = arrays.long[sequence_of_token(bucket)] > 0
-    hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+    with use_cpu_kernels(kernels):
+        hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
     logits = model.logits(hidden[arrays.sample_token])
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
     as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)

@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.huggingface.families import read_config
 from model.huggingface.load import leaves_of, parts_of, path_name
 from model.ops.attention import Cache
+from model.ops.backend import use_cpu_kernels
 from model.sharding import use_mesh
 from model.transformer import Params, bind
 from serve.engine.config import Bucket, EngineConfig
@@ -106,8 +107,9 @@ def run_logged(
         arrays = split_plan(packed, bucket, engine.pages_per_sequence)
         model = bind(config, params)
         long = arrays.long[sequence_of_token(bucket)] > 0
-        attend = paged_attention(engine, bucket, arrays, kernel)
-        hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+        attend = paged_attention(engine, bucket, arrays)
+        with use_cpu_kernels(kernel):
+            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
         return cache, model.logits(hidden[arrays.sample_token])
 
     programs = {bucket: jax.jit(partial(step, bucket), donate_argnums=1) for bucket in engine.buckets}

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from model.config import ModelConfig
 from model.ops.attention import Cache
+from model.ops.backend import use_cpu_kernels
 from model.sharding import MeshShape, build_mesh, use_mesh
 from model.transformer import Params, bind
 from serve.engine.config import Bucket, EngineConfig
@@ -163,8 +164,9 @@ def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Para
         def step(params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
             arrays = split_plan(packed, bucket, engine.pages_per_sequence)
             model = bind(CONFIG, params)
-            attend = paged_attention(engine, bucket, arrays, kernel)
-            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
+            attend = paged_attention(engine, bucket, arrays)
+            with use_cpu_kernels(kernel):
+                hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
             return cache, model.logits(hidden[arrays.sample_token])
 
         return jax.jit(step, donate_argnums=1)

@@ -25,7 +25,10 @@ import jax
 import jaxlib
 
 SOURCES = Path(__file__).parent
-HANDLERS = ("pack_matrix", "linear_float32", "linear_bfloat16", "linear_int8", "linear_int4", "paged_attention")
+HANDLERS = (
+    *("pack_matrix", "linear_float32", "linear_bfloat16", "linear_int8", "linear_int4"),
+    *("paged_attention", "rms_norm", "rotate_pairs", "gated_product"),
+)
 """What the library exports, each the target "isthmus_NAME" of jax.ffi"""
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-pthread", "-w")

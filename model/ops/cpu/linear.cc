@@ -67,25 +67,29 @@ __attribute__((always_inline)) inline void multiply(const uint32_t* x, const uin
   }
 }
 
+// Where a product goes: float32 or bfloat16[rows, outputs].
 struct Out {
-  float* y;
+  void* y;
+  bool bf16;
   int64_t outputs;
-
-  Floats get(int64_t row, int64_t column) const {
-    const float* from = y + row * outputs + column;
-    if (column + kLanes <= outputs) return load<Floats>(from);
-    Floats value = {};
-    for (int i = 0; column + i < outputs; i++) value[i] = from[i];
-    return value;
-  }
 
   // Writes `value` to kLanes columns from `column` of a row, as far as there are columns.
   void put(int64_t row, int64_t column, Floats value) const {
-    float* to = y + row * outputs + column;
+    bf16 ? put((uint16_t*)y + row * outputs, column, value) : put((float*)y + row * outputs, column, value);
+  }
+
+  void clear(int64_t row) const {
+    const int64_t bytes = outputs * (bf16 ? 2 : 4);
+    std::memset((char*)y + row * bytes, 0, bytes);
+  }
+
+ private:
+  template <class Y>
+  void put(Y* row, int64_t column, Floats value) const {
     if (column + kLanes <= outputs)
-      store(to, value);
+      isthmus::put(row + column, value);
     else
-      for (int i = 0; column + i < outputs; i++) to[i] = value[i];
+      for (int i = 0; column + i < outputs; i++) isthmus::put(row, column + i, value[i]);
   }
 };
 
@@ -101,34 +105,44 @@ struct Weights {
 struct Block {
   int64_t first_line, last_line;
   int64_t first_panel, last_panel;
+  float* sums = nullptr;  // [rows, stride]: each tile's from one block to the next of the same panels, as bits
+  int64_t stride = 0;
+
+  float* at(int64_t row, int64_t panel, int j) const {
+    return sums + row * stride + (panel - first_panel) * kPanel + j * kLanes;
+  }
 };
 
-// What a tile's sums were after the lines before the block: zeros before the first, and then what `out` keeps of them.
+// What a tile's sums were after the lines before the block: zeros before the first.
 template <class Sum, int MR, int N>
-void resume(const Rows& rows, int64_t first, const Block& block, int64_t panel, const Out& out, Sum (&sums)[MR][N]) {
+inline void resume(const Block& block, int64_t first, int64_t panel, Sum (&sums)[MR][N]) {
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < N; j++)
-      sums[m][j] = block.first_line ? (Sum)out.get(rows.places[first + m], panel * kPanel + j * kLanes) : Sum{};
+    for (int j = 0; j < N; j++) sums[m][j] = block.first_line ? load<Sum>(block.at(first + m, panel, j)) : Sum{};
 }
 
 template <class F, int MR, int NB>
 void tile(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
   typename F::Sum sums[MR][NB * kVectors];
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index);
-  resume(rows, first, block, panel, out, sums);
+  resume(block, first, panel, sums);
   multiply<F, MR, NB>(rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts,
                       w.lines + panel * panel_bytes + block.first_line * kLine, panel_bytes,
                       block.last_line - block.first_line, ahead, sums);
-  const bool ends = block.last_line == rows.lines;
+  if (block.last_line < rows.lines) {
+    for (int m = 0; m < MR; m++)
+      for (int j = 0; j < NB * kVectors; j++) store(block.at(first + m, panel, j), sums[m][j]);
+    return;
+  }
   for (int m = 0; m < MR; m++)
     for (int j = 0; j < NB * kVectors; j++) {
       int64_t column = panel * kPanel + j * kLanes;
-      Floats value = (Floats)sums[m][j];
-      if constexpr (std::is_same_v<F, Int8>)
-        if (ends) {
-          Ints sum = sums[m][j] - F::kOffset * load<Ints>(w.sums + column);
-          value = to_floats(sum) * load<Floats>((const float*)w.scales + column) * splat(rows.scales[first + m]);
-        }
+      Floats value;
+      if constexpr (std::is_same_v<F, Int8>) {
+        Ints sum = sums[m][j] - F::kOffset * load<Ints>(w.sums + column);
+        value = to_floats(sum) * load<Floats>((const float*)w.scales + column) * splat(rows.scales[first + m]);
+      } else {
+        value = sums[m][j];
+      }
       out.put(rows.places[first + m], column, value);
     }
 }
@@ -141,7 +155,7 @@ void tile4(const Rows& rows, int index, const Weights& w, const Block& block, in
   Floats totals[MR][NB * kVectors];
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index), runs = rows.lines / kLines;
   const int64_t first_run = block.first_line / kLines, last_run = block.last_line / kLines;
-  resume(rows, first, block, panel, out, totals);
+  resume(block, first, panel, totals);
   const uint32_t* x = rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts;
   const float* x_scales = rows.scales.get() + first * runs + first_run * MR;
   const uint32_t* starts = rows.starts.get() + first * runs + first_run * MR;
@@ -183,8 +197,13 @@ void tile4(const Rows& rows, int index, const Weights& w, const Block& block, in
     }
     if (--left == 0) scales += kPanel, left = group_runs;
   }
+  const bool ends = block.last_line == rows.lines;
   for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NB * kVectors; j++) out.put(rows.places[first + m], panel * kPanel + j * kLanes, totals[m][j]);
+    for (int j = 0; j < NB * kVectors; j++)
+      if (ends)
+        out.put(rows.places[first + m], panel * kPanel + j * kLanes, totals[m][j]);
+      else
+        store(block.at(first + m, panel, j), totals[m][j]);
 }
 
 // ---- dispatch
@@ -250,11 +269,17 @@ void part(const Rows& rows, const Product& product, int64_t chunk) {
   const int64_t width = std::max<int64_t>(kPanels, std::min(most, share) / kPanels * kPanels);
   const int64_t groups = (panels + width - 1) / width;
   const int64_t end = std::min(panels, groups * (chunk + 1) / product.chunks * width);
-  Block block{0, depth, groups * chunk / product.chunks * width, 0};
+  thread_local std::vector<float> sums;
+  if (depth < lines) sums.resize(std::max<size_t>(sums.size(), rows.rows * width * kPanel));
+  Block block{0, depth, groups * chunk / product.chunks * width, 0, sums.data(), width * kPanel};
   block.last_panel = std::min(end, block.first_panel + width);
   while (block.first_panel < end) {
-    Block next{block.last_line, std::min(lines, block.last_line + depth), block.first_panel, block.last_panel};
-    if (block.last_line == lines) next = {0, depth, block.last_panel, std::min(end, block.last_panel + width)};
+    Block next = block;
+    next.first_line = block.last_line, next.last_line = std::min(lines, block.last_line + depth);
+    if (block.last_line == lines) {
+      next.first_line = 0, next.last_line = depth;
+      next.first_panel = block.last_panel, next.last_panel = std::min(end, block.last_panel + width);
+    }
     all_tiles<F>(rows, product.weights, block, next, product.out);
     block = next;
   }
@@ -267,7 +292,7 @@ void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<P
     if (!is_zero(x + row * inputs, inputs))
       places.push_back(row);
     else
-      for (const Product& p : products) std::fill_n(p.out.y + row * p.out.outputs, p.out.outputs, 0.f);
+      for (const Product& p : products) p.out.clear(row);
   if (places.empty()) return;
   const Rows rows = pack<F>(x, std::move(places), inputs, lines);
   int64_t panels = 0, chunks = 0;
@@ -335,11 +360,13 @@ ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, ffi::Remaining
   for (size_t i = 0; i < results.size(); i++) {
     auto weights = read_weights<F>(arguments, i * kArguments<F>, lines);
     if (!weights) return weights.error();
-    auto y = results.get<ffi::Buffer<ffi::F32, 2>>(i);
-    REQUIRE(y && (*y)->dimensions()[0] == rows, "a result must be float32[rows, outputs]");
+    auto y = results.get<ffi::AnyBuffer>(i);
+    REQUIRE(y && (*y)->dimensions().size() == 2 && (*y)->dimensions()[0] == rows, "a result must be [rows, outputs]");
+    const bool bf16 = (*y)->element_type() == ffi::BF16;
+    REQUIRE(bf16 || (*y)->element_type() == ffi::F32, "a result must be float32 or bfloat16");
     const int64_t outputs = (*y)->dimensions()[1];
     REQUIRE(weights->padded == (outputs + kPanel - 1) / kPanel * kPanel, "weights have other outputs than the result");
-    if (outputs) products.push_back({*weights, Out{(*y)->typed_data(), outputs}});
+    if (outputs) products.push_back({*weights, Out{(*y)->untyped_data(), bf16, outputs}});
   }
   if (rows && !products.empty()) run<F>(x, rows, inputs, lines, products);
   return ffi::Error::Success();

@@ -29,18 +29,12 @@ struct Rows {
   int size(int tile) const { return int(first(tile + 1) - first(tile)); }
 };
 
-inline float number(const float* x, int64_t i) { return x[i]; }
-inline float number(const uint16_t* x, int64_t i) { return from_bf16(x[i]); }
-
 inline uint32_t bits(float x) {
   uint32_t word;
   std::memcpy(&word, &x, 4);
   return word;
 }
 inline uint32_t bits(uint16_t x) { return x; }
-
-inline Floats numbers(const float* x) { return load<Floats>(x); }
-inline Floats numbers(const uint16_t* x) { return load_bf16(x); }
 
 // The largest |x| of [first, last), or NaN when one of them is not finite.
 template <class X>

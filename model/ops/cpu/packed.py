@@ -73,8 +73,10 @@ class Packed:
                 return both.astype(jnp.float32).reshape(*flat, -1) - 8
 
 
-def multiply(x: jax.Array, weights: Sequence[Packed]) -> list[jax.Array]:
-    """x[rows, inputs], float32 or bfloat16 → float32[rows, outputs] for each of the weights, which have one layout.
+def multiply(x: jax.Array, weights: Sequence[Packed], dtype: jax.typing.DTypeLike = jnp.float32) -> list[jax.Array]:
+    """x[rows, inputs], float32 or bfloat16 → [rows, outputs] for each of the weights, which have one layout.
+
+    dtype: float32 or bfloat16, of the results, which are computed in float32.
 
     A row's result depends on that row alone. Against integers, x is rounded to int8: over each row, or over 32 or 64
     numbers of it for int4.
@@ -82,7 +84,7 @@ def multiply(x: jax.Array, weights: Sequence[Packed]) -> list[jax.Array]:
     kind = weights[0].kind
     assert len({weight.layout for weight in weights}) == 1, [weight.layout for weight in weights]
     assert all(weight.inputs == x.shape[1] for weight in weights), x.shape
-    out = tuple(jax.ShapeDtypeStruct((x.shape[0], weight.outputs), jnp.float32) for weight in weights)
+    out = tuple(jax.ShapeDtypeStruct((x.shape[0], weight.outputs), dtype) for weight in weights)
     arguments = [array for weight in weights for array in (weight.lines, *weight.extra)]
     return list(jax.ffi.ffi_call(f"isthmus_linear_{kind}", out)(x, *arguments))
 

@@ -79,6 +79,12 @@ inline uint16_t to_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline void store_bf16(void* to, Floats x) {
+  Words bits = (Words)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  Words quiet = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
+  store(to, __builtin_convertvector(quiet, HalfWords));
+}
+
 // The sum of lanes in one fixed order: halves are added until one is left.
 inline float sum(Floats x) {
   float lanes[kLanes];
@@ -105,5 +111,15 @@ inline Floats exp(Floats x) {
   Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   return tiny ? Floats{} : y * (Floats)power;
 }
+
+// Numbers of an array in float32, and back: float, or uint16_t for bfloat16.
+inline float number(const float* x, int64_t i) { return x[i]; }
+inline float number(const uint16_t* x, int64_t i) { return from_bf16(x[i]); }
+inline Floats numbers(const float* x) { return load<Floats>(x); }
+inline Floats numbers(const uint16_t* x) { return load_bf16(x); }
+inline void put(float* to, int64_t i, float x) { to[i] = x; }
+inline void put(uint16_t* to, int64_t i, float x) { to[i] = to_bf16(x); }
+inline void put(float* to, Floats x) { store(to, x); }
+inline void put(uint16_t* to, Floats x) { store_bf16(to, x); }
 
 }  // namespace isthmus

@@ -103,7 +103,7 @@ void check(int64_t rows, int64_t inputs, int64_t outputs, int64_t group = 0) {
   if (rows > 2) std::fill_n(x.begin() + inputs, inputs, X{});  // zeros, which are left out
   isthmus::Weights weights{w.bytes.data(), group ? (const void*)w.scales16.data() : w.scales.data(), w.sums.data(),
                            w.padded, group};
-  std::vector<isthmus::Product> products{{weights, isthmus::Out{y.data(), outputs}}};
+  std::vector<isthmus::Product> products{{weights, isthmus::Out{y.data(), false, outputs}}};
   isthmus::run<F>(x.data(), rows, inputs, w.lines, products);
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t k = 0; k < inputs; k++) read[k] = isthmus::number(&x[row * inputs], k);

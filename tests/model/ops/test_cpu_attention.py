@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from model.ops.backend import use_cpu_kernels
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -157,7 +158,8 @@ def run(case: Case, kernel: bool = True) -> Result:
     k, v = jnp.asarray(case.k), None if case.v is None else jnp.asarray(case.v)
     sinks = None if case.sinks is None else jnp.asarray(case.sinks)
     first = jnp.int32(case.first)
-    out, cache = paged_step(jnp.asarray(case.q), k, v, cache, first, step, case.shape.scoring, sinks, kernel=kernel)
+    with use_cpu_kernels(kernel):
+        out, cache = paged_step(jnp.asarray(case.q), k, v, cache, first, step, case.shape.scoring, sinks)
     return Result(np.asarray(out), np.asarray(cache.pages), None if cache.scales is None else np.asarray(cache.scales))
 
 

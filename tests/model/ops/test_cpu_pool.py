@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from model.ops.backend import use_cpu_kernels
 from model.ops.cpu import library
 from model.ops.cpu.packed import multiply, pack
 
@@ -47,9 +48,12 @@ def attention_task(seed: int) -> Callable[[], np.ndarray]:
         jnp.asarray(rng.permutation(rows * 8).reshape(rows, 8), jnp.int32),
         jnp.asarray(rng.integers(0, 128, rows), jnp.int32),
     )
-    program = jax.jit(
-        lambda pages: paged_step(q, k, v, Cache(pages), jnp.int32(0), step, Scoring(0.2), None, kernel=True)[0]
-    )
+
+    @jax.jit
+    def program(pages: jax.Array) -> jax.Array:
+        with use_cpu_kernels():
+            return paged_step(q, k, v, Cache(pages), jnp.int32(0), step, Scoring(0.2), None)[0]
+
     return lambda: np.asarray(program(pages))
 
 
