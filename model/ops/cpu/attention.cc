@@ -1,7 +1,7 @@
 // Attention over the paged cache, which it reads in place: what model/ops/attention.py's `paged_step` says, for one layer.
 //
-// First the step's keys and values go to their pages, then every (sequence, key head) is a task: its queries pass over the
-// keys kChunk at a time with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Chunks lie on a grid of
+// First the step's keys and values go to their pages, then every (sequence, key head) is a task, or where there are many
+// sequences, every one of them with all of its heads, which lie side by side: the queries pass over the keys kChunk at a time with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Chunks lie on a grid of
 // absolute positions and every sum has a fixed order, so a query's result depends on its own sequence alone: not on the
 // batch, on where its pages are, or on how many queries of its sequence the step has.
 #include <algorithm>
@@ -19,6 +19,8 @@ namespace ffi = xla::ffi;
 
 constexpr int kChunk = 32;
 constexpr int kKeys = 4;  // at a time, so that the sums of lanes are taken together
+constexpr int kQueries = kLanes == 16 ? 4 : 2;  // at a time, as registers allow
+constexpr int64_t kAlone = 1 << 15;  // numbers to write that are not worth a second thread
 constexpr float kMinusInfinity = -INFINITY;
 
 typedef float Quad __attribute__((vector_size(16)));
@@ -92,7 +94,9 @@ inline void read(const int8_t* from, int64_t size, float scale, float* to) {
 }
 inline void write(const float* from, int64_t size, float* to) { std::memcpy(to, from, size * 4); }
 inline void write(const float* from, int64_t size, uint16_t* to) {
-  for (int64_t i = 0; i < size; i++) to[i] = to_bf16(from[i]);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) store_bf16(to + i, load<Floats>(from + i));
+  for (; i < size; i++) to[i] = to_bf16(from[i]);
 }
 
 template <class C>
@@ -110,20 +114,20 @@ void write_vector(const float* from, int64_t size, C* cache, float* scales, int6
 }
 
 template <class X, class C>
-void write_pages(const Step& s) {
-  std::vector<float> vector(s.head_dim);
-  for (int64_t sequence = 0; sequence < s.sequences(); sequence++)
-    for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
-      int64_t token = s.first_token(sequence) + i, position = s.positions[token];
-      if (position < 0) continue;
-      for (int64_t head = 0; head < s.kv_heads; head++)
-        for (int64_t part = 0; part < (s.shared ? 1 : 2); part++) {
-          const X* from = (const X*)(part == 0 ? s.k : s.v) + (token * s.kv_heads + head) * s.head_dim;
-          read(from, s.head_dim, 1.f, vector.data());
-          int64_t slot = s.slot(sequence, position, s.shared ? head : 2 * head + part);
-          write_vector(vector.data(), s.head_dim, (C*)s.cache, s.scales, slot);
-        }
-    }
+void write_sequence(const Step& s, int64_t sequence) {
+  thread_local std::vector<float> vector;
+  vector.resize(s.head_dim);
+  for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
+    int64_t token = s.first_token(sequence) + i, position = s.positions[token];
+    if (position < 0) continue;
+    for (int64_t head = 0; head < s.kv_heads; head++)
+      for (int64_t part = 0; part < (s.shared ? 1 : 2); part++) {
+        const X* from = (const X*)(part == 0 ? s.k : s.v) + (token * s.kv_heads + head) * s.head_dim;
+        read(from, s.head_dim, 1.f, vector.data());
+        int64_t slot = s.slot(sequence, position, s.shared ? head : 2 * head + part);
+        write_vector(vector.data(), s.head_dim, (C*)s.cache, s.scales, slot);
+      }
+  }
 }
 
 // ---- one task
@@ -137,20 +141,20 @@ struct Query {
 struct Scratch {
   std::vector<Query> queries;
   std::vector<float> q, out, keys, values, scores, zeros;
-  const float* key[kChunk];  // of the chunk, `width` numbers each: in the cache, or turned to float32 in keys and values
-  const float* value[kChunk];
+  const void* key[kChunk];  // of the chunk, `width` numbers each: in the cache, or turned to float32 in keys and values
+  const void* value[kChunk];
 };
 
-// scores[i][key] = q[i] · keys[key], for N (1 or 2) queries and all keys of the chunk up to `count`.
-template <int N>
-void score(const float* q, const float* const* keys, int64_t width, int count, float* scores) {
+// scores[i][key] = q[i] · keys[key], for N queries and all keys of the chunk up to `count`. K: of the keys, as in simd.h.
+template <int N, class K>
+void score(const float* q, const void* const* keys, int64_t width, int count, float* scores) {
   for (int key = 0; key < count; key += kKeys) {
     Floats products[N][kKeys] = {};
     for (int64_t d = 0; d < width; d += kLanes) {
       Floats k[kKeys];
 #pragma GCC unroll 4
-      for (int j = 0; j < kKeys; j++) k[j] = load<Floats>(keys[key + j] + d);
-#pragma GCC unroll 2
+      for (int j = 0; j < kKeys; j++) k[j] = numbers((const K*)keys[key + j] + d);
+#pragma GCC unroll 4
       for (int i = 0; i < N; i++) {
         Floats x = load<Floats>(q + i * width + d);
 #pragma GCC unroll 4
@@ -162,8 +166,8 @@ void score(const float* q, const float* const* keys, int64_t width, int count, f
 }
 
 // out[i] += sum over keys of weights[i][key] * values[key], keys in order.
-template <int N, int B>
-void add_values(const float* weights, const float* const* values, int64_t width, int first, int last, int64_t d,
+template <int N, int B, class K>
+void add_values(const float* weights, const void* const* values, int64_t width, int first, int last, int64_t d,
                 float* out) {
   Floats sums[N][B];
   for (int i = 0; i < N; i++)
@@ -171,8 +175,8 @@ void add_values(const float* weights, const float* const* values, int64_t width,
   for (int key = first; key < last; key++) {
     Floats value[B];
 #pragma GCC unroll 4
-    for (int b = 0; b < B; b++) value[b] = load<Floats>(values[key] + d + b * kLanes);
-#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) value[b] = numbers((const K*)values[key] + d + b * kLanes);
+#pragma GCC unroll 4
     for (int i = 0; i < N; i++) {
       Floats weight = splat(weights[i * kChunk + key]);
 #pragma GCC unroll 4
@@ -222,7 +226,7 @@ inline int last_seen(const Query& query, int64_t chunk) {
   return int(std::clamp<int64_t>(query.position + 1 - chunk, 0, kChunk));
 }
 
-template <int N>
+template <int N, class K>
 void attend(const Step& s, Query* queries, const float* q, const Scratch& scratch, int64_t chunk, int64_t width,
             float* scores, float* out) {
   int first = kChunk, last = 0;
@@ -231,7 +235,7 @@ void attend(const Step& s, Query* queries, const float* q, const Scratch& scratc
     last = std::max(last, last_seen(queries[i], chunk));
   }
   if (first >= last) return;
-  score<N>(q, scratch.key, width, last, scores);
+  score<N, K>(q, scratch.key, width, last, scores);
   for (int i = 0; i < N; i++) {
     int begin = first_seen(s, queries[i], chunk), end = last_seen(queries[i], chunk);
     if (begin < end)
@@ -239,10 +243,21 @@ void attend(const Step& s, Query* queries, const float* q, const Scratch& scratc
     else
       std::fill_n(scores + i * kChunk, kChunk, 0.f);
   }
-  const float* const* values = s.shared ? scratch.key : scratch.value;
+  const void* const* values = s.shared ? scratch.key : scratch.value;
   int64_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes) add_values<N, 4>(scores, values, width, first, last, d, out);
-  for (; d < width; d += kLanes) add_values<N, 1>(scores, values, width, first, last, d, out);
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) add_values<N, 4, K>(scores, values, width, first, last, d, out);
+  for (; d < width; d += kLanes) add_values<N, 1, K>(scores, values, width, first, last, d, out);
+}
+
+// `count` queries, N at a time and then what is left.
+template <int N, class K>
+void attend_all(const Step& s, Query* queries, int64_t count, const float* q, Scratch& scratch, int64_t chunk,
+                int64_t width, float* out) {
+  int64_t i = 0;
+  for (; i + N <= count; i += N)
+    attend<N, K>(s, queries + i, q + i * width, scratch, chunk, width, scratch.scores.data(), out + i * width);
+  if constexpr (N > 1)
+    if (i < count) attend_all<N - 1, K>(s, queries + i, count - i, q + i * width, scratch, chunk, width, out + i * width);
 }
 
 // Calls row(i, slot) for the keys [chunk, last] of a chunk, page by page.
@@ -256,20 +271,28 @@ void each_key(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int6
   }
 }
 
+// Asks for a chunk's keys and values of one head.
 template <class C>
-void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, Scratch& scratch) {
-  const int64_t width = s.padded(), bytes = s.head_dim * (s.shared ? 1 : 2) * int64_t(sizeof(C));
-  const C* cache = (const C*)s.cache;
-  each_key(s, sequence, head, chunk + kChunk, last, [&](int, int64_t slot) {  // what comes next is far from here
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)(cache + slot * s.head_dim) + at);
+void prefetch_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last) {
+  const int64_t bytes = s.head_dim * (s.shared ? 1 : 2) * int64_t(sizeof(C));
+  each_key(s, sequence, head, chunk, last, [&](int, int64_t slot) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)((const C*)s.cache + slot * s.head_dim) + at);
   });
+}
+
+// in_place: the cache's own numbers are attended to, else they are turned to float32 first.
+template <class C>
+void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, bool in_place,
+                Scratch& scratch) {
+  const int64_t width = s.padded();
+  const C* cache = (const C*)s.cache;
+  prefetch_chunk<C>(s, sequence, head, chunk + kChunk, last);  // what comes next is far from here
   each_key(s, sequence, head, chunk, last, [&](int i, int64_t slot) {
     const C* from = cache + slot * s.head_dim;
-    if constexpr (std::is_same_v<C, float>)
-      if (width == s.head_dim) {
-        scratch.key[i] = from, scratch.value[i] = from + s.head_dim;
-        return;
-      }
+    if (in_place) {
+      scratch.key[i] = from, scratch.value[i] = from + s.head_dim;
+      return;
+    }
     float *key = scratch.keys.data() + i * width, *value = scratch.values.data() + i * width;
     scratch.key[i] = key, scratch.value[i] = value;
     read(from, s.head_dim, s.scales ? s.scales[slot] : 1.f, key);
@@ -280,65 +303,89 @@ void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, in
     scratch.key[i] = scratch.value[i] = scratch.zeros.data();
 }
 
+template <class X>
+void finish(const Step& s, Query& query, float* out) {
+  float shrink = 1.f;
+  if (s.sinks) {
+    float top = std::max(query.top, s.sinks[query.head]);
+    shrink = exp(splat(query.top - top))[0];
+    query.total = query.total * shrink + exp(splat(s.sinks[query.head] - top))[0];
+  }
+  for (int64_t d = 0; d < s.head_dim; d++) out[d] = out[d] * shrink / query.total;
+  write(out, s.head_dim, (X*)s.out + (query.token * s.heads + query.head) * s.head_dim);
+}
+
+// The queries of a sequence that the key heads [first_head, last_head) serve, head by head.
 template <class X, class C>
-void attend_head(const Step& s, int64_t sequence, int64_t head) {
+void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t last_head) {
   thread_local Scratch scratch;
   const int64_t width = s.padded(), group = s.group();
   auto& queries = scratch.queries;
   queries.clear();
   int64_t last = -1, first = INT64_MAX;
-  for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
-    int64_t token = s.first_token(sequence) + i, position = s.positions[token];
-    if (position < 0) {
-      for (int64_t h = head * group; h < (head + 1) * group; h++) {
-        X* out = (X*)s.out + (token * s.heads + h) * s.head_dim;
-        std::fill_n(out, s.head_dim, X{});
+  for (int64_t head = first_head; head < last_head; head++)
+    for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
+      int64_t token = s.first_token(sequence) + i, position = s.positions[token];
+      if (position < 0) {
+        X* out = (X*)s.out + (token * s.heads + head * group) * s.head_dim;
+        std::fill_n(out, group * s.head_dim, X{});
+        continue;
       }
-      continue;
+      for (int64_t h = head * group; h < (head + 1) * group; h++)
+        queries.push_back({token, h, position, kMinusInfinity, 0.f});
+      last = std::max(last, position);
+      first = std::min(first, s.window ? std::max<int64_t>(0, position - s.window + 1) : 0);
     }
-    for (int64_t h = head * group; h < (head + 1) * group; h++)
-      queries.push_back({token, h, position, kMinusInfinity, 0.f});
-    last = std::max(last, position);
-    first = std::min(first, s.window ? std::max<int64_t>(0, position - s.window + 1) : 0);
-  }
-  const int64_t count = int64_t(queries.size());
-  if (count == 0) return;
-  scratch.q.assign(count * width, 0.f);
-  scratch.out.assign(count * width, 0.f);
+  if (queries.empty()) return;
+  const int64_t all = int64_t(queries.size()), count = all / (last_head - first_head);
+  // Many queries of a head are worth turning its keys to float32 once.
+  constexpr bool kFloats = std::is_same_v<C, float>;
+  const bool in_place = !std::is_same_v<C, int8_t> && width == s.head_dim && (kFloats || count <= kQueries);
+  scratch.q.assign(all * width, 0.f);
+  scratch.out.assign(all * width, 0.f);
   scratch.keys.assign(kChunk * width, 0.f);  // zeros between head_dim and width
   scratch.values.assign(kChunk * width, 0.f);
   scratch.zeros.assign(width, 0.f);
-  scratch.scores.resize(2 * kChunk);
-  for (int64_t i = 0; i < count; i++)
+  scratch.scores.resize(kQueries * kChunk);
+  for (int64_t i = 0; i < all; i++)
     read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f,
          scratch.q.data() + i * width);
-  for (int64_t chunk = first / kChunk * kChunk; chunk <= last; chunk += kChunk) {
-    read_chunk<C>(s, sequence, head, chunk, last, scratch);
-    float *q = scratch.q.data(), *out = scratch.out.data(), *scores = scratch.scores.data();
-    int64_t i = 0;
-    for (; i + 2 <= count; i += 2)
-      attend<2>(s, &queries[i], q + i * width, scratch, chunk, width, scores, out + i * width);
-    if (i < count) attend<1>(s, &queries[i], q + i * width, scratch, chunk, width, scores, out + i * width);
-  }
-  for (int64_t i = 0; i < count; i++) {
-    Query& query = queries[i];
-    float* out = scratch.out.data() + i * width;
-    float shrink = 1.f;
-    if (s.sinks) {
-      float top = std::max(query.top, s.sinks[query.head]);
-      shrink = exp(splat(query.top - top))[0];
-      query.total = query.total * shrink + exp(splat(s.sinks[query.head] - top))[0];
+  const int64_t begin = first / kChunk * kChunk;
+  for (int64_t head = first_head; head < last_head; head++) prefetch_chunk<C>(s, sequence, head, begin, last);
+  for (int64_t chunk = begin; chunk <= last; chunk += kChunk)
+    for (int64_t head = first_head; head < last_head; head++) {
+      const int64_t i = (head - first_head) * count;
+      read_chunk<C>(s, sequence, head, chunk, last, in_place, scratch);
+      Query* some = &queries[i];
+      float *q = scratch.q.data() + i * width, *out = scratch.out.data() + i * width;
+      if constexpr (std::is_same_v<C, uint16_t>)
+        if (in_place) {
+          attend_all<kQueries, uint16_t>(s, some, count, q, scratch, chunk, width, out);
+          continue;
+        }
+      attend_all<kQueries, float>(s, some, count, q, scratch, chunk, width, out);
     }
-    for (int64_t d = 0; d < s.head_dim; d++) out[d] = out[d] * shrink / query.total;
-    write(out, s.head_dim, (X*)s.out + (query.token * s.heads + query.head) * s.head_dim);
-  }
+  for (int64_t i = 0; i < all; i++) finish<X>(s, queries[i], scratch.out.data() + i * width);
 }
 
 template <class X, class C>
 void run(const Step& s) {
-  write_pages<X, C>(s);
-  Pool::get().run(s.sequences() * s.kv_heads,
-                  [&](int64_t i) { attend_head<X, C>(s, i / s.kv_heads, i % s.kv_heads); });
+  if (s.tokens * s.kv_heads * s.head_dim < kAlone)
+    for (int64_t sequence = 0; sequence < s.sequences(); sequence++) write_sequence<X, C>(s, sequence);
+  else
+    Pool::get().run(s.sequences(), [&](int64_t sequence) { write_sequence<X, C>(s, sequence); });
+  // One task for all heads of a row, where rows enough are left for every thread.
+  const int64_t heads = s.rows >= 2 * Pool::get().threads() ? s.kv_heads : 1, row_tasks = s.kv_heads / heads;
+  const int64_t tasks = s.rows * row_tasks + (s.sequences() - s.rows) * s.kv_heads;
+  Pool::get().run(tasks, [&](int64_t task) {
+    if (task < s.rows * row_tasks) {
+      const int64_t head = task % row_tasks * heads;
+      attend_heads<X, C>(s, task / row_tasks, head, head + heads);
+    } else {
+      task -= s.rows * row_tasks;
+      attend_heads<X, C>(s, s.rows + task / s.kv_heads, task % s.kv_heads, task % s.kv_heads + 1);
+    }
+  });
 }
 
 // ---- the handler

@@ -27,7 +27,7 @@ SUBNORMAL = 2.0**-125
 KINDS = ("float32", "bfloat16", "int8", "int4-32", "int4-64", "int4-128")
 SIZES = (
     *((1, 1), (1, 17), (2, 1), (3, 5), (7, 16), (8, 15), (15, 33), (31, 4), (32, 48), (33, 31), (63, 65), (65, 2)),
-    *((96, 130), (127, 100), (129, 130), (1025, 40), (2051, 70), (2500, 37)),
+    *((96, 130), (127, 100), (129, 130), (1025, 40), (2051, 70), (2500, 37), (4200, 20), (8300, 18)),
 )
 """(inputs, outputs): on both sides of every vector, line, panel, group and block"""
 pack = jax.jit(pack_eagerly, static_argnums=1, static_argnames="transposed")
@@ -222,7 +222,7 @@ def test_a_row_that_is_not_finite_keeps_it_to_itself(kind: str, bad: float) -> N
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("inputs, outputs", [(100, 70), (2500, 33), (40, 300)])
+@pytest.mark.parametrize("inputs, outputs", [(100, 70), (2500, 33), (40, 300), (8300, 18)])
 def test_a_row_gives_the_same_bits_in_any_batch(kind: str, dtype: str, inputs: int, outputs: int) -> None:
     """A request's tokens must not depend on who else is being served."""
     rng = np.random.default_rng(9)
@@ -246,6 +246,19 @@ def test_several_weights_at_once_are_the_same_as_one_by_one(kind: str, rows: int
     x = jnp.asarray(random_x(rng, rows, 150))
     for got, weight in zip(multiply(x, weights), weights, strict=True):
         assert_same_bits(np.asarray(got), product(x, weight))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bfloat16_result_is_the_float32_one_rounded(kind: str) -> None:
+    """What a layer hands on is the sum rounded once, not sums of what was rounded on the way."""
+    rng = np.random.default_rng(11)
+    weight = packed(rng, kind, 8300, 37)
+    x = random_x(rng, 14, 8300)
+    x[3, 5] = np.nan
+    x[6] = 0
+    got = multiply(jnp.asarray(x), [weight], jnp.bfloat16)[0]
+    rounded = product(x, weight).astype(BFLOAT16)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), rounded.astype(np.float32))
 
 
 # ---- packing
