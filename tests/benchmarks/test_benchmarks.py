@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks import models, roofline, serve, step, train
 from benchmarks.child import BenchError, Child, module
-from benchmarks.machine import Limits, describe
+from benchmarks.machine import Limits, describe, name_of
 from benchmarks.models import preset, write_model
 from benchmarks.plans import build_plan, with_room
 from benchmarks.record import Record, finite, load_all, results_folder
@@ -319,3 +319,12 @@ def test_results_go_where_the_house_keeps_them(monkeypatch: pytest.MonkeyPatch, 
     assert results_folder(None) == Path("benchmarks/results")
     assert results_folder(tmp_path) == tmp_path
     assert describe().cores > 0
+
+
+def test_machines_of_one_name_are_told_apart() -> None:
+    """A cloud calls several processors alike: figures of one with AVX-512 must not be merged with another's."""
+    lines = ["processor\t: 0\n", "model name\t: AMD EPYC\n", "flags\t\t: fpu avx avx2 avx512f\n"]
+    assert name_of(lines) == "AMD EPYC (AVX-512)"
+    assert name_of([*lines[:2], "flags\t\t: fpu avx avx2\n"]) == "AMD EPYC (AVX2)"
+    assert "NEON" in name_of(["Features\t: fp asimd\n"])
+    assert name_of(lines[:2]) == "AMD EPYC"
