@@ -17,7 +17,7 @@ from model.transformer import Params, Transformer, abstract_params, stacked, uns
 
 def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
     """Adapters as a random network has them, without the network. The same seed gives the same values on any mesh,
-    scanned or not; none changes anything yet."""
+    scanned or not, but for a number's last bit; none changes anything yet."""
 
     def create(key: jax.Array) -> Params:
         with nnx.use_eager_sharding(False):
