@@ -241,8 +241,8 @@ def kept_dtype(path: tuple[Any, ...], dtype: str | None) -> str:
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
-    """Random parameters, each born in its shard. The same seed gives the same values on any mesh, scanned or not, but for
-    a number's last bit, which XLA may round otherwise in another program."""
+    """Random parameters, each born in its shard. The same seed gives the same values on any mesh, scanned or not, but
+    for a number's last bit, which XLA may round otherwise in another program."""
 
     def create(key: jax.Array) -> Params:
         with nnx.use_eager_sharding(False):

@@ -1,9 +1,9 @@
 """The table of axes lays the model out as it says, on a mesh of eight devices."""
 
-from __future__ from functools import partial
-import annotations
+from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -141,8 +141,8 @@ def test_moments_are_split_as_their_parameter(scan_layers: bool, cube: Mesh) -> 
 
 
 def test_a_seed_gives_the_same_parameters_on_any_mesh_and_layout(born_sharded: Params, mesh: Mesh) -> None:
-    """A run started on eight devices must be the run started on one, scanned or not, but for a last bit: with AVX-512, XLA
-    takes a normal number's last steps in another order where a program ends in part of a vector."""
+    """A run started on eight devices must be the run started on one, scanned or not, but for a last bit, which XLA
+    rounds otherwise in some programs: seen with AVX-512."""
     want = on_host(unstack_blocks(init_params(stacked(GROUPED), 5, mesh)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=3e-7), on_host(born_sharded), want)
     first, second = (want["blocks"][i]["mlp"]["up"]["kernel"] for i in "01")

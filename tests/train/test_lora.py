@@ -101,8 +101,8 @@ def test_a_step_moves_the_adapters_alone(
 
 
 def test_adapters_start_as_nothing(mesh: Mesh) -> None:
-    """A run starts from the model that was loaded; and the same seed starts the same run, scanned or not, but for a last
-    bit."""
+    """A run starts from the model that was loaded; and the same seed starts the same run, scanned or not, but for a
+    last bit."""
     config = dataclasses.replace(LORA, lora=LoraConfig(8, targets="attention/query"))
     adapters = on_host(init_adapters(config, 3, mesh))
     scanned = init_adapters(stacked(config), 3, mesh)
