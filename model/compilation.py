@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -24,6 +25,15 @@ jax.monitoring.register_event_duration_secs_listener(_on_event)
 def compilations() -> int:
     """Programs that this process has compiled, or read from the cache, since this module was imported."""
     return _count
+
+
+def same_bits(mesh: Mesh) -> dict[str, Any]:
+    """Compiler options of a program whose numbers must not depend on its layout, and whose speed doesn't matter.
+
+    On CPU, LLVM rounds what fills a vector otherwise than what is left over, which depends on the mesh; at level 0 it
+    makes no vectors.
+    """
+    return {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
 
 
 def enable_compilation_cache(folder: Path | None = None) -> Path:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model.block import Block
+from model.compilation import same_bits
 from model.config import LayerKind, ModelConfig
 from model.layers import Attend, Cache, RMSNorm, parameter
 from model.ops.linear import linear, lookup, unembed
@@ -241,8 +242,7 @@ def kept_dtype(path: tuple[Any, ...], dtype: str | None) -> str:
 
 
 def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
-    """Random parameters, each born in its shard. The same seed gives the same values on any mesh, scanned or not, but
-    for a number's last bit, which XLA may round otherwise in another program."""
+    """Random parameters, each born in its shard. The same seed gives the same values on any mesh, scanned or not."""
 
     def create(key: jax.Array) -> Params:
         with nnx.use_eager_sharding(False):
@@ -251,7 +251,8 @@ def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
         return params if config.scan_layers else unstack_blocks(params)
 
     with use_mesh(mesh):
-        return jax.jit(create, out_shardings=param_shardings(config, mesh))(jax.random.key(seed))
+        shardings = param_shardings(config, mesh)
+        return jax.jit(create, out_shardings=shardings, compiler_options=same_bits(mesh))(jax.random.key(seed))
 
 
 def stacked(config: ModelConfig) -> ModelConfig:

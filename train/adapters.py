@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from model import lora
+from model.compilation import same_bits
 from model.config import LoraConfig, ModelConfig
 from model.sharding import use_mesh
 from model.transformer import Params, Transformer, abstract_params, stacked, unstack_blocks
@@ -17,7 +18,7 @@ from model.transformer import Params, Transformer, abstract_params, stacked, uns
 
 def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
     """Adapters as a random network has them, without the network. The same seed gives the same values on any mesh,
-    scanned or not, but for a number's last bit; none changes anything yet."""
+    scanned or not; none changes anything yet."""
 
     def create(key: jax.Array) -> Params:
         with nnx.use_eager_sharding(False):
@@ -27,7 +28,7 @@ def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, lora.split(abstract_params(config, mesh))[1])
     with use_mesh(mesh):
-        return jax.jit(create, out_shardings=shardings)(jax.random.key(seed))
+        return jax.jit(create, out_shardings=shardings, compiler_options=same_bits(mesh))(jax.random.key(seed))
 
 
 def step_flops(config: ModelConfig, batch: int, seq: int) -> int:

@@ -105,12 +105,13 @@ def zero_b(params: Params) -> Params:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_new_adapter_adds_nothing(name: str, dtype: Any, mesh: Mesh) -> None:
-    """Training starts from the base model's own answers: up to rounding, since XLA compiles another program."""
+def test_a_new_adapter_changes_no_bit(name: str, dtype: Any, mesh: Mesh) -> None:
+    """Training starts from the base model's own answers. Operation by operation: XLA may round two programs apart."""
     config = dataclasses.replace(NETWORKS[name], dtype=dtype)
     params, tokens = zero_b(random_params(config, mesh)), some_tokens(config)
-    got, want = forward(config, params, tokens), forward(without(config), split(params)[0], tokens)
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 if dtype == "float32" else 0.05)
+    with jax.disable_jit():
+        got, want = forward(config, params, tokens), forward(without(config), split(params)[0], tokens)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
