@@ -26,8 +26,15 @@ import jaxlib
 
 SOURCES = Path(__file__).parent
 HANDLERS = (
-    *("pack_matrix", "linear_float32", "linear_bfloat16", "linear_int8", "linear_int4"),
-    *("paged_attention", "rms_norm", "rotate_pairs", "gated_product"),
+    "pack_matrix",
+    "linear_float32",
+    "linear_bfloat16",
+    "linear_int8",
+    "linear_int4",
+    "paged_attention",
+    "rms_norm",
+    "rotate_pairs",
+    "gated_product",
 )
 """What the library exports, each the target "isthmus_NAME" of jax.ffi"""
 COMPILERS = ("c++", "g++", "clang++")

@@ -46,7 +46,7 @@ struct Ahead {
 };
 
 template <class F, int MR, int NB>
-__attribute__((always_inline)) inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, int64_t lines, Ahead ahead,
+inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, int64_t lines, Ahead ahead,
                      typename F::Sum (&sums)[MR][NB * kVectors]) {
   for (int64_t line = 0; line < lines; line++, w += kLine, x += F::kParts * MR, ahead.advance()) {
     for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes, 0, 2);
@@ -265,8 +265,10 @@ template <class F>
 void part(const Rows& rows, const Product& product, int64_t chunk) {
   const int64_t panels = product.weights.padded / kPanel, lines = rows.lines;
   const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
-  const int64_t most = rows.tiles == 1 ? kPanels : kBlockBytes / (depth * kLine), share = panels / product.chunks;
-  const int64_t width = std::max<int64_t>(kPanels, std::min(most, share) / kPanels * kPanels);
+  // As many panels as L2 holds and leave every thread its share, in steps of what the smallest tile takes at a time.
+  const int64_t step = panels_for(rows.size(0));
+  const int64_t most = rows.tiles == 1 ? step : kBlockBytes / (depth * kLine), share = panels / product.chunks;
+  const int64_t width = std::max(step, std::min(most, share) / step * step);
   const int64_t groups = (panels + width - 1) / width;
   const int64_t end = std::min(panels, groups * (chunk + 1) / product.chunks * width);
   thread_local std::vector<float> sums;

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), BFLOAT16]
 SIZES = (1, 3, 7, 8, 15, 16, 17, 64, 100, 768, 2050)
-ROUNDING = {DTYPES[0]: 2e-6, BFLOAT16: 2.0**-8}
+ROUNDING = {DTYPES[0]: 5e-7, BFLOAT16: 2.0**-8 * 1.001}
 """Relative: of float32, a few units in the last place; of bfloat16, one rounding"""
 
 
@@ -89,7 +89,7 @@ def test_rotation_is_the_exact_one(turned: int, size: int, dtype: np.dtype) -> N
         wide = x[..., :turned].astype(np.float64)
         want = wide * cos + np.roll(wide, turned // 2, axis=-1) * sin
         assert y.dtype == dtype
-        np.testing.assert_allclose(y[..., :turned].astype(np.float64), want, rtol=ROUNDING[dtype], atol=1e-6)
+        np.testing.assert_allclose(y[..., :turned].astype(np.float64), want, rtol=ROUNDING[dtype], atol=5e-7)
         np.testing.assert_array_equal(y[..., turned:], x[..., turned:])
 
 
@@ -103,7 +103,8 @@ def exact_gate(activation: Activation, gate: np.ndarray, up: np.ndarray) -> np.n
         case "silu":
             return gate * expit(gate) * up
         case "gelu_tanh":
-            return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+            # 1/2 (1 + tanh u) without the difference of almost equal numbers far below zero.
+            return gate * expit(2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)) * up
         case _:
             gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
             return (up + 1) * gate * expit(1.702 * gate)
@@ -120,8 +121,9 @@ def test_a_gate_is_the_exact_one(activation: Activation, size: int, dtype: np.dt
     got = with_kernels(lambda gate, up: gated(activation, 7.0, gate, up), gate, up)
     want = exact_gate(activation, gate, up)
     assert got.dtype == dtype
-    # Far below zero the exact gelu is a difference of almost equal numbers, and so is float64's.
-    np.testing.assert_allclose(got.astype(np.float64), want, rtol=ROUNDING[dtype] * 4, atol=1e-6)
+    # An exponential's argument of up to 87 is rounded to float32 first, where it is made by a formula.
+    rtol = ROUNDING[dtype] + (0 if activation == "silu" else 87 * 2.0**-23)
+    np.testing.assert_allclose(got.astype(np.float64), want, rtol=rtol, atol=1e-35)
 
 
 def test_a_gate_that_is_no_number_stays_alone() -> None:

@@ -1,0 +1,120 @@
+// The paged cache as attention.cc meets it: where a token's key and value lie, and how they are read and written.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "simd.h"
+
+namespace isthmus {
+
+constexpr int kChunk = 32;  // keys, on a grid of absolute positions
+
+// One layer's arguments. T tokens: `rows` of a sequence each, then blocks of `block` of one sequence each.
+struct Step {
+  int64_t tokens, rows, block, heads, kv_heads, head_dim;
+  int64_t pages, page_size, table_width;
+  bool shared;  // keys are values too
+  const void* q;
+  const void* k;
+  const void* v;
+  void* cache;    // [pages, page_size, kv_heads * (shared ? 1 : 2), head_dim]
+  float* scales;  // of an int8 cache: [pages, page_size, kv_heads * (shared ? 1 : 2)]
+  void* out;
+  const int32_t* tables;
+  const int32_t* positions;
+  int64_t first;  // page of this layer
+  float scale, soft_cap;
+  int64_t window;
+  const float* sinks;
+
+  int64_t slots() const { return kv_heads * (shared ? 1 : 2); }
+  int64_t group() const { return heads / kv_heads; }
+  int64_t padded() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  int64_t sequences() const { return rows + (block ? (tokens - rows) / block : 0); }
+  int64_t first_token(int64_t sequence) const {
+    return sequence < rows ? sequence : rows + (sequence - rows) * block;
+  }
+  int64_t sequence_tokens(int64_t sequence) const { return sequence < rows ? 1 : block; }
+  // Where a page of a sequence begins in the cache, in vectors of head_dim; one that isn't there is the null page.
+  int64_t page_begin(int64_t sequence, int64_t index) const {
+    int64_t page = first + (index < table_width ? int64_t(tables[sequence * table_width + index]) : 0);
+    if (page < 0 || page >= pages) page = 0;
+    return page * page_size * slots();
+  }
+  int64_t slot(int64_t sequence, int64_t position, int64_t head) const {
+    return page_begin(sequence, position / page_size) + position % page_size * slots() + head;
+  }
+};
+
+// ---- element types
+
+template <class C>
+void read(const C* from, int64_t size, float, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) put(to + i, numbers(from + i));
+  for (; i < size; i++) to[i] = number(from, i);
+}
+inline void read(const int8_t* from, int64_t size, float scale, float* to) {
+  for (int64_t i = 0; i < size; i++) to[i] = float(from[i]) * scale;
+}
+template <class C>
+void write(const float* from, int64_t size, C* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) put(to + i, load<Floats>(from + i));
+  for (; i < size; i++) put(to, i, from[i]);
+}
+
+template <class C>
+void write_vector(const float* from, int64_t size, C* cache, float* scales, int64_t slot) {
+  if constexpr (std::is_same_v<C, int8_t>) {
+    float top = 0, probe = 0;
+    for (int64_t i = 0; i < size; i++) top = std::max(top, std::fabs(from[i])), probe += from[i] * 0;
+    bool usable = top > 0 && std::isfinite(probe) && std::isfinite(127.f / top);
+    scales[slot] = top / 127.f + probe;
+    for (int64_t i = 0; i < size; i++)
+      cache[slot * size + i] = usable ? int8_t(std::lrintf(from[i] * (127.f / top))) : int8_t(0);
+  } else {
+    write(from, size, cache + slot * size);
+  }
+}
+
+template <class X, class C>
+void write_sequence(const Step& s, int64_t sequence) {
+  thread_local std::vector<float> vector;
+  vector.resize(s.head_dim);
+  for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
+    int64_t token = s.first_token(sequence) + i, position = s.positions[token];
+    if (position < 0) continue;
+    for (int64_t head = 0; head < s.kv_heads; head++)
+      for (int64_t part = 0; part < (s.shared ? 1 : 2); part++) {
+        const X* from = (const X*)(part == 0 ? s.k : s.v) + (token * s.kv_heads + head) * s.head_dim;
+        read(from, s.head_dim, 1.f, vector.data());
+        int64_t slot = s.slot(sequence, position, s.shared ? head : 2 * head + part);
+        write_vector(vector.data(), s.head_dim, (C*)s.cache, s.scales, slot);
+      }
+  }
+}
+
+// Calls row(i, slot) for the keys [chunk, last] of a chunk, page by page.
+template <class F>
+void each_key(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, F row) {
+  const int64_t step = s.slots(), end = std::min(last + 1, chunk + kChunk);
+  for (int64_t position = chunk; position < end;) {
+    const int64_t page = position / s.page_size, next = std::min(end, (page + 1) * s.page_size);
+    int64_t slot = s.page_begin(sequence, page) + (position - page * s.page_size) * step + (s.shared ? head : 2 * head);
+    for (; position < next; position++, slot += step) row(int(position - chunk), slot);
+  }
+}
+
+// Asks for a chunk's keys and values of one head.
+template <class C>
+void prefetch_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last) {
+  const int64_t bytes = s.head_dim * (s.shared ? 1 : 2) * int64_t(sizeof(C));
+  each_key(s, sequence, head, chunk, last, [&](int, int64_t slot) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)((const C*)s.cache + slot * s.head_dim) + at);
+  });
+}
+
+}  // namespace isthmus
