@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,19 @@ def test_every_option_does_something(name: str, mesh: Mesh) -> None:
     assert difference.max() > 0.1
 
 
+def attended(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndarray:
+    """float32[layers, seq, heads, head_dim]: what each layer's attention gives for tokens [1, seq]."""
+    attend = packed_attention(np.zeros_like(tokens))
+
+    def keep(layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, kept: jax.Array, *rest: Any) -> Any:
+        out, _ = attend(layer, q, k, v, None, *rest)
+        return out, kept.at[layer].set(out[0])
+
+    empty = jnp.zeros((config.layers, tokens.shape[1], config.heads, config.head_dim))
+    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    return np.asarray(jax.jit(lambda params: bind(config, params)(tokens, positions, keep, empty)[1])(params))
+
+
 def test_grouped_queries_share_their_heads_in_order(mesh: Mesh) -> None:
     """Grouped-query attention is full attention with each key and value head repeated for its group of queries."""
     config = VARIANTS["grouped queries"]
@@ -85,10 +99,11 @@ def test_grouped_queries_share_their_heads_in_order(mesh: Mesh) -> None:
         return np.repeat(leaf, 2, axis=1) if path[-2].key in ("key", "value") else leaf
 
     full = jax.tree_util.tree_map_with_path(repeat, {"blocks": params["blocks"]})
-    want = forward(BASE, {**params, **full}, tokens)
-    got = forward(config, params, tokens)
+    # Looked at in the layers: the logits, of up to 20, are rounded to 2e-6, and a product's width changes its rounding.
+    got, want = attended(config, params, tokens), attended(BASE, {**params, **full}, tokens)
     assert np.abs(got - want).max() <= 1e-5
-    assert np.abs(got - forward(BASE, on_host(random_params(BASE, mesh)), tokens)).max() > 0.1
+    other = attended(BASE, on_host(random_params(BASE, mesh)), tokens)
+    assert np.abs(got - other).max(axis=(1, 2, 3)).min() > 0.1
 
 
 def test_scanned_layers_give_the_unrolled_logits(tiny: ModelConfig, tiny_params: Params) -> None:
