@@ -66,10 +66,24 @@ inline float from_bf16(uint16_t x) {
   return f;
 }
 
-// kLanes bfloat16 numbers.
-inline Floats load_bf16(const void* from) {
-  return (Floats)(__builtin_convertvector(load<HalfWords>(from), Words) << 16);
+// Words of half as many bits, and back. gcc 12 makes five instructions of one.
+inline Words widen(HalfWords x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, Words);
+#endif
 }
+inline HalfWords narrow(Words x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (HalfWords)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+  return __builtin_convertvector(x, HalfWords);
+#endif
+}
+
+// kLanes bfloat16 numbers.
+inline Floats load_bf16(const void* from) { return (Floats)(widen(load<HalfWords>(from)) << 16); }
 
 // To nearest even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
@@ -82,7 +96,7 @@ inline uint16_t to_bf16(float x) {
 inline void store_bf16(void* to, Floats x) {
   Words bits = (Words)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   Words quiet = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
-  store(to, __builtin_convertvector(quiet, HalfWords));
+  store(to, narrow(quiet));
 }
 
 // The sum of lanes in one fixed order: halves are added until one is left.
