@@ -11,6 +11,7 @@
 
 #include "pages.h"
 #include "pool.h"
+#include "scores.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -19,31 +20,9 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kKeys = 4;  // at a time, so that the sums of lanes are taken together
 constexpr int kQueries = kLanes == 16 ? 4 : 2;  // at a time, as registers allow
 constexpr int64_t kAlone = 1 << 15;  // numbers to write that are not worth a second thread
 constexpr float kMinusInfinity = -INFINITY;
-
-typedef float Quad __attribute__((vector_size(16)));
-
-// The lane sums of four vectors.
-inline Quad sums(const Floats (&a)[kKeys]) {
-#if defined(__AVX512F__) && defined(__AVX512BW__)
-  auto half = [](Floats x) {
-    return _mm256_add_ps(_mm512_castps512_ps256((__m512)x),
-                         _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1)));
-  };
-  __m256 b[kKeys] = {half(a[0]), half(a[1]), half(a[2]), half(a[3])};
-#elif defined(__AVX2__) && defined(__FMA__)
-  __m256 b[kKeys] = {(__m256)a[0], (__m256)a[1], (__m256)a[2], (__m256)a[3]};
-#endif
-#if defined(__AVX2__) && defined(__FMA__)
-  __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(b[0], b[1]), _mm256_hadd_ps(b[2], b[3]));
-  return (Quad)_mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-#else
-  return Quad{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])};
-#endif
-}
 
 // ---- one task
 
@@ -55,30 +34,10 @@ struct Query {
 
 struct Scratch {
   std::vector<Query> queries;
-  std::vector<float> q, out, keys, values, scores, zeros;
-  const void* key[kChunk];  // of the chunk, `width` numbers each: in the cache, or turned to float32 in keys and values
+  std::vector<float> q, out, keys, values, turned, scores, zeros;  // q, keys and turned may be pairs of bfloat16
+  const void* key[kChunk];  // of the chunk: in the cache, or as they are in keys and values
   const void* value[kChunk];
 };
-
-// scores[i][key] = q[i] · keys[key], for N queries and all keys of the chunk up to `count`. K: of the keys, as in simd.h.
-template <int N, class K>
-void score(const float* q, const void* const* keys, int64_t width, int count, float* scores) {
-  for (int key = 0; key < count; key += kKeys) {
-    Floats products[N][kKeys] = {};
-    for (int64_t d = 0; d < width; d += kLanes) {
-      Floats k[kKeys];
-#pragma GCC unroll 4
-      for (int j = 0; j < kKeys; j++) k[j] = numbers((const K*)keys[key + j] + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < N; i++) {
-        Floats x = load<Floats>(q + i * width + d);
-#pragma GCC unroll 4
-        for (int j = 0; j < kKeys; j++) products[i][j] = fma(x, k[j], products[i][j]);
-      }
-    }
-    for (int i = 0; i < N; i++) store(scores + i * kChunk + key, sums(products[i]));
-  }
-}
 
 // out[i] += sum over keys of weights[i][key] * values[key], keys in order.
 template <int N, int B, class K>
@@ -115,8 +74,7 @@ void weigh(const Step& s, Query& query, float* scores, int first, int last, floa
     tops = max(some, tops);
     store(scores + key, some);
   }
-  float top = query.top;
-  for (int i = 0; i < kLanes; i++) top = std::max(top, tops[i]);
+  const float top = largest(tops);
   Floats total = {};
   for (int key = 0; key < kChunk; key += kLanes) {
     Floats weights = exp(load<Floats>(scores + key) - splat(top));
@@ -141,16 +99,21 @@ inline int last_seen(const Query& query, int64_t chunk) {
   return int(std::clamp<int64_t>(query.position + 1 - chunk, 0, kChunk));
 }
 
-template <int N, class K>
-void attend(const Step& s, Query* queries, const float* q, const Scratch& scratch, int64_t chunk, int64_t width,
-            float* scores, float* out) {
+// N queries, of `words` words, against a chunk whose keys and values are T, or whose keys are pairs.
+template <int N, class T, bool Pairs>
+void attend(const Step& s, Query* queries, const float* q, int64_t words, Scratch& scratch, int64_t chunk, float* out) {
+  const int64_t width = s.padded();
+  float* scores = scratch.scores.data();
   int first = kChunk, last = 0;
   for (int i = 0; i < N; i++) {
     first = std::min(first, first_seen(s, queries[i], chunk));
     last = std::max(last, last_seen(queries[i], chunk));
   }
   if (first >= last) return;
-  score<N, K>(q, scratch.key, width, last, scores);
+  if constexpr (Pairs)
+    score_pairs<N>(q, scratch.turned.data(), words, scores);
+  else
+    score<N, T>(q, scratch.key, width, last, scores);
   for (int i = 0; i < N; i++) {
     int begin = first_seen(s, queries[i], chunk), end = last_seen(queries[i], chunk);
     if (begin < end)
@@ -158,44 +121,47 @@ void attend(const Step& s, Query* queries, const float* q, const Scratch& scratc
     else
       std::fill_n(scores + i * kChunk, kChunk, 0.f);
   }
-  const void* const* values = s.shared ? scratch.key : scratch.value;
   int64_t d = 0;
-  for (; d + 4 * kLanes <= width; d += 4 * kLanes) add_values<N, 4, K>(scores, values, width, first, last, d, out);
-  for (; d < width; d += kLanes) add_values<N, 1, K>(scores, values, width, first, last, d, out);
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) add_values<N, 4, T>(scores, scratch.value, width, first, last, d, out);
+  for (; d < width; d += kLanes) add_values<N, 1, T>(scores, scratch.value, width, first, last, d, out);
 }
 
 // `count` queries, N at a time and then what is left.
-template <int N, class K>
-void attend_all(const Step& s, Query* queries, int64_t count, const float* q, Scratch& scratch, int64_t chunk,
-                int64_t width, float* out) {
+template <int N, class T, bool Pairs>
+void attend_all(const Step& s, Query* queries, int64_t count, const float* q, int64_t words, Scratch& scratch,
+                int64_t chunk, float* out) {
   int64_t i = 0;
   for (; i + N <= count; i += N)
-    attend<N, K>(s, queries + i, q + i * width, scratch, chunk, width, scratch.scores.data(), out + i * width);
+    attend<N, T, Pairs>(s, queries + i, q + i * words, words, scratch, chunk, out + i * s.padded());
   if constexpr (N > 1)
-    if (i < count) attend_all<N - 1, K>(s, queries + i, count - i, q + i * width, scratch, chunk, width, out + i * width);
+    if (i < count)
+      attend_all<N - 1, T, Pairs>(s, queries + i, count - i, q + i * words, words, scratch, chunk, out + i * s.padded());
 }
 
-// in_place: the cache's own numbers are attended to, else they are turned to float32 first.
-template <class C>
-void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, bool in_place,
+// Makes the chunk's keys and values ready: the cache's own numbers where they may stay in place, else turned to float32,
+// or keys that are pairs to a row of `words` words.
+template <class C, bool Pairs>
+void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, int64_t words, bool in_place,
                 Scratch& scratch) {
-  const int64_t width = s.padded();
+  using K = std::conditional_t<Pairs, C, float>;
+  const bool keys_in_place = Pairs ? words * 4 == s.head_dim * int64_t(sizeof(C)) : in_place;
   const C* cache = (const C*)s.cache;
   prefetch_chunk<C>(s, sequence, head, chunk + kChunk, last);  // what comes next is far from here
-  each_key(s, sequence, head, chunk, last, [&](int i, int64_t slot) {
-    const C* from = cache + slot * s.head_dim;
-    if (in_place) {
-      scratch.key[i] = from, scratch.value[i] = from + s.head_dim;
-      return;
-    }
-    float *key = scratch.keys.data() + i * width, *value = scratch.values.data() + i * width;
-    scratch.key[i] = key, scratch.value[i] = value;
-    read(from, s.head_dim, s.scales ? s.scales[slot] : 1.f, key);
-    if (!s.shared) read(from + s.head_dim, s.head_dim, s.scales ? s.scales[slot + 1] : 1.f, value);
-  });
+  int64_t slots[kChunk];
+  each_key(s, sequence, head, chunk, last, [&](int i, int64_t slot) __attribute__((always_inline)) { slots[i] = slot; });
+  const int seen = int(std::clamp<int64_t>(last + 1 - chunk, 0, kChunk));
+  auto place = [&](const void** at, int64_t part, bool stays, auto* to, int64_t step) {
+    for (int i = 0; i < seen; i++) at[i] = stays ? (const void*)(cache + (slots[i] + part) * s.head_dim) : to + i * step;
+    if (stays) return;
+    for (int i = 0; i < seen; i++, to += step)
+      read(cache + (slots[i] + part) * s.head_dim, s.head_dim, s.scales ? s.scales[slots[i] + part] : 1.f, to);
+  };
+  place(scratch.key, 0, keys_in_place, (K*)scratch.keys.data(), words * 4 / int64_t(sizeof(K)));
+  place(scratch.value, s.shared ? 0 : 1, in_place, scratch.values.data(), s.padded());
   // Nobody sees these: whatever lies there, NaN included, must not be read.
-  for (int64_t i = std::max<int64_t>(0, last + 1 - chunk); i < kChunk; i++)
+  for (int i = seen; i < kChunk; i++)
     scratch.key[i] = scratch.value[i] = scratch.zeros.data();
+  if constexpr (Pairs) turn(scratch.key, words, scratch.turned.data());
 }
 
 template <class X>
@@ -232,33 +198,36 @@ void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t l
       first = std::min(first, s.window ? std::max<int64_t>(0, position - s.window + 1) : 0);
     }
   if (queries.empty()) return;
+  constexpr bool kFloats = std::is_same_v<C, float>, kInPairs = kPairs<X, C>;
+  using Q = std::conditional_t<kInPairs, X, float>;
   const int64_t all = int64_t(queries.size()), count = all / (last_head - first_head);
-  // Many queries of a head are worth turning its keys to float32 once.
-  constexpr bool kFloats = std::is_same_v<C, float>;
+  const int64_t words = kInPairs ? round_up(s.head_dim, 2 * kLanes) / 2 : width;
+  // Many queries of a head are worth turning its numbers to float32 once.
   const bool in_place = !std::is_same_v<C, int8_t> && width == s.head_dim && (kFloats || count <= kQueries);
-  scratch.q.assign(all * width, 0.f);
+  scratch.q.assign(all * words, 0.f);
   scratch.out.assign(all * width, 0.f);
-  scratch.keys.assign(kChunk * width, 0.f);  // zeros between head_dim and width
+  scratch.keys.assign(kChunk * words, 0.f);  // zeros after head_dim numbers
   scratch.values.assign(kChunk * width, 0.f);
   scratch.zeros.assign(width, 0.f);
+  scratch.turned.resize(kChunk * words);
   scratch.scores.resize(kQueries * kChunk);
   for (int64_t i = 0; i < all; i++)
     read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f,
-         scratch.q.data() + i * width);
+         (Q*)(scratch.q.data() + i * words));
   const int64_t begin = first / kChunk * kChunk;
   for (int64_t head = first_head; head < last_head; head++) prefetch_chunk<C>(s, sequence, head, begin, last);
   for (int64_t chunk = begin; chunk <= last; chunk += kChunk)
     for (int64_t head = first_head; head < last_head; head++) {
       const int64_t i = (head - first_head) * count;
-      read_chunk<C>(s, sequence, head, chunk, last, in_place, scratch);
+      read_chunk<C, kInPairs>(s, sequence, head, chunk, last, words, in_place, scratch);
       Query* some = &queries[i];
-      float *q = scratch.q.data() + i * width, *out = scratch.out.data() + i * width;
+      float *q = scratch.q.data() + i * words, *out = scratch.out.data() + i * width;
       if constexpr (std::is_same_v<C, uint16_t>)
         if (in_place) {
-          attend_all<kQueries, uint16_t>(s, some, count, q, scratch, chunk, width, out);
+          attend_all<kQueries, uint16_t, kInPairs>(s, some, count, q, words, scratch, chunk, out);
           continue;
         }
-      attend_all<kQueries, float>(s, some, count, q, scratch, chunk, width, out);
+      attend_all<kQueries, float, kInPairs>(s, some, count, q, words, scratch, chunk, out);
     }
   for (int64_t i = 0; i < all; i++) finish<X>(s, queries[i], scratch.out.data() + i * width);
 }

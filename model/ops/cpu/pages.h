@@ -31,7 +31,7 @@ struct Step {
 
   int64_t slots() const { return kv_heads * (shared ? 1 : 2); }
   int64_t group() const { return heads / kv_heads; }
-  int64_t padded() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  int64_t padded() const { return round_up(head_dim, kLanes); }
   int64_t sequences() const { return rows + (block ? (tokens - rows) / block : 0); }
   int64_t first_token(int64_t sequence) const {
     return sequence < rows ? sequence : rows + (sequence - rows) * block;
@@ -50,11 +50,16 @@ struct Step {
 
 // ---- element types
 
-template <class C>
-void read(const C* from, int64_t size, float, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) put(to + i, numbers(from + i));
-  for (; i < size; i++) to[i] = number(from, i);
+// Reads numbers, times `scale` where they are integers, as what `to` is.
+template <class C, class K>
+void read(const C* from, int64_t size, float, K* to) {
+  if constexpr (std::is_same_v<C, K>) {
+    std::memcpy(to, from, size * sizeof(C));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) put(to + i, numbers(from + i));
+    for (; i < size; i++) put(to, i, number(from, i));
+  }
 }
 inline void read(const int8_t* from, int64_t size, float scale, float* to) {
   for (int64_t i = 0; i < size; i++) to[i] = float(from[i]) * scale;

@@ -28,6 +28,8 @@ typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t SmallBytes __attribute__((vector_size(kLanes)));
 
+inline int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
+
 template <class V>
 inline V load(const void* from) {
   V v;
@@ -99,16 +101,21 @@ inline void store_bf16(void* to, Floats x) {
   store(to, narrow(quiet));
 }
 
-// The sum of lanes in one fixed order: halves are added until one is left.
-inline float sum(Floats x) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &x, sizeof lanes);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+
+// Lanes taken together in one fixed order: halves until one is left.
+template <class F>
+inline float over_lanes(Floats x, F both) {
+  Ints lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) x = both(x, __builtin_shuffle(x, lane ^ half));
+  return x[0];
+}
+inline float sum(Floats x) {
+  return over_lanes(x, [](Floats a, Floats b) { return a + b; });
+}
+inline float largest(Floats x) { return over_lanes(x, max); }
 
 // e^x for x <= 0 within 2 ulp; 0 below -87. The range reduction and polynomial of Cephes' expf.
 inline Floats exp(Floats x) {
