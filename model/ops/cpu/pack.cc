@@ -34,15 +34,33 @@ struct Matrix {
   int64_t inputs, outputs, k_step, n_step;
 };
 
+// A whole line: 16 columns of as many numbers as 4 bytes hold, one row of the matrix after the other or one column.
+template <class T>
+void pack_line(const T* from, int64_t k_step, int64_t n_step, void* to) {
+  constexpr int kNumbers = 4 / sizeof(T);
+  uint32_t words[kPanel] = {};
+  if (n_step == 1)
+    for (int k = 0; k < kNumbers; k++)
+      for (int c = 0; c < kPanel; c++) words[c] |= uint32_t(from[k * k_step + c]) << 8 * sizeof(T) * k;
+  else
+    for (int c = 0; c < kPanel; c++) std::memcpy(&words[c], from + c * n_step, 4);
+  std::memcpy(to, words, sizeof words);
+}
+
 template <class T>
 void pack_panel(const Matrix<T>& m, int64_t panel, int64_t lines, T* to) {
-  constexpr int64_t kNumbers = 4 / sizeof(T);
+  constexpr int64_t kNumbers = 4 / sizeof(T), kStep = kLine / sizeof(T);
   const int64_t first = panel * kPanel, columns = std::min(kPanel, m.outputs - first);
-  std::memset(to, 0, lines * kLine);
-  for (int64_t k = 0; k < m.inputs; k++) {
-    const T* from = m.at + k * m.k_step + first * m.n_step;
-    T* line = to + k / kNumbers * (kLine / sizeof(T)) + k % kNumbers;
-    for (int64_t c = 0; c < columns; c++) line[c * kNumbers] = from[c * m.n_step];
+  for (int64_t line = 0; line < lines; line++, to += kStep) {
+    const T* from = m.at + line * kNumbers * m.k_step + first * m.n_step;
+    const int64_t numbers = std::min(kNumbers, m.inputs - line * kNumbers);
+    if (columns == kPanel && numbers == kNumbers) {
+      pack_line(from, m.k_step, m.n_step, to);
+      continue;
+    }
+    std::memset(to, 0, kLine);
+    for (int64_t k = 0; k < numbers; k++)
+      for (int64_t c = 0; c < columns; c++) to[c * kNumbers + k] = from[k * m.k_step + c * m.n_step];
   }
 }
 
