@@ -104,7 +104,8 @@ void write_sequence(const Step& s, int64_t sequence) {
 
 // Calls row(i, slot) for the keys [chunk, last] of a chunk, page by page.
 template <class F>
-[[gnu::always_inline]] inline void each_key(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last, F row) {
+[[gnu::always_inline]] inline void each_key(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last,
+                                            F row) {
   const int64_t step = s.slots(), end = std::min(last + 1, chunk + kChunk);
   for (int64_t position = chunk; position < end;) {
     const int64_t page = position / s.page_size, next = std::min(end, (page + 1) * s.page_size);
@@ -116,7 +117,8 @@ template <class F>
 // Asks for a chunk's keys and values of one head, into L2: L1 couldn't hold them besides what is at work. Always inline:
 // gcc takes a function that does nothing but prefetch for one without effects, and leaves out its calls.
 template <class C>
-[[gnu::always_inline]] inline void prefetch_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, int64_t last) {
+[[gnu::always_inline]] inline void prefetch_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk,
+                                                  int64_t last) {
   const int64_t bytes = s.head_dim * (s.shared ? 1 : 2) * int64_t(sizeof(C));
   each_key(s, sequence, head, chunk, last, [&](int, int64_t slot) __attribute__((always_inline)) {
     const char* from = (const char*)((const C*)s.cache + slot * s.head_dim);

@@ -1,5 +1,5 @@
-// Queries times the keys of a chunk: numbers of either type in float32, lanes along the width, whose sums are taken in the end;
-// or pairs of bfloat16 where the machine multiplies them, against keys that are turned, so that lanes are keys.
+// Queries times the keys of a chunk: numbers of either type in float32, lanes along the width, whose sums are taken in
+// the end; or pairs of bfloat16 where the machine multiplies them, against keys that are turned, so that lanes are keys.
 #pragma once
 #include <cstdint>
 #include <type_traits>

@@ -257,6 +257,13 @@ SHAPES = {
     "latent in int8": Shape(shared=True, kv_heads=1, group=8, head_dim=40, cache="int8", dtype="bfloat16"),
     "shared by two heads": Shape(shared=True, kv_heads=2, group=1),
     "bfloat16": Shape(dtype="bfloat16", cache="bfloat16", head_dim=128, page_size=16),
+    "bfloat16 of odd width": Shape(dtype="bfloat16", cache="bfloat16", head_dim=41, group=3, window=33, longest=120),
+    "bfloat16 with all of it": Shape(
+        dtype="bfloat16", cache="bfloat16", head_dim=48, group=5, soft_cap=3.0, sinks=True, page_size=16
+    ),
+    "latent in bfloat16": Shape(
+        shared=True, kv_heads=1, group=3, head_dim=72, dtype="bfloat16", cache="bfloat16", block=40
+    ),
     "bfloat16 over float32": Shape(dtype="bfloat16", cache="float32"),
     "float32 over bfloat16": Shape(dtype="float32", cache="bfloat16", sinks=True),
     "int8": Shape(cache="int8", page_size=16),
@@ -271,7 +278,10 @@ SHAPES = {
     "last layer": Shape(layer=LAYERS - 1),
 }
 shapes = pytest.mark.parametrize("name", SHAPES)
-INDEPENDENT = ("plain", "all of it", "latent", "bfloat16", "bfloat16 over int8", "window of five", "long block", "long")
+INDEPENDENT = (
+    *("plain", "all of it", "latent", "window of five", "long block", "long"),
+    *("bfloat16", "bfloat16 of odd width", "bfloat16 with all of it", "latent in bfloat16", "bfloat16 over int8"),
+)
 
 
 @shapes

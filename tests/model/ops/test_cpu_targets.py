@@ -55,6 +55,14 @@ def test_it_compiles(machine: str, target: str, tmp_path: Path) -> None:
         compile_source(machine, target, "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o"))
 
 
+@pytest.mark.parametrize("source", ["attention.cc", "linear.cc"])
+def test_the_compiler_keeps_what_is_asked_for_early(source: str, tmp_path: Path) -> None:
+    """gcc drops calls of a function that only prefetches: nothing would be wrong, but rows would wait for memory."""
+    assembly = tmp_path / "kernel.s"
+    compile_source(HERE, "native", "-S", str(library.SOURCES / source), "-o", str(assembly))
+    assert ("prfm" if HERE == "aarch64" else "prefetch") in assembly.read_text()
+
+
 @pytest.mark.parametrize("check", ["linear_check", "attention_check"])
 @pytest.mark.parametrize("machine, target", [*TARGETS[:3], *TARGETS[len(X86) :]])
 def test_it_computes_what_plain_loops_do(machine: str, target: str, check: str, tmp_path: Path) -> None:
