@@ -15,6 +15,8 @@ from benchmarks.child import answer
 from benchmarks.peers.protocol import check, cores
 from benchmarks.workload import PlannedRequest
 from model.compilation import enable_compilation_cache
+from model.matrices import place_matrices
+from model.ops.cpu.packed import Packed
 from model.sharding import MeshShape
 from serve.engine.build import build_engine, open_model
 from serve.engine.config import EngineConfig
@@ -122,7 +124,11 @@ class EngineChild:
         """That a step reads: an embedding that is not the head is only looked up."""
         params = self._engine.executor._params
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        return size if tied else size - sum(leaf.nbytes for leaf in jax.tree.leaves(params["embedding"]))
+        embedding = place_matrices(params)["embedding"]
+        looked_up = sum(leaf.nbytes for leaf in jax.tree.leaves(embedding))
+        if isinstance(embedding, Packed):
+            looked_up //= embedding.lines.shape[0]  # of a stack
+        return size if tied else size - looked_up
 
     def _sink(self, outputs: list[Output]) -> None:
         watch = self._watch

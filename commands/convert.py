@@ -26,7 +26,7 @@ from model.huggingface.export import DTYPES_FILE, network_of, published_config, 
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
-from model.matrices import pack_params
+from model.matrices import pack_params, place_matrices
 from model.ops.cpu import library
 from model.quantization import SCHEMES, formats, quantize_params
 from model.sharding import MeshShape, build_mesh
@@ -198,9 +198,7 @@ def _as_served(folder: ModelFolder, params: Params) -> Params:
     """On CPU with the kernels that will serve it, which round activations as well."""
     if jax.default_backend() != "cpu" or library.why_not() is not None:
         return params
-    served: Params = jax.tree.map(lambda leaf: leaf, params)
-    pack_params(folder.config, served)
-    return served
+    return place_matrices(pack_params(folder.config, jax.tree.map(lambda leaf: leaf, params)))
 
 
 def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from model.config import ModelConfig
-from model.matrices import pack_params
+from model.matrices import pack_params, place_matrices
 from model.ops.cpu import library
 from model.transformer import Params, abstract_params, bind
 from train.step import packed_attention
@@ -63,9 +63,7 @@ def packed_params(config: ModelConfig, params: Params) -> Params:
     """The same, laid out for the CPU's kernels; `params` stay as they are. Skips the test where there are none."""
     if reason := library.why_not():
         pytest.skip(reason)
-    packed: Params = jax.tree.map(lambda leaf: leaf, params)
-    pack_params(config, packed)
-    return packed
+    return place_matrices(pack_params(config, jax.tree.map(lambda leaf: leaf, params)))
 
 
 def on_host(tree: Any) -> Any:

@@ -35,6 +35,11 @@ class Quantized:
         """Inputs that share a scale."""
         return self.values.shape[0] * (8 // self.bits) // self.scales.shape[0]
 
+    @property
+    def integers_shape(self) -> tuple[int, int]:
+        """(inputs, padding included; outputs)."""
+        return self.values.shape[0] * (8 // self.bits), self.values.shape[1]
+
     def integers(self) -> jax.Array:
         """int8[inputs, outputs], padding included."""
         if self.bits == 8:

@@ -84,7 +84,7 @@ def build_executor(
     params = model.load_params(devices, model.config.dtype, show)
     if uses_kernels(engine, devices):
         tick("packing parameters for this CPU")
-        pack_params(model.config, params)
+        params = pack_params(model.config, params)
     executor = Executor(model.config, engine, params, devices, model.tokenizer.vocab_size)
     todo = len(engine.buckets)
     tick(f"compiling {todo} programs")

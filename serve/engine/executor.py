@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.compilation import compilations
 from model.config import ModelConfig
 from model.layers import Attend
-from model.matrices import pack_params
+from model.matrices import is_packed, pack_params, place_matrices
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
 from model.ops.backend import use_cpu_kernels
 from model.ops.cpu import library
@@ -94,7 +94,7 @@ def engine_step(
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
     # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
     tokens = jnp.where(arrays.positions < 0, model_config.vocab_size, tokens)
-    model = bind(model_config, params)
+    model = bind(model_config, place_matrices(params))
     attend = paged_attention(engine, bucket, arrays)
     long = arrays.long[sequence_of_token(bucket)] > 0
     with use_cpu_kernels(kernels):
@@ -133,8 +133,7 @@ class Executor:
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh, vocab: int) -> None:
         """params: in the layout and dtypes that serving reads, packed or not; engine: resolved."""
         if uses_kernels(engine, mesh) and not model.scan_layers:
-            params = jax.tree.map(lambda leaf: leaf, params)  # the caller's dicts stay as they are
-            pack_params(model, params)
+            params = params if is_packed(params) else pack_params(model, jax.tree.map(lambda leaf: leaf, params))
         self.model, self.engine, self.mesh, self._vocab = model, engine, mesh, vocab
         self._params = params
         self._replicated = NamedSharding(mesh, PartitionSpec())

@@ -310,51 +310,61 @@ void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<P
   });
 }
 
-// ---- handlers: x against one or more weights, each an argument `lines` and what its kind has beside, and a result
+// ---- handlers: x against one or more weights, each a matrix of a stack: the arguments `index`, `lines` and what its
+// kind has beside, and a result
 
 #define REQUIRE(condition, message) \
   if (!(condition)) return ffi::Error::InvalidArgument("linear: " message)
 
-using Lines = ffi::Buffer<ffi::U8, 3>;
-using Int4Scales = ffi::Buffer<ffi::BF16, 3>;
+using Index = ffi::BufferR0<ffi::S32>;
+using Stack = ffi::Buffer<ffi::U8, 4>;
+using Int4Scales = ffi::Buffer<ffi::BF16, 4>;
 
 // Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py.
 template <class F>
 ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int64_t lines) {
   auto fail = [](const char* what) { return ffi::Unexpected(ffi::Error::InvalidArgument(what)); };
-  auto matrix = arguments.get<Lines>(at);
-  if (!matrix) return fail("linear: weights must be uint8[panels, lines, 64]");
-  auto size = matrix->dimensions();
-  if (size[1] != lines || size[2] != kLine) return fail("linear: weights have other inputs than x");
-  Weights w{matrix->typed_data()};
-  w.padded = size[0] * kPanel;
+  auto index = arguments.get<Index>(at);
+  auto stack = arguments.get<Stack>(at + 1);
+  if (!index || !stack) return fail("linear: weights must be an int32 index and uint8[matrices, panels, lines, 64]");
+  auto size = stack->dimensions();
+  const int64_t matrices = size[0], panels = size[1], matrix = *index->typed_data();
+  if (size[2] != lines || size[3] != kLine) return fail("linear: weights have other inputs than x");
+  if (matrix < 0 || matrix >= matrices) return fail("linear: weights have fewer matrices than the index says");
+  Weights w{stack->typed_data() + matrix * panels * lines * kLine};
+  w.padded = panels * kPanel;
   if constexpr (std::is_same_v<F, Int8>) {
-    auto scales = arguments.get<ffi::Buffer<ffi::F32, 1>>(at + 1);
-    auto sums = arguments.get<ffi::Buffer<ffi::S32, 1>>(at + 2);
-    if (!scales || !sums || scales->dimensions()[0] != w.padded || sums->dimensions()[0] != w.padded)
-      return fail("linear: int8 weights need a float32 scale and an int32 sum a column");
-    w.scales = scales->typed_data(), w.sums = sums->typed_data();
+    auto scales = arguments.get<ffi::Buffer<ffi::F32, 2>>(at + 2);
+    auto sums = arguments.get<ffi::Buffer<ffi::S32, 2>>(at + 3);
+    auto right = [&](const auto& extra) {
+      return extra && extra->dimensions()[0] == matrices && extra->dimensions()[1] == w.padded;
+    };
+    if (!right(scales) || !right(sums)) return fail("linear: int8 weights need a float32 scale and an int32 sum a column");
+    w.scales = scales->typed_data() + matrix * w.padded, w.sums = sums->typed_data() + matrix * w.padded;
   } else if constexpr (is_int4<F>) {
-    auto scales = arguments.get<Int4Scales>(at + 1);
+    auto scales = arguments.get<Int4Scales>(at + 2);
     const int64_t numbers = lines * F::kNumbers;
-    if (!scales || scales->dimensions()[0] != size[0] || scales->dimensions()[2] != kPanel ||
-        scales->dimensions()[1] < 1 || numbers % (scales->dimensions()[1] * F::kRun))
-      return fail("linear: int4 weights need bfloat16 scales [panels, groups, 16] of groups that are multiples of 32");
-    w.scales = scales->untyped_data(), w.group = numbers / scales->dimensions()[1];
+    if (!scales || scales->dimensions()[0] != matrices || scales->dimensions()[1] != panels ||
+        scales->dimensions()[3] != kPanel || scales->dimensions()[2] < 1 ||
+        numbers % (scales->dimensions()[2] * F::kRun))
+      return fail(
+          "linear: int4 weights need bfloat16 scales [matrices, panels, groups, 16] of groups that are multiples of 32");
+    const int64_t groups = scales->dimensions()[2];
+    w.scales = (const uint16_t*)scales->untyped_data() + matrix * panels * groups * kPanel, w.group = numbers / groups;
   }
   return w;
 }
 
 template <class F>
-constexpr size_t kArguments = std::is_same_v<F, Int8> ? 3 : is_int4<F> ? 2 : 1;
+constexpr size_t kArguments = std::is_same_v<F, Int8> ? 4 : is_int4<F> ? 3 : 2;
 
 template <class F, class X>
 ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, ffi::RemainingArgs arguments,
                         ffi::RemainingRets results) {
   REQUIRE(arguments.size() == results.size() * kArguments<F>, "expected one result a weight");
-  auto first = arguments.get<Lines>(0);
-  REQUIRE(first, "weights must be uint8[panels, lines, 64]");
-  const int64_t lines = first->dimensions()[1];
+  auto first = arguments.get<Stack>(1);
+  REQUIRE(first, "weights must be uint8[matrices, panels, lines, 64]");
+  const int64_t lines = first->dimensions()[2];
   REQUIRE(inputs <= lines * F::kNumbers && (is_int4<F> || inputs > (lines - 1) * F::kNumbers),
           "weights have other inputs than x");
   if constexpr (std::is_same_v<F, Int8>) REQUIRE(inputs <= 1 << 17, "int8 weights have at most 131072 inputs");
@@ -386,11 +396,11 @@ ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::Remaining
 // A run of 64 numbers of x shares a scale where every weight's group is a multiple of that.
 ffi::Error int4(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
   bool wide = true;
-  for (size_t at = 0; at + 1 < arguments.size(); at += 2) {
-    auto lines = arguments.get<Lines>(at);
-    auto scales = arguments.get<Int4Scales>(at + 1);
-    REQUIRE(lines && scales && scales->dimensions()[1] > 0, "int4 weights need lines and bfloat16 scales");
-    wide = wide && lines->dimensions()[1] * 8 / scales->dimensions()[1] % 64 == 0;
+  for (size_t at = 0; at + 2 < arguments.size(); at += 3) {
+    auto lines = arguments.get<Stack>(at + 1);
+    auto scales = arguments.get<Int4Scales>(at + 2);
+    REQUIRE(lines && scales && scales->dimensions()[2] > 0, "int4 weights need lines and bfloat16 scales");
+    wide = wide && lines->dimensions()[2] * 8 / scales->dimensions()[2] % 64 == 0;
   }
   return wide ? linear<Int4<64>, Int4<64>>(x, arguments, results) : linear<Int4<32>, Int4<32>>(x, arguments, results);
 }

@@ -81,20 +81,30 @@ void pack_nibbles(const Matrix<uint8_t>& m, int64_t panel, int64_t lines, uint8_
 #define REQUIRE(condition, message) \
   if (!(condition)) return ffi::Error::InvalidArgument("pack: " message)
 
-using Lines = ffi::Buffer<ffi::U8, 3>;
+using Stack = ffi::Buffer<ffi::U8, 4>;
 
-// transposed: the matrix is given as [outputs, inputs].
-ffi::Error pack(ffi::AnyBuffer matrix, ffi::Result<Lines> out, bool transposed) {
+// Memory that nothing is written to: a page of it is only taken when a matrix is packed there.
+ffi::Error allocate(ffi::Result<Stack> out) {
+  want_large_pages(out->typed_data(), out->size_bytes());
+  return ffi::Error::Success();
+}
+
+// Packs the matrix as number `index` of the stack, which is the result's memory. transposed: it is given as [outputs,
+// inputs].
+ffi::Error pack(ffi::AnyBuffer matrix, Stack stack, ffi::BufferR0<ffi::S32> index, ffi::Result<Stack> out,
+                bool transposed) {
   auto md = matrix.dimensions(), od = out->dimensions();
-  REQUIRE(md.size() == 2 && od[2] == kLine, "expected a matrix and lines of 64 bytes");
+  REQUIRE(md.size() == 2 && od[3] == kLine, "expected a matrix and lines of 64 bytes");
+  REQUIRE(stack.typed_data() == out->typed_data(), "the stack must be the result's memory");
+  const int32_t place = *index.typed_data();
+  REQUIRE(place >= 0 && place < od[0], "the stack has fewer matrices than the index says");
   const int64_t rows = md[0], inputs = transposed ? md[1] : rows, outputs = transposed ? rows : md[1];
-  const int64_t panels = od[0], lines = od[1], k_step = transposed ? 1 : md[1], n_step = transposed ? md[1] : 1;
+  const int64_t panels = od[1], lines = od[2], k_step = transposed ? 1 : md[1], n_step = transposed ? md[1] : 1;
   const int64_t numbers = matrix.element_type() == ffi::F32 ? 1 : matrix.element_type() == ffi::BF16 ? 2 : 4;
   REQUIRE(panels == (outputs + kPanel - 1) / kPanel && lines == (inputs + numbers - 1) / numbers,
           "the result has another size than the matrix");
   REQUIRE(matrix.element_type() != ffi::U8 || inputs % 4 == 0, "int4 needs a multiple of 8 inputs");
-  uint8_t* to = out->typed_data();
-  want_large_pages(to, out->size_bytes());
+  uint8_t* to = out->typed_data() + place * panels * lines * kLine;
   auto each = [&](auto* from, auto panel_of) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
     Matrix<T> m{from, inputs, outputs, k_step, n_step};
@@ -115,5 +125,11 @@ ffi::Error pack(ffi::AnyBuffer matrix, ffi::Result<Lines> out, bool transposed) 
 }  // namespace isthmus
 
 using namespace isthmus;
+XLA_FFI_DEFINE_HANDLER_SYMBOL(allocate_stack, allocate, ffi::Ffi::Bind().Ret<Stack>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(pack_matrix, pack,
-                              ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<Lines>().Attr<bool>("transposed"));
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Stack>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<Stack>()
+                                  .Attr<bool>("transposed"));

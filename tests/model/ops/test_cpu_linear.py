@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.ops.cpu.packed import Packed, multiply
+from model.ops.cpu.packed import Packed, multiply, put, stack_like
 from model.ops.cpu.packed import pack as pack_eagerly
 from model.ops.linear import linears
 from model.ops.quantized import Quantized
@@ -306,6 +307,27 @@ def test_a_transposed_matrix_packs_alike(kind: str) -> None:
     np.testing.assert_array_equal(pack(weight.T, 37, transposed=True).lines, pack(weight, 37).lines)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_matrix_of_a_stack_is_the_matrix_alone(kind: str) -> None:
+    """The layers of a model lie in one stack, each packed where the stack has its place: neither the others nor the
+    order in which they came may be seen, and the stack is never copied."""
+    rng = np.random.default_rng(14)
+    weights = [random_weight(rng, kind, 100, 37) for _ in range(3)]
+    stack = stack_like(3, weights[0], 100)
+    memory = stack.lines.unsafe_buffer_pointer()
+    for index in (2, 0, 1):
+        stack = put(stack, index, weights[index])
+    assert stack.lines.unsafe_buffer_pointer() == memory
+    x, indices = jnp.asarray(random_x(rng, 5, 100)), np.array([36, 0, 5, 37], np.int32)
+    both = jax.jit(lambda stack: multiply(x, [stack[0], stack[2]]))(stack)
+    for index, weight in enumerate(weights):
+        alone = pack(weight, 100)
+        assert_same_bits(product(x, stack[index]), product(x, alone))
+        assert_same_bits(columns(stack[index], indices), columns(alone, indices))
+    for got, index in zip(both, (0, 2), strict=True):
+        assert_same_bits(np.asarray(got), product(x, stack[index]))
+
+
 # ---- calls that are wrong: an error, never a crash
 
 
@@ -318,18 +340,24 @@ def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
     return jnp.zeros(shape, dtype)
 
 
+MATRICES = 3
+REFUSED = (jax.errors.JaxRuntimeError, ValueError)
+"""The second where the same program ran before"""
+
+
 def lines(panels: int, count: int) -> jax.Array:
-    return zeros(panels, count, 64, dtype=jnp.uint8)
+    return zeros(MATRICES, panels, count, 64, dtype=jnp.uint8)
 
 
 OUT = [((3, 20), jnp.float32)]
-SUMS = zeros(32, dtype=jnp.int32)
-SCALES = zeros(2, 1, 16, dtype=jnp.bfloat16)
+LAST = jnp.int32(MATRICES - 1)
+SUMS = zeros(MATRICES, 32, dtype=jnp.int32)
+SCALES = zeros(MATRICES, 2, 1, 16, dtype=jnp.bfloat16)
 RIGHT: dict[str, tuple[jax.Array, ...]] = {
-    "linear_float32": (zeros(3, 8), lines(2, 8)),
-    "linear_bfloat16": (zeros(3, 8), lines(2, 4)),
-    "linear_int8": (zeros(3, 8), lines(2, 2), zeros(32), SUMS),
-    "linear_int4": (zeros(3, 8), lines(2, 4), SCALES),
+    "linear_float32": (zeros(3, 8), LAST, lines(2, 8)),
+    "linear_bfloat16": (zeros(3, 8), LAST, lines(2, 4)),
+    "linear_int8": (zeros(3, 8), LAST, lines(2, 2), zeros(MATRICES, 32), SUMS),
+    "linear_int4": (zeros(3, 8), LAST, lines(2, 4), SCALES),
 }
 
 
@@ -346,22 +374,26 @@ def test_the_right_calls_are_right(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", RIGHT)
-@pytest.mark.parametrize("wrong", ["integers", "rank", "inner", "lines", "panels", "line", "signed", "none", "twice"])
+@pytest.mark.parametrize("wrong", [*"integers rank inner lines panels line signed flat none twice beyond below wide".split()])
 def test_a_wrong_call_is_an_error(target: str, wrong: str) -> None:
     """A mistake in the Python above must not read or write beyond an array."""
-    right = RIGHT[target][1]
+    right = RIGHT[target][2]
     arguments = {
         "integers": replaced(target, 0, zeros(3, 8, dtype=jnp.int32)),
         "rank": replaced(target, 0, zeros(1, 3, 8)),
         "inner": replaced(target, 0, zeros(3, 40)),
-        "lines": replaced(target, 1, lines(2, right.shape[1] * 3 + 1)),
-        "panels": replaced(target, 1, lines(3, right.shape[1])),
-        "line": replaced(target, 1, zeros(2, right.shape[1], 32, dtype=jnp.uint8)),
-        "signed": replaced(target, 1, right.astype(jnp.int8)),
+        "lines": replaced(target, 2, lines(2, right.shape[2] * 3 + 1)),
+        "panels": replaced(target, 2, lines(3, right.shape[2])),
+        "line": replaced(target, 2, zeros(MATRICES, 2, right.shape[2], 32, dtype=jnp.uint8)),
+        "signed": replaced(target, 2, right.astype(jnp.int8)),
+        "flat": replaced(target, 2, right[0]),
         "none": RIGHT[target][:1],
         "twice": (*RIGHT[target], *RIGHT[target][1:]),
+        "beyond": replaced(target, 1, jnp.int32(MATRICES)),
+        "below": replaced(target, 1, jnp.int32(-1)),
+        "wide": replaced(target, 1, jnp.zeros(1, jnp.int32)),
     }[wrong]
-    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+    with pytest.raises(REFUSED, match="linear:"):
         call(target, OUT, *arguments)
 
 
@@ -369,37 +401,40 @@ def test_a_wrong_call_is_an_error(target: str, wrong: str) -> None:
 @pytest.mark.parametrize("target", RIGHT)
 def test_a_wrong_result_is_an_error(target: str, out: list[tuple[tuple[int, ...], Any]]) -> None:
     """As above, for where the kernel writes."""
-    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+    with pytest.raises(REFUSED, match="linear:"):
         call(target, out, *RIGHT[target])
 
 
 @pytest.mark.parametrize(
     "target, index, argument",
     [
-        ("linear_int8", 2, zeros(20)),
-        ("linear_int8", 2, zeros(32, dtype=jnp.bfloat16)),
-        ("linear_int8", 3, zeros(32)),
-        ("linear_int8", 3, zeros(16, dtype=jnp.int32)),
-        ("linear_int8", 3, zeros(32, 1, dtype=jnp.int32)),
-        ("linear_int4", 2, zeros(2, 1, 10, dtype=jnp.bfloat16)),
-        ("linear_int4", 2, zeros(1, 1, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 2, zeros(2, 0, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 2, zeros(2, 2, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 2, zeros(2, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 2, zeros(2, 1, 16)),
+        ("linear_int8", 3, zeros(MATRICES, 20)),
+        ("linear_int8", 3, zeros(MATRICES - 1, 32)),
+        ("linear_int8", 3, zeros(MATRICES, 32, dtype=jnp.bfloat16)),
+        ("linear_int8", 4, zeros(MATRICES, 32)),
+        ("linear_int8", 4, zeros(MATRICES, 16, dtype=jnp.int32)),
+        ("linear_int8", 4, zeros(MATRICES - 1, 32, dtype=jnp.int32)),
+        ("linear_int8", 4, zeros(32, dtype=jnp.int32)),
+        ("linear_int4", 3, zeros(MATRICES, 2, 1, 10, dtype=jnp.bfloat16)),
+        ("linear_int4", 3, zeros(MATRICES, 1, 1, 16, dtype=jnp.bfloat16)),
+        ("linear_int4", 3, zeros(MATRICES - 1, 2, 1, 16, dtype=jnp.bfloat16)),
+        ("linear_int4", 3, zeros(MATRICES, 2, 0, 16, dtype=jnp.bfloat16)),
+        ("linear_int4", 3, zeros(MATRICES, 2, 2, 16, dtype=jnp.bfloat16)),
+        ("linear_int4", 3, zeros(MATRICES, 2, 16, dtype=jnp.bfloat16)),
+        ("linear_int4", 3, zeros(MATRICES, 2, 1, 16)),
     ],
 )
 def test_wrong_scales_are_an_error(target: str, index: int, argument: jax.Array) -> None:
     """As above, for what integers have beside their lines."""
-    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+    with pytest.raises(REFUSED, match="linear:"):
         call(target, OUT, *replaced(target, index, argument))
 
 
 @pytest.mark.parametrize("target", RIGHT)
 def test_weights_of_other_inputs_are_an_error(target: str) -> None:
     """Of several weights, the second is checked as well."""
-    other = replaced(target, 1, lines(2, RIGHT[target][1].shape[1] * 2))[1:]
-    with pytest.raises(jax.errors.JaxRuntimeError, match="linear:"):
+    other = replaced(target, 2, lines(2, RIGHT[target][2].shape[2] * 2))[1:]
+    with pytest.raises(REFUSED, match="linear:"):
         call(target, OUT * 2, *RIGHT[target], *other)
 
 
@@ -418,5 +453,19 @@ def test_weights_of_other_inputs_are_an_error(target: str) -> None:
 )
 def test_a_wrong_call_of_packing_is_an_error(matrix: jax.Array, panels: int, count: int, width: int) -> None:
     """As above, for packing; bytes of two numbers come in fours, as a line needs them."""
-    with pytest.raises(jax.errors.JaxRuntimeError, match="pack:"):
-        call("pack_matrix", [((panels, count, width), jnp.uint8)], matrix, transposed=False)
+    pack_into(zeros(1, 2, 8, 64, dtype=jnp.uint8), zeros(8, 20))  # the right one
+    with pytest.raises(REFUSED, match="pack:"):
+        pack_into(zeros(MATRICES, panels, count, width, dtype=jnp.uint8), matrix)
+
+
+@pytest.mark.parametrize("index", [-1, MATRICES, 1 << 30])
+def test_packing_beyond_a_stack_is_an_error(index: int) -> None:
+    """As above, for where in the stack."""
+    with pytest.raises(REFUSED, match="pack:"):
+        pack_into(zeros(MATRICES, 2, 8, 64, dtype=jnp.uint8), zeros(8, 20), index)
+
+
+def pack_into(stack: jax.Array, matrix: jax.Array, index: int = 0) -> None:
+    out = jax.ShapeDtypeStruct(stack.shape, jnp.uint8)
+    call = jax.ffi.ffi_call("isthmus_pack_matrix", out, input_output_aliases={1: 0})
+    jax.block_until_ready(jax.jit(partial(call, transposed=False))(matrix, stack, jnp.int32(index)))
