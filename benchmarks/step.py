@@ -134,7 +134,7 @@ def build_executor(bench: StepBench, config: ModelConfig, tick: Callable[[], Non
     check_divisible(config, shape)
     mesh = build_mesh(shape)
     executor = Executor(config, with_room(engine, depth), random_params(config, mesh), mesh, config.vocab_size)
-    executor.compile(lambda bucket: tick())
+    executor.compile(tick=lambda bucket: tick())
     return executor, depth
 
 

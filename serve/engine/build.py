@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype, free_memory
 from model.matrices import pack_params
-from model.quantization import SCHEMES, weight_bytes
-from model.sharding import MeshShape, build_mesh, check_divisible
-from serve.engine.config import EngineConfig
+from model.quantization import SCHEMES, quantize_params, weight_bytes
+from model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
+from model.transformer import Params, abstract_params, kept_dtype
+from serve.engine.config import Bucket, EngineConfig
 from serve.engine.engine import Engine, Sink
-from serve.engine.executor import Executor, uses_kernels
+from serve.engine.executor import Compiled, Executor, abstract_like, compile_steps, uses_kernels
 
 
 def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False, quantize: str = "none") -> ModelFolder:
@@ -66,13 +70,64 @@ def fit_memory(
     return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)
 
 
+def abstract_served(model: ModelFolder, engine: EngineConfig, mesh: Mesh) -> Params | None:
+    """Shapes, dtypes and shardings of what the engine's programs will be given, before any of it is read. None: XLA
+    only decides how it lies over the devices when it is made."""
+    rules = model.quantize or model.config.quantization
+    if rules and mesh.size > 1:
+        return None
+    plain = jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, kept_dtype(path, model.config.dtype), sharding=x.sharding),
+        abstract_params(model.config, mesh),
+    )
+    if mesh.size > 1:
+        return plain
+
+    def make(params: Params) -> Params:
+        quantize_params(model.config, params, rules)
+        return pack_params(model.config, params) if uses_kernels(engine, mesh) else params
+
+    whole = named_sharding(mesh)
+    shapes: Params = jax.eval_shape(make, plain)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+
+
 def build_executor(
     model: ModelFolder, engine: EngineConfig, mesh: MeshShape, tick: Callable[[str], None] = lambda text: None
 ) -> Executor:
-    """Loads the newest checkpoint and compiles every bucket; tick(what) before each part. Raises ConfigError."""
+    """Loads the newest checkpoint, and compiles every bucket meanwhile; tick(what) as either goes on, from any thread.
+    Raises ConfigError."""
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
     engine = fit_memory(engine, model.config, mesh, free_memory(devices.devices.flat[0]), model.quantize)
+    vocab = model.tokenizer.vocab_size
+    cancelled = False
+    done = count(1)
+
+    def compile_all(params: Params) -> Compiled:
+        return compile_steps(model.config, engine, vocab, devices, params, compiled)
+
+    def compiled(bucket: Bucket) -> None:
+        if cancelled:
+            raise CancelledError
+        tick(f"compiled {next(done)}/{len(engine.buckets)} programs ({bucket.tokens} tokens)")
+
+    with ThreadPoolExecutor(1, "compile") as worker:
+        abstract = abstract_served(model, engine, devices)
+        ready = None if abstract is None else worker.submit(compile_all, abstract)
+        try:
+            params = _load(model, engine, devices, tick)
+            executor = Executor(model.config, engine, params, devices, vocab)
+        except BaseException:
+            cancelled = True
+            raise
+        programs = compile_all(abstract_like(params)) if ready is None else ready.result()
+    tick("warming up")
+    executor.compile(programs)
+    return executor
+
+
+def _load(model: ModelFolder, engine: EngineConfig, mesh: Mesh, tick: Callable[[str], None]) -> Params:
     tick("loading parameters")
     total, read = model.nbytes, 0
 
@@ -81,16 +136,11 @@ def build_executor(
         read += size
         tick(f"loading parameters: {read / 1e9:.2f} of {total / 1e9:.2f} GB")
 
-    params = model.load_params(devices, model.config.dtype, show)
-    if uses_kernels(engine, devices):
+    params = model.load_params(mesh, model.config.dtype, show)
+    if uses_kernels(engine, mesh):
         tick("packing parameters for this CPU")
         params = pack_params(model.config, params)
-    executor = Executor(model.config, engine, params, devices, model.tokenizer.vocab_size)
-    todo = len(engine.buckets)
-    tick(f"compiling {todo} programs")
-    done = iter(range(1, todo + 1))
-    executor.compile(lambda bucket: tick(f"compiled {next(done)}/{todo} programs ({bucket.tokens} tokens)"))
-    return executor
+    return params
 
 
 def build_engine(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from model.matrices import is_packed, pack_params, place_matrices
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
 from model.ops.backend import use_cpu_kernels
 from model.ops.cpu import library
+from model.ops.cpu.memory import allocate
 from model.sharding import named_sharding, use_mesh
 from model.transformer import Params, abstract_params, bind
 from serve.engine.config import Bucket, EngineConfig
@@ -147,6 +148,8 @@ class Executor:
         abstract = abstract_cache(self.model, self.engine, self.mesh)
 
         def zeros() -> Cache:
+            if uses_kernels(self.engine, self.mesh):
+                return jax.tree.map(lambda leaf: allocate(leaf.shape, leaf.dtype, zeros=True), abstract)
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
 
         self._cache = jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
@@ -156,16 +159,17 @@ class Executor:
         """The bucket's program, for this mesh's devices."""
         return lower_step(self.model, self.engine, bucket, self._vocab, self.mesh, abstract_like(self._params))
 
-    def compile(self, tick: Callable[[Bucket], None] = lambda bucket: None) -> None:
-        """Compiles every bucket's program, or reads it from JAX's persistent cache, and runs each once on padding."""
+    def compile(self, ready: Compiled | None = None, tick: Callable[[Bucket], None] = lambda bucket: None) -> None:
+        """Compiles every bucket's program unless they are `ready`, with tick(bucket) after each, and runs each once on
+        padding."""
+        if ready is None:
+            params = abstract_like(self._params)
+            ready = compile_steps(self.model, self.engine, self._vocab, self.mesh, params, tick)
+        self._programs, self.compile_seconds = ready
+        start = time.perf_counter()
         for bucket in self.engine.buckets:
-            start = time.perf_counter()
-            self._programs[bucket] = self.lower(bucket).compile()
-            self.compile_seconds += time.perf_counter() - start
-            start = time.perf_counter()
             self._warm(bucket)
-            self.warmup_seconds += time.perf_counter() - start
-            tick(bucket)
+        self.warmup_seconds = time.perf_counter() - start
         self._compilations_when_ready = compilations()
 
     @property
@@ -193,6 +197,31 @@ class Executor:
         )
         drawn.copy_to_host_async()
         return Launched(plan, drawn)
+
+
+class Compiled(NamedTuple):
+    """The programs of an engine."""
+
+    programs: dict[Bucket, Callable[..., Any]]
+    seconds: float
+
+
+def compile_steps(
+    model: ModelConfig,
+    engine: EngineConfig,
+    vocab: int,
+    mesh: Mesh,
+    params: Params,
+    tick: Callable[[Bucket], None] = lambda bucket: None,
+) -> Compiled:
+    """Compiles every bucket's program, or reads it from JAX's persistent cache, for abstract parameters; tick(bucket)
+    after each."""
+    start = time.perf_counter()
+    programs: dict[Bucket, Callable[..., Any]] = {}
+    for bucket in engine.buckets:
+        programs[bucket] = lower_step(model, engine, bucket, vocab, mesh, params).compile()
+        tick(bucket)
+    return Compiled(programs, time.perf_counter() - start)
 
 
 def abstract_like(params: Params) -> Params:

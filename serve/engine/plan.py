@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from serve.engine.config import Bucket
-from serve.engine.request import Request
+from serve.engine.request import Request, SamplingParams
 
 FROM_DEVICE = -1
 """Stands for the token that the slot drew last, which the host may not know yet."""
@@ -42,26 +45,33 @@ class PlanArrays(NamedTuple):
     seed_high: Any
 
 
-def plan_shapes(bucket: Bucket, pages_per_sequence: int) -> PlanArrays:
-    """Shape of each part."""
+@lru_cache(maxsize=256)
+def _layout(bucket: Bucket, pages_per_sequence: int) -> tuple[tuple[slice, tuple[int, ...]], ...]:
+    """Where each part lies, and its shape. Kept, because a plan is made every step."""
     tokens, samples = (bucket.tokens,), (bucket.samples,)
     sequences = bucket.rows + bucket.blocks
     tables = (sequences, pages_per_sequence)
-    return PlanArrays(tokens, tokens, tables, (sequences,), samples, samples, (bucket.rows,), *(samples,) * 6)
+    shapes = PlanArrays(tokens, tokens, tables, (sequences,), samples, samples, (bucket.rows,), *(samples,) * 6)
+    ends = list(accumulate(map(math.prod, shapes)))
+    return tuple((slice(end - math.prod(shape), end), shape) for end, shape in zip(ends, shapes, strict=True))
 
 
 def plan_size(bucket: Bucket, pages_per_sequence: int) -> int:
-    return sum(int(np.prod(shape)) for shape in plan_shapes(bucket, pages_per_sequence))
+    return _layout(bucket, pages_per_sequence)[-1][0].stop
 
 
 def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArrays:
     """The parts of `packed`, int32[plan_size]: views of a numpy array, slices of a traced one."""
-    parts, start = [], 0
-    for shape in plan_shapes(bucket, pages_per_sequence):
-        size = int(np.prod(shape))
-        parts.append(packed[start : start + size].reshape(shape))
-        start += size
-    return PlanArrays(*parts)
+    return PlanArrays(*(packed[part].reshape(shape) for part, shape in _layout(bucket, pages_per_sequence)))
+
+
+def sampling_words(sampling: SamplingParams) -> np.ndarray:
+    """int32[6]: as the parts from `temperature` on hold them."""
+    words = np.zeros(6, np.int32)
+    words.view(np.float32)[[0, 2, 3]] = sampling.temperature, sampling.top_p, sampling.min_p
+    words[1] = sampling.top_k
+    words.view(np.uint32)[4:] = sampling.seed & 0xFFFFFFFF, sampling.seed >> 32
+    return words
 
 
 @dataclass(eq=False)

@@ -16,8 +16,8 @@ import numpy as np
 
 from serve.engine.config import EngineConfig
 from serve.engine.pages import PagePool, page_key
-from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from serve.engine.request import FinishReason, Output, Request
+from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, sampling_words, split_plan
+from serve.engine.request import FinishReason, Output, Request, SamplingParams
 from serve.engine.sampling import BAD_ROW
 
 
@@ -41,6 +41,10 @@ class _Work:
     count: int
 
 
+_Draw = tuple[int, int, Request]
+"""(row of the head, index on the token axis of the last known token, request)"""
+
+
 @dataclass(eq=False)
 class _Step:
     singles: list[_Work] = field(default_factory=list)
@@ -61,6 +65,7 @@ class Scheduler:
         self.counters = Counters()
         self._free_slots = list(range(config.max_sequences))[::-1]
         self._tables = np.zeros((config.max_sequences, config.pages_per_sequence), np.int32)
+        self._sampling = np.zeros((config.max_sequences, len(sampling_words(SamplingParams()))), np.int32)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -173,6 +178,7 @@ class Scheduler:
         else:
             request.recomputed_tokens += request.length - request.computed
         self._tables[request.slot, : len(request.pages)] = request.pages
+        self._sampling[request.slot] = sampling_words(request.sampling)
         self.running.append(request)
 
     def _pages_for(self, tokens: int) -> int:
@@ -226,15 +232,7 @@ class Scheduler:
         arrays.positions[:] = PADDING
         arrays.sample_slot[:] = self.config.max_sequences
         plan = StepPlan(bucket, packed)
-        for row, work in enumerate(step.singles):
-            request = work.request
-            known = work.start < len(request.tokens)
-            arrays.tokens[row] = request.tokens[work.start] if known else FROM_DEVICE
-            arrays.positions[row] = work.start
-            arrays.row_slot[row] = request.slot
-            arrays.tables[row] = self._tables[request.slot]
-            arrays.long[row] = request.long
-            self._pack_sample(plan, arrays, row, row, work)
+        draws = self._pack_singles(arrays, step.singles)
         block = 0
         for work in step.chunks:
             for start, count in self._blocks(work):
@@ -244,9 +242,26 @@ class Scheduler:
                 arrays.tables[bucket.rows + block] = self._tables[work.request.slot]
                 arrays.long[bucket.rows + block] = work.request.long
                 block += 1
-            self._pack_sample(plan, arrays, bucket.rows + block - 1, first + count - 1, work)
+            if self._draws(work):
+                draws.append((bucket.rows + block - 1, first + count - 1, work.request))
+        self._pack_samples(arrays, draws)
+        plan.samples = [(row, request) for row, _, request in draws]
         plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
         return plan
+
+    def _pack_singles(self, arrays: PlanArrays, singles: list[_Work]) -> list[_Draw]:
+        """All rows at once: an assignment to an array costs as much for one number as for all of them."""
+        count, requests = len(singles), [work.request for work in singles]
+        slots = [request.slot for request in requests]
+        arrays.tokens[:count] = [
+            work.request.tokens[work.start] if work.start < len(work.request.tokens) else FROM_DEVICE
+            for work in singles
+        ]
+        arrays.positions[:count] = [work.start for work in singles]
+        arrays.row_slot[:count] = slots
+        arrays.tables[:count] = self._tables[slots]
+        arrays.long[:count] = [request.long for request in requests]
+        return [(row, row, work.request) for row, work in enumerate(singles) if self._draws(work)]
 
     def _blocks(self, work: _Work) -> Iterator[tuple[int, int]]:
         """Cuts a chunk into (start, count) of at most block_size."""
@@ -254,22 +269,19 @@ class Scheduler:
         for start in range(work.start, work.start + work.count, size):
             yield start, min(size, work.start + work.count - start)
 
-    def _pack_sample(self, plan: StepPlan, arrays: PlanArrays, row: int, token: int, work: _Work) -> None:
-        """Draws after the last known token, unless more of the prompt is to come."""
-        request = work.request
-        if work.start + work.count < request.length:
-            return
-        assert request.may_grow, f"{request.id} would draw more than it may have"
-        sampling = request.sampling
-        arrays.sample_token[row] = token
-        arrays.sample_slot[row] = request.slot
-        for name in ("temperature", "top_p", "min_p"):
-            getattr(arrays, name)[row : row + 1].view(np.float32)[0] = getattr(sampling, name)
-        arrays.top_k[row] = sampling.top_k
-        arrays.seed_low[row : row + 1].view(np.uint32)[0] = sampling.seed & 0xFFFFFFFF
-        arrays.seed_high[row : row + 1].view(np.uint32)[0] = sampling.seed >> 32
-        request.unread += 1
-        plan.samples.append((row, request))
+    def _draws(self, work: _Work) -> bool:
+        """Whether a token is drawn after this: after the last known one, unless more of the prompt is to come."""
+        return work.start + work.count >= work.request.length
+
+    def _pack_samples(self, arrays: PlanArrays, draws: list[_Draw]) -> None:
+        rows, slots = [row for row, _, _ in draws], [request.slot for _, _, request in draws]
+        arrays.sample_token[rows] = [token for _, token, _ in draws]
+        arrays.sample_slot[rows] = slots
+        for part, words in zip(arrays[-len(self._sampling.T) :], self._sampling[slots].T, strict=True):
+            part[rows] = words
+        for _, _, request in draws:
+            assert request.may_grow, f"{request.id} would draw more than it may have"
+            request.unread += 1
 
     # commit: what a step drew
 
@@ -303,7 +315,7 @@ class Scheduler:
         if token in request.stop_ids:
             request.stop_token = token
             return FinishReason.STOP_TOKEN
-        if len(request.completion) >= request.max_tokens:
+        if len(request.tokens) - len(request.prompt) >= request.max_tokens:
             full = len(request.tokens) >= self.config.context_length
             return FinishReason.CONTEXT_LENGTH if full else FinishReason.LENGTH
         return None

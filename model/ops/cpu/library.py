@@ -26,7 +26,7 @@ import jaxlib
 
 SOURCES = Path(__file__).parent
 HANDLERS = (
-    "allocate_stack",
+    "allocate_array",
     "pack_matrix",
     "linear_float32",
     "linear_bfloat16",

@@ -4,10 +4,6 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "pool.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -17,15 +13,6 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kPanel = 16, kLine = 64;
-
-// Asks for large pages, before the first touch: the weights are all read at every step.
-void want_large_pages(void* at, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLarge = 2 << 20;
-  uintptr_t begin = (uintptr_t(at) + kLarge - 1) & ~(kLarge - 1), end = (uintptr_t(at) + size) & ~(kLarge - 1);
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // matrix[k, n] at k * k_step + n * n_step.
 template <class T>
@@ -83,12 +70,6 @@ void pack_nibbles(const Matrix<uint8_t>& m, int64_t panel, int64_t lines, uint8_
 
 using Stack = ffi::Buffer<ffi::U8, 4>;
 
-// Memory that nothing is written to: a page of it is only taken when a matrix is packed there.
-ffi::Error allocate(ffi::Result<Stack> out) {
-  want_large_pages(out->typed_data(), out->size_bytes());
-  return ffi::Error::Success();
-}
-
 // Packs the matrix as number `index` of the stack, which is the result's memory. transposed: it is given as [outputs,
 // inputs].
 ffi::Error pack(ffi::AnyBuffer matrix, Stack stack, ffi::BufferR0<ffi::S32> index, ffi::Result<Stack> out,
@@ -125,7 +106,6 @@ ffi::Error pack(ffi::AnyBuffer matrix, Stack stack, ffi::BufferR0<ffi::S32> inde
 }  // namespace isthmus
 
 using namespace isthmus;
-XLA_FFI_DEFINE_HANDLER_SYMBOL(allocate_stack, allocate, ffi::Ffi::Bind().Ret<Stack>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(pack_matrix, pack,
                               ffi::Ffi::Bind()
                                   .Arg<ffi::AnyBuffer>()

@@ -17,6 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from model.ops.cpu.memory import allocate
 from model.ops.quantized import Quantized
 
 PANEL = 16
@@ -122,12 +123,7 @@ def stack_like(matrices: int, matrix: jax.Array | Quantized, inputs: int, *, tra
     if isinstance(matrix, Quantized) and kind == "int4":
         extra = (jnp.zeros((matrices, panels, matrix.scales.shape[0], PANEL), jnp.bfloat16),)
     shape = (matrices, panels, math.ceil(padded / NUMBERS[kind]), 64)
-    return Packed(_allocate(shape), extra, None, kind, inputs, outputs)
-
-
-@partial(jax.jit, static_argnums=0)
-def _allocate(shape: tuple[int, ...]) -> jax.Array:
-    return jax.ffi.ffi_call("isthmus_allocate_stack", jax.ShapeDtypeStruct(shape, jnp.uint8))()
+    return Packed(allocate(shape, "uint8", zeros=False), extra, None, kind, inputs, outputs)
 
 
 @partial(jax.jit, static_argnames="transposed", donate_argnums=0)

@@ -341,6 +341,7 @@ def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 MATRICES = 3
+WRONG = "integers rank inner lines panels line signed flat none twice beyond below wide".split()
 REFUSED = (jax.errors.JaxRuntimeError, ValueError)
 """The second where the same program ran before"""
 
@@ -374,7 +375,26 @@ def test_the_right_calls_are_right(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", RIGHT)
-@pytest.mark.parametrize("wrong", [*"integers rank inner lines panels line signed flat none twice beyond below wide".split()])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *[
+            "integers",
+            "rank",
+            "inner",
+            "lines",
+            "panels",
+            "line",
+            "signed",
+            "flat",
+            "none",
+            "twice",
+            "beyond",
+            "below",
+            "wide",
+        ]
+    ],
+)
 def test_a_wrong_call_is_an_error(target: str, wrong: str) -> None:
     """A mistake in the Python above must not read or write beyond an array."""
     right = RIGHT[target][2]
