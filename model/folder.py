@@ -21,7 +21,9 @@ from model.huggingface import load
 from model.huggingface.adapter_config import base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_config
 from model.huggingface.fields import Fields
-from model.quantization import quantize_params
+from model.matrices import replace_matrices
+from model.ops.linear import Weight
+from model.quantization import quantizer
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 
@@ -93,21 +95,28 @@ class ModelFolder:
         tick: Callable[[int], None] = lambda _: None,
         *,
         merge_adapter: bool = False,
+        keep: Callable[[tuple[str, ...], Weight], Weight | None] = lambda path, weight: weight,
     ) -> Params:
         """The parameters over `mesh`, in the layout that `config` asks for; tick(bytes) as they are read.
 
         dtype: of matrices; None is float32. merge_adapter: adds the adapter to the kernels beside it, which is also
-        done where `config` has no lora: the parameters are those of `config` without it. Raises ConfigError or
+        done where `config` has no lora: the parameters are those of `config` without it. keep: what to keep of each
+        matrix, quantized if it is to be, as early as that is known; called from several threads. Raises ConfigError or
         CheckpointError for a folder that doesn't hold them.
         """
+        quantized = quantizer(self.config, self.quantize)
+
+        def change(path: tuple[str, ...], weight: Weight) -> Weight | None:
+            return keep(path, quantized(path, weight))
+
         if self.adapter is not None:
             params = self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
         elif self.family is None:
             params = checkpoint.load_params(self.path, self.config, mesh, dtype)
         else:
-            params = load.load_params(self.path, self.family, self.config, mesh, dtype, tick)
-        if self.quantize:
-            quantize_params(self.config, params, self.quantize)
+            return load.load_params(self.path, self.family, self.config, mesh, dtype, tick, change)
+        if not self.config.scan_layers:
+            replace_matrices(self.config, params, lambda path, weight, _: change(path, weight))
         return params
 
     def _load_adapted(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import Lock
 
 import jax
 from flax import nnx
@@ -38,7 +39,7 @@ def as_matrix(path: Path, array: jax.Array, inputs: int) -> jax.Array:
     return array.T if path == ("embedding",) else array.reshape(inputs, -1)
 
 
-def replace_matrices(config: ModelConfig, params: Params, change: Callable[[Path, Weight, int], Weight]) -> None:
+def replace_matrices(config: ModelConfig, params: Params, change: Callable[[Path, Weight, int], Weight | None]) -> None:
     """Puts change(path, matrix, inputs) in the place of each, one at a time: what it replaces is freed before the next.
 
     params: unstacked; changed in place.
@@ -67,42 +68,65 @@ def is_packed(params: Params) -> bool:
     return _STACKS in params
 
 
-def pack_params(config: ModelConfig, params: Params, tick: Callable[[int], None] = lambda size: None) -> Params:
-    """Parameters with every matrix laid out for the CPU's kernels, in stacks; `place_matrices` is for where they are
-    multiplied.
+class Packing:
+    """Lays matrices out for the CPU's kernels as they come, in any order and from any thread."""
 
-    params: unstacked; each matrix is taken out of them, so that its memory is free before the next needs some.
-    tick(bytes) after each.
-    """
-    alike: dict[tuple, list[tuple[Path, int]]] = {}
-    for path, inputs in matrix_inputs(config).items():
-        weight = _parent(params, path)[path[-1]]
-        if path != ("embedding",) or config.tie_embeddings or isinstance(weight, Quantized):  # else only looked up
-            alike.setdefault(_layout(path, weight, inputs), []).append((path, inputs))
-    return {**params, _STACKS: [_pack_alike(params, members, tick) for members in alike.values()]}
+    def __init__(self, config: ModelConfig, params: Params) -> None:
+        """params: unstacked; arrays or their shapes."""
+        alike: dict[tuple, list[Path]] = {}
+        self._inputs = matrix_inputs(config)
+        for path, inputs in self._inputs.items():
+            weight = _parent(params, path)[path[-1]]
+            if path != ("embedding",) or config.tie_embeddings or isinstance(weight, Quantized):  # else only looked up
+                alike.setdefault(_layout(path, weight, inputs), []).append(path)
+        self._paths = list(alike.values())
+        self._stacks: list[Packed | None] = [None] * len(alike)
+        self._one_at_a_time = Lock()  # each is packed by all threads of the kernels' own pool
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the matrices that are packed."""
+        return [path for paths in self._paths for path in paths]
+
+    def put(self, path: Path, weight: Weight) -> Weight | None:
+        """Packs what is a matrix; gives back what is none."""
+        number = next((number for number, paths in enumerate(self._paths) if path in paths), None)
+        if number is None:
+            return weight
+        assert not isinstance(weight, Packed)
+        paths, transposed = self._paths[number], path == ("embedding",) and not isinstance(weight, Quantized)
+        with self._one_at_a_time:
+            stack = self._stacks[number]
+            if stack is None:
+                stack = stack_like(len(paths), weight, self._inputs[path], transposed=transposed)
+            self._stacks[number] = put(stack, paths.index(path), weight, transposed=transposed)
+            jax.block_until_ready(self._stacks[number])
+        return None
+
+    def finish(self, params: Params) -> Params:
+        """The packed parameters, in stacks; `place_matrices` is for where they are multiplied. params: the others, and
+        None where `put` took a matrix."""
+        stacks = [Stack(stack, tuple(paths)) for stack, paths in zip(self._stacks, self._paths, strict=True) if stack]
+        assert len(stacks) == len(self._paths), "not every matrix was put"
+        return {**params, _STACKS: stacks}
+
+
+def pack_params(config: ModelConfig, params: Params) -> Params:
+    """Packs every matrix. params: unstacked; each matrix is taken out of them, so that its memory is free before the
+    next needs some."""
+    packing = Packing(config, params)
+    for path in packing.paths:
+        parent = _parent(params, path)
+        parent[path[-1]] = packing.put(path, parent[path[-1]])
+    return packing.finish(params)
 
 
 def _layout(path: Path, weight: Weight, inputs: int) -> tuple:
     """What matrices of one stack have in common."""
     if isinstance(weight, Quantized):
         return (weight.bits, weight.group, inputs, *weight.integers_shape)
-    assert isinstance(weight, jax.Array), "packed already"
+    assert not isinstance(weight, Packed), "packed already"
     return (weight.dtype, inputs, weight.size, path == ("embedding",))
-
-
-def _pack_alike(params: Params, members: list[tuple[Path, int]], tick: Callable[[int], None]) -> Stack:
-    stack = None
-    for index, (path, inputs) in enumerate(members):
-        weight = _parent(params, path).pop(path[-1])
-        transposed = path == ("embedding",) and not isinstance(weight, Quantized)
-        if stack is None:
-            stack = stack_like(len(members), weight, inputs, transposed=transposed)
-        stack = put(stack, index, weight, transposed=transposed)
-        del weight
-        jax.block_until_ready(stack)
-        tick(stack.lines.nbytes // len(members))
-    assert stack is not None
-    return Stack(stack, tuple(path for path, _ in members))
 
 
 def place_matrices(params: Params) -> Params:

@@ -79,17 +79,27 @@ def quantize_params(
 ) -> None:
     """Turns matrices into integers, in place and one at a time; what already is integers stays. params: unstacked;
     tick(bytes) after each."""
-    wanted = formats(config, rules)
+    quantized = quantizer(config, rules)
 
     def change(path: tuple[str, ...], weight: Weight, inputs: int) -> Weight:
-        if path not in wanted or not isinstance(weight, jax.Array):
-            return weight
-        integers = _quantize(weight, path, inputs, wanted[path])
-        jax.block_until_ready(integers.values)
-        tick(integers.values.nbytes)
-        return integers
+        changed = quantized(path, weight)
+        if changed is not weight and isinstance(changed, Quantized):
+            tick(changed.values.nbytes)
+        return changed
 
     replace_matrices(config, params, change)
+
+
+def quantizer(config: ModelConfig, rules: Sequence[str]) -> Callable[[tuple[str, ...], Weight], Weight]:
+    """What turns the parameter at a path of the unstacked layout into integers, if `rules` say so and it isn't yet."""
+    wanted, inputs = formats(config, rules), matrix_inputs(config)
+
+    def change(path: tuple[str, ...], weight: Weight) -> Weight:
+        if path not in wanted or not isinstance(weight, jax.Array):
+            return weight
+        return jax.block_until_ready(_quantize(weight, path, inputs[path], wanted[path]))
+
+    return change
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))

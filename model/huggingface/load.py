@@ -25,6 +25,8 @@ from model.transformer import Params, abstract_params, kept_dtype
 
 Tick = Callable[[int], None]
 """Called with the bytes read since the last call."""
+Keep = Callable[[tuple[str, ...], jax.Array], Any]
+"""(path, parameter) to what takes its place."""
 
 READERS = 2
 """Parameters that are read at once."""
@@ -86,11 +88,15 @@ def load_params(
     mesh: Mesh,
     dtype: str | None = None,
     tick: Tick = lambda _: None,
+    keep: Keep = lambda _, array: array,
 ) -> Params:
     """The parameters of a published folder, sharded over `mesh`, in the layout that `config` asks for.
 
-    dtype: what to keep matrices in (see kept_dtype); None is float32. Raises ConfigError for files that are damaged,
-    tensors that are missing, surplus or of another shape, and weights that are not finite.
+    dtype: what to keep matrices in (see kept_dtype); None is float32. keep: what to keep of each as soon as it is read,
+    so that a model needn't fit into memory before it is made smaller; called from several threads.
+
+    Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
+    that are not finite.
     """
     files = TensorFiles(folder)
     abstract = abstract_params(config, mesh)
@@ -99,7 +105,7 @@ def load_params(
     plan = [parts_of(config, table, path_name(path), leaf.shape) for path, leaf in flat]
     check_tensors(files, config, plan)
 
-    def read(parts: Part | list, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def read(parts: Part | list, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         names = sorted({part.name for part in leaves_of(parts)})
         for name in names:
             files.advise(name, mmap.MADV_WILLNEED)
@@ -107,7 +113,7 @@ def load_params(
         for name in names:
             files.advise(name, mmap.MADV_DONTNEED)
         tick(sum(files.tensors[name].nbytes for name in names))
-        return array
+        return keep(tuple(entry.key for entry in path), array)
 
     # Two at a time: while one is turned in memory, the other comes from the disk.
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype, free_memory
-from model.matrices import pack_params
+from model.matrices import Packing, pack_params
 from model.quantization import SCHEMES, quantize_params, weight_bytes
 from model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
 from model.transformer import Params, abstract_params, kept_dtype
@@ -70,26 +71,27 @@ def fit_memory(
     return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)
 
 
-def abstract_served(model: ModelFolder, engine: EngineConfig, mesh: Mesh) -> Params | None:
-    """Shapes, dtypes and shardings of what the engine's programs will be given, before any of it is read. None: XLA
-    only decides how it lies over the devices when it is made."""
+def abstract_served(model: ModelFolder, mesh: Mesh) -> Params | None:
+    """Shapes, dtypes and shardings of the parameters before any is read. None: of integers over several devices, XLA
+    only decides how they lie when they are made."""
     rules = model.quantize or model.config.quantization
-    if rules and mesh.size > 1:
-        return None
     plain = jax.tree_util.tree_map_with_path(
         lambda path, x: jax.ShapeDtypeStruct(x.shape, kept_dtype(path, model.config.dtype), sharding=x.sharding),
         abstract_params(model.config, mesh),
     )
-    if mesh.size > 1:
+    if not rules:
         return plain
 
-    def make(params: Params) -> Params:
+    def quantized(params: Params) -> Params:
         quantize_params(model.config, params, rules)
-        return pack_params(model.config, params) if uses_kernels(engine, mesh) else params
+        return params
 
+    return _on_one_device(jax.eval_shape(quantized, plain), mesh) if mesh.size == 1 else None
+
+
+def _on_one_device(params: Params, mesh: Mesh) -> Params:
     whole = named_sharding(mesh)
-    shapes: Params = jax.eval_shape(make, plain)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
 
 
 def build_executor(
@@ -112,11 +114,15 @@ def build_executor(
             raise CancelledError
         tick(f"compiled {next(done)}/{len(engine.buckets)} programs ({bucket.tokens} tokens)")
 
+    abstract = abstract_served(model, devices)
+    packing = None
+    if abstract is not None and uses_kernels(engine, devices):
+        packing = Packing(model.config, abstract)
+        abstract = _on_one_device(jax.eval_shape(partial(pack_params, model.config), abstract), devices)
     with ThreadPoolExecutor(1, "compile") as worker:
-        abstract = abstract_served(model, engine, devices)
         ready = None if abstract is None else worker.submit(compile_all, abstract)
         try:
-            params = _load(model, engine, devices, tick)
+            params = _load(model, devices, packing, tick)
             executor = Executor(model.config, engine, params, devices, vocab)
         except BaseException:
             cancelled = True
@@ -127,7 +133,8 @@ def build_executor(
     return executor
 
 
-def _load(model: ModelFolder, engine: EngineConfig, mesh: Mesh, tick: Callable[[str], None]) -> Params:
+def _load(model: ModelFolder, mesh: Mesh, packing: Packing | None, tick: Callable[[str], None]) -> Params:
+    """Each matrix is made integers, and packed, as soon as it is read: before, the model needn't fit into memory."""
     tick("loading parameters")
     total, read = model.nbytes, 0
 
@@ -136,11 +143,9 @@ def _load(model: ModelFolder, engine: EngineConfig, mesh: Mesh, tick: Callable[[
         read += size
         tick(f"loading parameters: {read / 1e9:.2f} of {total / 1e9:.2f} GB")
 
-    params = model.load_params(mesh, model.config.dtype, show)
-    if uses_kernels(engine, mesh):
-        tick("packing parameters for this CPU")
-        params = pack_params(model.config, params)
-    return params
+    if packing is None:
+        return model.load_params(mesh, model.config.dtype, show)
+    return packing.finish(model.load_params(mesh, model.config.dtype, show, keep=packing.put))
 
 
 def build_engine(

@@ -147,12 +147,13 @@ class Executor:
     def _reset_state(self) -> None:
         abstract = abstract_cache(self.model, self.engine, self.mesh)
 
-        def zeros() -> Cache:
-            if uses_kernels(self.engine, self.mesh):
-                return jax.tree.map(lambda leaf: allocate(leaf.shape, leaf.dtype, zeros=True), abstract)
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+        def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            # Nothing is read that wasn't written, and memory is only taken for pages that were.
+            kernels = uses_kernels(self.engine, self.mesh)
+            return (allocate if kernels else jnp.zeros)(leaf.shape, leaf.dtype)
 
-        self._cache = jax.jit(zeros, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        self._cache = jax.jit(lambda: jax.tree.map(empty, abstract), out_shardings=shardings)()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
 
     def lower(self, bucket: Bucket) -> jax.stages.Lowered:

@@ -1,14 +1,11 @@
-// Memory for what every step reads, weights and KV cache, in large pages: they take a tenth of the time to get, and are
-// found faster.
-#include <algorithm>
+// Memory for what steps read, weights and KV cache: in large pages, which are found faster, and not written to, so that
+// the system only gives a page when it is used.
 #include <cstdint>
-#include <cstring>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "pool.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace isthmus {
@@ -25,15 +22,8 @@ void want_large_pages(void* at, int64_t size) {
 #endif
 }
 
-// Without zeros nothing is written, and no memory taken before something is.
-ffi::Error allocate(ffi::Result<ffi::AnyBuffer> out, bool zeros) {
-  constexpr int64_t kPart = 16 << 20;
-  char* to = (char*)out->untyped_data();
-  const int64_t size = out->size_bytes();
-  want_large_pages(to, size);
-  if (zeros)
-    Pool::get().run((size + kPart - 1) / kPart,
-                    [&](int64_t part) { std::memset(to + part * kPart, 0, std::min(kPart, size - part * kPart)); });
+ffi::Error allocate(ffi::Result<ffi::AnyBuffer> out) {
+  want_large_pages(out->untyped_data(), out->size_bytes());
   return ffi::Error::Success();
 }
 
@@ -41,5 +31,4 @@ ffi::Error allocate(ffi::Result<ffi::AnyBuffer> out, bool zeros) {
 }  // namespace isthmus
 
 using namespace isthmus;
-XLA_FFI_DEFINE_HANDLER_SYMBOL(allocate_array, allocate,
-                              ffi::Ffi::Bind().Ret<ffi::AnyBuffer>().Attr<bool>("zeros"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(allocate_array, allocate, ffi::Ffi::Bind().Ret<ffi::AnyBuffer>());

@@ -123,7 +123,7 @@ def stack_like(matrices: int, matrix: jax.Array | Quantized, inputs: int, *, tra
     if isinstance(matrix, Quantized) and kind == "int4":
         extra = (jnp.zeros((matrices, panels, matrix.scales.shape[0], PANEL), jnp.bfloat16),)
     shape = (matrices, panels, math.ceil(padded / NUMBERS[kind]), 64)
-    return Packed(allocate(shape, "uint8", zeros=False), extra, None, kind, inputs, outputs)
+    return Packed(allocate(shape, "uint8"), extra, None, kind, inputs, outputs)
 
 
 @partial(jax.jit, static_argnames="transposed", donate_argnums=0)

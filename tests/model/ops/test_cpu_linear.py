@@ -341,7 +341,8 @@ def zeros(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 MATRICES = 3
-WRONG = "integers rank inner lines panels line signed flat none twice beyond below wide".split()
+WRONG = ["integers", "rank", "inner", "lines", "panels", "line", "signed", "flat", "none", "twice"]
+WRONG += ["beyond", "below", "wide"]
 REFUSED = (jax.errors.JaxRuntimeError, ValueError)
 """The second where the same program ran before"""
 
