@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from commands.main import main
 from model.config import ConfigError, LatentConfig, ModelConfig
-from model.sharding import MeshShape
-from serve.engine.build import fit_memory
+from model.sharding import MeshShape, build_mesh
+from serve.engine.build import build_executor, fit_memory, open_model
 from serve.engine.config import EngineConfig
+from serve.engine.executor import Executor
+from serve.engine.request import Request, SamplingParams
+from tests.model.huggingface.folders import write_folder
+from tests.serve.engine.harness import Arrival, play
 
 LONG = ModelConfig(
     vocab_size=1000, dim=256, layers=8, heads=8, kv_heads=4, head_dim=32, mlp_dim=512, context_length=131072
@@ -65,3 +71,46 @@ def test_devices_share_the_cache_unless_it_is_latent() -> None:
     free = config.parameters * 4 + 2 * 131072 * config.kv_bytes_per_token()
     alone, several = (fit_memory(EngineConfig(), config, MeshShape(tp=tp), free).pages for tp in (1, 4))
     assert several < 1.1 * alone
+
+
+@pytest.mark.parametrize(
+    "kind, kernels, tp",
+    [("none", True, 1), ("int4", True, 1), ("int8", False, 2), ("converted", True, 1), ("converted", False, 2)],
+)
+def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: bool, tp: int, tmp_path: Path) -> None:
+    """They are compiled while the parameters are read, made integers and packed one by one: made for anything else, a
+    start would fail at its end. It generates what an engine does whose parameters were there first."""
+    path = write_folder(tmp_path / "source", "llama3", shards=2)
+    if kind == "converted":
+        text = tmp_path / "text.txt"
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+        flags = ["--quantize", "int8", "--text", str(text), "--force"]
+        assert main(["convert", str(path), str(tmp_path / "small"), *flags]) == 0
+        path = tmp_path / "small"
+    model = open_model(path, "float32", quantize=kind if kind.startswith("int") else "none")
+    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32, kernels=kernels)
+    ticks: list[str] = []
+    executor = build_executor(model, engine, MeshShape(tp=tp), ticks.append)
+    assert sum("programs" in text for text in ticks) == len(executor.engine.buckets)
+    got = completion(executor)
+    mesh = build_mesh(MeshShape(tp=tp))
+    params = model.load_params(mesh, model.config.dtype)
+    later = Executor(model.config, executor.engine, params, mesh, model.tokenizer.vocab_size)
+    later.compile()
+    assert got == completion(later)
+
+
+def completion(executor: Executor) -> list[int]:
+    request = Request("one", [5, 6, 7], SamplingParams(temperature=0), 20)
+    play(executor, [Arrival(request)])
+    assert executor.recompilations == 0
+    return request.completion
+
+
+def test_a_folder_that_can_not_be_loaded_ends_the_start(tmp_path: Path) -> None:
+    """With the reason, though programs are being compiled meanwhile."""
+    path = write_folder(tmp_path / "source", "llama3", shards=2)
+    model = open_model(path, "float32")
+    next(path.glob("*.safetensors")).unlink()
+    with pytest.raises(ConfigError, match="safetensors"):
+        build_executor(model, EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32), MeshShape())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,7 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from model.config import ConfigError, ModelConfig
 from serve.engine.config import Bucket, EngineConfig
-from serve.engine.request import FinishReason
+from serve.engine.plan import split_plan
+from serve.engine.request import FinishReason, Request, SamplingParams
+from serve.engine.scheduler import Scheduler
 from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_completion, run_until
 
 MODEL = ModelConfig(vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_dim=8, context_length=40)
@@ -258,3 +261,32 @@ def test_sizes_that_are_left_out_hold_a_whole_context() -> None:
     config = EngineConfig(page_size=4, block_size=4, prefill_tokens=4, max_sequences=1).resolve(MODEL)
     assert config.context_length == 40 and config.pages == 1 + 10
     assert engine_config(pages=0, max_sequences=8).pages == 1 + 40
+
+
+def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
+    """Rows change with every request that comes or goes; a slot's settings must come along, to the last bit of a
+    seed, and be the next request's once the slot is."""
+    config = EngineConfig(max_sequences=3, context_length=64).resolve(ModelConfig())
+    scheduler = Scheduler(config)
+    asked = [
+        SamplingParams(0.7, 5, 0.9, 0.05, (1 << 63) + 7),
+        SamplingParams(0.0),
+        SamplingParams(1.5, 1 << 30, 0.1, 1.0, (1 << 64) - 1),
+        SamplingParams(0.3, 2, 1.0, 0.0, 1 << 32),
+    ]
+    requests = [Request(str(i), [1, 2, 3], sampling, 2 + i % 2) for i, sampling in enumerate(asked)]
+    for request in requests:
+        scheduler.add(request)
+    seen = set()
+    while (plan := scheduler.plan()) is not None:
+        arrays = split_plan(plan.packed, plan.bucket, config.pages_per_sequence)
+        for row, request in plan.samples:
+            assert arrays.sample_slot[row] == request.slot
+            seed = int(arrays.seed_low.view(np.uint32)[row]) | int(arrays.seed_high.view(np.uint32)[row]) << 32
+            got = [float(part.view(np.float32)[row]) for part in (arrays.temperature, arrays.top_p, arrays.min_p)]
+            want = request.sampling
+            assert got == [np.float32(want.temperature), np.float32(want.top_p), np.float32(want.min_p)]
+            assert (arrays.top_k[row], seed) == (want.top_k, want.seed)
+            seen.add((request.id, row, plan.bucket.blocks > 0))
+        scheduler.commit(plan, np.full(plan.bucket.samples, 9, np.int32))
+    assert {name for name, _, _ in seen} == {"0", "1", "2", "3"} and {prompt for _, _, prompt in seen} == {True, False}
