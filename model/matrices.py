@@ -106,8 +106,10 @@ class Packing:
     def finish(self, params: Params) -> Params:
         """The packed parameters, in stacks; `place_matrices` is for where they are multiplied. params: the others, and
         None where `put` took a matrix."""
-        stacks = [Stack(stack, tuple(paths)) for stack, paths in zip(self._stacks, self._paths, strict=True) if stack]
-        assert len(stacks) == len(self._paths), "not every matrix was put"
+        stacks = []
+        for stack, paths in zip(self._stacks, self._paths, strict=True):
+            assert stack is not None, f"no matrix was put for {paths}"
+            stacks.append(Stack(stack, tuple(paths)))
         return {**params, _STACKS: stacks}
 
 

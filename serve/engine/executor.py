@@ -156,10 +156,6 @@ class Executor:
         self._cache = jax.jit(lambda: jax.tree.map(empty, abstract), out_shardings=shardings)()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
 
-    def lower(self, bucket: Bucket) -> jax.stages.Lowered:
-        """The bucket's program, for this mesh's devices."""
-        return lower_step(self.model, self.engine, bucket, self._vocab, self.mesh, abstract_like(self._params))
-
     def compile(self, ready: Compiled | None = None, tick: Callable[[Bucket], None] = lambda bucket: None) -> None:
         """Compiles every bucket's program unless they are `ready`, with tick(bucket) after each, and runs each once on
         padding."""

@@ -139,14 +139,15 @@ def test_modules_are_named_so_that_no_other_is_meant(published: Callable, mesh: 
     assert stored["target_parameters"] == [f"mlp.{part}_proj.weight" for part in ("down", "gate", "up")]
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("merge_adapter", [False, True])
-def test_serving_an_adapter_folder(merge_adapter: bool, own: ModelFolder, mesh: Mesh, tmp_path: Path) -> None:
-    """`isthmus serve --model ADAPTER`, with --merge-adapter and without, over two devices."""
+def test_serving_an_adapter_folder(merge_adapter: bool, tp: int, own: ModelFolder, mesh: Mesh, tmp_path: Path) -> None:
+    """`isthmus serve --model ADAPTER`, with --merge-adapter and without, on one device and over two."""
     config, params = with_adapters(own, mesh)
     save_adapter(tmp_path / "adapter", own, config, params)
     model = open_model(tmp_path / "adapter", "float32", merge_adapter=merge_adapter)
     assert bool(model.config.lora.rank) != merge_adapter
-    executor = build_executor(model, ENGINE, MeshShape(tp=2))
+    executor = build_executor(model, ENGINE, MeshShape(tp=tp))
     request = Request("one", [5, 6, 7], SamplingParams(temperature=0), 20)
     play(executor, [Arrival(request)])
     row = next_tokens(config, params, [request.tokens], model.tokenizer.vocab_size)[0]
