@@ -104,6 +104,7 @@ class ModelFolder:
         matrix, quantized if it is to be, as early as that is known; called from several threads. Raises ConfigError or
         CheckpointError for a folder that doesn't hold them.
         """
+        assert not (self.quantize and self.config.scan_layers), "rules speak of single layers"
         quantized = quantizer(self.config, self.quantize)
 
         def change(path: tuple[str, ...], weight: Weight) -> Weight | None:

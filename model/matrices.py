@@ -80,27 +80,23 @@ class Packing:
             if path != ("embedding",) or config.tie_embeddings or isinstance(weight, Quantized):  # else only looked up
                 alike.setdefault(_layout(path, weight, inputs), []).append(path)
         self._paths = list(alike.values())
+        self.places = {path: (n, index) for n, paths in enumerate(self._paths) for index, path in enumerate(paths)}
+        """Of each matrix that is packed: which stack, and where in it"""
         self._stacks: list[Packed | None] = [None] * len(alike)
         self._one_at_a_time = Lock()  # each is packed by all threads of the kernels' own pool
 
-    @property
-    def paths(self) -> list[Path]:
-        """Of the matrices that are packed."""
-        return [path for paths in self._paths for path in paths]
-
     def put(self, path: Path, weight: Weight) -> Weight | None:
         """Packs what is a matrix; gives back what is none."""
-        number = next((number for number, paths in enumerate(self._paths) if path in paths), None)
-        if number is None:
+        if path not in self.places:
             return weight
-        assert not isinstance(weight, Packed)
-        paths, transposed = self._paths[number], path == ("embedding",) and not isinstance(weight, Quantized)
+        assert not isinstance(weight, Packed), "packed already"
+        number, index = self.places[path]
+        transposed = path == ("embedding",) and not isinstance(weight, Quantized)
         with self._one_at_a_time:
             stack = self._stacks[number]
             if stack is None:
-                stack = stack_like(len(paths), weight, self._inputs[path], transposed=transposed)
-            self._stacks[number] = put(stack, paths.index(path), weight, transposed=transposed)
-            jax.block_until_ready(self._stacks[number])
+                stack = stack_like(len(self._paths[number]), weight, self._inputs[path], transposed=transposed)
+            self._stacks[number] = jax.block_until_ready(put(stack, index, weight, transposed=transposed))
         return None
 
     def finish(self, params: Params) -> Params:
@@ -117,7 +113,7 @@ def pack_params(config: ModelConfig, params: Params) -> Params:
     """Packs every matrix. params: unstacked; each matrix is taken out of them, so that its memory is free before the
     next needs some."""
     packing = Packing(config, params)
-    for path in packing.paths:
+    for path in packing.places:
         parent = _parent(params, path)
         parent[path[-1]] = packing.put(path, parent[path[-1]])
     return packing.finish(params)

@@ -45,6 +45,10 @@ class PlanArrays(NamedTuple):
     seed_high: Any
 
 
+SAMPLING = slice(PlanArrays._fields.index("temperature"), len(PlanArrays._fields))
+"""The parts that a request's sampling fills, in the order of `sampling_words`"""
+
+
 @lru_cache(maxsize=256)
 def _layout(bucket: Bucket, pages_per_sequence: int) -> tuple[tuple[slice, tuple[int, ...]], ...]:
     """Where each part lies, and its shape. Kept, because a plan is made every step."""
@@ -66,7 +70,7 @@ def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArra
 
 
 def sampling_words(sampling: SamplingParams) -> np.ndarray:
-    """int32[6]: as the parts from `temperature` on hold them."""
+    """int32[6]: a number for each of the parts SAMPLING."""
     words = np.zeros(6, np.int32)
     words.view(np.float32)[[0, 2, 3]] = sampling.temperature, sampling.top_p, sampling.min_p
     words[1] = sampling.top_k

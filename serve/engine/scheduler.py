@@ -16,8 +16,17 @@ import numpy as np
 
 from serve.engine.config import EngineConfig
 from serve.engine.pages import PagePool, page_key
-from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, sampling_words, split_plan
-from serve.engine.request import FinishReason, Output, Request, SamplingParams
+from serve.engine.plan import (
+    FROM_DEVICE,
+    PADDING,
+    SAMPLING,
+    PlanArrays,
+    StepPlan,
+    plan_size,
+    sampling_words,
+    split_plan,
+)
+from serve.engine.request import FinishReason, Output, Request
 from serve.engine.sampling import BAD_ROW
 
 
@@ -65,7 +74,7 @@ class Scheduler:
         self.counters = Counters()
         self._free_slots = list(range(config.max_sequences))[::-1]
         self._tables = np.zeros((config.max_sequences, config.pages_per_sequence), np.int32)
-        self._sampling = np.zeros((config.max_sequences, len(sampling_words(SamplingParams()))), np.int32)
+        self._sampling = np.zeros((config.max_sequences, SAMPLING.stop - SAMPLING.start), np.int32)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -277,7 +286,7 @@ class Scheduler:
         rows, slots = [row for row, _, _ in draws], [request.slot for _, _, request in draws]
         arrays.sample_token[rows] = [token for _, token, _ in draws]
         arrays.sample_slot[rows] = slots
-        for part, words in zip(arrays[-len(self._sampling.T) :], self._sampling[slots].T, strict=True):
+        for part, words in zip(arrays[SAMPLING], self._sampling[slots].T, strict=True):
             part[rows] = words
         for _, _, request in draws:
             assert request.may_grow, f"{request.id} would draw more than it may have"

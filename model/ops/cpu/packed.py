@@ -127,17 +127,17 @@ def stack_like(matrices: int, matrix: jax.Array | Quantized, inputs: int, *, tra
 
 
 @partial(jax.jit, static_argnames="transposed", donate_argnums=0)
-def put(stack: Packed, index: int | jax.Array, matrix: jax.Array | Quantized, *, transposed: bool = False) -> Packed:
+def put(stack: Packed, index: int, matrix: jax.Array | Quantized, *, transposed: bool = False) -> Packed:
     """The stack, in the same memory, with a matrix at a place of it."""
-    index = jnp.asarray(index, jnp.int32)
+    place = jnp.asarray(index, jnp.int32)
     if isinstance(matrix, Quantized):
         values = matrix.values
     else:
         values = matrix if transposed else matrix.reshape(stack.inputs, stack.outputs)
     out = jax.ShapeDtypeStruct(stack.lines.shape, jnp.uint8)
     call = jax.ffi.ffi_call("isthmus_pack_matrix", out, input_output_aliases={1: 0})
-    lines = call(values, stack.lines, index, transposed=transposed)
-    extra = (was.at[index].set(now) for was, now in zip(stack.extra, _extra(matrix), strict=True))
+    lines = call(values, stack.lines, place, transposed=transposed)
+    extra = (was.at[place].set(now) for was, now in zip(stack.extra, _extra(matrix), strict=True))
     return dataclasses.replace(stack, lines=lines, extra=tuple(extra))
 
 
