@@ -31,7 +31,7 @@ assert Path.home() in path.parents, path
 print("testing", path.name, flush=True)
 # In one process, and whatever a sanitizer says goes straight to the terminal.
 arguments = ["-p", "no:xdist", "--capture=no", "--durations=0", "--durations-min=60"]
-names = ("linear", "attention", "elementwise")
+names = ("linear", "linear_calls", "attention", "elementwise")
 sys.exit(pytest.main([*arguments, *(f"tests/model/ops/test_cpu_{name}.py" for name in names)]))
 PYTHON
 }

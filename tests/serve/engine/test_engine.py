@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import Mesh
 
@@ -245,3 +249,24 @@ def test_a_dead_engine_tells_everybody_and_takes_nothing_new(
     with pytest.raises(EngineDead):
         client.engine.submit(make("d"))
     client.engine.close()
+
+
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_what_the_cache_held_before_reaches_nobody(kernels: bool, cache_dtype: Any, mesh: Mesh) -> None:
+    """With the CPU's kernels it isn't written before it is used, and memory that a process gets may hold anything."""
+    engine = dataclasses.replace(ENGINE, kernels=kernels, cache_dtype=cache_dtype)
+    executor = Executor(CONFIG, engine, random_params(CONFIG, mesh), mesh, CONFIG.vocab_size)
+    executor.compile()
+    texts = []
+    for floating, integer in ((0.0, 0), (float("nan"), 77)):
+
+        def fill(leaf: jax.Array, values: tuple[float, int] = (floating, integer)) -> jax.Array:
+            value = values[leaf.dtype == jnp.int8]
+            return jax.device_put(np.full(leaf.shape, value, leaf.dtype), leaf.sharding)
+
+        executor._cache = jax.tree.map(fill, executor._cache)
+        requests = [make("short", 3), make("long", 19, 10)]
+        play(executor, [Arrival(request) for request in requests])
+        texts.append([request.completion for request in requests])
+    assert texts[0] == texts[1] and [len(text) for text in texts[1]] == [8, 10]
