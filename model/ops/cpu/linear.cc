@@ -22,6 +22,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kBlockLines = 1024;  // of a panel, that every tile passes over before the next
+constexpr int64_t kShare = 12;        // chunks of a product that a thread gets, at least, where there are panels enough
 constexpr int64_t kSoon = 32;          // lines from asking for weights to their use
 // Of some panels' lines: one thread's L2, 1 MB and more where there is AVX-512, holds these and the next.
 constexpr int64_t kBlockBytes = kLanes == 16 ? 256 << 10 : 128 << 10;
@@ -190,7 +191,9 @@ void tile4(const Rows& rows, int index, const Weights& w, const Block& block, in
     }
 #pragma GCC unroll 16
     for (int j = 0; j < NB * kVectors; j++) {
-      Floats scale = load_bf16(scales + j / kVectors * panel_scales + j % kVectors * kLanes);
+      const uint16_t* at = scales + j / kVectors * panel_scales + j % kVectors * kLanes;
+      __builtin_prefetch(at + NB * panel_scales, 0, 2);
+      Floats scale = load_bf16(at);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; m++)
         totals[m][j] = fma(to_floats(total(sums[m][j])), scale * splat(x_scales[m]), totals[m][j]);
@@ -225,15 +228,13 @@ constexpr int panels_for(int mr) {
 }
 
 template <class F, int MR>
-void all_panels(const Rows& rows, int index, const Weights& w, const Block& block, const Block& next, const Out& out) {
+void all_panels(const Rows& rows, int index, const Weights& w, const Block& block, const uint8_t* next, const Out& out) {
   constexpr int kNB = panels_for(MR);
   const int64_t panel_bytes = rows.lines * kLine, lines = block.last_line - block.first_line;
   auto ahead = [&](int64_t panel) -> Ahead {
-    const uint8_t* line = w.lines + panel * panel_bytes;
     if (rows.tiles == 1)  // a single pass: what these panels need next, and at their end what follows them
-      return {line + kSoon * kLine, kLine, lines - kSoon, (kNB - 1) * panel_bytes};
-    line += (next.first_panel - block.first_panel) * panel_bytes + next.first_line * kLine;
-    return {line + lines * index * kLine / rows.tiles, kLine / rows.tiles};
+      return {w.lines + panel * panel_bytes + kSoon * kLine, kLine, lines - kSoon, (kNB - 1) * panel_bytes};
+    return {next + (panel - block.first_panel) * panel_bytes + lines * index * kLine / rows.tiles, kLine / rows.tiles};
   };
   int64_t panel = block.first_panel;
   for (; panel + kNB <= block.last_panel; panel += kNB)
@@ -242,14 +243,15 @@ void all_panels(const Rows& rows, int index, const Weights& w, const Block& bloc
 }
 
 template <class F, int MR = 1>
-void all_panels_of(int size, const Rows& rows, int index, const Weights& w, const Block& block, const Block& next,
+void all_panels_of(int size, const Rows& rows, int index, const Weights& w, const Block& block, const uint8_t* next,
                    const Out& out) {
   if (size == MR) return all_panels<F, MR>(rows, index, w, block, next, out);
   if constexpr (MR < kRows) all_panels_of<F, MR + 1>(size, rows, index, w, block, next, out);
 }
 
+// next: the lines that are wanted after the block's, of as many panels.
 template <class F>
-void all_tiles(const Rows& rows, const Weights& w, const Block& block, const Block& next, const Out& out) {
+void all_tiles(const Rows& rows, const Weights& w, const Block& block, const uint8_t* next, const Out& out) {
   for (int index = 0; index < rows.tiles; index++)
     all_panels_of<F>(rows.size(index), rows, index, w, block, next, out);
 }
@@ -258,32 +260,34 @@ void all_tiles(const Rows& rows, const Weights& w, const Block& block, const Blo
 struct Product {
   Weights weights;
   Out out;
-  int64_t chunks = 0;  // parts that threads take
+  int64_t width = 0, chunks = 0;  // panels of a chunk, which one thread takes, and how many there are
 };
 
+// As many panels a chunk as L2 holds and leave every thread its share, in steps of what the smallest tile takes at a time.
+void divide(Product& product, const Rows& rows, int64_t depth) {
+  const int64_t panels = product.weights.padded / kPanel, step = panels_for(rows.size(0));
+  const int64_t most = rows.tiles == 1 ? panels : kBlockBytes / (depth * kLine);
+  product.width = std::max(step, std::min(most, panels / (kShare * Pool::get().threads())) / step * step);
+  product.chunks = (panels + product.width - 1) / product.width;
+}
+
+// Chunks are taken in turns. Says which of `chunks` it is, so that every thread goes through memory of its own in order.
+int64_t in_order(int64_t chunk, int64_t chunks) {
+  const int64_t threads = Pool::get().threads(), thread = chunk % threads;
+  return thread * (chunks / threads) + std::min(thread, chunks % threads) + chunk / threads;
+}
+
 template <class F>
-void part(const Rows& rows, const Product& product, int64_t chunk) {
-  const int64_t panels = product.weights.padded / kPanel, lines = rows.lines;
-  const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
-  // As many panels as L2 holds and leave every thread its share, in steps of what the smallest tile takes at a time.
-  const int64_t step = panels_for(rows.size(0));
-  const int64_t most = rows.tiles == 1 ? step : kBlockBytes / (depth * kLine), share = panels / product.chunks;
-  const int64_t width = std::max(step, std::min(most, share) / step * step);
-  const int64_t groups = (panels + width - 1) / width;
-  const int64_t end = std::min(panels, groups * (chunk + 1) / product.chunks * width);
+void part(const Rows& rows, const Product& product, int64_t depth, int64_t chunk) {
+  const int64_t panels = product.weights.padded / kPanel, lines = rows.lines, width = product.width;
   thread_local std::vector<float> sums;
   if (depth < lines) sums.resize(std::max<size_t>(sums.size(), rows.rows * width * kPanel));
-  Block block{0, depth, groups * chunk / product.chunks * width, 0, sums.data(), width * kPanel};
-  block.last_panel = std::min(end, block.first_panel + width);
-  while (block.first_panel < end) {
-    Block next = block;
-    next.first_line = block.last_line, next.last_line = std::min(lines, block.last_line + depth);
-    if (block.last_line == lines) {
-      next.first_line = 0, next.last_line = depth;
-      next.first_panel = block.last_panel, next.last_panel = std::min(end, block.last_panel + width);
-    }
+  const int64_t first = in_order(chunk, product.chunks) * width, last = std::min(panels, first + width);
+  for (int64_t line = 0; line < lines; line += depth) {
+    const Block block{line, std::min(lines, line + depth), first, last, sums.data(), width * kPanel};
+    const bool ends = block.last_line == lines;
+    const uint8_t* next = product.weights.lines + ((ends ? last : first) * lines + (ends ? 0 : block.last_line)) * kLine;
     all_tiles<F>(rows, product.weights, block, next, product.out);
-    block = next;
   }
 }
 
@@ -297,16 +301,13 @@ void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<P
       for (const Product& p : products) p.out.clear(row);
   if (places.empty()) return;
   const Rows rows = pack<F>(x, std::move(places), inputs, lines);
-  int64_t panels = 0, chunks = 0;
-  for (const Product& p : products) panels += p.weights.padded / kPanel;
-  for (Product& p : products) {  // of about the same size
-    p.chunks = std::max<int64_t>(1, p.weights.padded / kPanel * 6 * Pool::get().threads() / panels);
-    chunks += p.chunks;
-  }
+  const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
+  int64_t chunks = 0;
+  for (Product& p : products) divide(p, rows, depth), chunks += p.chunks;
   Pool::get().run(chunks, [&](int64_t chunk) {
     size_t i = 0;
     while (chunk >= products[i].chunks) chunk -= products[i++].chunks;
-    part<F>(rows, products[i], chunk);
+    part<F>(rows, products[i], depth, chunk);
   });
 }
 

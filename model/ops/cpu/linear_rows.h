@@ -46,8 +46,7 @@ float largest(const X* x, int64_t first, int64_t last) {
     tops = max(tops, (Floats)((Words)value & 0x7fffffffu));
     probes += value * splat(0.f);  // NaN once a number is not finite
   }
-  float top = 0, probe = sum(probes);
-  for (int lane = 0; lane < kLanes; lane++) top = std::max(top, tops[lane]);
+  float top = largest(tops), probe = sum(probes);
   for (; i < last; i++) {
     top = std::max(top, std::fabs(number(x, i)));
     probe += number(x, i) * 0;
@@ -75,10 +74,11 @@ void quantize(const X* x, int64_t first, int64_t last, int8_t* to, float* scale)
 
 // What a sum of (nibble - 8) * x starts with, as the bits of a lane of RunSum.
 inline uint32_t start_of(const int8_t* x, int run) {
-  int sums[2] = {0, 0};
-  for (int i = 0; i < run; i++) sums[i / 2 % 2] -= 8 * x[i];
-  if (sizeof(RunSum{}[0]) == 2) return uint32_t(uint16_t(sums[0])) | uint32_t(uint16_t(sums[1])) << 16;
-  return uint32_t(sums[0] + sums[1]);
+  int all = 0, odd = 0;
+  for (int i = 0; i < run; i++) all += x[i];
+  if (sizeof(RunSum{}[0]) == 4) return uint32_t(-8 * all);
+  for (int i = 2; i < run; i += 4) odd += x[i] + x[i + 1];  // shorts: the pairs that are added to the high ones
+  return uint32_t(uint16_t(-8 * (all - odd))) | uint32_t(uint16_t(-8 * odd)) << 16;
 }
 
 template <class F, class X>
@@ -97,9 +97,10 @@ void pack_row(Rows& rows, const X* x, int64_t row, int tile) {
           to[(2 * line) * size] = uint16_t(int16_t(b[0])) | uint32_t(uint16_t(int16_t(b[2]))) << 16;
           to[(2 * line + 1) * size] = uint16_t(int16_t(b[1])) | uint32_t(uint16_t(int16_t(b[3]))) << 16;
         } else {
-          uint32_t word = 0;
-          for (int i = 0; i < 4; i++) word |= uint32_t(uint8_t(b[i] + F::kOffset)) << 8 * i;
-          to[line * size] = word;
+          static_assert(F::kOffset == 0 || F::kOffset == 128);
+          uint32_t word;
+          std::memcpy(&word, b, 4);
+          to[line * size] = word ^ F::kOffset * 0x01010101u;
         }
       }
     } else {
@@ -115,11 +116,12 @@ void pack_row(Rows& rows, const X* x, int64_t row, int tile) {
     for (int64_t k = 0; k < rows.lines * F::kNumbers; k++) to[k * size] = k < inputs ? bits(number(x, k)) : 0;
   } else {
     static_assert(F::kNumbers == 2);
-    for (int64_t line = 0; line < rows.lines; line++) {
-      uint32_t low = to_bf16(number(x, 2 * line));
-      uint32_t high = 2 * line + 1 < inputs ? to_bf16(number(x, 2 * line + 1)) : 0;
-      to[line * size] = low | high << 16;
-    }
+    auto half = [](X number) -> uint32_t {
+      if constexpr (std::is_same_v<X, uint16_t>) return number;
+      else return to_bf16(number);
+    };
+    for (int64_t line = 0; line < inputs / 2; line++) to[line * size] = half(x[2 * line]) | half(x[2 * line + 1]) << 16;
+    if (inputs % 2) to[inputs / 2 * size] = half(x[inputs - 1]);
   }
 }
 
@@ -145,7 +147,7 @@ Rows pack(const X* x, std::vector<int64_t> places, int64_t inputs, int64_t lines
     for (int64_t row = rows.first(int(tile)); row < rows.first(int(tile) + 1); row++)
       pack_row<F>(rows, x + rows.places[row] * inputs, row, int(tile));
   };
-  if (count * inputs < 1 << 15)
+  if (count * inputs < 1 << 13)
     for (int tile = 0; tile < rows.tiles; tile++) task(tile);
   else
     Pool::get().run(rows.tiles, task);

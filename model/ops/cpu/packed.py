@@ -121,7 +121,7 @@ def stack_like(matrices: int, matrix: jax.Array | Quantized, inputs: int, *, tra
         columns = (matrices, panels * PANEL)
         extra = (jnp.zeros(columns, jnp.float32), jnp.zeros(columns, jnp.int32))
     if isinstance(matrix, Quantized) and kind == "int4":
-        extra = (jnp.zeros((matrices, panels, matrix.scales.shape[0], PANEL), jnp.bfloat16),)
+        extra = (allocate((matrices, panels, matrix.scales.shape[0], PANEL), "bfloat16"),)
     shape = (matrices, panels, math.ceil(padded / NUMBERS[kind]), 64)
     return Packed(allocate(shape, "uint8"), extra, None, kind, inputs, outputs)
 
