@@ -16,6 +16,7 @@ from benchmarks.peers.protocol import check, cores
 from benchmarks.workload import PlannedRequest
 from model.compilation import enable_compilation_cache
 from model.matrices import place_matrices
+from model.memory import keep_heap
 from model.ops.cpu.packed import Packed
 from model.sharding import MeshShape
 from serve.engine.build import build_engine, open_model
@@ -188,6 +189,7 @@ class EngineChild:
 
 
 def main() -> None:
+    keep_heap()  # as the command `isthmus` does, and so `isthmus serve`
     child = EngineChild()
     answer({"load": child.load, "prefill": child.prefill, "decode": child.decode, "closed": child.closed})
 
