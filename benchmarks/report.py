@@ -13,7 +13,7 @@ from benchmarks.plots import plot_peers, plot_rates, plot_steps
 from benchmarks.record import Record, load_all
 from benchmarks.stacks import STACKS
 from benchmarks.statistics import median, number, percentiles
-from benchmarks.versus_serve import LATENCY_HEAD, engine_lines, latency_rows
+from benchmarks.versus_serve import LATENCY_HEAD, engine_lines, latency_rows, start_line
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _run_facts(pieces: Sequence[dict[str, Any]]) -> str:
         for key in ("bandwidth", "flops")
     )
     text = (
-        f"Measured in runs with both sides in each ({len(pieces)}). Before and after: {bandwidth} GB/s, and {flops} "
+        f"Measured in runs with both sides in each ({len(pieces)}). Between: {bandwidth} GB/s, and {flops} "
         f"GFLOP/s of a matrix product. {'; '.join(sorted(versions))}."
     )
     failed = [f"- {name}, {where}: `{message.splitlines()[0][:200]}`" for name, where, message in errors(pieces)]
@@ -252,7 +252,7 @@ def _peer_servers(record: Record) -> str:
         "without prefix caches; Poisson arrivals, or so many streams always in flight. Completed tokens a second.",
         _ratios(record),
         table(LATENCY_HEAD, latency_rows(pieces)),
-        "\n".join(f"- {line}" for piece in pieces for line in engine_lines(piece)),
+        "\n".join(f"- {line}" for piece in pieces for line in (*engine_lines(piece), start_line(piece))),
         _run_facts(pieces),
     ]
     return "\n\n".join(part for part in parts if part)

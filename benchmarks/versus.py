@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class PeersBench:
     repetition every cell is run by every stack, in an order that rotates. All have loaded the model first and warmed
     up; who waits sleeps, which is measured. Tokens a second are medians over the repetitions, and the ratio is against
     the fastest stack that stores weights in as many bits. Bandwidth and the peak of a matrix product are measured
-    before and after.
+    before and after each repetition.
     """
 
     model: Path = Path("models/125m")
@@ -228,20 +229,22 @@ def machine_limits() -> dict[str, float]:
 
 def shares(piece: Piece, config: ModelConfig) -> dict[str, dict[str, float]]:
     """By cell and stack: decoding one sequence, what it reads of weights at the bandwidth; a prompt, its FLOPs at the
-    peak."""
-    limits = {name: max(side[name] for side in piece["limits"]) for name in ("bandwidth", "flops")}
+    peak. Medians of the repetitions, each against the more that was measured of before and after it."""
     found: dict[str, dict[str, float]] = {}
     for cell, rates in piece["rates"].items():
         what, count = parse_cell(cell)
         if what == "decode" and count > 1:
             continue
+        limit = "bandwidth" if what == "decode" else "flops"
+        limits = [max(before[limit], after[limit]) for before, after in pairwise(piece["limits"])]
         found[cell] = {}
         for name, values in rates.items():
             if what == "decode":
-                found[cell][name] = median(values) * piece["stacks"][name]["weight_bytes"] / limits["bandwidth"]
+                needs = piece["stacks"][name]["weight_bytes"]
             else:
-                flops = cost(config, Workload(0, 0, (count,))).flops
-                found[cell][name] = median(values) / count * flops / limits["flops"]
+                needs = cost(config, Workload(0, 0, (count,))).flops / count
+            # A stack that fails in a cell is not asked again there, so its values are those of the first repetitions.
+            found[cell][name] = median([rate * needs / most for rate, most in zip(values, limits, strict=False)])
     return found
 
 
@@ -251,7 +254,7 @@ def run(bench: PeersBench, console: Console) -> Record:
     machine = describe()
     config = open_folder(bench.model).config
     stacks = chosen(bench.stacks)
-    before = machine_limits()
+    limits = [machine_limits()]
     total = len(stacks) * (1 + len(bench.cells) * (1 + bench.repeats))
     with (
         tempfile.TemporaryDirectory(prefix="isthmus-bench-") as name,
@@ -264,9 +267,10 @@ def run(bench: PeersBench, console: Console) -> Record:
         piece.warm_up()
         for turn in range(bench.repeats):
             piece.repeat(turn)
+            limits.append(machine_limits())
             if not console.is_terminal:
                 console.print(f"repetition {turn + 1} of {bench.repeats}", highlight=False)
-        measured = _piece(bench, piece, machine, [before, machine_limits()], config)
+        measured = _piece(bench, piece, machine, limits, config)
     if not any(measured["rates"].values()):
         raise BenchError("every stack failed; see above")
     asked = dataclasses.asdict(bench)

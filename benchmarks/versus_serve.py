@@ -323,7 +323,7 @@ def show(record: Record, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for piece in pieces:
-        for line in engine_lines(piece):
+        for line in (*engine_lines(piece), start_line(piece)):
             console.print(line, highlight=False)
     show_spinning(pieces[-1], console)
     for name, where, message in errors(pieces):
@@ -336,3 +336,8 @@ def engine_lines(piece: Piece) -> list[str]:
         f"its engine's when {piece['streams']} sequences only decode"
         for name, found in piece["served_of_engine"].items()
     ]
+
+
+def start_line(piece: Piece) -> str:
+    ready = (f"{name} {facts['seconds']:.1f} s" for name, facts in piece["stacks"].items())
+    return f"From the command to the first health check that passed: {', '.join(ready)}"

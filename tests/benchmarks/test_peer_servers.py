@@ -169,7 +169,7 @@ def test_the_report_shows_latencies_and_what_serving_costs(tmp_path: Path) -> No
     rates = {"closed32": {"isthmus-bf16": [90.0], "llama-bf16": [60.0]}}
     piece = {
         "limits": [{"bandwidth": 1e10, "flops": 1e11}],
-        "stacks": {"isthmus-bf16": {"version": "v1"}, "llama-bf16": {"version": "v2"}},
+        "stacks": {"isthmus-bf16": {"version": "v1", "seconds": 7.25}, "llama-bf16": {"version": "v2", "seconds": 1.5}},
         "errors": {},
         "rates": rates,
         "served": {"closed32": {name: figures for name in rates["closed32"]}},
@@ -186,3 +186,4 @@ def test_the_report_shows_latencies_and_what_serving_costs(tmp_path: Path) -> No
     assert "| 32 streams | 16 bits | 90 | llama-bf16 | 60 | 1.50 |" in text
     assert "| 32 streams | llama-bf16 | 2 | 0 | 500 / 500 | 750 / 995 |" in text
     assert "90.0% of its engine's throughput with the same requests, 50.0%" in text
+    assert "passed: isthmus-bf16 7.2 s, llama-bf16 1.5 s" in text

@@ -18,7 +18,7 @@ from benchmarks.report import write_report
 from benchmarks.stacks import STACKS, Installed, chosen, load_question
 from benchmarks.versus import PeersBench, amount, cell_tokens, parse_cell, room
 from commands import bench as command
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
 from serve.engine.request import FinishReason, Output, Request, SamplingParams
 
 QUIET = Console(quiet=True)
@@ -182,6 +182,14 @@ def test_decoding_is_timed_from_everybodys_first_token() -> None:
     failed = _Steps(2, 5)
     failed.take([Output(requests[0], None, FinishReason.ERROR)])
     assert failed.error == "a request failed"
+
+
+def test_shares_are_of_what_the_machine_gave_at_the_time() -> None:
+    """A host that gives half its speed for a while must not make a stack look twice or half as good."""
+    rates = {"decode1": {"isthmus-bf16": [80.0, 40.0, 90.0], "llama-bf16": [50.0]}, "decode8": {"isthmus-bf16": [1.0] * 3}}
+    limits = [{"bandwidth": 10.0 * x, "flops": 1.0} for x in (100, 50, 50, 100)]
+    found = versus.shares(_piece(rates, limits=limits), ModelConfig())
+    assert found == {"decode1": {"isthmus-bf16": pytest.approx(0.8), "llama-bf16": pytest.approx(0.5)}}
 
 
 def test_the_report_shows_ratios_rates_and_failures(tmp_path: Path) -> None:
