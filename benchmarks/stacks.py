@@ -26,8 +26,8 @@ class Stack:
     """Of the weights, as the result names it"""
     dtype: str
     """As the engine's `load` takes it"""
-    weights: Literal["16 bits", "8 bits", "4 bits", ""]
-    """Its class, which float32 of engines that are slow in bfloat16 belongs to. Empty: it is shown and not compared"""
+    weights: Literal["16 bits", "8 bits", "4 bits"]
+    """Its class, which float32 of engines that are slow in bfloat16 belongs to"""
     bytes_per_weight: float
     """Nominally: a file may keep some tensors in a wider type"""
     quantize: Literal["none", "int8", "int4"] = "none"
@@ -45,7 +45,7 @@ STACKS = {
         Stack("isthmus", "int8", "bfloat16", "8 bits", 1, "int8"),
         Stack("isthmus", "int4", "bfloat16", "4 bits", 0.5, "int4"),
         Stack("llama", "bf16", "bfloat16", "16 bits", 2),
-        Stack("llama", "f16", "float16", "", 2),
+        Stack("llama", "f16", "float16", "16 bits", 2),
         Stack("llama", "q8_0", "q8_0", "8 bits", 34 / 32),
         Stack("llama", "q4_0", "q4_0", "4 bits", 18 / 32),
         Stack("vllm", "bf16", "bfloat16", "16 bits", 2),
