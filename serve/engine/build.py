@@ -16,6 +16,7 @@ from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype, free_memory
 from model.matrices import Packing, pack_params
+from model.memory import release_heap
 from model.quantization import SCHEMES, quantize_params, weight_bytes
 from model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
 from model.transformer import Params, abstract_params, kept_dtype
@@ -128,6 +129,7 @@ def build_executor(
             cancelled = True
             raise
         programs = compile_all(abstract_like(params)) if ready is None else ready.result()
+    release_heap()
     tick("warming up")
     executor.compile(programs)
     return executor
