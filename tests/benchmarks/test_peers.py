@@ -186,7 +186,7 @@ def test_decoding_is_timed_from_everybodys_first_token() -> None:
 
 def test_shares_are_of_what_the_machine_gave_at_the_time() -> None:
     """A host that gives half its speed for a while must not make a stack look twice or half as good."""
-    rates = {"decode1": {"isthmus-bf16": [80.0, 40.0, 90.0], "llama-bf16": [50.0]}, "decode8": {"isthmus-bf16": [1.0] * 3}}
+    rates = {"decode1": {"isthmus-bf16": [80.0, 40.0, 90.0], "llama-bf16": [50.0]}, "decode8": {"llama-bf16": [1.0]}}
     limits = [{"bandwidth": 10.0 * x, "flops": 1.0} for x in (100, 50, 50, 100)]
     found = versus.shares(_piece(rates, limits=limits), ModelConfig())
     assert found == {"decode1": {"isthmus-bf16": pytest.approx(0.8), "llama-bf16": pytest.approx(0.5)}}
