@@ -219,8 +219,8 @@ def _run_facts(pieces: Sequence[dict[str, Any]]) -> str:
         for key in ("bandwidth", "flops")
     )
     text = (
-        f"Measured in runs with both sides in each ({len(pieces)}). Between: {bandwidth} GB/s, and {flops} "
-        f"GFLOP/s of a matrix product. {'; '.join(sorted(versions))}."
+        f"Measured in runs with both sides in each ({len(pieces)}), while the machine gave {bandwidth} GB/s, and "
+        f"{flops} GFLOP/s of a matrix product. {'; '.join(sorted(versions))}."
     )
     failed = [f"- {name}, {where}: `{message.splitlines()[0][:200]}`" for name, where, message in errors(pieces)]
     return text + ("\n\nDid not run:\n\n" + "\n".join(failed) if failed else "")

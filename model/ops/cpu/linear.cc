@@ -22,7 +22,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kBlockLines = 1024;  // of a panel, that every tile passes over before the next
-constexpr int64_t kShare = 12;        // chunks of a product that a thread gets, at least, where there are panels enough
+constexpr int64_t kShare = 12;         // chunks of a product that a thread gets, at least, where there are panels enough
 constexpr int64_t kSoon = 32;          // lines from asking for weights to their use
 // Of some panels' lines: one thread's L2, 1 MB and more where there is AVX-512, holds these and the next.
 constexpr int64_t kBlockBytes = kLanes == 16 ? 256 << 10 : 128 << 10;

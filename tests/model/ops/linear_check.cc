@@ -2,20 +2,12 @@
 // when one is wrong.
 #include "linear.cc"
 
-#include <sched.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <random>
 
-#if defined(__linux__)
-// In the place of libc's: three CPUs, however many there are, so that chunks don't divide evenly among threads.
-extern "C" int sched_getaffinity(pid_t, size_t size, cpu_set_t* set) noexcept {
-  CPU_ZERO_S(size, set);
-  for (int cpu = 0; cpu < 3; cpu++) CPU_SET_S(cpu, size, set);
-  return 0;
-}
-#endif
+#define CPUS 3  // chunks don't divide evenly among these threads
+#include "some_cpus.h"
 
 namespace {
 

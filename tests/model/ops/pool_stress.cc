@@ -1,7 +1,5 @@
 // Calls the kernels' pool from several threads: every task must run exactly once, and what it writes, which no atomic
 // guards, must be seen by its caller. Exits with 1 otherwise.
-#include <sched.h>
-
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -10,14 +8,8 @@
 
 #include "pool.h"
 
-#if defined(__linux__)
-// In the place of libc's: four CPUs, however many there are.
-extern "C" int sched_getaffinity(pid_t, size_t size, cpu_set_t* set) noexcept {
-  CPU_ZERO_S(size, set);
-  for (int cpu = 0; cpu < 4; cpu++) CPU_SET_S(cpu, size, set);
-  return 0;
-}
-#endif
+#define CPUS 4
+#include "some_cpus.h"
 
 namespace {
 
