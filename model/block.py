@@ -10,7 +10,7 @@ from flax import nnx
 
 from model.config import LayerKind, ModelConfig
 from model.experts import Mixture
-from model.layers import MLP, Attend, Attention, Cache, LatentAttention, RMSNorm
+from model.layers import MLP, STREAM, Attend, Attention, Cache, LatentAttention, RMSNorm
 from model.rotary import Angles
 from model.sharding import shard
 
@@ -21,27 +21,29 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> None:
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
 
-        def norm(wanted: bool) -> RMSNorm | None:
+        def norm(wanted: bool, dtype: str) -> RMSNorm | None:
             offset = config.norm_offset
-            return RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=offset) if wanted else None
+            return RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=offset, dtype=dtype) if wanted else None
 
-        self.attention_norm = norm(before)
+        self.attention_norm = norm(before, config.dtype)
         self.attention = LatentAttention(config, rngs) if config.latent.rank else Attention(config, rngs)
-        self.attention_out_norm = norm(after)
-        self.mlp_norm = norm(before)
+        self.attention_out_norm = norm(after, STREAM)
+        self.mlp_norm = norm(before, config.dtype)
         self.mlp = Mixture(config, rngs) if kind.sparse else MLP(config, config.mlp_dim, rngs)
-        self.mlp_out_norm = norm(after)
-        self.experts = config.mixture.experts
+        self.mlp_out_norm = norm(after, STREAM)
+        self.experts, self.dtype = config.mixture.experts, config.dtype
         for path in config.adapted(kind):
             attrgetter(path.replace("/", "."))(self).add_adapter(config.lora.rank, config.lora.alpha, rngs)
 
     def __call__(
         self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """The stream, the cache, and the experts' load: float32[1, experts], or [0, experts] of a dense layer."""
-        out, cache = self.attention(_normalized(self.attention_norm, x), kind, angles, layer, attend, cache)
+        """The stream x, float32[..., dim], the cache, and the experts' load: float32[1, experts], or [0, experts] of a
+        dense layer."""
+        inner = _normalized(self.attention_norm, x).astype(self.dtype)
+        out, cache = self.attention(inner, kind, angles, layer, attend, cache)
         x = shard(x + _normalized(self.attention_out_norm, out), "residual")
-        inner = _normalized(self.mlp_norm, x)
+        inner = _normalized(self.mlp_norm, x).astype(self.dtype)
         load = jnp.zeros((0, self.experts), jnp.float32)
         if isinstance(self.mlp, Mixture):
             out, expert_load = self.mlp(inner)

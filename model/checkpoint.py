@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from model import quantization
 from model.config import ConfigError, ModelConfig
+from model.ops.rounding import narrowed
 from model.sharding import use_mesh
 from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, unstack_blocks
 
@@ -123,11 +124,12 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None
 
 
 def serving_layout(config: ModelConfig, mesh: Mesh, dtype: str | None) -> Callable[[Params], Params]:
-    """Turns stacked float32 parameters into what serving reads each step, cast once."""
+    """Turns stacked float32 parameters into what serving reads each step: the very numbers that training in `dtype`
+    multiplies by."""
 
     def convert(params: Params) -> Params:
         params = params if config.scan_layers else unstack_blocks(params)
-        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(kept_dtype(path, dtype)), params)
+        return jax.tree_util.tree_map_with_path(lambda path, x: narrowed(x, kept_dtype(path, dtype)), params)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
 

@@ -67,10 +67,10 @@ class Mixture(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The output, as x [..., dim], and each expert's load: float32[experts], tokens that went to it."""
+        """The output, float32[..., dim], and each expert's load: float32[experts], tokens that went to it."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, experts = self.router(tokens)
-        out = self._experts(tokens, weights, experts).reshape(x.shape).astype(x.dtype)
+        out = self._experts(tokens, weights, experts).reshape(x.shape)
         load = jnp.zeros(self.config.mixture.experts, jnp.float32).at[experts.reshape(-1)].add(1.0)
         return (out if self.shared is None else out + self.shared(x)), load
 

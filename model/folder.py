@@ -23,6 +23,7 @@ from model.huggingface.families import Family, read_config
 from model.huggingface.fields import Fields
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
+from model.ops.rounding import narrowed
 from model.quantization import quantizer
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
@@ -132,7 +133,7 @@ class ModelFolder:
 
         def place(path: tuple, array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             kept = "float32" if merge else kept_dtype(path, dtype)
-            return jax.device_put(array.astype(kept), leaf.sharding)
+            return jax.device_put(narrowed(array, kept), leaf.sharding)
 
         placed = jax.tree_util.tree_map_with_path(place, adapters, abstract)
         params = lora.join(base.load_params(mesh, dtype, tick), placed)

@@ -1,7 +1,8 @@
 """The parts of a block: projection, norm, attention, gated MLP.
 
 Every layer takes activations with any leading axes ([batch, seq] in training, [tokens] in serving) and computes in
-the activations' dtype with float32 accumulation.
+the activations' dtype with float32 accumulation. The residual stream is float32 whatever that dtype is: what a block
+adds to it is not rounded, and its norms round what they read of it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ scoring is static; sinks: float32[heads] or None; see model/ops/attention.py. Tr
 cache of None, serving attention over the paged cache.
 """
 
+STREAM = "float32"
+"""The residual stream's dtype: it is a sum over all layers, forwards and backwards."""
+
 INIT_STD = 0.02
 NORMAL = nnx.initializers.normal(INIT_STD)
 
@@ -59,7 +63,9 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         std: float = INIT_STD,
+        dtype: str | None = None,
     ) -> None:
+        """dtype: of the output; None is the input's."""
         shape = (*inputs.values(), *outputs.values())
         self.axes = (*inputs, *outputs)
         self.kernel = parameter(rngs, shape, self.axes, nnx.initializers.normal(std))
@@ -68,6 +74,7 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
         self.lora_scale = 0.0
+        self.dtype = dtype
 
     def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
         """Adds alpha / rank * (x @ lora_a[*inputs, rank]) @ lora_b[rank, *outputs] to the output: nothing at first,
@@ -83,20 +90,20 @@ class Linear(nnx.Module):
         return project(x, self)[0]
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """With what is added to the product with the kernel, [..., *outputs]; in x's dtype."""
+        """With what is added to the product with the kernel, [..., *outputs]; in the output's dtype."""
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
             hidden = linear(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
             out = out + self.lora_scale * linear(hidden, self.lora_b[...], self.outputs)
-        return out.astype(x.dtype)
+        return out.astype(self.dtype or x.dtype)
 
 
 def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
-    """layer(x) of each of the layers, which have the same inputs."""
+    """layer(x) of each of the layers, which have the same inputs and give the same dtype."""
     weights = [(layer.kernel.get_value(), layer.outputs) for layer in layers]
     plain = all(layer.bias is None and layer.lora_a is None for layer in layers)
-    products = linears(x, weights, layers[0].inputs, dtype=x.dtype if plain else jnp.float32)
+    products = linears(x, weights, layers[0].inputs, dtype=(layers[0].dtype or x.dtype) if plain else jnp.float32)
     return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
 
 
@@ -111,13 +118,16 @@ class HeadLinear(Linear):
 class RMSNorm(nnx.Module):
     """model/ops/norm.py's, with a learned scale."""
 
-    def __init__(self, size: int, axis: str, eps: float, rngs: nnx.Rngs, *, offset: float = 0.0) -> None:
+    def __init__(
+        self, size: int, axis: str, eps: float, rngs: nnx.Rngs, *, offset: float = 0.0, dtype: str | None = None
+    ) -> None:
+        """dtype: of the output; None is the input's."""
         start = nnx.initializers.constant(1 - offset)
         self.scale = parameter(rngs, (size,), (axis,), start)
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset, self.dtype = eps, offset, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.eps, self.offset)
+        return rms_norm(x, self.scale[...], self.eps, self.offset, self.dtype)
 
 
 class Attention(nnx.Module):
@@ -130,7 +140,7 @@ class Attention(nnx.Module):
         self.query = Linear(embed, heads, rngs, bias=bias)
         self.key = Linear(embed, kv_heads, rngs, bias=bias)
         self.value = Linear(embed, kv_heads, rngs, bias=bias)
-        self.out = Linear(heads, embed, rngs, bias=config.attention_out_bias, std=out_std)
+        self.out = Linear(heads, embed, rngs, bias=config.attention_out_bias, std=out_std, dtype=STREAM)
         self.query_norm = self._norm(config, config.heads, rngs)
         self.key_norm = self._norm(config, config.kv_heads, rngs)
         self.sinks = parameter(rngs, (config.heads,), ("heads",)) if config.attention_sinks else None
@@ -185,7 +195,7 @@ class LatentAttention(nnx.Module):
         self.key = HeadLinear(rank, {**heads, "head_dim": latent.nope_dim}, rngs)
         self.value = HeadLinear(rank, {**heads, "head_dim": latent.value_dim}, rngs)
         out = {**heads, "head_dim": latent.value_dim}
-        self.out = Linear(out, embed, rngs, std=INIT_STD / math.sqrt(2 * config.layers))
+        self.out = Linear(out, embed, rngs, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM)
         self.rank, self.nope_dim = latent.rank, latent.nope_dim
         self.scale = config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5
 
@@ -219,7 +229,7 @@ class MLP(nnx.Module):
         embed, mlp, bias = {"embed": config.dim}, {"mlp": width}, config.mlp_bias
         self.gate = Linear(embed, mlp, rngs, bias=bias)
         self.up = Linear(embed, mlp, rngs, bias=bias)
-        self.down = Linear(mlp, embed, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers))
+        self.down = Linear(mlp, embed, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM)
         self.activation, self.limit = config.activation, config.activation_limit
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from model.config import LoraConfig, ModelConfig
 from model.huggingface.adapters import load_adapter, save_adapter
+from model.ops.rounding import narrowed
 from model.transformer import Params
 
 __all__ = ["LEAVES", "is_adapter", "join", "load_adapter", "merge", "save_adapter", "split"]
@@ -53,8 +54,8 @@ def join(base: Params, adapters: Params) -> Params:
 
 
 def merge(config: ModelConfig, params: Params, *, donate: bool = False) -> tuple[ModelConfig, Params]:
-    """The same network without adapters: each kernel + alpha / rank * a·b, computed in float32 and cast back to the
-    kernel's dtype, in the kernel's sharding.
+    """The same network without adapters: each kernel + alpha / rank * a·b, computed in float32 and rounded to the
+    kernel's dtype so that what is less than its steps isn't lost, in the kernel's sharding.
 
     params: in the layout of `config`. donate: gives the kernels that are adapted away, so that no second copy is made.
     """
@@ -93,4 +94,4 @@ def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: Any, *, s
         return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")
 
     added = scale * (jax.vmap(product) if stacked else product)(a, b)
-    return (kernel.astype(jnp.float32) + added).astype(kernel.dtype)
+    return narrowed(kernel.astype(jnp.float32) + added, kernel.dtype)

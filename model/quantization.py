@@ -17,6 +17,7 @@ from model.config import ConfigError, ModelConfig
 from model.matrices import as_matrix, matrix_inputs, replace_matrices
 from model.ops.linear import Weight
 from model.ops.quantized import Bits, Quantized, quantize
+from model.ops.rounding import narrowed
 from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
 
 SCHEMES: dict[str, tuple[str, ...]] = {
@@ -195,7 +196,7 @@ def restored(config: ModelConfig, params: Params, dtype: str | None) -> Params:
     `dtype`, in the layout of `config`."""
 
     def cast_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if is_part(path) else leaf.astype(kept_dtype(path, dtype))
+        return leaf if is_part(path) else narrowed(leaf, kept_dtype(path, dtype))
 
     params = jax.tree_util.tree_map_with_path(cast_leaf, params)
     return from_arrays(unstack_blocks(params))

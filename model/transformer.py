@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from model.block import Block
 from model.compilation import same_bits
 from model.config import LayerKind, ModelConfig
-from model.layers import Attend, Cache, RMSNorm, parameter
+from model.layers import STREAM, Attend, Cache, RMSNorm, parameter
 from model.ops.linear import linear, lookup, unembed
 from model.rotary import Angles, rotary_angles
 from model.sharding import named_sharding, shard, use_mesh
@@ -43,7 +43,7 @@ class Transformer(nnx.Module):
             self.blocks = nnx.Dict({run_name(run): _stacked_blocks(config, run, rngs) for run in runs(config)})
         else:
             self.blocks = nnx.List([Block(config, kind, rngs) for kind in config.layer_kinds])
-        self.norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=config.norm_offset)
+        self.norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=config.dtype)
         self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], ("embed", "vocab"))
 
     def __call__(
@@ -71,9 +71,9 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """As a call, with the load of the experts: float32[sparse layers, experts], tokens that each one got."""
         config = self.config
-        x = lookup(self.embedding.get_value(), tokens, config.dim, config.dtype)
+        x = lookup(self.embedding.get_value(), tokens, config.dim, STREAM)
         if config.embedding_scale != 1:
-            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+            x = x * jnp.asarray(config.embedding_scale, config.dtype).astype(STREAM)
         x = shard(x, "residual")
         x, cache, loads = self._run_blocks(x, rotary_angles(config, positions, long), attend, cache)
         return self.norm(x), cache, jnp.concatenate(loads)

@@ -16,8 +16,9 @@ from model.experts import balanced
 from model.layers import Attend
 from model.ops import attention
 from model.ops.attention import Scoring
+from model.ops.rounding import narrowed
 from model.sharding import partition_spec, use_mesh
-from model.transformer import Params, abstract_params, bind, init_params
+from model.transformer import Params, abstract_params, bind, init_params, kept_dtype
 from train.data import Batch
 from train.optimizer import abstract_optimizer
 
@@ -92,19 +93,25 @@ def whole(params: Params, base: Params | None) -> Params:
     return params if base is None else lora.join(base, params)
 
 
+def multiplied(config: ModelConfig, params: Params) -> Params:
+    """float32 `params` as the network multiplies by them, and as serving keeps them in the model's dtype."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: narrowed(x, kept_dtype(path, config.dtype)), params)
+
+
 def gradients(config: ModelConfig, params: Params, batch: Batch, base: Params | None = None) -> Gradients:
-    """With respect to `params`, of the mean loss over all targets of [accumulate, sequences, seq].
+    """float32, of the mean loss over all targets of [accumulate, sequences, seq], at `params` as they are multiplied.
 
     The parts' sums are added and divided once, so any split of the same sequences gives the same mean. base: what
     `params` are adapters of.
     """
+    rounded = multiplied(config, params)
 
     def part_of(part: Batch) -> Gradients:
-        def loss_of(params: Params) -> tuple[jax.Array, jax.Array]:
-            return loss_sum(config, whole(params, base), part)
+        def loss_of(rounded: Params) -> tuple[jax.Array, jax.Array]:
+            return loss_sum(config, whole(rounded, base), part)
 
-        (loss, load), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-        return Gradients(loss, grads, load)
+        (loss, load), grads = jax.value_and_grad(loss_of, has_aux=True)(rounded)
+        return Gradients(loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), load)
 
     if batch.tokens.shape[0] == 1:
         total = part_of(jax.tree.map(lambda x: x[0], batch))
@@ -195,7 +202,8 @@ class Trainer:
             return self._step.lower(state, batch, base)
 
     def _nats(self, params: Params, batch: Batch, base: Params | None) -> jax.Array:
-        return loss_sum(self.config, whole(params, base), jax.tree.map(lambda x: x[0], batch))[0]
+        rounded = whole(multiplied(self.config, params), base)
+        return loss_sum(self.config, rounded, jax.tree.map(lambda x: x[0], batch))[0]
 
     def _train_step(self, state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Metrics]:
         loss, grads, load = gradients(self.config, state.params, batch, base)

@@ -19,6 +19,7 @@ from model.huggingface.families import FAMILIES, Family, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import DTYPES, INDEX, SINGLE, TensorFiles
 from model.huggingface.load import Part, parts_of, path_name
+from model.ops.rounding import narrowed
 from model.transformer import Params, abstract_params
 
 DTYPES_FILE = "huggingface_dtypes.json"
@@ -223,10 +224,10 @@ def _assemble(target: Target, leaves: list[jax.Array], config: ModelConfig) -> n
     for source in target.sources:
         piece = source.part.piece
         view = piece.view(raw, source.part.shape, config)
-        values = np.asarray(leaves[source.leaf][source.index])
+        values = np.asarray(narrowed(leaves[source.leaf][source.index], target.dtype))
         order = piece.order_of(config)
         if order is None:
-            view[...] = values.astype(target.dtype)
+            view[...] = values
         else:
-            view[..., order] = values.astype(target.dtype)
+            view[..., order] = values
     return raw

@@ -56,8 +56,29 @@ def _product(x: jax.Array, weight: Weight) -> jax.Array:
         case _:
             # A product of two matrices: with more axes, XLA transposes the weight gradient's operands before its
             # product.
-            matrix = weight.reshape(x.shape[1], -1).astype(x.dtype)
-            return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+            return _matmul(x, weight.reshape(x.shape[1], -1).astype(x.dtype))
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """float32[rows, outputs]. In its gradient as well, both operands of a product are of x's dtype and sums are
+    float32: left to itself, a float32 cotangent makes a float32 product of it."""
+    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x, matrix), (x, matrix)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, matrix = saved
+    cotangent = cotangent.astype(x.dtype)
+    dx = jax.lax.dot_general(cotangent, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    dmatrix = jax.lax.dot_general(x, cotangent, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dmatrix.astype(matrix.dtype)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def multiply_quantized(x: jax.Array, weight: Quantized) -> jax.Array:
@@ -78,12 +99,31 @@ def lookup(table: Weight, tokens: jax.Array, dim: int, dtype: str) -> jax.Array:
             known = (tokens >= 0) & (tokens < table.values.shape[1])
             return jnp.where(known[..., None], table.columns(jnp.where(known, tokens, 0), dim), 0).astype(dtype)
         case _:
-            rows = table.astype(dtype)
             # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole
             # ones.
             if not jax.sharding.get_abstract_mesh().empty:
-                rows = jax.lax.with_sharding_constraint(rows, jax.sharding.PartitionSpec("tp", None))
-            return rows.at[tokens].get(mode="fill", fill_value=0)
+                table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec("tp", None))
+            return _rows(table, tokens).astype(dtype)
+
+
+@jax.custom_vjp
+def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """table[tokens], zeros for a token past its end. A row's gradient is summed in float32: in the table's dtype, a
+    token that comes thousands of times would stop counting after hundreds."""
+    return table.at[tokens].get(mode="fill", fill_value=0)
+
+
+def _rows_forward(table: jax.Array, tokens: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rows(table, tokens), (table, tokens)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = saved
+    summed = jnp.zeros_like(table, jnp.float32).at[tokens].add(cotangent.astype(jnp.float32), mode="drop")
+    return summed.astype(table.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 def unembed(hidden: jax.Array, table: Weight, vocab: int) -> jax.Array:

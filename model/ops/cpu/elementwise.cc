@@ -40,8 +40,8 @@ bool alike(const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
 
 // ---- norm
 
-template <class X>
-void norm_row(const X* x, const float* scale, int64_t size, float eps, float offset, X* y) {
+template <class X, class Y>
+void norm_row(const X* x, const float* scale, int64_t size, float eps, float offset, Y* y) {
   Floats squares = {};
   float rest = 0;
   int64_t i = 0;
@@ -59,16 +59,19 @@ void norm_row(const X* x, const float* scale, int64_t size, float eps, float off
 ffi::Error norm(ffi::AnyBuffer x, ffi::Buffer<ffi::F32, 1> scale, ffi::Result<ffi::AnyBuffer> y, float eps,
                 float offset) {
   auto d = x.dimensions();
-  REQUIRE(alike(x, *y) && d.size() >= 1, "a norm's result must be like x");
+  REQUIRE(x.dimensions() == y->dimensions() && d.size() >= 1, "a norm's result must be as large as x");
   REQUIRE(d.back() > 0 && scale.dimensions()[0] == d.back(), "a scale must be as long as a row");
   const int64_t size = d.back(), rows = int64_t(x.element_count()) / size;
   return by_type(x.element_type(), [&](auto* type) {
     using X = std::remove_pointer_t<decltype(type)>;
-    each_row(rows, size, [&](int64_t row) {
-      norm_row((const X*)x.untyped_data() + row * size, scale.typed_data(), size, eps, offset,
-               (X*)y->untyped_data() + row * size);
+    return by_type(y->element_type(), [&](auto* result) {
+      using Y = std::remove_pointer_t<decltype(result)>;
+      each_row(rows, size, [&](int64_t row) {
+        norm_row((const X*)x.untyped_data() + row * size, scale.typed_data(), size, eps, offset,
+                 (Y*)y->untyped_data() + row * size);
+      });
+      return ffi::Error::Success();
     });
-    return ffi::Error::Success();
   });
 }
 

@@ -1,0 +1,103 @@
+"""Training in bfloat16: what is summed is summed in float32, and what is trained is what is served."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from model import lora
+from model.checkpoint import serving_layout
+from model.ops.linear import linear, lookup
+from model.transformer import stack_blocks
+from tests.support import on_host, random_params
+from tests.train.test_lora import LORA
+from tests.train.test_step import CONFIG, random_batch
+from train.step import gradients, multiplied
+
+BF16 = dataclasses.replace(CONFIG, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_training_multiplies_by_the_weights_that_serving_reads(scan: bool, mesh: Mesh) -> None:
+    """Otherwise the served model is another one than the loss was measured on."""
+    config = dataclasses.replace(BF16, scan_layers=scan)
+    plain = random_params(dataclasses.replace(config, scan_layers=False), mesh)
+    trained = multiplied(config, stack_blocks(plain) if scan else plain)
+    served = serving_layout(config, mesh, "bfloat16")(stack_blocks(plain))
+    jax.tree.map(np.testing.assert_array_equal, on_host(trained), on_host(served))
+    kernel = jax.tree.leaves(trained["blocks"])[-1]
+    assert kernel.dtype == jnp.bfloat16 or any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(trained))
+
+
+def test_float32_is_not_rounded(mesh: Mesh) -> None:
+    params = random_params(CONFIG, mesh)
+    jax.tree.map(np.testing.assert_array_equal, multiplied(CONFIG, params), params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_that_comes_often_counts_as_often(dtype: str) -> None:
+    """In bfloat16, 1 added 4,096 times ends at 256."""
+    table, tokens = jnp.ones((8, 4), dtype), jnp.full(4096, 3)
+    grad = jax.grad(lambda table: lookup(table, tokens, 4, "float32").sum())(table)
+    want = np.zeros((8, 4))
+    want[3] = 4096
+    np.testing.assert_array_equal(np.asarray(grad, np.float64), want)
+
+
+def test_a_matrix_gradient_is_summed_in_float32_over_the_batch() -> None:
+    """The same of a product: the gradient of a row's weight is its input, 4,096 times."""
+    x, weight = jnp.ones((4096, 2), jnp.bfloat16), jnp.ones((2, 3), jnp.float32)
+    grad = jax.grad(lambda weight: linear(x, weight, (3,)).sum())(weight)
+    np.testing.assert_array_equal(grad, np.full((2, 3), 4096, np.float32))
+
+
+def test_products_of_the_gradient_have_two_bfloat16_operands() -> None:
+    """A float32 operand would make each of them a float32 product, at half of the speed or less."""
+    x, weight = jnp.ones((8, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
+    program = jax.make_jaxpr(jax.grad(lambda x, w: linear(x, w, (3,)).sum(), (0, 1)))(x, weight)
+    products = [line for line in str(program).splitlines() if "dot_general" in line]
+    assert len(products) >= 2 and "f32[8,3] " not in "".join(line.split("dot_general")[1] for line in products)
+    operands = [eqn.invars for eqn in _equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert {str(v.aval.dtype) for pair in operands for v in pair} == {"bfloat16"}
+
+
+def _equations(jaxpr: jax.extend.core.Jaxpr) -> list:
+    found = []
+    for eqn in jaxpr.eqns:
+        found.append(eqn)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += _equations(inner)
+    return found
+
+
+def test_parts_of_a_batch_are_added_in_float32(mesh: Mesh) -> None:
+    """Accumulated in bfloat16, late parts would be lost beside the sum of the early ones."""
+    params = jax.tree.map(lambda x: x if x.ndim == 1 else 0.4 * x, random_params(BF16, mesh))
+    whole = jax.jit(partial(gradients, BF16))(params, random_batch())
+    parts = jax.jit(partial(gradients, BF16))(params, random_batch(accumulate=4))
+    assert {leaf.dtype for leaf in jax.tree.leaves(parts.grads)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(whole.grads)} == {jnp.dtype("float32")}
+    for got, want in zip(jax.tree.leaves(parts.grads), jax.tree.leaves(whole.grads), strict=True):
+        assert np.linalg.norm(got - want) < 0.01 * np.linalg.norm(want)
+
+
+def test_an_adapter_smaller_than_the_weights_steps_is_merged(mesh: Mesh) -> None:
+    """An adapter that moves each weight of about 1 by 1e-3 changes nothing in bfloat16 when it is added and rounded to
+    the nearest; by hand, the mean of what is added is alpha / rank * the mean of a·b."""
+    base, adapters = lora.split(random_params(dataclasses.replace(LORA, scan_layers=False), mesh))
+    base = jax.tree.map(lambda x: (1 + 0.001 * jnp.sign(x)).astype(jnp.bfloat16), base)
+    adapters = jax.tree.map(lambda x: jnp.full_like(x, 0.02), adapters)
+    _, merged = lora.merge(dataclasses.replace(LORA, scan_layers=False), lora.join(base, adapters))
+    before, after = (tree["blocks"]["0"]["mlp"]["up"]["kernel"] for tree in (base, merged))
+    moved = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    want = LORA.lora.scale * LORA.lora.rank * 0.02**2
+    assert after.dtype == jnp.bfloat16 and np.count_nonzero(moved) < moved.size
+    assert abs(moved.mean() - want) < 0.2 * want
