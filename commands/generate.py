@@ -40,17 +40,20 @@ class GenerateConfig:
     system: str | None = None
     """What a chat begins with: how the model is to answer"""
     max_tokens: int | None = None
-    temperature: float = 0.8
-    """0 is greedy"""
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    """0 is greedy. What isn't given here is as the model's makers recommend (generation_config.json: greedy, unless it
+    asks for do_sample), and where they recommend nothing: temperature 1, and the filters off"""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    parse_special: bool = False
+    """A special token spelt out in the prompt, as <|im_start|>, is that token; otherwise it is text"""
     seed: int | None = None
     """The same seed draws the same text"""
 
     def options(self) -> dict[str, Any]:
         """As generate_request takes them."""
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "parse_special", "seed")
         return {name: getattr(self, name) for name in names}
 
     def validate(self) -> None:
@@ -61,6 +64,8 @@ class GenerateConfig:
             raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
         if self.system is not None and not self.chat:
             raise ConfigError("--system is for --chat")
+        if self.parse_special and self.chat:
+            raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
         outputs: SimpleQueue[Output] = SimpleQueue()
         request.handle = outputs
         engine.submit(request)
-        stream = model.tokenizer.stream()
+        stream = model.tokenizer.stream(ids)
         try:
             while True:
                 output = outputs.get()
@@ -126,7 +131,15 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
         engine.close()
 
 
-def _print(prompt: str, complete: Complete) -> None:
+def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
+    from model.tokenizer import looks_special
+
+    if not parse_special and (spelt := looks_special(prompt)):
+        print(
+            f"isthmus generate: {spelt} in the prompt is taken for text; if the model's special token is meant, give "
+            "--parse-special, or --chat to have the model's template write it",
+            file=sys.stderr,
+        )
     print(prompt, end="", flush=True)
     for piece in complete(prompt):
         print(piece, end="", flush=True)
@@ -149,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
             if config.chat:
                 chat(complete, prompt, config.system)
             else:
-                _print(prompt or "", complete)
+                _print(prompt or "", complete, config.parse_special)
     except grpc.RpcError as error:
         hint = (
             "; is a server running there? isthmus serve --model DIR"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -35,6 +36,7 @@ def generate_request(
     prompt: Prompt,
     *,
     template_arguments: Mapping[str, Any] | None = None,
+    parse_special: bool = False,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -46,14 +48,16 @@ def generate_request(
     return_token_ids: bool = True,
     request_id: str = "",
 ) -> inference_pb2.GenerateRequest:
-    """The request message; None takes the server's default.
+    """The request message; None takes the server's default: as the model's makers recommend, or as the API says.
 
     prompt: messages need a model with a chat template. template_arguments: the template's variables, such as
-    {"enable_thinking": False}; only for messages. Raises ValueError for a number too big for its field, for a key that
-    messages don't have, and for template_arguments without messages.
+    {"enable_thinking": False}, which reach it in this order; only for messages. parse_special: whether a special token
+    spelt out in a text is that token. Raises ValueError for a number too big for its field, for a key that messages
+    don't have, for template_arguments without messages, and for what JSON can't hold in them.
     """
     request = inference_pb2.GenerateRequest(request_id=request_id)
     _set_prompt(request, prompt, template_arguments)
+    request.parse_special = parse_special
     sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
@@ -78,13 +82,21 @@ def _set_prompt(
     if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
         turns = cast(Sequence[Mapping[str, str]], prompt)
         request.messages.messages.extend(inference_pb2.ChatMessage(**turn) for turn in turns)
-        request.messages.template_arguments.update(dict(template_arguments or {}))
+        if template_arguments:
+            request.messages.template_arguments_json = _json(template_arguments)
     elif template_arguments is not None:
         raise ValueError("template_arguments are for messages")
     elif isinstance(prompt, str):
         request.text = prompt
     else:
         request.token_ids.ids.extend(cast(Sequence[int], prompt))
+
+
+def _json(arguments: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"template_arguments: {error}") from None
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -136,8 +148,8 @@ class Client:
         finally:
             call.cancel()
 
-    def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
-        request = inference_pb2.TokenizeRequest(text=text)
+    def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
+        request = inference_pb2.TokenizeRequest(text=text, parse_special=parse_special)
         return list(self._inference.Tokenize(request, timeout=timeout, metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:

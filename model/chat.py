@@ -75,7 +75,7 @@ class ChatTemplate:
         config = _read_json(folder / TOKENIZER_CONFIG)
         path = folder / TEMPLATE_FILE
         source, name = (_read(path), str(path)) if path.is_file() else _template_of(config, folder / TOKENIZER_CONFIG)
-        return None if source is None else cls(source, _special_tokens(folder, config), name=name)
+        return None if source is None else cls(source, special_tokens(folder), name=name)
 
     def render(
         self,
@@ -243,7 +243,9 @@ def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
     return found, name
 
 
-def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+def special_tokens(folder: Path) -> dict[str, str]:
+    """What a folder calls its special tokens, as {"eos_token": "</s>"}. Raises ConfigError naming the file."""
+    config = _read_json(folder / TOKENIZER_CONFIG)
     sources = [(folder / TOKENIZER_CONFIG, config)]
     if "added_tokens_decoder" not in config:  # older folders say in a file of its own what newer ones say there
         path = folder / SPECIAL_TOKENS_MAP

@@ -15,8 +15,9 @@ import jax
 from jax.sharding import Mesh
 
 from model import checkpoint, lora
-from model.chat import ChatTemplate
+from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
+from model.endings import end_ids, turn_end
 from model.huggingface import load
 from model.huggingface.adapter_config import base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_config
@@ -79,9 +80,8 @@ class ModelFolder:
     @property
     def end_id(self) -> int | None:
         """The token that ends a text in training: eos_token of tokenizer_config.json, else the first id that stops."""
-        name = _read_json(self.path / "tokenizer_config.json").get("eos_token")
-        name = name.get("content") if isinstance(name, dict) else name
-        spelt = self.tokenizer.token_id(name) if isinstance(name, str) else None
+        name = special_tokens(self.path).get("eos_token")
+        spelt = None if name is None else self.tokenizer.token_id(name)
         candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
         return next((token for token in candidates if token in self.tokenizer.eos_ids), None)
 
@@ -156,6 +156,7 @@ def _open_adapter(path: Path) -> ModelFolder:
     chat = ChatTemplate.load(path) or base.chat
     if chat is not base.chat and not (path / "tokenizer_config.json").is_file():
         raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
+    base.tokenizer.eos_ids |= turn_end(base.tokenizer, chat)
     settings, _ = lora.load_adapter(path, base)
     folder = dataclasses.replace(base, adapter=path, chat=chat).with_config(lora=settings)
     folder.config.validate()
@@ -166,14 +167,17 @@ def _open_model(path: Path, tokenizer_folder: Path) -> ModelFolder:
     published = "model_type" in Fields.load(path / "config.json")
     family, config = read_config(path / "config.json") if published else (None, ModelConfig.load(path / "config.json"))
     tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json")
+    chat = ChatTemplate.load(path)
     if published or (path / PUBLISHED_CONFIG).is_file():
         # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.
         tokenizer.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-        ends = _end_ids(path)
-        tokenizer.eos_ids = frozenset(token for token in ends if token < config.vocab_size)
+        spelt = special_tokens(tokenizer_folder).get("eos_token")
+        tokenizer.eos_ids = end_ids(_end_ids(path), spelt, tokenizer, chat)
     elif tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    return ModelFolder(path, config, tokenizer, ChatTemplate.load(path), _generation(path), family)
+    else:
+        tokenizer.eos_ids |= turn_end(tokenizer, chat)
+    return ModelFolder(path, config, tokenizer, chat, _generation(path), family)
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -209,7 +213,10 @@ def _end_ids(path: Path) -> list[int]:
 
 
 def _generation(path: Path) -> GenerationDefaults:
-    """Sampling settings count only where the file asks for sampling; those that are off count as absent."""
+    """As transformers takes it: a file that doesn't ask for sampling (do_sample) recommends greedy, whatever else it
+    says. Without a file there's no recommendation."""
+    if not (path / "generation_config.json").is_file():
+        return GenerationDefaults()
     values = _read_json(path / "generation_config.json")
     neutral = {
         "repetition_penalty": 1.0,
@@ -222,7 +229,7 @@ def _generation(path: Path) -> GenerationDefaults:
         f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
     )
     if not values.get("do_sample", False):
-        return GenerationDefaults(ignored=ignored)
+        return GenerationDefaults(temperature=0.0, ignored=ignored)
 
     def number(name: str, low: float, high: float) -> Any:
         value = values.get(name)

@@ -35,7 +35,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             dtype=config.dtype,
-            eos_token_id=model.tokenizer.eos_id,
+            eos_token_ids=sorted(model.tokenizer.eos_ids),
         )
 
     async def GetServerInfo(

@@ -16,7 +16,7 @@ from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
 from serve.api.errors import abort, cancelled, internal, invalid
 from serve.api.session import Session
-from serve.api.validation import build_request, check_text, check_token_ids, prompt_ids
+from serve.api.validation import build_request, check_token_ids, prompt_ids, text_ids
 from serve.engine.request import FinishReason, InvalidRequest, Output, Request
 
 T = TypeVar("T")
@@ -71,10 +71,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         try:
-            text = check_text("text", request.text)
+            ids = await _off_loop(len(request.text), text_ids, request, self._session.model.tokenizer)
         except InvalidRequest as error:
             await abort(context, invalid(error.field, error.message))
-        ids = await _off_loop(len(text), self._session.model.tokenizer.encode, text)
         return pb.TokenizeResponse(token_ids=ids)
 
     async def Detokenize(
@@ -116,7 +115,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncGenerator[Piece, None]:
         """What the engine gives, several steps at once when the client is slow."""
-        stream = self._session.model.tokenizer.stream()
+        stream = self._session.model.tokenizer.stream(ours.prompt)
         with_text = message.output.text if message.output.HasField("text") else True
         ended = False
         while not ended:

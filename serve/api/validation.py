@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
-
-from google.protobuf import struct_pb2
 
 from isthmus.v1 import inference_pb2
 from model.chat import ChatError, ChatTemplate
 from model.folder import GenerationDefaults
-from model.tokenizer import Tokenizer
+from model.tokenizer import TextError, Tokenizer
 from serve.engine.request import InvalidRequest, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -21,6 +21,8 @@ MAX_REQUEST_ID = 128
 MAX_STOP_TOKENS = 64
 MAX_TEMPERATURE = 100.0
 MAX_MESSAGES = 1024
+MAX_ARGUMENTS = 256 << 10
+"""Characters of a template's arguments, tools included"""
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -35,6 +37,21 @@ def check_text(field: str, text: str) -> str:
     if not text:
         raise InvalidRequest(field, "must not be empty")
     return text
+
+
+def text_ids(message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of a text. Raises InvalidRequest. A long one takes a while: call it off the event loop."""
+    with _text_errors("text"):
+        return tokenizer.encode(check_text("text", message.text), parse_special=message.parse_special)
+
+
+@contextmanager
+def _text_errors(field: str) -> Iterator[None]:
+    """What the tokenizer doesn't take is InvalidRequest."""
+    try:
+        yield
+    except TextError as error:
+        raise InvalidRequest(field, str(error)) from None
 
 
 def _finite(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
@@ -70,10 +87,14 @@ def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, cha
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("prompt", "give text, token_ids or messages")
+    if message.parse_special and kind != "text":
+        raise InvalidRequest("parse_special", f"is for text: in {kind} a special token is always one")
     if kind == "messages":
-        return tokenizer.encode_chat(_rendered(message.messages, chat))
+        text = _rendered(message.messages, chat)
+        with _text_errors("messages"):
+            return tokenizer.encode_chat(text)
     if kind == "text":
-        return tokenizer.encode(check_text("text", message.text))
+        return text_ids(message, tokenizer)
     if not message.token_ids.ids:
         raise InvalidRequest("token_ids.ids", "must not be empty")
     return check_token_ids("token_ids.ids", message.token_ids.ids, tokenizer.vocab_size)
@@ -89,7 +110,7 @@ def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -
         check_text(f"messages.messages[{index}].role", turn.role)
     turns = [{"role": turn.role, "content": turn.content} for turn in conversation.messages]
     try:
-        text = chat.render(turns, arguments=_arguments(conversation.template_arguments))
+        text = chat.render(turns, arguments=_arguments(conversation.template_arguments_json))
     except ChatError as error:
         raise InvalidRequest("messages", str(error)) from None
     if not text:
@@ -97,13 +118,30 @@ def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -
     return text
 
 
-def _arguments(value: Any) -> Any:
-    """A Struct in Python's types. Its numbers are all floats: the whole ones become int."""
-    if isinstance(value, struct_pb2.Struct):
-        return {name: _arguments(item) for name, item in value.items()}
-    if isinstance(value, struct_pb2.ListValue):
-        return [_arguments(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _arguments(text: str) -> dict[str, Any]:
+    """Raises InvalidRequest naming the field."""
+    field = "messages.template_arguments_json"
+    if len(text) > MAX_ARGUMENTS:
+        raise InvalidRequest(field, f"has {len(text)} characters; at most {MAX_ARGUMENTS}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            raise ValueError("an object has a key twice")
+        return members
+
+    def finite(name: str) -> None:
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        value = json.loads(text or "{}", object_pairs_hook=unique, parse_constant=finite)
+    except RecursionError:
+        raise InvalidRequest(field, "is nested too deep") from None
+    except ValueError as error:
+        raise InvalidRequest(field, f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(field, "must be a JSON object")
+    return value
 
 
 def build_request(

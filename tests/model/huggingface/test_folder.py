@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from model.config import ConfigError
-from model.folder import open_folder
+from model.folder import GenerationDefaults, open_folder
 from model.huggingface.files import INDEX, SINGLE
 from tests.model.huggingface.folders import write_folder, write_tensors
 from tests.parity.families import GOLDEN
@@ -320,15 +320,21 @@ def test_text_ends_where_the_folder_says(generation: str | None, ends: set[int],
 
 
 def test_recommended_sampling_is_read(tmp_path: Path) -> None:
-    """What a model's makers recommend, unless they recommend greedy; what we don't do is listed."""
+    """What a model's makers recommend: greedy, if they don't ask for sampling. What we don't do is listed."""
     write_folder(tmp_path, "qwen2")
     path = tmp_path / "generation_config.json"
     path.write_text('{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}')
     recommended = open_folder(tmp_path).generation
     assert (recommended.temperature, recommended.top_p, recommended.top_k, recommended.min_p) == (0.7, 0.8, 20, None)
     assert recommended.ignored == ("repetition_penalty=1.05",)
-    path.write_text('{"temperature": 0.7}')
+    for values in ("{}", '{"temperature": 0.7, "top_p": 0.8}', '{"do_sample": false, "temperature": 0.7}'):
+        path.write_text(values)
+        recommended = open_folder(tmp_path).generation
+        assert (recommended.temperature, recommended.top_p) == (0.0, None), "transformers draws nothing"
+    path.write_text('{"do_sample": true}')
     assert open_folder(tmp_path).generation.temperature is None
     path.write_text('{"do_sample": true, "top_p": 7}')
     with pytest.raises(ConfigError, match="top_p=7 must be"):
         open_folder(tmp_path)
+    path.unlink()
+    assert open_folder(tmp_path).generation == GenerationDefaults()

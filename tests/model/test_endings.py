@@ -1,0 +1,90 @@
+"""What a model writes ends where its makers meant it to, in a chat too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Inner
+
+from model.chat import ChatTemplate
+from model.endings import turn_end
+from model.folder import open_folder
+from model.tokenizer import Tokenizer
+from tests.model.huggingface.folders import write_folder
+from tests.model.test_chat import CHATML, CLOSED, HEADERS, TURNS
+from train.documents import Document
+from train.examples import FineTuning
+
+EOS, TURN, END, OTHER = 0, 90, 91, 92
+SPELT = {TURN: "<|im_end|>", END: "<|end|>", OTHER: "<turn>"}
+RETURNS = (
+    "{% for m in messages %}{{ m.role ~ ':' ~ m.content }}"
+    "{{ '<|im_end|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+)
+"""As gpt-oss: one token ends a message, another the answer."""
+
+
+def folder_of(path: Path, template: str | None, generation: dict[str, Any], **tokenizer_config: Any) -> Path:
+    write_folder(path, "llama3", eos_token_id=2, vocab_size=96)
+    inner = Inner.from_file(str(path / "tokenizer.json"))
+    assert inner.get_vocab_size() == TURN
+    inner.add_special_tokens(list(SPELT.values()))
+    inner.save(str(path / "tokenizer.json"))
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    if template is not None:
+        (path / "chat_template.jinja").write_text(template)
+    return path
+
+
+@pytest.mark.parametrize(
+    "template, generation, tokenizer_config, ends, end",
+    [
+        (None, {"eos_token_id": 0}, {}, {EOS}, EOS),
+        (None, {"eos_token_id": 0}, {"eos_token": "<|im_end|>"}, {EOS, TURN}, TURN),
+        (None, {"eos_token_id": 0}, {"eos_token": {"content": "<|im_end|>"}}, {EOS, TURN}, TURN),
+        (None, {"eos_token_id": [0, 91]}, {"eos_token": "<absent>"}, {EOS, END}, EOS),
+        (None, {}, {"eos_token": "<|im_end|>"}, {2, TURN}, TURN),
+        (CHATML, {"eos_token_id": 0}, {}, {EOS, TURN}, EOS),
+        (CHATML, {"eos_token_id": 0}, {"eos_token": "<|im_end|>"}, {EOS, TURN}, TURN),
+        (HEADERS.replace("<|end|>", "."), {"eos_token_id": 0}, {"eos_token": "<|endoftext|>"}, {EOS}, EOS),
+        (HEADERS.replace("<|end|>'", " <|end|>'"), {"eos_token_id": 0}, {}, {EOS, END}, EOS),
+        (TURNS, {"eos_token_id": 0}, {}, {EOS}, EOS),
+        (CLOSED, {"eos_token_id": 0}, {"eos_token": "<|endoftext|>"}, {EOS, END}, EOS),
+        (RETURNS, {"eos_token_id": 0}, {}, {EOS, TURN}, EOS),
+        ("{{ raise_exception('no') }}", {"eos_token_id": 0}, {}, {EOS}, EOS),
+        ("<|im_end|>", {"eos_token_id": 0}, {}, {EOS}, EOS),
+        ("{% for m in messages %}{{ m.content }}: {{ '<|im_end|>' }}{% endfor %}", {"eos_token_id": 0}, {}, {EOS}, EOS),
+    ],
+)  # fmt: skip
+def test_a_chat_ends_where_its_template_ends_a_turn(
+    template: str | None,
+    generation: dict[str, Any],
+    tokenizer_config: dict[str, Any],
+    ends: set[int],
+    end: int,
+    tmp_path: Path,
+) -> None:
+    """A fine-tuned chat model whose config.json is still its base model's never stopped."""
+    folder = open_folder(folder_of(tmp_path, template, generation, **tokenizer_config))
+    assert folder.tokenizer.eos_ids == ends
+    assert folder.end_id == end
+
+
+def test_training_learns_to_end_a_turn(tmp_path: Path) -> None:
+    """The end-of-turn token would be no target, or the newline behind it, which no model writes, would be one."""
+    folder = open_folder(folder_of(tmp_path, CHATML, {"eos_token_id": 0}))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+    (example,) = FineTuning(folder)([Document("one", json.dumps({"messages": messages}), "messages")])
+    assert example.weights is not None
+    learned = [token for token, weight in zip(example.ids, example.weights, strict=True) if weight]
+    assert learned == [*folder.tokenizer.encode("bc"), TURN]
+
+
+def test_a_template_without_a_tokenizers_token_ends_nothing() -> None:
+    """What is behind an answer is text to this tokenizer."""
+    assert turn_end(Tokenizer.train([], 257), ChatTemplate(CHATML)) == frozenset()
+    assert turn_end(Tokenizer.train([], 257), None) == frozenset()
