@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 
+from model.answers import Indistinct, Span, find_answers
 from model.config import ConfigError
 from model.sandbox.environment import Sandbox
 from model.sandbox.meter import Limits, Meter, metered
@@ -28,8 +29,6 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = ("messages", "add_generation_prompt")
 
 Message = Mapping[str, Any]
-Span = tuple[int, int]
-"""Characters [start, end) of a rendered text"""
 
 
 class ChatError(ValueError):
@@ -100,38 +99,29 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The text, and which characters the assistant said, each answer's end-of-turn token included.
 
-        They are those in the template's {% generation %} blocks. A template without any is rendered up to each answer
-        and past it. Raises ChatError, also when such a part isn't how the whole text begins.
+        They are those in the template's {% generation %} blocks; where a template has none, find_answers looks for
+        them. Raises ChatError, also when an answer can't be told from what surrounds it.
         """
         variables = _checked(messages, arguments)
-        with metered(self._limits) as meter:
-            whole = self._write(meter, variables, add_generation_prompt)
         if self._marks_assistant:
+            with metered(self._limits) as meter:
+                whole = self._write(meter, variables, add_generation_prompt)
             return whole, _generated(whole, meter)
-        spans = []
-        for index, message in enumerate(variables["messages"]):
-            if message["role"] == "assistant":
-                start = len(self._part(whole, variables, index, prompted=True))
-                end = len(self._part(whole, variables, index + 1, prompted=False))
-                spans.append((start, end))
-        return whole, spans
 
-    def _part(self, whole: str, variables: dict[str, Any], count: int, *, prompted: bool) -> str:
-        """The first `count` messages' text, as `whole` begins."""
-        if count == 0:
-            raise ChatError("messages[0] is the assistant's: this template doesn't say where its answer begins")
-        with metered(self._limits) as meter:
-            part = self._write(meter, {**variables, "messages": variables["messages"][:count]}, prompted)
-        # Some templates end what is complete, and only that, with a token of its own.
-        endings = [""] if prompted else ["", *self.special_tokens.values()]
-        for ending in endings:
-            if part.endswith(ending) and whole.startswith(part.removesuffix(ending)):
-                return part.removesuffix(ending)
-        raise ChatError(
-            f"what the assistant said can't be told apart: with this template, messages[:{count}] are not written as "
-            "they are in the whole conversation (it may leave out earlier reasoning). "
-            "A template with {% generation %} blocks says itself"
-        )
+        def write(part: Sequence[dict[str, Any]], prompted: bool) -> str:
+            with metered(self._limits) as meter:
+                return self._write(meter, {**variables, "messages": list(part)}, prompted)
+
+        try:
+            return find_answers(
+                variables["messages"], add_generation_prompt, write, tuple(self.special_tokens.values())
+            )
+        except Indistinct as error:
+            if error.index == 0:
+                said = "messages[0] is the assistant's: this template doesn't say where its answer begins"
+            else:
+                said = f"the answer in messages[{error.index}] can't be told apart from the rest of the text"
+            raise ChatError(f"{said}. A template with {{% generation %}} blocks says itself") from None
 
     def _write(self, meter: Meter, variables: dict[str, Any], add_generation_prompt: bool) -> str:
         pieces = []

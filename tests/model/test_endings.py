@@ -14,7 +14,7 @@ from model.endings import turn_end
 from model.folder import open_folder
 from model.tokenizer import Tokenizer
 from tests.model.huggingface.folders import write_folder
-from tests.model.test_chat import CHATML, CLOSED, HEADERS, TURNS
+from tests.model.test_chat import CHATML, CLOSED, HEADERS, THOUGHTS, TURNS, answer, user
 from train.documents import Document
 from train.examples import FineTuning
 
@@ -82,6 +82,17 @@ def test_training_learns_to_end_a_turn(tmp_path: Path) -> None:
     assert example.weights is not None
     learned = [token for token, weight in zip(example.ids, example.weights, strict=True) if weight]
     assert learned == [*folder.tokenizer.encode("bc"), TURN]
+
+
+def test_all_answers_of_a_conversation_are_learned(tmp_path: Path) -> None:
+    """With a template that leaves out earlier thoughts no conversation of several turns could be trained on."""
+    folder = open_folder(folder_of(tmp_path, THOUGHTS, {"eos_token_id": 0}))
+    talk = [user("a"), answer("b"), user("c"), answer("d", reasoning="e")]
+    (example,) = FineTuning(folder)([Document("one", json.dumps({"messages": talk}), "messages")])
+    assert example.weights is not None
+    learned = [token for token, weight in zip(example.ids, example.weights, strict=True) if weight]
+    said = ["b", "<think>\ne\n</think>\n\nd"]
+    assert learned == [token for text in said for token in (*folder.tokenizer.encode(text), TURN)]
 
 
 def test_a_template_without_a_tokenizers_token_ends_nothing() -> None:
