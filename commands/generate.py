@@ -98,6 +98,8 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 
     enable_compilation_cache()
     model = open_model(folder)
+    for warning in model.warnings:
+        print(warning, file=sys.stderr)
 
     def take(batch: list[Output]) -> None:
         for output in batch:

@@ -34,6 +34,8 @@ async def serve(config: ServeConfig, console: Console) -> int:
     config.validate()
     enable_compilation_cache(config.compilation_cache)
     model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter, quantize=config.quantize)
+    for warning in model.warnings:
+        console.print(warning, style="yellow", markup=False)
     server = Server(config, model)
     await server.start()
     loading = asyncio.current_task()

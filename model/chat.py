@@ -71,7 +71,7 @@ class ChatTemplate:
 
         Raises ConfigError naming the file that is malformed.
         """
-        config = _read_json(folder / TOKENIZER_CONFIG)
+        config = tokenizer_config(folder)
         path = folder / TEMPLATE_FILE
         source, name = (_read(path), str(path)) if path.is_file() else _template_of(config, folder / TOKENIZER_CONFIG)
         return None if source is None else cls(source, special_tokens(folder), name=name)
@@ -233,9 +233,14 @@ def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
     return found, name
 
 
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; empty without one. Raises ConfigError naming the file."""
+    return _read_json(folder / TOKENIZER_CONFIG)
+
+
 def special_tokens(folder: Path) -> dict[str, str]:
     """What a folder calls its special tokens, as {"eos_token": "</s>"}. Raises ConfigError naming the file."""
-    config = _read_json(folder / TOKENIZER_CONFIG)
+    config = tokenizer_config(folder)
     sources = [(folder / TOKENIZER_CONFIG, config)]
     if "added_tokens_decoder" not in config:  # older folders say in a file of its own what newer ones say there
         path = folder / SPECIAL_TOKENS_MAP

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from model import checkpoint, lora
 from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
-from model.endings import end_ids, turn_end
+from model.endings import end_ids, turn_end, unheeded_flags
 from model.huggingface import load
 from model.huggingface.adapter_config import base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_config
@@ -67,6 +67,8 @@ class ModelFolder:
     """The adapter's folder, where one was opened; path is its base model's then"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
+    warnings: tuple[str, ...] = ()
+    """What the user should hear of: what was passed over, and what the folder may not mean"""
 
     @property
     def name(self) -> str:
@@ -177,7 +179,8 @@ def _open_model(path: Path, tokenizer_folder: Path) -> ModelFolder:
         raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     else:
         tokenizer.eos_ids |= turn_end(tokenizer, chat)
-    return ModelFolder(path, config, tokenizer, chat, _generation(path), family)
+    warnings = unheeded_flags(tokenizer_folder, tokenizer)
+    return ModelFolder(path, config, tokenizer, chat, _generation(path), family, warnings=warnings)
 
 
 def copy_companions(source: Path, target: Path) -> None:

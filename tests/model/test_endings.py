@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from tokenizers import Tokenizer as Inner
 
 from model.chat import ChatTemplate
-from model.endings import turn_end
+from model.endings import turn_end, unheeded_flags
 from model.folder import open_folder
 from model.tokenizer import Tokenizer
 from tests.model.huggingface.folders import write_folder
 from tests.model.test_chat import CHATML, CLOSED, HEADERS, THOUGHTS, TURNS, answer, user
+from tests.model.tokenizers import llama2
 from train.documents import Document
 from train.examples import FineTuning
 
@@ -99,3 +101,23 @@ def test_a_template_without_a_tokenizers_token_ends_nothing() -> None:
     """What is behind an answer is text to this tokenizer."""
     assert turn_end(Tokenizer.train([], 257), ChatTemplate(CHATML)) == frozenset()
     assert turn_end(Tokenizer.train([], 257), None) == frozenset()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({}, []),
+        ({"add_bos_token": True, "add_eos_token": False}, []),
+        ({"add_bos_token": None, "add_eos_token": "yes"}, []),
+        ({"add_bos_token": False}, ["add_bos_token=false has no effect.* and puts <s> before a text"]),
+        ({"add_eos_token": True}, ["add_eos_token=true has no effect.* and doesn't put </s> behind a text"]),
+    ],
+)
+def test_flags_that_nobody_heeds_are_named(flags: dict[str, Any], said: list[str], tmp_path: Path) -> None:
+    """transformers 4 did what they say, and 5 doesn't: a model that answers otherwise than it did gives no sign of it."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens | flags))
+    warnings = unheeded_flags(tmp_path, Tokenizer(llama2()))
+    assert len(warnings) == len(said)
+    for warning, words in zip(warnings, said, strict=True):
+        assert re.search(words, warning)
