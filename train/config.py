@@ -27,6 +27,9 @@ class DataConfig:
     """Of the documents, chosen by the hash of their name, kept for the held-out loss"""
     seq: int = 512
     """Tokens in a sequence; documents are packed into it, cut where it ends, and never attend to one another"""
+    parse_special: bool = False
+    """A special token spelt out in a text, as <|im_start|>, is that token; otherwise it is text. In conversations it
+    always is one"""
 
 
 @dataclass(frozen=True)

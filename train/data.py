@@ -193,11 +193,12 @@ def prepare(
     documents = list(read_documents(paths))
     stamp = folder / "data" / "source.json"
     settings: list[str | int | float] = [str(config.tokenizer), config.vocab_size, config.heldout_fraction]
-    fine_tuning = FineTuning(start) if start else None
+    fine_tuning = FineTuning(start, config.parse_special) if start else None
     if fine_tuning:
         settings = [config.heldout_fraction, *fine_tuning.stamp]
     elif chats := [document.name for document in documents if document.kind == "messages"]:
         raise ConfigError(f"data: {chats[0]} holds messages: they need --init, a model with a chat template")
+    settings += ["parse_special"] if config.parse_special else []
     source = json.dumps([_fingerprint(documents), *settings])
     names = {True: folder / "data" / "heldout", False: folder / "data" / "train"}
     if stamp.is_file() and stamp.read_text() == source:
@@ -221,7 +222,7 @@ def prepare(
     tokenizer = start.tokenizer if start else _tokenizer(groups[False], config, lambda n: tick("tokenizer", n))
     if start is None:
         tokenizer.save(folder / "tokenizer.json")
-    encoder = fine_tuning or Pretraining(tokenizer)
+    encoder = fine_tuning or Pretraining(tokenizer, config.parse_special)
     splits = {
         held: TokenFile.write(stem, groups[held], encoder, lambda n: tick("tokenize", n))
         for held, stem in names.items()

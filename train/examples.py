@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -13,8 +14,10 @@ import numpy as np
 from model.chat import ChatError, Span
 from model.config import ConfigError
 from model.folder import ModelFolder
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, looks_special
 from train.documents import Document
+
+_log = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
@@ -39,17 +42,38 @@ class Encoder(Protocol):
         """Raises ConfigError naming a document that can't be encoded."""
 
 
+class _Texts:
+    """Encodes texts. Warns, once, of a special token that is spelt out in one and taken for text."""
+
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool) -> None:
+        self._tokenizer, self._parse_special, self._looks = tokenizer, parse_special, not parse_special
+
+    def __call__(self, documents: Sequence[Document]) -> list[list[int]]:
+        for document in documents:
+            if self._looks and (spelt := looks_special(document.text)) is not None:
+                self._looks = self._tokenizer.token_id(spelt) not in self._tokenizer.special_ids
+                if not self._looks:
+                    _log.warning(
+                        "data: %s spells %s, which is taken for text; if the special token is meant: "
+                        "--text.parse-special, or conversations as messages",
+                        document.name,
+                        spelt,
+                    )
+        texts = [document.text for document in documents]
+        return self._tokenizer.encode_batch(texts, parse_special=self._parse_special)
+
+
 class Pretraining:
     """Every text led by the end-of-text token, which as the target of the token before it ends the one before."""
 
     weighted = False
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False) -> None:
+        self._texts, self.vocab_size = _Texts(tokenizer, parse_special), tokenizer.vocab_size
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
         assert all(document.kind == "text" for document in documents)
-        return [Example(ids, None) for ids in self._tokenizer.encode_batch([document.text for document in documents])]
+        return [Example(ids, None) for ids in self._texts(documents)]
 
 
 class FineTuning:
@@ -58,11 +82,12 @@ class FineTuning:
 
     weighted = True
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, parse_special: bool = False) -> None:
         """Raises ConfigError when the folder doesn't say what ends a text."""
         if folder.end_id is None:
             raise ConfigError(f"init: {folder.path} doesn't say which token ends a text (eos_token_id)")
         self._folder, self._end, self.vocab_size = folder, folder.end_id, folder.config.vocab_size
+        self._encode_texts = _Texts(folder.tokenizer, parse_special)
 
     @cached_property
     def stamp(self) -> list[str | int]:
@@ -95,7 +120,7 @@ class FineTuning:
 
     def _texts(self, documents: Sequence[Document]) -> list[Example]:
         examples = []
-        for ids in self._folder.tokenizer.encode_batch([document.text for document in documents]):
+        for ids in self._encode_texts(documents):
             ids = ids if ids[-1:] == [self._end] else [*ids, self._end]
             weights = np.ones(len(ids), np.uint8)
             weights[0] = 0

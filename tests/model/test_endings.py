@@ -114,7 +114,7 @@ def test_a_template_without_a_tokenizers_token_ends_nothing() -> None:
     ],
 )
 def test_flags_that_nobody_heeds_are_named(flags: dict[str, Any], said: list[str], tmp_path: Path) -> None:
-    """transformers 4 did what they say, and 5 doesn't: a model that answers otherwise than it did gives no sign of it."""
+    """transformers 4 did what they say, and 5 doesn't: a model that answers otherwise gives no sign of it."""
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(tokens | flags))
     warnings = unheeded_flags(tmp_path, Tokenizer(llama2()))
