@@ -33,7 +33,8 @@ from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
 from train.config import DataConfig
-from train.documents import is_heldout, read_documents
+from train.documents import read_documents
+from train.heldout import part
 
 HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
 
@@ -206,8 +207,9 @@ def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
     tokens: list[int] = []
     default = (sysconfig.get_path("stdlib"),)
     for document in read_documents(config.text or default):
-        if config.text or is_heldout(document.name, DataConfig().heldout_fraction):
-            tokens += folder.tokenizer.encode(document.text)
+        compared = document if config.text else part(document, DataConfig().heldout_fraction).heldout
+        if compared is not None:
+            tokens += folder.tokenizer.encode(compared.text)
         if len(tokens) > config.windows * (WINDOW + 1):
             break
     return tokens
