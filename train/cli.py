@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +90,20 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
+@functools.cache
+def _hush_failed_saves() -> None:
+    """When a write of a checkpoint fails, TensorStore and asyncio report each of the others that were under way, in
+    tracebacks of their own; the error itself comes as a CheckpointError."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    inner = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            inner(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
     work."""
@@ -102,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from model.compilation import enable_compilation_cache
         from train.loop import TrainError, train
 
+        _hush_failed_saves()
         try:
             enable_compilation_cache()
             report = train(config, console)

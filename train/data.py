@@ -84,9 +84,9 @@ class TokenFile:
             pending = iter(documents)
             while group := list(islice(pending, 256)):
                 for example in encoder(group):
-                    np.asarray(example.ids, dtype).tofile(file)
+                    file.write(np.asarray(example.ids, dtype).data)
                     if weights is not None and example.weights is not None:
-                        example.weights.tofile(weights)
+                        weights.write(example.weights.data)
                     total += len(example.ids)
                     ends.append(total)
                 size = sum(d.size for d in group)

@@ -91,10 +91,11 @@ def _left_out(entry: Path) -> str | None:
         return reason_of(error)
 
 
-def described(error: Exception) -> str:
-    """In one line; of an error of the system the file, and what it is."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+def described(error: Exception, where: Path | None = None) -> str:
+    """In one line; of an error of the system the file, or else `where`, and what it is."""
+    if isinstance(error, OSError) and error.strerror:
+        name = where if error.filename is None else os.fsdecode(error.filename)
+        return error.strerror if name is None else f"{name}: {error.strerror}"
     return str(error)
 
 

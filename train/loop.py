@@ -71,7 +71,7 @@ def train(config: TrainConfig, console: Console | None = None) -> Report:
     try:
         return _train(config, console)
     except (CheckpointError, OSError) as error:
-        raise TrainError(f"{described(error)}{_go_on(config.out)}") from error
+        raise TrainError(f"{described(error, config.out)}{_go_on(config.out)}") from error
 
 
 def _go_on(out: Path) -> str:
