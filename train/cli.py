@@ -50,6 +50,7 @@ learning rate then defaults to 2e-5. With --model.lora.rank, adapters alone are 
 adapter folder. A .jsonl file holds a document a line (a .json file one, or an array of them), either of
   {{"text": "all of it is learnt, and where it ends"}}
   {{"messages": [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]}}
+
 Of messages, written as the chat template writes them, what the assistant says is learnt. A document longer than
 --text.seq is cut: what follows is learnt without seeing what came before. All other files are text, in UTF-8 or
 UTF-16; each may be gzipped. Of a folder all is read but what is hidden, linked, binary or a text above 64 MiB, and what

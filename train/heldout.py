@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -33,8 +34,7 @@ def part(document: Document, fraction: float) -> Parts:
     between, with the probability that makes the mean right, TAIL_BYTES at its end. So no text weighs more than
     max(TAIL_BYTES, fraction of it). What is held out at a fraction is also held out at a greater one.
     """
-    dice = int.from_bytes(document.digest[:8], "big") / 2**64
-    size = document.size
+    dice, size = _dice(document), document.size
     if document.kind == "messages" or size <= TAIL_BYTES:
         return Parts(None, document) if dice < fraction else Parts(document, None)
     share = size * fraction
@@ -67,17 +67,16 @@ def _size(documents: Iterable[Document | None]) -> int:
 def _top_up(parts: list[Parts], wanted: float) -> None:
     """Holds out about `wanted` bytes more, and something at least, of what is trained on whole; never all of it. Equal
     documents go together."""
-    alike: dict[bytes, list[int]] = {}
-    for index, both in enumerate(parts):
-        if both.train is not None and both.heldout is None:
-            alike.setdefault(both.train.digest, []).append(index)
-    texts_first = sorted(alike.items(), key=lambda item: (_kind(parts[item[1][0]]) != "text", item[0]))
+    alike: dict[bytes, tuple[Document, list[int]]] = {}
+    for index, (document, heldout) in enumerate(parts):
+        if document is not None and heldout is None:
+            alike.setdefault(document.digest, (document, []))[1].append(index)
+    groups = sorted(alike.values(), key=lambda group: _turn(group[0]))
     training, left, held = sum(both.train is not None for both in parts), wanted, 0
-    for _, indices in texts_first:
+    for document, indices in groups:
         if held and left <= wanted / 4:
             return
-        document, copies = parts[indices[0]].train, len(indices)
-        assert document is not None
+        copies = len(indices)
         if training > copies and (document.kind == "messages" or document.size * copies <= left):
             tail = document.size
             training -= copies
@@ -91,8 +90,16 @@ def _top_up(parts: list[Parts], wanted: float) -> None:
         left = wanted - held
 
 
-def _kind(both: Parts) -> str:
-    return both.train.kind if both.train else ""
+def _dice(document: Document) -> float:
+    """In [0, 1), thrown by its content."""
+    return (int.from_bytes(document.digest[:8], "big") >> 11) / 2**53
+
+
+def _turn(document: Document) -> tuple[bool, float]:
+    """Texts first, each the sooner the longer it is: as a byte drawn at random would find them (Efraimidis and Spirakis
+    2006, "Weighted random sampling with a reservoir")."""
+    text = document.kind == "text"
+    return not text, -math.log(1 - _dice(document)) / (document.size if text else 1)
 
 
 def _hold(document: Document, tail: int) -> Parts:
