@@ -64,7 +64,7 @@ class ConvertConfig:
     one's own, joined by commas, the first that matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
     text: tuple[str, ...] = ()
     """Files or folders of text, like --data of `isthmus train`, that the quantized model is compared with the original
-    on; default: those of Python's own library that the demo holds out"""
+    on; default: what training holds out of Python's own library"""
     windows: int = 24
     """Of 256 tokens, that are compared"""
     force: bool = False

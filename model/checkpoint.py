@@ -86,12 +86,12 @@ class Checkpoints:
         self._saving = 0
 
     def _failure(self, error: Exception) -> CheckpointError:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore puts it
-        why = os.strerror(int(code[1])) if code else getattr(error, "strerror", None) or str(error).splitlines()[0]
         step, self._saving = self._saving, 0
         latest = self.latest()
         kept = "there is no earlier one" if latest is None else f"that of step {latest} is whole"
-        return CheckpointError(f"the checkpoint of step {step} can't be written in {self._path}: {why}; {kept}")
+        return CheckpointError(
+            f"the checkpoint of step {step} can't be written in {self._path}: {_reason(error)}; {kept}"
+        )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -99,24 +99,29 @@ class Checkpoints:
     def restore(self, params: Params, optimizer: Any) -> Restored:
         """The newest checkpoint, stacked, in the shapes, dtypes and shardings of abstract `params` and `optimizer`.
 
-        Raises CheckpointError when there is none.
+        Raises CheckpointError when there is none, or it can't be read.
         """
         step = self._newest()
-        items = self._manager.restore(
+        items = self._restore(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                progress=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            progress=ocp.args.JsonRestore(),
         )
         return Restored(step, items["params"], items["optimizer"], items["progress"])
 
     def restore_params(self, params: Params) -> Params:
-        """The newest parameters alone. Raises CheckpointError when there are none."""
-        step = self._newest()
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        return self._manager.restore(step, args=args)["params"]
+        """The newest parameters alone. Raises CheckpointError when there are none, or they can't be read."""
+        return self._restore(self._newest(), params=ocp.args.StandardRestore(params))["params"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # TensorStore's are of many types
+            raise CheckpointError(
+                f"{self._path / str(step)} can't be read as a checkpoint of this model: {_reason(error)}; where it is "
+                "damaged, delete it to go on from the one before"
+            ) from error
 
     def _newest(self) -> int:
         step = self._manager.latest_step()
@@ -130,6 +135,13 @@ class Checkpoints:
             self.wait()
         finally:
             self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """In one line; what the system said, where TensorStore quotes it."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 @jax.jit

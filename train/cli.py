@@ -111,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(soft_wrap=True, highlight=False)
 
     def failed(error: object, status: int) -> int:
-        console.print(f"isthmus train: {error}", style="red", markup=False)
+        try:
+            console.print(f"isthmus train: {error}", style="red", markup=False)
+        except OSError:  # standard output is a file on the disk that is full, or a pipe that was closed
+            print(f"isthmus train: {error}", file=sys.stderr)
         return status
 
     try:
