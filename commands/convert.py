@@ -33,7 +33,8 @@ from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
 from train.config import DataConfig
-from train.documents import is_heldout, read_documents
+from train.documents import read_documents
+from train.heldout import part
 
 HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
 
@@ -63,7 +64,7 @@ class ConvertConfig:
     one's own, joined by commas, the first that matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
     text: tuple[str, ...] = ()
     """Files or folders of text, like --data of `isthmus train`, that the quantized model is compared with the original
-    on; default: those of Python's own library that the demo holds out"""
+    on; default: what training holds out of Python's own library"""
     windows: int = 24
     """Of 256 tokens, that are compared"""
     force: bool = False
@@ -206,8 +207,9 @@ def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
     tokens: list[int] = []
     default = (sysconfig.get_path("stdlib"),)
     for document in read_documents(config.text or default):
-        if config.text or is_heldout(document.name, DataConfig().heldout_fraction):
-            tokens += folder.tokenizer.encode(document.text)
+        compared = document if config.text else part(document, DataConfig().heldout_fraction).heldout
+        if compared is not None:
+            tokens += folder.tokenizer.encode(compared.text)
         if len(tokens) > config.windows * (WINDOW + 1):
             break
     return tokens

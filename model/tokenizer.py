@@ -99,7 +99,7 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, path: Path) -> None:
-        self._inner.save(str(path))
+        path.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
     def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
         """Token ids, with what the tokenizer puts before a prompt. Raises TextError.

@@ -64,16 +64,20 @@ class _Texts:
 
 
 class Pretraining:
-    """Every text led by the end-of-text token, which as the target of the token before it ends the one before."""
+    """Every text parted from the next by one end-of-text token, which as a target teaches where a text ends: in front
+    of it, where the tokenizer puts one there, as before every prompt; else behind it, and a text begins as a prompt
+    does."""
 
     weighted = False
 
     def __init__(self, tokenizer: Tokenizer, parse_special: bool = False) -> None:
-        self._texts, self.vocab_size = _Texts(tokenizer, parse_special), tokenizer.vocab_size
+        assert tokenizer.eos_id is not None
+        self._encode, self._end, self.vocab_size = _Texts(tokenizer, parse_special), tokenizer.eos_id, tokenizer.vocab_size
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
         assert all(document.kind == "text" for document in documents)
-        return [Example(ids, None) for ids in self._texts(documents)]
+        encoded = self._encode(documents)
+        return [Example(ids if self._end in (*ids[:1], *ids[-1:]) else [*ids, self._end], None) for ids in encoded]
 
 
 class FineTuning:

@@ -14,7 +14,7 @@ from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
 from model.hardware import default_dtype
 from model.transformer import Params
-from train.config import OptimizerConfig, TrainConfig, flat
+from train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
 SETTABLE = ("dtype", "remat", "scan_layers", "mixture.correction_rate")
 """Fields of the model that change nothing of what it computes; lora.* besides."""
@@ -30,13 +30,11 @@ def fine_tuning(path: Path, *, adapters: bool = False) -> TrainConfig:
         model = dataclasses.replace(
             model, dtype=default_dtype(), scan_layers=accelerator, remat="full" if accelerator and large else "none"
         )
-    default = TrainConfig()
-    text = dataclasses.replace(default.text, seq=min(default.text.seq, model.context_length))
     return TrainConfig(
         init=path,
         preset="",
         model=model,
-        text=text,
+        text=DataConfig().fitted(model.context_length),
         optimizer=OptimizerConfig(lr=2e-4 if adapters else 2e-5),
     )
 

@@ -170,6 +170,7 @@ def lines(path: Path, *objects: Any) -> tuple[str]:
 
 ASKED = {"messages": [{"role": "user", "content": "hello"}]}
 ANSWERED = {"messages": [*ASKED["messages"], {"role": "assistant", "content": "ok"}]}
+ANOTHER = {"messages": [*ASKED["messages"], {"role": "assistant", "content": "hello"}]}
 
 
 def test_messages_need_a_model_that_has_a_template(tmp_path: Path) -> None:
@@ -186,7 +187,13 @@ def test_nothing_to_learn_is_said(tmp_path: Path) -> None:
     """Hours of steps with a loss of 0 would follow."""
     start = folder_of(tmp_path / "model", byte_level())
     with pytest.raises(ConfigError, match="nothing to learn"):
-        prepare(lines(tmp_path / "c.jsonl", ASKED, ASKED), DataConfig(), tmp_path / "run", 0, start=start)
+        prepare(
+            lines(tmp_path / "c.jsonl", ASKED, {"messages": ASKED["messages"] * 2}),
+            DataConfig(),
+            tmp_path / "run",
+            0,
+            start=start,
+        )
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
@@ -204,7 +211,7 @@ def test_a_token_that_the_model_has_not_is_named(tmp_path: Path) -> None:
     texts = lines(tmp_path / "t.jsonl", {"text": "hello"}, {"text": "ok"})
     assert prepare(texts, DataConfig(), tmp_path / "run", 0, start=start)[0].train.targets > 0
     with pytest.raises(ConfigError, match=rf"c\.jsonl:\d holds token {size - 1}, .* only {size - 1} ids"):
-        prepare(lines(tmp_path / "c.jsonl", ANSWERED, ANSWERED), DataConfig(), tmp_path / "run", 0, start=start)
+        prepare(lines(tmp_path / "c.jsonl", ANSWERED, ANOTHER), DataConfig(), tmp_path / "run", 0, start=start)
 
 
 def test_another_template_or_tokenizer_is_other_data(tmp_path: Path) -> None:
