@@ -6,14 +6,26 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from tokenizers import Encoding, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import DecodeStream
 
 from model.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 """Starts every document in training and every prompt in serving; drawing it ends the sequence."""
+
+NORMALIZED = 4
+"""Characters that Unicode's normal forms make one of, at most"""
+
+
+class TooManyTokens(ValueError):
+    """A text makes more tokens than are wanted."""
+
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__(f"has {count} tokens; at most {most}")
+        self.count = count
 
 
 class Tokenizer:
@@ -65,17 +77,24 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         self._inner.save(str(path))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with what the tokenizer puts before a prompt. Special tokens written out in the text are text."""
-        return self._inner.encode(text).ids
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids, with what the tokenizer puts before a prompt. Special tokens written out in the text are text.
+
+        Other threads go on meanwhile, until the list is made. Raises TooManyTokens before that, if there are more than
+        `most`.
+        """
+        return _ids(self._inner.encode_batch_fast([text]), most)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As encode, in parallel."""
         return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts))]
 
-    def encode_chat(self, text: str) -> list[int]:
-        """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added."""
-        return self._with_special_tokens.encode(text, add_special_tokens=False).ids
+    def encode_chat(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added.
+
+        most: as of encode.
+        """
+        return _ids(self._with_special_tokens.encode_batch_fast([text], add_special_tokens=False), most)
 
     def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """As encode_chat, in parallel: each text's ids, and which of its characters each token stands for.
@@ -95,10 +114,39 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        (text,) = self._inner.decode_batch([list(ids)], skip_special_tokens=True)  # lets other threads go on
+        return text
+
+    def most_characters(self, tokens: int) -> int:
+        """A text of more characters makes more than `tokens` tokens.
+
+        That is sure of a tokenizer that spells out all it is given, as byte-level and byte-fallback ones do; of one
+        that drops or joins what it doesn't know it is a limit.
+        """
+        shrinks = 1 if self._inner.normalizer is None else NORMALIZED
+        return tokens * int(self._lengths.max()) * shrinks
+
+    def spelt_characters(self, ids: np.ndarray) -> int:
+        """The most characters that the text of `ids`, all in the vocabulary, can have."""
+        return int(self._lengths[ids].sum()) + len(ids)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """int64[ids]: characters of each token as the vocabulary spells it; of a byte-level one they are its bytes."""
+        vocab = self._inner.get_vocab()
+        lengths = np.zeros(max(vocab.values()) + 1, np.int64)
+        lengths[list(vocab.values())] = [len(token) for token in vocab]
+        return lengths
 
     def stream(self) -> TextStream:
         return TextStream(self)
+
+
+def _ids(encoded: Sequence[Encoding], most: int | None) -> list[int]:
+    (encoding,) = encoded
+    if most is not None and len(encoding) > most:
+        raise TooManyTokens(len(encoding), most)
+    return encoding.ids
 
 
 def _extents(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from google.protobuf import struct_pb2
 
 from isthmus.v1 import inference_pb2
 from model.chat import ChatError, ChatTemplate
 from model.folder import GenerationDefaults
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, TooManyTokens
 from serve.engine.request import InvalidRequest, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -23,12 +24,44 @@ MAX_TEMPERATURE = 100.0
 MAX_MESSAGES = 1024
 
 
+MAX_TOKENS = 1 << 18
+"""Of one Tokenize or Detokenize: more would hold up everybody's streams while they become a list"""
+MAX_CHARACTERS = 4 << 20
+"""Of a text that is answered whole"""
+
+
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> list[int]:
     """Raises InvalidRequest naming the first id that the tokenizer doesn't have."""
-    for index, token in enumerate(ids):
-        if token >= vocab_size:
-            raise InvalidRequest(f"{field}[{index}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
-    return list(ids)
+    return _checked(field, ids, vocab_size).tolist()
+
+
+def _checked(field: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    values = np.array(ids, np.int64)
+    wrong = np.flatnonzero(values >= vocab_size)
+    if wrong.size:
+        token = values[wrong[0]]
+        raise InvalidRequest(f"{field}[{wrong[0]}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
+    return values
+
+
+def tokenized(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of Tokenize. Raises InvalidRequest."""
+    try:
+        return tokenizer.encode(check_text("text", text), MAX_TOKENS)
+    except TooManyTokens as error:
+        raise InvalidRequest("text", f"{error} are told at once: split it") from None
+
+
+def detokenized(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of Detokenize. Raises InvalidRequest."""
+    if len(ids) > MAX_TOKENS:
+        raise InvalidRequest("token_ids", f"has {len(ids)} ids; at most {MAX_TOKENS} are taken at once")
+    checked = _checked("token_ids", ids, tokenizer.vocab_size)
+    if (characters := tokenizer.spelt_characters(checked)) > MAX_CHARACTERS:
+        raise InvalidRequest(
+            "token_ids", f"spell up to {characters} characters; at most {MAX_CHARACTERS} are told at once"
+        )
+    return tokenizer.decode(checked.tolist())
 
 
 def check_text(field: str, text: str) -> str:
@@ -62,8 +95,11 @@ def _sampling(params: inference_pb2.SamplingParams, recommended: GenerationDefau
     )
 
 
-def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[int]:
-    """Tokens of the prompt. Raises InvalidRequest. Long texts, and messages, take a while: call it off the event loop.
+def prompt_ids(
+    message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, chat: ChatTemplate | None, context_length: int
+) -> list[int]:
+    """Tokens of the prompt. Raises InvalidRequest, of a text that can't fit into the context before it is encoded. Long
+    texts, and messages, take a while: call it off the event loop.
 
     chat: the model's template for messages, if it has one.
     """
@@ -71,12 +107,32 @@ def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, cha
     if kind is None:
         raise InvalidRequest("prompt", "give text, token_ids or messages")
     if kind == "messages":
-        return tokenizer.encode_chat(_rendered(message.messages, chat))
+        text = _rendered(message.messages, chat)
+        return _encoded("messages.messages", text, tokenizer.encode_chat, tokenizer, context_length)
     if kind == "text":
-        return tokenizer.encode(check_text("text", message.text))
-    if not message.token_ids.ids:
+        return _encoded("text", check_text("text", message.text), tokenizer.encode, tokenizer, context_length)
+    ids = message.token_ids.ids
+    if not ids:
         raise InvalidRequest("token_ids.ids", "must not be empty")
-    return check_token_ids("token_ids.ids", message.token_ids.ids, tokenizer.vocab_size)
+    if len(ids) >= context_length:
+        raise _too_long("token_ids.ids", len(ids), context_length)
+    return check_token_ids("token_ids.ids", ids, tokenizer.vocab_size)
+
+
+def _encoded(
+    field: str, text: str, encode: Callable[[str, int], list[int]], tokenizer: Tokenizer, context_length: int
+) -> list[int]:
+    most = tokenizer.most_characters(context_length)
+    if len(text) > most:
+        raise InvalidRequest(field, f"has {len(text)} characters; a context of {context_length} takes at most {most}")
+    try:
+        return encode(text, context_length - 1)
+    except TooManyTokens as error:
+        raise _too_long(field, error.count, context_length) from None
+
+
+def _too_long(field: str, tokens: int, context_length: int) -> InvalidRequest:
+    return InvalidRequest(field, f"has {tokens} tokens; the context of {context_length} needs room for one more")
 
 
 def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -> str:
@@ -124,10 +180,6 @@ def build_request(
     fields = {"text": "text", "messages": "messages.messages"}
     field = fields.get(message.WhichOneof("prompt") or "", "token_ids.ids")
     left = context_length - len(prompt)
-    if left < 1:
-        raise InvalidRequest(
-            field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more"
-        )
     if max(prompt, default=0) >= tokenizer.vocab_size:
         raise InvalidRequest(field, f"spells the token {max(prompt)}, which the model has no embedding for")
     max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)

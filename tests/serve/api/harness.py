@@ -56,6 +56,18 @@ ENGINE = EngineConfig(max_sequences=8, prefill_tokens=64)
 PROMPT = "def main(argv):\n    return "
 LONG = 4000
 """Tokens of a generation that is still going on when a test has something to say about it"""
+CHAT_TEMPLATE = """\
+{% if style is defined and style == 'endless' %}
+    {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}
+{%- endif %}
+{% for message in messages %}
+    {%- if message.role == 'critic' %}{{ raise_exception('there are no critics here') }}{% endif %}
+    {{- bos_token ~ message.role ~ ': ' ~ message.content ~ '\\n' }}
+{%- endfor %}
+{%- if style is defined %}{{ style ~ '\\n' }}{% endif %}
+{%- if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}
+"""
+"""With `style` 'endless' it is a program that takes as long as it may"""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 

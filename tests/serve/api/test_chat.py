@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,30 +24,9 @@ from tests.serve.api.harness import (
     varied_params,
 )
 
-TEMPLATE = """\
-{% if style is defined and style == 'endless' %}
-    {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}
-{%- endif %}
-{% for message in messages %}
-    {%- if message.role == 'critic' %}{{ raise_exception('there are no critics here') }}{% endif %}
-    {{- bos_token ~ message.role ~ ': ' ~ message.content ~ '\\n' }}
-{%- endfor %}
-{%- if style is defined %}{{ style ~ '\\n' }}{% endif %}
-{%- if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}
-"""
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import ünïcode"}]
 TEXT = f"{END_OF_TEXT}system: Be brief.\n{END_OF_TEXT}user: import ünïcode\n"
 ASKED = f"{END_OF_TEXT}assistant:"
-
-
-@pytest.fixture(scope="module")
-def chat_server(
-    start_server: StartServer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> RunningServer:
-    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tokenizer, varied_params())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": END_OF_TEXT}}))
-    return start_server(model=folder)
 
 
 @pytest.fixture
