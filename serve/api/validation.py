@@ -26,7 +26,7 @@ MAX_MESSAGES = 1024
 
 MAX_TOKENS = 1 << 18
 """Of one Tokenize or Detokenize: more would hold up everybody's streams while they become a list"""
-MAX_CHARACTERS = 4 << 20
+MAX_CHARACTERS = 4_000_000
 """Of a text that is answered whole"""
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +74,9 @@ CHAT_TEMPLATE = """\
 """With `style` 'endless' it is a program that takes as long as it may"""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+ISTHMUS = Path(sys.executable).with_name("isthmus")
+REPOSITORY = Path(__file__).parents[3]
 
 T = TypeVar("T")
 
@@ -208,6 +215,47 @@ class RunningServer:
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE)
+
+
+class ServeProcess:
+    """`isthmus serve`, and what it has printed."""
+
+    def __init__(self, *arguments: str, command: Sequence[str] = (str(ISTHMUS), "serve")) -> None:
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "1000"},
+        )
+        self.printed = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed += line
+
+    def address(self) -> str:
+        """Once it says that it is ready."""
+
+        def ready() -> re.Match[str] | None:
+            assert self.process.poll() is None, f"it ended: {self.printed}"
+            return re.search(r"^SERVING on (\S+)$", self.printed, re.MULTILINE)
+
+        return wait_for(ready, "the line that says it is ready").group(1)
+
+    def wait(self) -> int:
+        """The exit status, with everything printed."""
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return status
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
 
 
 def idle(client: Client) -> bool:
