@@ -40,6 +40,8 @@ from serve.api.server import Server
 from serve.engine.build import open_model
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.executor import Launched
+from serve.engine.plan import StepPlan
 from tests.support import on_host, random_params
 
 PATIENCE = 60.0
@@ -215,6 +217,24 @@ class RunningServer:
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE)
+
+
+class Held:
+    """A server whose engine stands still in its next launch until it is let go."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.entered, self._go = threading.Event(), threading.Event()
+        executor = server.engine.executor
+        self._launch: Callable[[StepPlan], Launched] = executor.launch
+        executor.launch = self._hold  # type: ignore[method-assign]
+
+    def _hold(self, plan: StepPlan) -> Launched:
+        self.entered.set()
+        assert self._go.wait(3 * PATIENCE)
+        return self._launch(plan)
+
+    def let_go(self) -> None:
+        self._go.set()
 
 
 class ServeProcess:

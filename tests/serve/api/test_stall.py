@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from google.rpc import error_details_pb2
 
 import serve.api.server
 from isthmus import Client
-from serve.engine.executor import Launched
-from serve.engine.plan import StepPlan
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,
@@ -25,7 +22,7 @@ from tests.serve.api.harness import (
     PATIENCE,
     PROMPT,
     SERVING,
-    RunningServer,
+    Held,
     ServeProcess,
     begin,
     check_health,
@@ -35,24 +32,6 @@ from tests.serve.api.harness import (
 )
 
 STALL_SECONDS = 1.0
-
-
-class Gate:
-    """In front of a server's executor: holds its next launch until it is opened."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self.entered, self._opened = threading.Event(), threading.Event()
-        executor = server.engine.executor
-        self._launch: Callable[[StepPlan], Launched] = executor.launch
-        executor.launch = self._hold  # type: ignore[method-assign]
-
-    def _hold(self, plan: StepPlan) -> Launched:
-        self.entered.set()
-        assert self._opened.wait(3 * PATIENCE)
-        return self._launch(plan)
-
-    def open(self) -> None:
-        self._opened.set()
 
 
 def refusal(call: Callable[[], object]) -> grpc.RpcError:
@@ -68,15 +47,15 @@ def test_health_follows_a_step_that_takes_too_long(start_server: StartServer) ->
         alone = client.generate(PROMPT, max_tokens=200, seed=1, ignore_eos=True)
         events = client.stream(PROMPT, max_tokens=200, seed=1, ignore_eos=True)
         assert check_health(client.channel) == SERVING
-        gate = Gate(server)
+        held = Held(server)
         started = next(events)
-        assert gate.entered.wait(PATIENCE)
+        assert held.entered.wait(PATIENCE)
         wait_for(lambda: check_health(client.channel) == NOT_SERVING, "NOT_SERVING")
         assert server.engine.busy_seconds < STALL_SECONDS + 2
         refused = refusal(lambda: client.generate(PROMPT, max_tokens=1))
         assert refused.code() == grpc.StatusCode.UNAVAILABLE and details(refused, error_details_pb2.RetryInfo)
         assert client.load().running + client.load().waiting == 1, "what it is can still be asked"
-        gate.open()
+        held.let_go()
         wait_for(lambda: check_health(client.channel) == SERVING, "SERVING again")
         streamed = collect([started, *events])
         assert streamed.token_ids == alone.token_ids
@@ -91,8 +70,8 @@ def test_a_step_that_hangs_does_not_hold_up_the_shutdown(
     server = start_server()
     with server.client() as client:
         running = begin(client)
-        gate = Gate(server)
-        assert gate.entered.wait(PATIENCE)
+        held = Held(server)
+        assert held.entered.wait(PATIENCE)
         waiting = client.stream(PROMPT, max_tokens=LONG, ignore_eos=True)
         next(waiting)
         try:
@@ -102,7 +81,7 @@ def test_a_step_that_hangs_does_not_hold_up_the_shutdown(
                 assert refused.code() == grpc.StatusCode.UNAVAILABLE
                 assert details(refused, error_details_pb2.RetryInfo)
         finally:
-            gate.open()
+            held.let_go()
 
 
 STALLING_SERVE = """
