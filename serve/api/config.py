@@ -88,7 +88,7 @@ class ServeConfig:
         try:
             pair = self.tls_key.read_bytes(), self.tls_cert.read_bytes()
             # gRPC would say no more than that it can't listen.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, password="")
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, _no_passphrase)
         except (OSError, ValueError) as error:  # SSLError is an OSError
             raise ConfigError(f"tls_cert={self.tls_cert}, tls_key={self.tls_key} can't be used: {error}") from None
         return pair
@@ -104,6 +104,10 @@ class ServeConfig:
         if not token or not token.isascii() or not token.isprintable():
             raise ConfigError(f"auth_token_file: {self.auth_token_file} must hold one line of printable ASCII")
         return token
+
+
+def _no_passphrase() -> str:
+    raise ValueError("the key has a passphrase; `openssl pkey` writes it without")
 
 
 def _is_loopback(host: str) -> bool:

@@ -65,6 +65,7 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.server.max_pending_requests_hard_limit", 1 << 17),
         ("grpc.keepalive_time_ms", round(1000 * config.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),
+        ("grpc.http2.ping_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),  # a minute otherwise, keepalive or not
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PING_SECONDS)),
