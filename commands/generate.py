@@ -33,6 +33,8 @@ class GenerateConfig:
     address: str = "127.0.0.1:50051"
     """Of a running server"""
     auth_token_file: Path | None = None
+    tls_ca: Path | None = None
+    """The server runs with --tls-cert: the certificate, in PEM, of who signed its, or its own if that is self-signed"""
     model: Path | None = None
     """A model folder to run here, without a server"""
     chat: bool = False
@@ -73,7 +75,7 @@ def _on_server(config: GenerateConfig) -> Iterator[Complete]:
     from isthmus.client import Client
 
     token = config.auth_token_file.read_text().strip() if config.auth_token_file else None
-    with Client(config.address, token=token) as client:
+    with Client(config.address, token=token, tls_ca=config.tls_ca) as client:
 
         def complete(prompt: Prompt) -> Generator[str, None, None]:
             for event in client.stream(prompt, **config.options()):
@@ -107,7 +109,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 
     def complete(prompt: Prompt) -> Generator[str, None, None]:
         message = generate_request(prompt, **config.options())
-        ids = prompt_ids(message, model.tokenizer, model.chat)
+        ids = prompt_ids(message, model.tokenizer, model.chat, engine.config.context_length)
         request = build_request(message, ids, model.tokenizer, engine.config.context_length, model.generation)
         outputs: SimpleQueue[Output] = SimpleQueue()
         request.handle = outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -13,6 +14,16 @@ from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_p
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, its token ids, or the messages of a conversation: {"role": …, "content": …}"""
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""Of an answer; gRPC's own limit is 4 MiB"""
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),  # a server that is gone is noticed while an answer is waited for
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,7 @@ class Completion:
     """Draws the same tokens again"""
     prompt_tokens: int
     cached_prompt_tokens: int
+    """0 unless the server runs with --report-cached-tokens"""
     time_to_first_token: float
     """Seconds, as the server measured it"""
 
@@ -113,9 +125,21 @@ class Client:
         *,
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        tls_ca: Path | str | None = None,
     ) -> None:
-        """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text."""
-        self.channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text. tls_ca: for
+        TLS too, a file in PEM with the certificate of who signed the server's, or a self-signed server's own.
+
+        Raises OSError when tls_ca can't be read, and ValueError when both are given.
+        """
+        if tls_ca is not None:
+            if credentials is not None:
+                raise ValueError("give credentials or tls_ca")
+            credentials = grpc.ssl_channel_credentials(Path(tls_ca).read_bytes())
+        if credentials is not None:
+            self.channel = grpc.secure_channel(target, credentials, _OPTIONS)
+        else:
+            self.channel = grpc.insecure_channel(target, _OPTIONS)
         self._metadata = bearer(token)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self._control = control_pb2_grpc.ControlServiceStub(self.channel)

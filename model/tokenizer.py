@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from tokenizers import Encoding, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from model.config import ConfigError
 from model.text_stream import Detokenizer, TextStream
@@ -17,6 +18,17 @@ from model.tokenizer_file import examine
 
 END_OF_TEXT = "<|endoftext|>"
 """Starts every document in training and every prompt in serving; drawing it ends the sequence."""
+
+NORMALIZED = 4
+"""Characters that Unicode's normal forms make one of, at most"""
+
+
+class TooManyTokens(ValueError):
+    """A text makes more tokens than are wanted."""
+
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__(f"has {count} tokens; at most {most}")
+        self.count = count
 
 
 MAX_WORK = 256 << 20
@@ -101,12 +113,14 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         path.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
-    def encode(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """Token ids, with what the tokenizer puts before a prompt. Raises TextError.
+    def encode(self, text: str, most: int | None = None, *, parse_special: bool = False) -> list[int]:
+        """Token ids, with what the tokenizer puts before a prompt.
 
-        parse_special: whether a special token written out in the text is that token; else it is text.
+        parse_special: whether a special token written out in the text is that token; else it is text. Other threads go
+        on meanwhile, until the list is made. Raises TooManyTokens before that, if there are more than `most`, and
+        TextError.
         """
-        return self._encode(self._with_special_tokens if parse_special else self._inner, text)
+        return self._encode(self._with_special_tokens if parse_special else self._inner, text, most)
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """As encode, in parallel."""
@@ -114,18 +128,18 @@ class Tokenizer:
         with _typed_errors():
             return [encoding.ids for encoding in inner.encode_batch_fast(list(texts))]
 
-    def encode_chat(self, text: str) -> list[int]:
+    def encode_chat(self, text: str, most: int | None = None) -> list[int]:
         """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added.
 
-        Raises TextError.
+        most, and what it raises: as of encode.
         """
-        return self._encode(self._with_special_tokens, text, add_special_tokens=False)
+        return self._encode(self._with_special_tokens, text, most, add_special_tokens=False)
 
-    def _encode(self, inner: _Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def _encode(self, inner: _Tokenizer, text: str, most: int | None, *, add_special_tokens: bool = True) -> list[int]:
         if len(text) * self._growth > MAX_WORK:
             raise TextError(f"has {len(text)} characters; this model's tokenizer takes {MAX_WORK // self._growth}")
         with _typed_errors():
-            return inner.encode(text, add_special_tokens=add_special_tokens).ids
+            return _ids(inner.encode_batch_fast([text], add_special_tokens=add_special_tokens), most)
 
     def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """As encode_chat, in parallel: each text's ids, and which of its characters each token stands for.
@@ -164,7 +178,29 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        (text,) = self._inner.decode_batch([list(ids)], skip_special_tokens=True)  # lets other threads go on
+        return text
+
+    def most_characters(self, tokens: int) -> int:
+        """A text of more characters makes more than `tokens` tokens.
+
+        That is sure of a tokenizer that spells out all it is given, as byte-level and byte-fallback ones do; of one
+        that drops or joins what it doesn't know it is a limit.
+        """
+        shrinks = 1 if self._inner.normalizer is None else NORMALIZED
+        return tokens * int(self._lengths.max()) * shrinks
+
+    def spelt_characters(self, ids: np.ndarray) -> int:
+        """The most characters that the text of `ids`, all in the vocabulary, can have."""
+        return int(self._lengths[ids].sum()) + len(ids)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """int64[ids]: characters of each token as the vocabulary spells it; of a byte-level one they are its bytes."""
+        vocab = self._inner.get_vocab()
+        lengths = np.zeros(max(vocab.values()) + 1, np.int64)
+        lengths[list(vocab.values())] = [len(token) for token in vocab]
+        return lengths
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """Gives out the text of the tokens that follow `prompt`, as it is behind the prompt's."""
@@ -195,6 +231,13 @@ def _typed_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise TextError(f"the tokenizer gives up on it: {str(error).strip()[:200]}") from None
+
+
+def _ids(encoded: Sequence[Encoding], most: int | None) -> list[int]:
+    (encoding,) = encoded
+    if most is not None and len(encoding) > most:
+        raise TooManyTokens(len(encoding), most)
+    return encoding.ids
 
 
 def _extents(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -72,7 +72,11 @@ class Pretraining:
 
     def __init__(self, tokenizer: Tokenizer, parse_special: bool = False) -> None:
         assert tokenizer.eos_id is not None
-        self._encode, self._end, self.vocab_size = _Texts(tokenizer, parse_special), tokenizer.eos_id, tokenizer.vocab_size
+        self._encode, self._end, self.vocab_size = (
+            _Texts(tokenizer, parse_special),
+            tokenizer.eos_id,
+            tokenizer.vocab_size,
+        )
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
         assert all(document.kind == "text" for document in documents)

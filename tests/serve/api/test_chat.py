@@ -26,30 +26,9 @@ from tests.serve.api.harness import (
     varied_params,
 )
 
-TEMPLATE = """\
-{% if style is defined and style == 'endless' %}
-    {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}
-{%- endif %}
-{% for message in messages %}
-    {%- if message.role == 'critic' %}{{ raise_exception('there are no critics here') }}{% endif %}
-    {{- bos_token ~ message.role ~ ': ' ~ message.content ~ '\\n' }}
-{%- endfor %}
-{%- if style is defined %}{{ style ~ '\\n' }}{% endif %}
-{%- if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}
-"""
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import ünïcode"}]
 TEXT = f"{END_OF_TEXT}system: Be brief.\n{END_OF_TEXT}user: import ünïcode\n"
 ASKED = f"{END_OF_TEXT}assistant:"
-
-
-@pytest.fixture(scope="module")
-def chat_server(
-    start_server: StartServer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> RunningServer:
-    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tokenizer, varied_params())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": END_OF_TEXT}}))
-    return start_server(model=folder)
 
 
 @pytest.fixture
@@ -97,7 +76,7 @@ def test_a_tool_is_written_in_the_order_that_its_keys_were_given_in(tokenizer: T
     schema = {name: {"type": "string", "é": [1.0, {"z": None, "a": True}]} for name in "qwertyuiopasdf"}
     chat = ChatTemplate("{{ tools | tojson }}")
     message = generate_request(TALK, template_arguments={"tools": [schema]})
-    assert prompt_ids(message, tokenizer, chat) == tokenizer.encode_chat(json.dumps([schema], ensure_ascii=False))
+    assert prompt_ids(message, tokenizer, chat, 4096) == tokenizer.encode_chat(json.dumps([schema], ensure_ascii=False))
 
 
 def test_a_special_token_in_a_text_is_one_when_asked_for(client: Client, tokenizer: Tokenizer) -> None:
