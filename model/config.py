@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.config_parts import ConfigError, LatentConfig, LayerKind, LoraConfig, MixtureConfig, RopeScaling
+from model.files import read_json
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -261,12 +262,11 @@ class ModelConfig:
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
         """Reads `config.json`. Raises ConfigError when a field is unknown or missing."""
+        fields = read_json(path)
         try:
-            config = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            config = cls.from_dict(fields)
             config.validate()
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: is {path.parent} a folder that `isthmus train` wrote?") from None
-        except (TypeError, ValueError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
+        except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path} is not a model configuration: {error}") from None
         return config
 

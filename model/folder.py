@@ -4,7 +4,6 @@ PEFT's layout, which names the model folder that it adapts."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 from model import checkpoint, lora
 from model.chat import ChatTemplate
 from model.config import ConfigError, LoraConfig, ModelConfig
+from model.files import present, read_json
 from model.huggingface import load
 from model.huggingface.adapter_config import base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_config
@@ -184,15 +184,8 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return values
+    """Empty when there is no such file."""
+    return read_json(path) if present(path) else {}
 
 
 def _end_ids(path: Path) -> list[int]:

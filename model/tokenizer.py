@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from tokenizers.decoders import DecodeStream
 
 from model.config import ConfigError
+from model.files import MAX_TOKENIZER_BYTES, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 """Starts every document in training and every prompt in serving; drawing it ends the sequence."""
@@ -30,10 +31,9 @@ class Tokenizer:
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
         """Reads a Hugging Face `tokenizer.json`. Raises ConfigError when it isn't one."""
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist: expected a tokenizer.json")
+        text = read_text(path, MAX_TOKENIZER_BYTES)
         try:
-            return cls(_Tokenizer.from_file(str(path)))
+            return cls(_Tokenizer.from_str(text))
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"{path} is not a tokenizer: {error}") from None
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from model.config import ConfigError, RopeScaling
+from model.files import read_json
 
 _REQUIRED = object()
-MAX_CONFIG_BYTES = 4 << 20
 
 _NO_EFFECT = {
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
@@ -57,17 +56,7 @@ class Fields:
     @classmethod
     def load(cls, path: Path) -> Fields:
         """Raises ConfigError when there is no such file or it isn't a JSON object."""
-        try:
-            if path.stat().st_size > MAX_CONFIG_BYTES:
-                raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES >> 20} MiB")
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: is {path.parent} a model folder?") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} can't be read as JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} is not a JSON object")
-        return cls(values, path)
+        return cls(read_json(path), path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

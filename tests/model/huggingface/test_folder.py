@@ -169,9 +169,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "path out of the folder": (path_out_of_the_folder, "is not the name of a .safetensors file"),
     "absolute path": (absolute_path, "is not the name of a .safetensors file"),
     "pickle in the index": (pickle_in_the_index, "is not the name of a .safetensors file"),
-    "missing shard": (missing_shard, "is missing"),
+    "missing shard": (missing_shard, "00007-of-00007.safetensors does not exist"),
     "index of lies": (index_of_lies, "says that"),
-    "index is a list": (index_is_a_list, "is not an index"),
+    "a shard with a long name": (
+        lambda folder: bad_index(folder, {"weight_map": {"x": "a" * 5000 + ".safetensors"}}),
+        "'a{150,}….* is not the name of",
+    ),
+    "a shard with half a character": (
+        lambda folder: bad_index(folder, {"weight_map": {"x": "\ud800.safetensors"}}),
+        "can't be read as JSON",
+    ),
+    "a shard with a NUL": (
+        lambda folder: bad_index(folder, {"weight_map": {"x": "a\0.safetensors"}}),
+        "is not the name of",
+    ),
+    "index is a list": (index_is_a_list, "is not a JSON object"),
     "no such architecture": (set_config(model_type="mamba"), "model_type='mamba' is none of the known families"),
     "another class": (set_config(architectures=["LlamaForSequenceClassification"]), "architectures=.* is not"),
     "a field nobody knows": (set_config(attention_magic=3), "attention_magic=3 is not supported"),
@@ -193,7 +205,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "not JSON": (write_config("{'model_type': 'llama'}"), "can't be read as JSON"),
     "a JSON list": (write_config("[1]"), "is not a JSON object"),
     "deep JSON": (write_config("[" * 100_000), "can't be read as JSON"),
-    "not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{") and None, "can't be read as JSON"),
+    "not UTF-8": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{") and None, "can't be read as UTF-8"),
     "a missing field": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 96}') and None,
         "the field .* is missing",
