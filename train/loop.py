@@ -69,6 +69,8 @@ def train(config: TrainConfig, console: Console | None = None) -> Report:
     check_dtype(config.model.dtype)
     build_mesh(config.mesh_shape)
     folder = open_start(config)
+    for warning in folder.warnings if folder else ():
+        console.print(warning, style="yellow", markup=False)
     config.out.mkdir(parents=True, exist_ok=True)
     data, config = _prepare_data(config, folder, console)
     return _Run(config, folder, data, console).run()

@@ -69,6 +69,7 @@ def network_of(config: ModelConfig) -> ModelConfig:
     mixture = dataclasses.replace(config.mixture, correction_rate=0.0)
     return dataclasses.replace(
         config,
+        context_length=0,
         dtype="float32",
         remat="none",
         scan_layers=False,

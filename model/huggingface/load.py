@@ -124,6 +124,28 @@ def load_params(
             readers.shutdown(cancel_futures=True)
 
 
+def check_size(files: TensorFiles, config: ModelConfig) -> None:
+    """Raises ConfigError where config.json speaks of more than the files hold, before anything of that size is made."""
+    layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if config.layers > len(layers):
+        raise ConfigError(f"{files.folder}: config.json says num_hidden_layers={config.layers}, and the files hold "
+                          f"{len(layers)} layers")  # fmt: skip
+    held = sum(math.prod(stored.shape) for stored in files.tensors.values())
+    if config.parameters > 2 * held:  # for what is nearly right, check_tensors names the tensor
+        raise ConfigError(
+            f"{files.folder}: config.json makes a model of {config.parameters:,} parameters, and the files hold "
+            f"{held:,}: {_first_difference(files, config)}"
+        )
+
+
+def _first_difference(files: TensorFiles, config: ModelConfig) -> str:
+    shape = (config.vocab_size, config.dim)
+    found = files.tensors.get("model.embed_tokens.weight")
+    if found is not None and found.shape != shape:
+        return f"model.embed_tokens.weight is {list(found.shape)}, and config.json makes it {list(shape)}"
+    return "one of its sizes is too large"
+
+
 def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
     """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
     wanted: set[str] = set()
