@@ -32,10 +32,7 @@ _KINDS = {
 
 def present(path: Path) -> bool:
     """Whether there is anything of this name: also what can't be read as a file, and a link that leads nowhere."""
-    try:
-        return os.path.lexists(path)
-    except (OSError, ValueError):  # too long a name, or one with a NUL
-        return False
+    return os.path.lexists(path)
 
 
 def check_file(path: Path) -> None:

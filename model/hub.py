@@ -3,6 +3,7 @@ reaches the network unless it is asked to."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def find_folder(path: Path, *, download: bool = False) -> Path:
     download: fetches it from the hub where the cache hasn't all of it. Raises ConfigError, saying what `path` is
     instead.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike Path.is_dir, is false for a name that no folder can have
         _check_folder(path)
         return path
     if present(path):
@@ -81,16 +82,16 @@ def _kind_of_file(path: Path) -> str:
 
 
 def _cached(name: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-        raise ConfigError(
-            f"{name}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
-            "--download fetches it"
-        ) from None
+    for file in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(name, file)
+        if isinstance(found, str):  # else it isn't known, or known not to exist
+            return Path(found).parent
+    raise ConfigError(
+        f"{name}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
+        "--download fetches it"
+    )
 
 
 def _download(name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,12 +43,12 @@ def base_folder(path: Path, download: bool = False) -> Path:
     in the local Hugging Face cache. Raises ConfigError when there is none."""
     fields = Fields.load(path / ADAPTER_CONFIG)
     name = fields.raw("base_model_name_or_path", None)
-    if not isinstance(name, str) or not name or "\0" in name or len(name) > 4096:
+    if not isinstance(name, str) or not name:
         raise fields.error(
             "base_model_name_or_path", "must name the base model's folder; --base FOLDER says where it is"
         )
     beside = path / name  # which is `name` itself where that is absolute
-    if beside.is_dir():
+    if os.path.isdir(beside):
         return beside
     try:
         return find_folder(Path(name), download=download)
