@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial as partial_call
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +22,7 @@ from commands.quality import WINDOW, QualityError, compare, predictions, windows
 from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError, LoraConfig
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.hub import FolderOptions
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
@@ -53,6 +54,9 @@ class ConvertConfig:
     """A model folder of either kind, or an adapter"""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to make"""
+    folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
+        default_factory=FolderOptions
+    )
     to: Literal["auto", "huggingface", "isthmus"] = "auto"
     """auto: the other kind; a merged adapter becomes huggingface"""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
@@ -77,7 +81,9 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
-    folder = open_folder(config.source)
+    folder = open_folder(config.source, config.folder)
+    for warning in folder.warnings:
+        console.print(warning, style="yellow", markup=False)
     if config.quantize != "none":
         return _quantize(config, folder, console)
     kind = config.to
@@ -145,7 +151,7 @@ def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
     if not kept.is_file():
         values = published_config(folder.config)
         return read_fields(Fields(values, kept))[0], values
-    family, read = read_config(kept)
+    family, read = read_config(kept, folder.ignore_field)
     if network_of(read) != network_of(folder.config):
         raise ConfigError(f"{kept} describes another network than {folder.path / 'config.json'}")
     return family, json.loads(kept.read_text(encoding="utf-8"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
+from model.hub import FolderOptions
 
 HELP = """Completes a prompt and prints the text as it comes.
 
@@ -36,7 +38,10 @@ class GenerateConfig:
     tls_ca: Path | None = None
     """The server runs with --tls-cert: the certificate, in PEM, of who signed its, or its own if that is self-signed"""
     model: Path | None = None
-    """A model folder to run here, without a server"""
+    """A model folder to run here, without a server; or Org/Name, in the local Hugging Face cache"""
+    folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
+        default_factory=FolderOptions
+    )
     chat: bool = False
     """Talk, with the model's chat template"""
     system: str | None = None
@@ -99,7 +104,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     from serve.engine.request import FinishReason, Output
 
     enable_compilation_cache()
-    model = open_model(folder)
+    model = open_model(folder, options=config.folder)
     for warning in model.warnings:
         print(warning, file=sys.stderr)
 

@@ -34,7 +34,13 @@ async def serve(config: ServeConfig, console: Console) -> int:
     """Serves until told to stop. Raises ConfigError, CheckpointError, and CancelledError when told while loading."""
     config.validate()
     enable_compilation_cache(config.compilation_cache)
-    model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter, quantize=config.quantize)
+    model = open_model(
+        config.model,
+        config.dtype,
+        merge_adapter=config.merge_adapter,
+        quantize=config.quantize,
+        options=config.folder,
+    )
     for warning in model.warnings:
         console.print(warning, style="yellow", markup=False)
     server = Server(config, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 
 from model.answers import Indistinct, Span, find_answers
 from model.config import ConfigError
+from model.files import present, read_json, read_text
 from model.sandbox.environment import Sandbox
 from model.sandbox.meter import Limits, Meter, metered
 
@@ -73,7 +73,9 @@ class ChatTemplate:
         """
         config = tokenizer_config(folder)
         path = folder / TEMPLATE_FILE
-        source, name = (_read(path), str(path)) if path.is_file() else _template_of(config, folder / TOKENIZER_CONFIG)
+        source, name = (
+            (read_text(path), str(path)) if present(path) else _template_of(config, folder / TOKENIZER_CONFIG)
+        )
         return None if source is None else cls(source, special_tokens(folder), name=name)
 
     def render(
@@ -199,24 +201,9 @@ def _plain(value: Any, where: str, depth: int = MAX_DEPTH) -> Any:
 # Files
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return content
+    return read_json(path) if present(path) else {}
 
 
 def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from model.config import ConfigError
+from model.files import MAX_TOKENIZER_BYTES, read_json
 from model.tokenizer_trial import GAVE_UP
 
-MAX_FILE_BYTES = 256 << 20
-"""Of a tokenizer.json; Gemma's has 33 MB"""
 MAX_GROWTH = 256
 """Bytes that normalizers, or decoders, may make of one byte; those of published families make up to 132"""
 MAX_TOKEN = 1 << 16
@@ -63,7 +62,7 @@ class TokenizerFile:
 
 def examine(path: Path) -> TokenizerFile:
     """Checks a tokenizer.json before its library reads it. Raises ConfigError naming what it asks too much of."""
-    spec = _read(path)
+    spec = read_json(path, MAX_TOKENIZER_BYTES)
     normalizer, decoder = (_growth(spec.get(part), part, path) for part in ("normalizer", "decoder"))
     _check_added(spec.get("post_processor"), path)
     added = tuple(_added(spec))
@@ -76,20 +75,6 @@ def examine(path: Path) -> TokenizerFile:
     if unknown := sorted(set(_patterns(spec)) - KNOWN_PATTERNS):
         _try_out(path, unknown)
     return TokenizerFile(normalizer, max(tokens.values(), default=-1) + 1, added)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist: expected a tokenizer.json")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path} has {size} bytes; a tokenizer.json may have {MAX_FILE_BYTES}")
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not a tokenizer: {error}") from None
-    if not isinstance(spec, dict):
-        raise ConfigError(f"{path} is not a tokenizer: it holds no JSON object")
-    return spec
 
 
 def _vocabulary(spec: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

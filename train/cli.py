@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 
 from model.config import PRESETS, ConfigError
+from model.hub import FolderOptions
 from train.config import DataConfig, TrainConfig
 from train.files import described
 
@@ -74,12 +75,21 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         if _value(argv, "--preset") is not None:
             raise ConfigError("preset can't be set with --init: the model in the folder has its size")
         rank = _value(argv, "--model.lora.rank")
-        default = fine_tuning(Path(str(init)), adapters=rank not in (None, "0"))
+        options = FolderOptions(ignore_field=_values(argv, "--ignore-field"), download="--download" in argv)
+        default = fine_tuning(Path(str(init)), adapters=rank not in (None, "0"), options=options)
     elif (name := _value(argv, "--preset")) is not None:
         if name not in PRESETS:
             raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
         default = TrainConfig(preset=name, model=PRESETS[name], text=DataConfig().fitted(PRESETS[name].context_length))
-    return tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+    config = tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+    # Repeated flags are laid after the default's, which a resumed run has already.
+    return dataclasses.replace(config, ignore_field=tuple(dict.fromkeys(config.ignore_field)))
+
+
+def _values(argv: Sequence[str], flag: str) -> tuple[str, ...]:
+    """All that a flag was given."""
+    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if word.partition("=")[0] == flag)
+    return tuple(value for value in given if value is not None)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:

@@ -86,7 +86,11 @@ class TrainConfig:
     out: Path = Path("runs/latest")
     """The model folder: configuration, tokenizer, checkpoints, metrics"""
     init: Path | None = None
-    """A model folder to start from: ours, or as Hugging Face publishes it"""
+    """A model folder to start from: ours, or as Hugging Face publishes it; or Org/Name, which its local cache has"""
+    ignore_field: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A field of --init's config.json to go on without, which may make it another model; may be given repeatedly"""
+    download: bool = False
+    """Fetch an --init named Org/Name from huggingface.co where the local cache hasn't it"""
     preset: str = "5m"
     """Size to start from, of those listed above; every --model.* overrides it"""
     model: ModelConfig = PRESETS["5m"]
@@ -164,6 +168,7 @@ class TrainConfig:
                 "data": tuple(fields["data"]),
                 "out": Path(fields["out"]),
                 "init": Path(init) if init else None,
+                "ignore_field": tuple(fields.get("ignore_field", ())),
                 "model": ModelConfig.from_dict(fields["model"]),
                 "text": DataConfig(**{**fields["text"], "tokenizer": Path(tokenizer) if tokenizer else None}),
                 "optimizer": OptimizerConfig(**fields["optimizer"]),
@@ -173,6 +178,7 @@ class TrainConfig:
 
 FREE_ON_RESUME = (
     "out",
+    "download",
     "resume",
     "mesh",
     "log_every",

@@ -84,6 +84,8 @@ def _train(config: TrainConfig, console: Console) -> Report:
     check_dtype(config.model.dtype)
     build_mesh(config.mesh_shape)
     folder = open_start(config)
+    for warning in folder.warnings if folder else ():
+        console.print(warning, style="yellow", markup=False)
     if not config.resume:
         config = _fit_warmup(config, console)
     config.out.mkdir(parents=True, exist_ok=True)

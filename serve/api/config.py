@@ -6,9 +6,12 @@ import ipaddress
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from model.config import ConfigError
+from model.hub import FolderOptions
 from serve.engine.config import EngineConfig
 
 
@@ -17,7 +20,11 @@ class ServeConfig:
     """Serves a model over gRPC."""
 
     model: Path
-    """A model folder: as `isthmus train` writes it, as Hugging Face publishes it, or a LoRA adapter's"""
+    """A model folder: as `isthmus train` writes it, as Hugging Face publishes it, or a LoRA adapter's; or Org/Name,
+    which the local Hugging Face cache has"""
+    folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
+        default_factory=FolderOptions
+    )
     merge_adapter: bool = False
     """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
     quantize: Literal["none", "int8", "int4"] = "none"

@@ -162,9 +162,9 @@ def test_what_would_end_the_process_is_refused(case: str, tmp_path: Path) -> Non
     "content, said",
     [
         (b"{}", "is not a tokenizer"),
-        (b"[]", "holds no JSON object"),
-        (b"\xff", "is not a tokenizer"),
-        (b"[" * 100_000, "is not a tokenizer"),
+        (b"[]", "is not a JSON object"),
+        (b"\xff", "can't be read as UTF-8"),
+        (b"[" * 100_000, "can't be read as JSON"),
         (b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}', "is not a tokenizer"),
         (b'{"model": 3, "added_tokens": {}, "normalizer": [1], "decoder": {"type": "Sequence"}}', "is not a"),
         (b'{"post_processor": {"single": [3], "special_tokens": {"a": 1}}, "model": {"vocab": [[]]}}', "is not a"),
@@ -184,11 +184,11 @@ def test_a_file_without_end_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with path.open("wb") as file:
         file.truncate(300 << 20)
-    with pytest.raises(ConfigError, match="may have 268435456"):
+    with pytest.raises(ConfigError, match="has more than 256 MiB"):
         Tokenizer.load(path)
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="is a named pipe"):
         Tokenizer.load(path)
 
 
