@@ -45,7 +45,7 @@ def is_quadratic(tokenizer: Tokenizer, character: str) -> bool:
         tokenizer.encode(character * length + "\0!")
         return time.process_time() - began
 
-    return all((long := seconds(LONG)) > SLOW and long > 9 * seconds(LONG // 4) for _ in range(3))
+    return all((long := seconds(LONG)) > SLOW and long > 9 * seconds(LONG // 4) for _ in range(2))
 
 
 def main(path: str, seconds: str) -> int:
@@ -63,9 +63,11 @@ def main(path: str, seconds: str) -> int:
     _allow(int(used.ru_utime + used.ru_stime) + 1 + int(seconds))
     some = characters(patterns)
     try:
+        if any(is_quadratic(tokenizer, character) for character in some):
+            return GAVE_UP
         for text in runs(some):
             tokenizer.encode(text)
-        return GAVE_UP if any(is_quadratic(tokenizer, character) for character in some) else 0
+        return 0
     except BaseException:  # the library panics where its regular expressions give up
         return GAVE_UP
 
