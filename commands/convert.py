@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from commands.quality import WINDOW, QualityError, compare, predictions, windows
 from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError, LoraConfig
+from model.files import present, read_json
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
 from model.hub import FolderOptions
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
@@ -154,7 +155,7 @@ def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
     family, read = read_config(kept, folder.ignore_field)
     if network_of(read) != network_of(folder.config):
         raise ConfigError(f"{kept} describes another network than {folder.path / 'config.json'}")
-    return family, json.loads(kept.read_text(encoding="utf-8"))
+    return family, read_json(kept)
 
 
 def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
@@ -164,7 +165,7 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
     if folder.family is not None:
         return stored_dtypes(TensorFiles(folder.path))
     kept = folder.path / DTYPES_FILE
-    return json.loads(kept.read_text()) if kept.is_file() else {"": "F32"}
+    return read_json(kept) if present(kept) else {"": "F32"}
 
 
 def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:

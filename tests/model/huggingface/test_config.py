@@ -3,7 +3,9 @@ anything but a model or an error that names it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from model.config import MAX_LAYERS, ConfigError, ModelConfig
 from model.folder import open_folder
 from model.hub import FolderOptions
 from model.huggingface import known
+from model.huggingface.adapter_config import AdapterSettings
 from model.huggingface.families import FAMILIES, read_fields
 from model.huggingface.fields import Fields
 from model.rotary import frequencies
@@ -262,3 +265,55 @@ def test_no_value_of_a_field_is_a_traceback(model_type: str, data: st.DataObject
     assert config.parameters > 0 and all(text.encode() for text in warnings)
     for length in ("short", "long") if config.rotated < 1 << 16 else ():
         frequencies(config.rope_theta, config.rotated, config.rope_scaling, length)
+
+
+OWN = json.loads(json.dumps(dataclasses.asdict(ModelConfig())))
+
+
+@given(st.dictionaries(st.sampled_from(sorted(OWN)), VALUES, min_size=1, max_size=3), st.data())
+def test_no_value_of_our_own_configuration_is_a_traceback(changes: dict[str, Any], data: st.DataObject) -> None:
+    part = data.draw(st.sampled_from(["rope_scaling", "mixture", "latent", "lora"]))
+    inner = data.draw(st.dictionaries(st.sampled_from(sorted(OWN[part])), VALUES, max_size=2))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps({**OWN, part: {**OWN[part], **inner}, **changes}))
+        try:
+            config = ModelConfig.load(path)
+        except ConfigError as error:
+            str(error).encode()
+            return
+    assert config.parameters >= 0
+    if config.rotated < 1 << 16:
+        frequencies(config.rope_theta, config.rotated, config.rope_scaling, "short")
+
+
+SETTINGS = {
+    "generation_config.json": ("eos_token_id", "do_sample", "temperature", "top_p", "top_k", "min_p", "num_beams"),
+    "tokenizer_config.json": ("eos_token", "bos_token", "chat_template", "added_tokens_decoder", "pad_token"),
+    "adapter_config.json": (
+        "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "bias",
+        "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "use_dora", "task_type",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("settings"), "llama3")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@given(data=st.data())
+def test_no_value_of_other_settings_is_a_traceback(name: str, settings_folder: Path, data: st.DataObject) -> None:
+    values = data.draw(st.dictionaries(st.sampled_from(SETTINGS[name]), VALUES, min_size=1))
+    file = settings_folder / name
+    file.write_text(json.dumps(values))
+    try:
+        if name == "adapter_config.json":
+            AdapterSettings.load(file).key_of("model.layers.0.self_attn.q_proj", 0)
+        else:
+            _ = open_folder(settings_folder).end_id
+    except ConfigError as error:
+        str(error).encode()
+    finally:
+        file.unlink()
