@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from model import checkpoint, lora
+from model.added_tokens import declared_tokens
 from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.endings import end_ids, turn_end, unheeded_flags
@@ -168,7 +169,7 @@ def _open_adapter(path: Path) -> ModelFolder:
 def _open_model(path: Path, tokenizer_folder: Path) -> ModelFolder:
     published = "model_type" in Fields.load(path / "config.json")
     family, config = read_config(path / "config.json") if published else (None, ModelConfig.load(path / "config.json"))
-    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
     chat = ChatTemplate.load(path)
     if published or (path / PUBLISHED_CONFIG).is_file():
         # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.
