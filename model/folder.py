@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from model import checkpoint, lora
+from model.added_tokens import declared_tokens
 from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.endings import end_ids, turn_end, unheeded_flags
@@ -203,7 +204,7 @@ def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> M
     family, config = read_fields(fields) if published else (None, ModelConfig.load(path / "config.json"))
     if published:
         check_size(TensorFiles(path), config)
-    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
     chat = ChatTemplate.load(path)
     if published or present(path / PUBLISHED_CONFIG):
         # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Encoding, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as _Tokenizer
 
 from model.config import ConfigError
@@ -66,10 +66,11 @@ class Tokenizer:
         """Drawing one of these ends a text"""
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
+    def load(cls, path: Path, declared: Sequence[tuple[AddedToken, bool]] = ()) -> Tokenizer:
         """Reads a Hugging Face `tokenizer.json`. Raises ConfigError when it isn't one, or isn't safe to use.
 
-        What it says of truncation, padding and dropout is for training, and not done.
+        What it says of truncation, padding and dropout is for training, and not done. declared: tokens that are one
+        token wherever they are spelt out, of those that it has, and whether they are special though it says otherwise.
         """
         found = examine(path)
         try:
@@ -83,6 +84,7 @@ class Tokenizer:
                     f"{path}: the added token {token!r} can't have the id {index}: ids go on from the model's "
                     f"vocabulary, which makes it {given}. List it in model.vocab too"
                 )
+        _declare(inner, declared)
         return cls(inner, vocab_size=found.vocab_size, growth=found.growth)
 
     @classmethod
@@ -205,6 +207,16 @@ class Tokenizer:
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """Gives out the text of the tokens that follow `prompt`, as it is behind the prompt's."""
         return self._detokenizer.open(prompt)
+
+
+def _declare(inner: _Tokenizer, declared: Sequence[tuple[AddedToken, bool]]) -> None:
+    added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+    for token, promotes in declared:
+        known = added.get(token.content)
+        new = known is None or (promotes and token.special and not known.special)
+        if new and inner.token_to_id(token.content) is not None:  # the model has no embedding for another
+            inner.add_tokens([token])
+            added[token.content] = token
 
 
 def _without_settings(inner: _Tokenizer) -> None:

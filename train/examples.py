@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ import numpy as np
 from model.chat import ChatError, Span
 from model.config import ConfigError
 from model.folder import ModelFolder
-from model.tokenizer import Tokenizer, looks_special
+from model.tokenizer import TextError, Tokenizer, looks_special
 from train.documents import Document
 
 _log = logging.getLogger(__name__)
@@ -59,8 +60,18 @@ class _Texts:
                         document.name,
                         spelt,
                     )
-        texts = [document.text for document in documents]
-        return self._tokenizer.encode_batch(texts, parse_special=self._parse_special)
+        with _named(documents):
+            texts = [document.text for document in documents]
+            return self._tokenizer.encode_batch(texts, parse_special=self._parse_special)
+
+
+@contextmanager
+def _named(documents: Sequence[Document]) -> Iterator[None]:
+    """Raises ConfigError for what the tokenizer doesn't take, which it doesn't name."""
+    try:
+        yield
+    except TextError as error:
+        raise ConfigError(f"data: a document from {documents[0].name} to {documents[-1].name}: {error}") from None
 
 
 class Pretraining:
@@ -137,7 +148,8 @@ class FineTuning:
 
     def _conversations(self, documents: Sequence[Document]) -> list[Example]:
         rendered = [self._render(document) for document in documents]
-        encoded = self._folder.tokenizer.encode_chat_batch([text for text, _ in rendered])
+        with _named(documents):
+            encoded = self._folder.tokenizer.encode_chat_batch([text for text, _ in rendered])
         return [
             Example(ids, self._answers(ids, extents, spans))
             for (ids, extents), (_, spans) in zip(encoded, rendered, strict=True)

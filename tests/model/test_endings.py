@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Inner
 
+from model.added_tokens import declared_tokens
 from model.chat import ChatTemplate
+from model.config import ConfigError
 from model.endings import turn_end, unheeded_flags
 from model.folder import open_folder
 from model.tokenizer import Tokenizer
@@ -121,3 +123,41 @@ def test_flags_that_nobody_heeds_are_named(flags: dict[str, Any], said: list[str
     assert len(warnings) == len(said)
     for warning, words in zip(warnings, said, strict=True):
         assert re.search(words, warning)
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"eos_token": "<|im_end|>"},
+        {"extra_special_tokens": ["<|im_end|>"]},
+        {"added_tokens_decoder": {"90": {"content": "<|im_end|>", "special": True}}},
+    ],
+)
+def test_a_token_that_only_tokenizer_config_declares_is_one_token(declared: dict[str, Any], tmp_path: Path) -> None:
+    """A chat's end of turn was written letter by letter, and printed when it was drawn, as of a mere word."""
+    path = folder_of(tmp_path, CHATML, {"eos_token_id": 0}, **declared) / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < TURN]
+    spec["model"]["vocab"] |= {token: index for index, token in SPELT.items()}
+    path.write_text(json.dumps(spec))
+    folder = open_folder(tmp_path)
+    assert folder.tokenizer.encode_chat("a<|im_end|>") == [*folder.tokenizer.encode("a"), TURN]
+    assert TURN not in folder.tokenizer.encode("<|im_end|>"), "in a prompt it is text"
+    assert folder.tokenizer.decode([TURN]) == "" and folder.tokenizer.eos_ids == {EOS, TURN}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"added_tokens_decoder": ["<s>"]},
+        {"added_tokens_decoder": {"x": "<s>"}},
+        {"added_tokens_decoder": {"1": 3}},
+        {"extra_special_tokens": "<s>"},
+        {"additional_special_tokens": [3]},
+    ],
+)
+def test_malformed_declarations_are_named(config: dict[str, Any], tmp_path: Path) -> None:
+    """A traceback says nothing of the file."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: "):
+        declared_tokens(tmp_path)

@@ -33,6 +33,35 @@ GENERATION = [
 ]  # fmt: skip
 
 
+TURN = {"content": "<|turn|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+DECLARED: list[dict[str, Any]] = [
+    {},
+    {"eos_token": "<|turn|>"},
+    {"eos_token": {**TURN, "special": True, "__type": "AddedToken"}},
+    {"extra_special_tokens": ["<|turn|>"]},
+    {"extra_special_tokens": {"turn_token": "<|turn|>"}},
+    {"additional_special_tokens": ["<|turn|>", "<new>"]},
+    {"added_tokens_decoder": {"3": {**TURN, "special": True}}},
+    {"added_tokens_decoder": {"3": {**TURN, "special": False}}},
+    {"added_tokens_decoder": {"3": {**TURN, "special": True, "rstrip": True}}},
+]
+
+
+def pruned(folder: Path, kind: str, declared: dict[str, Any], special: bool | None) -> Path:
+    """A folder in whose tokenizer.json <|turn|> is a mere word (None), or an added token that is special or isn't."""
+    written(folder, kind, "TokenizersBackend", {}, "<s>")
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    if special is None:
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<|turn|>"]
+    for token in spec["added_tokens"]:
+        token["special"] &= token["content"] != "<|turn|>" or bool(special)
+    path.write_text(json.dumps(spec))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | declared))
+    return folder
+
+
 def written(folder: Path, kind: str, name: str | None, flags: dict[str, bool], around: str | None) -> Path:
     write_folder(folder, "llama3", vocab_size=400)
     inner = KINDS[kind]()
@@ -61,8 +90,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         *product(KEPT, CLASSES[1:3], FLAGS[:1], SURROUNDED[:1]),
         *product(["llama2", "byte_level"], CLASSES, FLAGS, SURROUNDED),
     ]
-    for number, (kind, name, flags, around) in enumerate(chosen):
-        folder = written(base / str(number), kind, name, flags, around)
+    declared = list(product(["llama2", "byte_level"], DECLARED, [None, False, True]))
+    for number, choice in enumerate([*chosen, *declared]):
+        if len(choice) == 4:
+            kind, name, flags, _ = choice
+            folder = written(base / str(number), *choice)
+        else:
+            (kind, *_), name, flags = choice, "TokenizersBackend", {}
+            folder = pruned(base / str(number), *choice)
         generation = GENERATION[number % len(GENERATION)]
         (folder / "generation_config.json").write_text(generation)
         size = Tokenizer.load(folder / "tokenizer.json").vocab_size
@@ -102,7 +137,7 @@ def test_tokens_and_texts_are_those_of_transformers(cases: list[dict[str, Any]])
     for case in cases:
         if case["class"] not in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             continue  # others build the tokenizer anew, and leave out parts of tokenizer.json
-        tokenizer = Tokenizer.load(Path(case["folder"]) / "tokenizer.json")
+        tokenizer = open_folder(Path(case["folder"])).tokenizer
         assert [tokenizer.encode(text, parse_special=True) for text in TEXTS] == case["theirs"]["special"], case
         assert [tokenizer.encode(text) for text in TEXTS] == case["theirs"]["plain"], case
         for ids, text in zip(case["ids"], case["theirs"]["decoded"], strict=True):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
+from model.config import ConfigError
 from model.folder import open_folder
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from tests.train.chat_model import END, START, write_chat_model
@@ -61,3 +65,14 @@ def test_data_is_prepared_anew_when_special_tokens_become_special(tmp_path: Path
         data, _ = prepare([str(texts)], config, tmp_path / "out", 0, start=folder)
         sizes.append(len(data.train.tokens))
     assert sizes[1] < sizes[0] == sizes[2]
+
+
+def test_a_text_that_the_tokenizer_gives_up_on_is_named(tmp_path: Path) -> None:
+    """A regular expression may give up on one text of thousands: a panic of a library names none."""
+    folder = open_folder(write_chat_model(tmp_path / "model"))
+    for inner in (folder.tokenizer._inner, folder.tokenizer._with_special_tokens):
+        inner.pre_tokenizer = Split(Regex("(?:q|qw|w)+!z"), "isolated")
+    chat = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "qw" * 100}]})
+    for document in (Document("a.txt", "qw" * 100), Document("b.jsonl:2", chat, "messages")):
+        with pytest.raises(ConfigError, match=f"data: a document from {document.name}.*gives up"):
+            FineTuning(folder)([document])
