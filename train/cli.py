@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -118,11 +119,13 @@ def _hush_failed_saves() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
     work."""
-    console = Console(soft_wrap=True, highlight=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
+    console = Console(soft_wrap=True, highlight=False, markup=False)
 
     def failed(error: object, status: int) -> int:
         try:
-            console.print(f"isthmus train: {error}", style="red", markup=False)
+            console.print(f"isthmus train: {error}", style="red")
         except OSError:  # standard output is a file on the disk that is full, or a pipe that was closed
             print(f"isthmus train: {error}", file=sys.stderr)
         return status

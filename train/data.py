@@ -221,6 +221,7 @@ def prepare(
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     groups = split(documents, config.heldout_fraction)
+    del documents  # a text that was cut is there twice
     if not groups.train or not groups.heldout:
         raise ConfigError("data: too little text to hold some out: give more of it, or conversations that differ")
     tokenizer = start.tokenizer if start else _tokenizer(groups.train, config, lambda n: tick("tokenizer", n))

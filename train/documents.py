@@ -41,7 +41,9 @@ class Document:
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 of what it is: where it came from has no part in it."""
-        return hashlib.sha256(f"{self.kind}:".encode() + self.text.encode()).digest()
+        digest = hashlib.sha256(f"{self.kind}:".encode())
+        digest.update(self.text.encode())
+        return digest.digest()
 
     @cached_property
     def size(self) -> int:

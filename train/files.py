@@ -137,7 +137,8 @@ def read_text(path: Path, most: int | None) -> str:
     except DAMAGED as error:
         raise Unreadable(damage(error)) from None
     if most is not None and len(data) > most:
-        raise Unreadable(f"larger than {most >> 20} MiB: name it on its own")
+        binary = b"\0" in data and not data.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+        raise Unreadable("binary" if binary else f"larger than {most >> 20} MiB: name it on its own")
     return decode(data)
 
 

@@ -98,8 +98,7 @@ def _fit_warmup(config: TrainConfig, console: Console) -> TrainConfig:
     if optimizer != config.optimizer:
         console.print(
             f"warm-up: optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}: "
-            f"{optimizer.warmup_steps} instead",
-            markup=False,
+            f"{optimizer.warmup_steps} instead"
         )
     return dataclasses.replace(config, optimizer=optimizer)
 

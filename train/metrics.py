@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
@@ -154,6 +155,7 @@ def terminal_curve(folder: Path, width: int = 78, height: int = 16, *, color: bo
 
 def save_curve(folder: Path) -> Path:
     """The loss curve as FOLDER/loss.png."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises where there is no home to keep a cache in
     import matplotlib
 
     matplotlib.use("Agg")

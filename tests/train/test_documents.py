@@ -124,6 +124,7 @@ def corpus(tmp_path: Path) -> Path:
         "sub/.cache": b"hidden",
         "node_modules/x.js": b"not ours",
         "large.txt": b"x" * 40,
+        "large.bin": b"\0" * 40,
         "large.txt.gz": gzip.compress(b"x" * 40),
         "large.jsonl": b'{"text": "a line"}\n' * 4,
     }
@@ -149,12 +150,14 @@ def test_a_folder_says_all_that_it_left_out(corpus: Path, monkeypatch: pytest.Mo
         "packages or caches": ["corpus/node_modules"],
         "no regular file": ["corpus/pipe"],
         "empty": ["corpus/empty.txt"],
-        "binary": ["corpus/image.png"],
+        "binary": ["corpus/image.png", "corpus/large.bin"],
         "not UTF-8 text": ["corpus/latin.txt"],
         "larger than 0 MiB: name it on its own": ["corpus/large.txt", "corpus/large.txt.gz"],
     }
     assert read(corpus / "large.txt") == {str(corpus / "large.txt"): "x" * 40}
-    assert str(reading).startswith("4 files read, 12 entries skipped: 1 binary (corpus/image.png), 1 empty (")
+    assert str(reading).startswith(
+        "4 files read, 13 entries skipped: 2 binary (corpus/image.png, corpus/large.bin), 1 empty ("
+    )
     assert "3 hidden (" in str(reading) and ", …)" in str(reading)
 
 

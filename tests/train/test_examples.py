@@ -107,6 +107,28 @@ def test_a_text_begins_and_ends_as_the_model_knows_it(tmp_path: Path) -> None:
     assert example.weights is not None and example.weights.tolist() == [0] + [1] * (len(example.ids) - 1)
 
 
+@pytest.mark.parametrize(
+    ("around", "want"),
+    [(None, "A/B/"), ("$A </s>", "A/B/"), ("<s> $A", "<A/<B/"), ("<s> $A </s>", "<A/<B/"), ("</s> $A", "/A//B/")],
+)
+def test_texts_end_once_whatever_the_tokenizer_adds(around: str | None, want: str, tmp_path: Path) -> None:
+    """GPT-2's and Qwen's tokenizers add nothing: without an end a text runs into the next, and nothing teaches a model
+    to stop. No text's first token is learnt, so an end in front of a text isn't learnt after the one behind another."""
+    tokenizer = byte_level()
+    start, end = (tokenizer.token_id(token) for token in ("<s>", "</s>"))
+    tokenizer._inner.post_processor = (
+        processors.TemplateProcessing(single=around, special_tokens=[("<s>", start), ("</s>", end)])
+        if around
+        else processors.ByteLevel()
+    )
+    texts = {"A": "hello", "B": "ok"}
+    examples = FineTuning(folder_of(tmp_path, tokenizer))([Document(name, text) for name, text in texts.items()])
+    pieces = {name: tokenizer.encode_chat(text) for name, text in texts.items()} | {"<": [start], "/": [end]}
+    assert [token for example in examples for token in example.ids] == [t for name in want for t in pieces[name]]
+    for example in examples:
+        assert example.weights is not None and example.weights.tolist() == [0] + [1] * (len(example.ids) - 1)
+
+
 def test_texts_and_conversations_keep_their_order(tmp_path: Path) -> None:
     """A file may mix them; resuming needs them where they were."""
     encode = FineTuning(folder_of(tmp_path, byte_level()))

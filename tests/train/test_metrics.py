@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +88,18 @@ def test_tensorboard_has_each_value_and_forgets_what_a_resumed_run_repeats(tmp_p
     start = [event for event in events(tmp_path) if event.HasField("session_log")]
     assert [(event.step, event.session_log.status) for event in start] == [(3, 1)]
     assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()] == [0.5, 1.0, 9.0]
+
+
+def test_a_curve_needs_no_home(tmp_path: Path) -> None:
+    """Containers have none, or one that is read-only."""
+    log = MetricsLog(tmp_path, 0, print)
+    for step in range(1, 4):
+        log.write(step, loss=1 / step)
+    log.close()
+    code = f"from pathlib import Path; from train.metrics import save_curve; save_curve(Path({str(tmp_path)!r}))"
+    environment = {**os.environ, "HOME": "/proc/nowhere"}
+    for name in "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR":
+        environment.pop(name, None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

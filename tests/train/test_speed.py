@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_a_first_try_says_its_speed_and_what_it_changed(
     assert json.loads((out / "train.json").read_text())["optimizer"]["warmup_steps"] == 0
     assert "data: 1 file read\n" in said
     assert re.search(r"held out: the end of 1, 1 kB \(2\.\d%\)", said)
+
+
+def test_names_that_the_terminal_has_no_letters_for_are_spelt_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container without a locale, or through a pipe in Latin-1."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main([str(tmp_path / "größer [bold].txt"), "--out", str(tmp_path / "out")]) == 2
+    stdout.flush()
+    assert b"gr\\xf6\\xdfer [bold].txt does not exist" in stdout.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", PRESETS)
