@@ -63,7 +63,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     await context.write(pb.GenerateStreamResponse(finished=piece.finished))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
-        tokenizer, workers = self._session.model.tokenizer, self._session.workers
+        tokenizer, workers = self._session.model.tokenizer, self._session.tokenizing
         try:
             ids = await workers.run(request.ByteSize(), tokenized, request, tokenizer)
         except InvalidRequest as error:
@@ -73,7 +73,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
-        tokenizer, workers = self._session.model.tokenizer, self._session.workers
+        tokenizer, workers = self._session.model.tokenizer, self._session.tokenizing
         try:
             text = await workers.run(request.ByteSize(), detokenized, request.token_ids, tokenizer)
         except InvalidRequest as error:

@@ -23,6 +23,7 @@ from serve.api.auth import TokenAuth
 from serve.api.config import ServeConfig
 from serve.api.control import ControlService
 from serve.api.gate import Gate
+from serve.api.health import Health
 from serve.api.inference import InferenceService
 from serve.api.session import Session
 from serve.engine.build import build_engine
@@ -108,7 +109,7 @@ class Server:
         interceptors = [*([TokenAuth(token)] if token else []), gate]
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         self._watching: asyncio.Task[None] | None = None
-        self._health = health.aio.HealthServicer()
+        self._health = Health(("", *SERVICES))
         self.port = 0
 
     async def start(self) -> None:
@@ -193,7 +194,7 @@ class Server:
             ended = await asyncio.to_thread(engine.close, CLOSE_SECONDS)  # what is left is told UNAVAILABLE
         if self._watching is not None:
             self._watching.cancel()
-        self.session.workers.close()
+        self.session.close()
         await self._server.stop(CANCEL_GRACE_SECONDS)
         return ended
 

@@ -23,6 +23,9 @@ class Session:
         self.model = model
         self.engine: Engine | None = None
         self.workers = Workers()
+        """For prompts"""
+        self.tokenizing = Workers()
+        """For Tokenize and Detokenize, whose texts may be longer than any prompt and must not hold up those"""
         self.report_cached = config.report_cached_tokens
         self._stall_seconds = config.stall_seconds
         self._loop = loop
@@ -31,6 +34,11 @@ class Session:
     def stalled(self) -> bool:
         """Whether a step of the engine takes longer than one may."""
         return self.engine is not None and self.engine.busy_seconds > self._stall_seconds
+
+    def close(self) -> None:
+        """Takes no more texts; those that wait end as UNAVAILABLE."""
+        self.workers.close()
+        self.tokenizing.close()
 
     def sink(self, outputs: list[Output]) -> None:
         """Called on the engine thread; one wake-up of the loop a step."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from isthmus import Client, generate_request
 from isthmus.client import bearer
 from isthmus.v1 import control_pb2
 from isthmus.v1 import inference_pb2 as pb
+from model.tokenizer import TextStream
 from serve.api.logs import A_MINUTE, Bounded
-from serve.api.server import MAX_REQUEST_BYTES, SPARE_CALLS
+from serve.api.server import MAX_REQUEST_BYTES, SERVICES, SPARE_CALLS
 from serve.api.wire import MAX_FIELDS, MAX_NUMBERS_BYTES, MAX_TEXT_BYTES, check_wire
 from serve.engine.request import InvalidRequest
 from tests.serve.api.conftest import StartServer
@@ -125,6 +128,43 @@ def test_an_error_of_a_service_is_told_without_its_traceback(
     assert error.code() == grpc.StatusCode.INTERNAL and "secret" not in error.details()
     assert details(error, error_details_pb2.ErrorInfo).reason == "CALL_FAILED"
     assert "a secret" in caplog.text and "Tokenize" in caplog.text
+
+
+def test_text_that_cannot_be_decoded_ends_one_request_alone(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A tokenizer that fails at one sequence of ids must not leave its request running for nobody."""
+    options = {"max_tokens": 60, "seed": 1, "ignore_eos": True}
+    alone = client.generate(PROMPT, **options)
+    push, streams = TextStream.push, list[TextStream]()
+
+    def fail_in_the_second(stream: TextStream, ids: Sequence[int]) -> str:
+        if stream not in streams:
+            streams.append(stream)
+        if len(streams) > 1 and stream is streams[1]:
+            raise ValueError("no such text")
+        return push(stream, ids)
+
+    first = begin(client)
+    monkeypatch.setattr(TextStream, "push", fail_in_the_second)
+    assert next(first).WhichOneof("event") == "delta"
+    error = refused(lambda **_: list(client.stream(PROMPT, max_tokens=LONG, ignore_eos=True)))
+    assert error.code() == grpc.StatusCode.INTERNAL and "no such text" in caplog.text
+    assert client.generate(PROMPT, **options).token_ids == alone.token_ids
+    assert next(first).WhichOneof("event") == "delta"
+    first.close()
+    wait_for(lambda: idle(client), "the pages of the request that failed")
+
+
+def test_watching_what_is_not_there_leaves_nothing_behind(server: RunningServer, client: Client) -> None:
+    """Anybody may ask for health, under as many names as they like."""
+    known = set(server.server._health._server_watchers)
+    stub = health_pb2_grpc.HealthStub(client.channel)
+    for index in range(50):
+        watch = stub.Watch(health_pb2.HealthCheckRequest(service=f"nobody.{index}"), timeout=PATIENCE)
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        watch.cancel()
+    assert set(server.server._health._server_watchers) <= known | {"", *SERVICES}
 
 
 def test_the_log_is_bounded() -> None:
@@ -283,7 +323,7 @@ def test_calls_that_never_send_their_message_are_counted_and_given_back(
 ) -> None:
     """Else a client that opens calls and says nothing shuts everybody else out."""
     monkeypatch.setattr("serve.api.gate.READ_SECONDS", 0.5)
-    server = start_server(engine=_with_waiting(1))
+    server = start_server(engine=dataclasses.replace(ENGINE, max_waiting=1))
     places = ENGINE.max_sequences + 1 + SPARE_CALLS
 
     async def silent() -> None:
@@ -295,12 +335,6 @@ def test_calls_that_never_send_their_message_are_counted_and_given_back(
     with server.client() as client:
         server.on_loop(silent())
         assert client.generate(PROMPT, max_tokens=1).token_ids
-
-
-def _with_waiting(most: int) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(ENGINE, max_waiting=most)
 
 
 # The same id twice
