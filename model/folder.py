@@ -17,7 +17,7 @@ from model import checkpoint, lora
 from model.chat import ChatTemplate
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.files import present, read_json
-from model.hub import FolderOptions, find_folder
+from model.hub import FolderOptions, find_folder, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_fields
@@ -76,7 +76,7 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        return (self.adapter or self.path).resolve().name
+        return name_of(self.adapter or self.path)
 
     @property
     def nbytes(self) -> int:

@@ -51,6 +51,15 @@ def find_folder(path: Path, *, download: bool = False) -> Path:
     return _download(name) if download else _cached(name)
 
 
+def name_of(folder: Path) -> str:
+    """What a model is called: by its folder, or, in the cache, by the name that it has on the hub."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
 def _check_folder(path: Path) -> None:
     if present(path / "config.json") or present(path / "adapter_config.json"):
         return
