@@ -292,7 +292,7 @@ from pathlib import Path
 from model.config import ConfigError
 from model.hub import find_folder
 for word in sys.argv[1:]:
-    name, _, download = word.partition("+")
+    name, download, _ = word.partition("+")
     try:
         folder = find_folder(Path(name), download=bool(download))
         print(*sorted(file.name for file in folder.iterdir()), flush=True)
