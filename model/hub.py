@@ -110,4 +110,5 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_NOT_WANTED)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"{name} can't be downloaded: {shortened(str(error))}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None
