@@ -52,7 +52,7 @@ TARGET must not exist. It appears when all of it is written."""
 @dataclass(frozen=True)
 class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional]
-    """A model folder of either kind, or an adapter"""
+    """A model folder of either kind, or an adapter; or Org/Name, in the local Hugging Face cache"""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to make"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(

@@ -19,7 +19,7 @@ from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.endings import end_ids, turn_end, unheeded_flags
 from model.files import present, read_json
-from model.hub import FolderOptions, find_folder
+from model.hub import FolderOptions, find_folder, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_fields
@@ -78,7 +78,7 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        return (self.adapter or self.path).resolve().name
+        return name_of(self.adapter or self.path)
 
     @property
     def nbytes(self) -> int:

@@ -51,6 +51,15 @@ def find_folder(path: Path, *, download: bool = False) -> Path:
     return _download(name) if download else _cached(name)
 
 
+def name_of(folder: Path) -> str:
+    """What a model is called: by its folder, or, in the cache, by the name that it has on the hub."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
 def _check_folder(path: Path) -> None:
     if present(path / "config.json") or present(path / "adapter_config.json"):
         return
@@ -101,4 +110,5 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_NOT_WANTED)))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(f"{name} can't be downloaded: {shortened(str(error))}") from None
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None

@@ -56,7 +56,8 @@ class TensorFiles:
         """
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
-        indexed = single == SINGLE and present(folder / INDEX)
+        # Of a folder with both, transformers takes the single file.
+        indexed = single == SINGLE and present(folder / INDEX) and not present(folder / SINGLE)
         for file in _files(folder, single, indexed):
             for name, stored in _read_header(file).items():
                 if name in self.tensors:

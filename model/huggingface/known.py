@@ -17,14 +17,21 @@ _PUBLISHERS = {
 }  # fmt: skip
 """What is meant for other programs. Code that `auto_map` names is never loaded."""
 
-_EARLIER = {
+_OFF: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
     "is_decoder": (False, True),
+    "lm_head_bias": (False,),
+    "mlp_bias": (False,),
+    "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
     "torchscript": (False, True),
     "use_bfloat16": (False, True),
+    "use_mrope": (False,),
+    "use_sliding_window": (False,),
 }
-"""What transformers 4 wrote for every model, and the values without effect on a decoder alone"""
+"""What transformers 4 wrote for every model, or makers of our families publish, and the values without effect"""
 
 
 @cache
@@ -57,7 +64,7 @@ def is_harmless(model_type: str, name: str, value: Any) -> bool:
     if name in changing(model_type):
         return False
     known = name in _changing_nothing(model_type) or _BY_NAME.search(name) is not None
-    return known or (isinstance(value, bool) and value in _EARLIER.get(name, ()))
+    return known or any(value == off and type(value) is type(off) for off in _OFF.get(name, ()))
 
 
 def is_off(model_type: str, name: str, value: Any) -> bool:

@@ -97,6 +97,7 @@ def read_scaling(
     if kind not in kinds or kind not in _KINDS:
         name = "rope_type" if "rope_type" in rope else "type"
         raise rope.error(name, f"is not supported here; only {', '.join(map(repr, kinds))}")
+    rope.raw(_ORIGINAL, None)  # without effect on some
     match kind:
         case "linear":
             return RopeScaling("linear", rope.number("factor")), 0.0
@@ -106,7 +107,6 @@ def read_scaling(
             return _yarn(rope, context)
         case "longrope":
             return _longrope(rope, context), 0.0
-    rope.raw(_ORIGINAL, None)
     return RopeScaling(), 0.0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -18,12 +17,16 @@ from typing import Any
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import tyro
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
+from commands.convert import ConvertConfig
+from commands.generate import GenerateConfig
 from model.config import ConfigError
 from model.folder import open_folder
 from model.hub import FolderOptions, is_hub_name
+from serve.api.config import ServeConfig
 from tests.model.huggingface.folders import write_folder
 from tests.model.test_files import KINDS
 
@@ -83,6 +86,7 @@ def test_a_name_in_the_cache_is_a_folder(cache: Path) -> None:
     snapshot = put(cache, "Org/Name-1.5B", "llama3")
     folder = open_folder(Path("Org/Name-1.5B"))
     assert folder.path.resolve() == snapshot.resolve() and folder.config.layers == 5
+    assert folder.name == "Name-1.5B"  # and not that of a commit
     write_folder(Path("Org/Name-1.5B"), "qwen2")  # a folder of that name is meant first
     assert open_folder(Path("Org/Name-1.5B")).config.attention_bias
 
@@ -282,25 +286,46 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-def convert(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+FIND = """
+import sys
+from pathlib import Path
+from model.config import ConfigError
+from model.hub import find_folder
+for word in sys.argv[1:]:
+    name, download, _ = word.partition("+")
+    try:
+        folder = find_folder(Path(name), download=bool(download))
+        print(*sorted(file.name for file in folder.iterdir()), flush=True)
+    except ConfigError as error:
+        print("refused:", error, flush=True)
+"""
+
+
+def find(address: str, home: Path, *words: str) -> list[str]:
+    """A line a name: what its folder holds. A name that ends in + may be downloaded."""
     environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "commands.main", "convert", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, "-c", FIND, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout.splitlines()
 
 
 def test_only_download_reaches_the_network(hub: tuple[str, list[str]], tmp_path: Path) -> None:
     """Who names a model that isn't here must not find that a server reached out for it unasked; and a pickle is never
     fetched."""
     address, asked = hub
-    refused = convert(address, tmp_path / "home", "Org/Name", str(tmp_path / "out"))
-    assert refused.returncode == 2 and "--download fetches it" in refused.stdout and not asked
-    fetched = convert(address, tmp_path / "home", "Org/Name", str(tmp_path / "out"), "--download")
-    assert fetched.returncode == 0, fetched.stdout + fetched.stderr
-    assert any(path.endswith("model.safetensors") for path in asked)
-    assert not any(path.endswith(".bin") for path in asked)
+    (line,) = find(address, tmp_path / "home", "Org/Name")
+    assert "--download fetches it" in line and str(tmp_path / "home") in line and not asked
+    fetched, missing = find(address, tmp_path / "home", "Org/Name+", "Org/Other+")
+    assert fetched == "config.json model.safetensors tokenizer.json"
+    assert missing.startswith("refused: Org/Other can't be downloaded: ")
+    assert asked and not any(path.endswith(".bin") for path in asked)
     asked.clear()
-    shutil.rmtree(tmp_path / "out")
-    assert convert(address, tmp_path / "home", "Org/Name", str(tmp_path / "out")).returncode == 0 and not asked
-    missing = convert(address, tmp_path / "home", "Org/Other", str(tmp_path / "other"), "--download")
-    assert missing.returncode == 2 and "Org/Other can't be downloaded" in missing.stdout
-    assert "Traceback" not in missing.stdout + missing.stderr
+    assert find(address, tmp_path / "home", "Org/Name") == [fetched] and not asked
+
+
+@pytest.mark.parametrize("config", [ServeConfig, ConvertConfig, GenerateConfig])
+def test_every_command_that_opens_a_folder_says_how(config: type) -> None:
+    words = ["--base", "there", "--ignore-field", "a", "--ignore-field", "b", "--download"]
+    model = ["in", "out"] if config is ConvertConfig else ["--model", "in"]
+    read = tyro.cli(config, args=[*model, *words])
+    assert read.folder == FolderOptions(Path("there"), ("a", "b"), True)

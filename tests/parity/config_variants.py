@@ -131,6 +131,12 @@ _ROPES: dict[str, dict[str, Any]] = {
         },
         "rope_theta": 1e5,
     },
+    "linear, original length outside": {
+        "rope_scaling": _LINEAR,
+        "original_max_position_embeddings": 24,
+        "rope_theta": 1e5,
+    },
+    "default, original length outside": {"original_max_position_embeddings": 24, "rope_theta": 1e5},
     "yarn, no options": {"rope_scaling": _without(_YARN, "beta_fast", "beta_slow"), "rope_theta": 1e5},
     "yarn, truncate null": {"rope_scaling": {**_YARN, "truncate": None}, "rope_theta": 1e5},
     "yarn, truncate false": {"rope_scaling": {**_YARN, "truncate": False}, "rope_theta": 1e5},

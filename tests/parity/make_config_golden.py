@@ -240,7 +240,8 @@ def main() -> None:
     torch.set_num_threads(1)
     args.fields.write_text(json.dumps(known_fields(), indent=1) + "\n")
     golden = {model_type: golden_variants(model_type, list(defaults_of(model_type))) for model_type in BASES}
-    args.variants.write_text(json.dumps(golden, indent=0) + "\n")
+    lines = (f"{json.dumps(model_type)}: {json.dumps(found)}" for model_type, found in golden.items())
+    args.variants.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

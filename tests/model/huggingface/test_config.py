@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from commands.convert import main as convert
 from model.config import MAX_LAYERS, ConfigError, ModelConfig
 from model.folder import open_folder
 from model.hub import FolderOptions
@@ -124,7 +125,7 @@ def test_a_field_of_another_family_is_off_at_nothing_alone() -> None:
         assert read("llama", **{name: 0})[0] == read("llama")[0]
         with pytest.raises(ConfigError, match=f"{name}=1 is not supported"):
             read("llama", **{name: 1})
-    for name in ("use_qk_norm", "use_sliding_window", "mlp_only_layers"):
+    for name in ("use_qk_norm", "use_sliding_window", "mlp_only_layers", "use_mrope"):
         value: Any = [] if name.endswith("layers") else False
         assert read("llama", **{name: value})[0] == read("llama")[0]
 
@@ -169,6 +170,15 @@ def test_warnings_and_ignored_fields_reach_the_folder(tmp_path: Path) -> None:
     folder = open_folder(tmp_path, FolderOptions(ignore_field=("attention_magic",)))
     assert folder.ignore_field == ("attention_magic",)
     assert folder.warnings == (f"{tmp_path / 'config.json'}: use_qk_norm=False is unknown, and has no effect",)
+
+
+def test_a_command_says_once_what_was_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "model", "llama3", attention_magic=3, use_qk_norm=False)
+    words = [str(folder), str(tmp_path / "out")]
+    assert convert(words) == 2
+    assert "attention_magic=3 is not supported" in capsys.readouterr().out
+    assert convert([*words, "--ignore-field", "attention_magic"]) == 0
+    assert capsys.readouterr().out.count("use_qk_norm=False is unknown, and has no effect") == 1
 
 
 # How long a sequence may be

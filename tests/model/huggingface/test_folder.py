@@ -189,6 +189,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a field nobody knows": (set_config(attention_magic=3), "attention_magic=3 is not supported"),
     "quantized": (set_config(quantization_config={"quant_method": "fp8"}), "dequantize the model first"),
     "an activation": (set_config(hidden_act="relu2"), "hidden_act='relu2' is none of"),
+    "a list of activations": (set_config(hidden_act=["silu"]), r"hidden_act=\['silu'\] is none of"),
     "a rope": (set_config(rope_parameters={"rope_type": "dynamic"}), "rope_type='dynamic' is not supported"),
     "a rope's field": (
         set_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "twist": 2}),
@@ -268,7 +269,8 @@ def test_fields_that_are_published_without_effect_are_read(name: str, tmp_path: 
     """Strictness must not shut out the very folders people have."""
     family, extras = PUBLISHED_EXTRAS[name]
     plain = open_folder(write_folder(tmp_path / "plain", family)).config
-    assert open_folder(write_folder(tmp_path / "extra", family, **extras)).config == plain
+    extra = open_folder(write_folder(tmp_path / "extra", family, **extras))
+    assert (extra.config, extra.warnings) == (plain, ())
 
 
 def test_code_in_the_folder_is_never_run(mesh: Mesh, tmp_path: Path) -> None:
@@ -278,17 +280,6 @@ def test_code_in_the_folder_is_never_run(mesh: Mesh, tmp_path: Path) -> None:
     (tmp_path / "model" / "modeling_phi3.py").write_text(f"open({str(trap)!r}, 'w')")
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n.")
     assert load(tmp_path / "model", mesh) and not trap.exists()
-
-
-def test_a_tied_head_that_differs_is_refused(mesh: Mesh, tmp_path: Path) -> None:
-    """Some folders store the head twice; if the two differ, no reading of it is right."""
-    write_folder(tmp_path, "gemma2")
-    all_of_them = tensors("gemma2")
-    write_tensors(tmp_path, {**all_of_them, "lm_head.weight": all_of_them["model.embed_tokens.weight"].copy()})
-    assert load(tmp_path, mesh)
-    write_tensors(tmp_path, {**all_of_them, "lm_head.weight": all_of_them["model.embed_tokens.weight"] + 1})
-    with pytest.raises(ConfigError, match=r"lm_head\.weight differs"):
-        load(tmp_path, mesh)
 
 
 def test_what_old_folders_carry_along_is_left(mesh: Mesh, tmp_path: Path) -> None:
