@@ -17,7 +17,8 @@ from model.endings import turn_end, unheeded_flags
 from model.folder import open_folder
 from model.tokenizer import Tokenizer
 from tests.model.huggingface.folders import write_folder
-from tests.model.test_chat import CHATML, CLOSED, HEADERS, THOUGHTS, TURNS, answer, user
+from tests.model.test_answers import THOUGHTS
+from tests.model.test_chat import CHATML, CLOSED, HEADERS, TURNS, answer, user
 from tests.model.tokenizers import llama2
 from train.documents import Document
 from train.examples import FineTuning
