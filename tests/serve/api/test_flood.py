@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from grpc_status import rpc_status
 
 from isthmus import Client, generate_request
 from isthmus.client import bearer
-from isthmus.v1 import control_pb2
+from isthmus.v1 import control_pb2, inference_pb2_grpc
 from isthmus.v1 import inference_pb2 as pb
 from model.tokenizer import TextStream
 from serve.api.logs import A_MINUTE, Bounded
@@ -272,6 +273,23 @@ def test_the_largest_message_is_read_and_one_byte_more_is_not(client: Client) ->
     assert refused(call, payload).code() == grpc.StatusCode.INVALID_ARGUMENT
     error = refused(call, payload + b"\x00")
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and str(MAX_REQUEST_BYTES) in error.details()
+
+
+def test_the_client_reads_answers_above_four_mebibytes() -> None:
+    """A long context spells more than gRPC's clients read by themselves."""
+    text = "a" * (20 << 20)
+
+    class Long(inference_pb2_grpc.InferenceServiceServicer):
+        def Detokenize(self, request: pb.DetokenizeRequest, context: grpc.ServicerContext) -> pb.DetokenizeResponse:
+            return pb.DetokenizeResponse(text=text)
+
+    server = grpc.server(ThreadPoolExecutor(1))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(Long(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with Client(f"127.0.0.1:{port}") as client:
+        assert client.detokenize([1], timeout=PATIENCE) == text
+    server.stop(None)
 
 
 # How many
