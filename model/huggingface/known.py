@@ -19,7 +19,9 @@ _PUBLISHERS = {
 
 _OFF: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "attention_bias": (False,),
     "full_attn_mod": (1,),
+    "hidden_dropout": (0, 0.0),
     "interpolate_factor": (1,),
     "is_decoder": (False, True),
     "lm_head_bias": (False,),

@@ -257,7 +257,7 @@ PUBLISHED_EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM3": ("smollm3", {"pretraining_tp": 2, "max_window_layers": 28}),
     "Qwen2.5": ("qwen2", {"sliding_window": 131072, "use_mrope": False}),
     "Gemma 2": ("gemma2", {"hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
-    "Phi-4-mini": ("phi4", {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}),
+    "Phi-4-mini": ("phi4", {"full_attn_mod": 1, "lm_head_bias": False, "mlp_bias": False, "attention_bias": False}),
     "gpt-oss": ("gpt_oss", {"experts_per_token": 3, "initial_context_length": 4096, "router_aux_loss_coef": 0.9}),
     "DeepSeek-V2": ("deepseek_v2", {"aux_loss_alpha": 0.001, "moe_layer_freq": 1, "scoring_func": "softmax"}),
     "DeepSeek-V3": ("deepseek_v3", {"ep_size": 1, "topk_method": "noaux_tc", "num_nextn_predict_layers": 1}),
