@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial as partial_call
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +21,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from commands.quality import WINDOW, QualityError, compare, predictions, windows
 from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError, LoraConfig
+from model.files import present, read_json
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.hub import FolderOptions
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
@@ -33,7 +35,8 @@ from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
 from train.config import DataConfig
-from train.documents import is_heldout, read_documents
+from train.documents import read_documents
+from train.heldout import part
 
 HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
 
@@ -49,9 +52,12 @@ TARGET must not exist. It appears when all of it is written."""
 @dataclass(frozen=True)
 class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional]
-    """A model folder of either kind, or an adapter"""
+    """A model folder of either kind, or an adapter; or Org/Name, in the local Hugging Face cache"""
     target: Annotated[Path, tyro.conf.Positional]
     """The folder to make"""
+    folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
+        default_factory=FolderOptions
+    )
     to: Literal["auto", "huggingface", "isthmus"] = "auto"
     """auto: the other kind; a merged adapter becomes huggingface"""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
@@ -63,7 +69,7 @@ class ConvertConfig:
     one's own, joined by commas, the first that matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
     text: tuple[str, ...] = ()
     """Files or folders of text, like --data of `isthmus train`, that the quantized model is compared with the original
-    on; default: those of Python's own library that the demo holds out"""
+    on; default: what training holds out of Python's own library"""
     windows: int = 24
     """Of 256 tokens, that are compared"""
     force: bool = False
@@ -76,7 +82,9 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
-    folder = open_folder(config.source)
+    folder = open_folder(config.source, config.folder)
+    for warning in folder.warnings:
+        console.print(warning, style="yellow", markup=False)
     if config.quantize != "none":
         return _quantize(config, folder, console)
     kind = config.to
@@ -144,10 +152,10 @@ def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
     if not kept.is_file():
         values = published_config(folder.config)
         return read_fields(Fields(values, kept))[0], values
-    family, read = read_config(kept)
+    family, read = read_config(kept, folder.ignore_field)
     if network_of(read) != network_of(folder.config):
         raise ConfigError(f"{kept} describes another network than {folder.path / 'config.json'}")
-    return family, json.loads(kept.read_text(encoding="utf-8"))
+    return family, read_json(kept)
 
 
 def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
@@ -157,7 +165,7 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
     if folder.family is not None:
         return stored_dtypes(TensorFiles(folder.path))
     kept = folder.path / DTYPES_FILE
-    return json.loads(kept.read_text()) if kept.is_file() else {"": "F32"}
+    return read_json(kept) if present(kept) else {"": "F32"}
 
 
 def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:
@@ -206,8 +214,9 @@ def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
     tokens: list[int] = []
     default = (sysconfig.get_path("stdlib"),)
     for document in read_documents(config.text or default):
-        if config.text or is_heldout(document.name, DataConfig().heldout_fraction):
-            tokens += folder.tokenizer.encode(document.text)
+        compared = document if config.text else part(document, DataConfig().heldout_fraction).heldout
+        if compared is not None:
+            tokens += folder.tokenizer.encode(compared.text)
         if len(tokens) > config.windows * (WINDOW + 1):
             break
     return tokens

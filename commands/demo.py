@@ -25,8 +25,9 @@ from benchmarks.servers import served
 from isthmus.client import Client, finish_reason_name
 from model.config import ConfigError, ModelConfig
 from train.config import DataConfig, OptimizerConfig, TrainConfig
-from train.documents import is_heldout, read_documents
-from train.loop import Report, train
+from train.documents import read_documents
+from train.heldout import split
+from train.loop import Report, TrainError, train
 from train.metrics import save_curve, terminal_curve
 
 HELP = """Trains a small model on the source of Python's own standard library, read where it lies, serves it over gRPC,
@@ -111,9 +112,9 @@ def demo_training(config: DemoConfig) -> TrainConfig:
 
 
 def xz_bits_per_byte(training: TrainConfig) -> float:
-    """What `xz -9` makes of the held-out files, all in one stream."""
-    documents = read_documents(training.data)
-    raw = "".join(d.text for d in documents if is_heldout(d.name, training.text.heldout_fraction)).encode()
+    """What `xz -9` makes of the held-out text, all in one stream."""
+    heldout = split(list(read_documents(training.data)), training.text.heldout_fraction).heldout
+    raw = "".join(document.text for document in heldout).encode()
     return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
 
 
@@ -230,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
-    except (ConfigError, BenchError) as error:
+    except (ConfigError, TrainError, BenchError) as error:
         console.print(f"isthmus demo: {error}", style="red", markup=False)
         return 2
     console.print(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+
+from model.hub import FolderOptions
 
 HELP = """Completes a prompt and prints the text as it comes.
 
@@ -33,24 +35,32 @@ class GenerateConfig:
     address: str = "127.0.0.1:50051"
     """Of a running server"""
     auth_token_file: Path | None = None
+    tls_ca: Path | None = None
+    """The server runs with --tls-cert: the certificate, in PEM, of who signed its, or its own if that is self-signed"""
     model: Path | None = None
-    """A model folder to run here, without a server"""
+    """A model folder to run here, without a server; or Org/Name, in the local Hugging Face cache"""
+    folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
+        default_factory=FolderOptions
+    )
     chat: bool = False
     """Talk, with the model's chat template"""
     system: str | None = None
     """What a chat begins with: how the model is to answer"""
     max_tokens: int | None = None
-    temperature: float = 0.8
-    """0 is greedy"""
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = None
+    """0 is greedy. What isn't given here is as the model's makers recommend (generation_config.json: greedy, unless it
+    asks for do_sample), and where they recommend nothing: temperature 1, and the filters off"""
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    parse_special: bool = False
+    """A special token spelt out in the prompt, as <|im_start|>, is that token; otherwise it is text"""
     seed: int | None = None
     """The same seed draws the same text"""
 
     def options(self) -> dict[str, Any]:
         """As generate_request takes them."""
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "parse_special", "seed")
         return {name: getattr(self, name) for name in names}
 
     def validate(self) -> None:
@@ -61,6 +71,8 @@ class GenerateConfig:
             raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
         if self.system is not None and not self.chat:
             raise ConfigError("--system is for --chat")
+        if self.parse_special and self.chat:
+            raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
 
 
 @contextmanager
@@ -68,7 +80,7 @@ def _on_server(config: GenerateConfig) -> Iterator[Complete]:
     from isthmus.client import Client
 
     token = config.auth_token_file.read_text().strip() if config.auth_token_file else None
-    with Client(config.address, token=token) as client:
+    with Client(config.address, token=token, tls_ca=config.tls_ca) as client:
 
         def complete(prompt: Prompt) -> Generator[str, None, None]:
             for event in client.stream(prompt, **config.options()):
@@ -92,7 +104,9 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     from serve.engine.request import FinishReason, Output
 
     enable_compilation_cache()
-    model = open_model(folder)
+    model = open_model(folder, options=config.folder)
+    for warning in model.warnings:
+        print(warning, file=sys.stderr)
 
     def take(batch: list[Output]) -> None:
         for output in batch:
@@ -100,12 +114,12 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 
     def complete(prompt: Prompt) -> Generator[str, None, None]:
         message = generate_request(prompt, **config.options())
-        ids = prompt_ids(message, model.tokenizer, model.chat)
+        ids = prompt_ids(message, model.tokenizer, model.chat, engine.config.context_length)
         request = build_request(message, ids, model.tokenizer, engine.config.context_length, model.generation)
         outputs: SimpleQueue[Output] = SimpleQueue()
         request.handle = outputs
         engine.submit(request)
-        stream = model.tokenizer.stream()
+        stream = model.tokenizer.stream(ids)
         try:
             while True:
                 output = outputs.get()
@@ -126,7 +140,15 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
         engine.close()
 
 
-def _print(prompt: str, complete: Complete) -> None:
+def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
+    from model.tokenizer import looks_special
+
+    if not parse_special and (spelt := looks_special(prompt)):
+        print(
+            f"isthmus generate: {spelt} in the prompt is taken for text; if the model's special token is meant, give "
+            "--parse-special, or --chat to have the model's template write it",
+            file=sys.stderr,
+        )
     print(prompt, end="", flush=True)
     for piece in complete(prompt):
         print(piece, end="", flush=True)
@@ -149,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
             if config.chat:
                 chat(complete, prompt, config.system)
             else:
-                _print(prompt or "", complete)
+                _print(prompt or "", complete, config.parse_special)
     except grpc.RpcError as error:
         hint = (
             "; is a server running there? isthmus serve --model DIR"

@@ -16,6 +16,7 @@ from model.checkpoint import CheckpointError
 from model.compilation import enable_compilation_cache
 from model.config import ConfigError
 from serve.api.config import ServeConfig
+from serve.api.logs import bound_logs
 from serve.api.server import Server
 from serve.engine.build import open_model
 
@@ -23,17 +24,25 @@ HELP = """Serves a model folder over gRPC, with continuous batching on a paged K
 
 examples:
   isthmus serve --model runs/mine
-  isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt
+  isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt --tls-cert cert.pem --tls-key key.pem
   isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
 
-Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains."""
+Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains, a second one ends it at once."""
 
 
 async def serve(config: ServeConfig, console: Console) -> int:
     """Serves until told to stop. Raises ConfigError, CheckpointError, and CancelledError when told while loading."""
     config.validate()
     enable_compilation_cache(config.compilation_cache)
-    model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter, quantize=config.quantize)
+    model = open_model(
+        config.model,
+        config.dtype,
+        merge_adapter=config.merge_adapter,
+        quantize=config.quantize,
+        options=config.folder,
+    )
+    for warning in model.warnings:
+        console.print(warning, style="yellow", markup=False)
     server = Server(config, model)
     await server.start()
     loading = asyncio.current_task()
@@ -65,7 +74,12 @@ async def serve(config: ServeConfig, console: Console) -> int:
         console.print(f"generation_config.json: {setting} is not supported and has no effect", style="yellow")
     console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
     if not await server.run():
-        console.print("isthmus serve: the engine has ended on an error; see the log above", style="red")
+        why = (
+            "hangs in a step, and is left behind"
+            if engine.error is None
+            else "has ended on an error; see the log above"
+        )
+        console.print(f"isthmus serve: the engine {why}", style="red")
         return 1
     console.print("drained")
     return 0
@@ -75,10 +89,14 @@ def main(argv: Sequence[str]) -> int:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    bound_logs()
     console = Console(soft_wrap=True)
     config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
     try:
-        return _run(serve(config, console))
+        if status := _run(serve(config, console)):
+            sys.stdout.flush()
+            os._exit(status)  # an engine that hangs would keep the process
+        return 0
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus serve: {error}", style="red", markup=False)
         return 2

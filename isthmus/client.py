@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -12,6 +14,16 @@ from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_p
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, its token ids, or the messages of a conversation: {"role": …, "content": …}"""
+
+MAX_MESSAGE_BYTES = 64 << 20
+"""Of an answer; gRPC's own limit is 4 MiB"""
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),  # a server that is gone is noticed while an answer is waited for
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Completion:
     """Draws the same tokens again"""
     prompt_tokens: int
     cached_prompt_tokens: int
+    """0 unless the server runs with --report-cached-tokens"""
     time_to_first_token: float
     """Seconds, as the server measured it"""
 
@@ -35,6 +48,7 @@ def generate_request(
     prompt: Prompt,
     *,
     template_arguments: Mapping[str, Any] | None = None,
+    parse_special: bool = False,
     max_tokens: int | None = None,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -46,14 +60,16 @@ def generate_request(
     return_token_ids: bool = True,
     request_id: str = "",
 ) -> inference_pb2.GenerateRequest:
-    """The request message; None takes the server's default.
+    """The request message; None takes the server's default: as the model's makers recommend, or as the API says.
 
     prompt: messages need a model with a chat template. template_arguments: the template's variables, such as
-    {"enable_thinking": False}; only for messages. Raises ValueError for a number too big for its field, for a key that
-    messages don't have, and for template_arguments without messages.
+    {"enable_thinking": False}, which reach it in this order; only for messages. parse_special: whether a special token
+    spelt out in a text is that token. Raises ValueError for a number too big for its field, for a key that messages
+    don't have, for template_arguments without messages, and for what JSON can't hold in them.
     """
     request = inference_pb2.GenerateRequest(request_id=request_id)
     _set_prompt(request, prompt, template_arguments)
+    request.parse_special = parse_special
     sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
@@ -78,13 +94,21 @@ def _set_prompt(
     if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
         turns = cast(Sequence[Mapping[str, str]], prompt)
         request.messages.messages.extend(inference_pb2.ChatMessage(**turn) for turn in turns)
-        request.messages.template_arguments.update(dict(template_arguments or {}))
+        if template_arguments:
+            request.messages.template_arguments_json = _json(template_arguments)
     elif template_arguments is not None:
         raise ValueError("template_arguments are for messages")
     elif isinstance(prompt, str):
         request.text = prompt
     else:
         request.token_ids.ids.extend(cast(Sequence[int], prompt))
+
+
+def _json(arguments: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"template_arguments: {error}") from None
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
@@ -101,9 +125,21 @@ class Client:
         *,
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        tls_ca: Path | str | None = None,
     ) -> None:
-        """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text."""
-        self.channel = grpc.secure_channel(target, credentials) if credentials else grpc.insecure_channel(target)
+        """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text. tls_ca: for
+        TLS too, a file in PEM with the certificate of who signed the server's, or a self-signed server's own.
+
+        Raises OSError when tls_ca can't be read, and ValueError when both are given.
+        """
+        if tls_ca is not None:
+            if credentials is not None:
+                raise ValueError("give credentials or tls_ca")
+            credentials = grpc.ssl_channel_credentials(Path(tls_ca).read_bytes())
+        if credentials is not None:
+            self.channel = grpc.secure_channel(target, credentials, _OPTIONS)
+        else:
+            self.channel = grpc.insecure_channel(target, _OPTIONS)
         self._metadata = bearer(token)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self._control = control_pb2_grpc.ControlServiceStub(self.channel)
@@ -136,8 +172,8 @@ class Client:
         finally:
             call.cancel()
 
-    def tokenize(self, text: str, *, timeout: float | None = None) -> list[int]:
-        request = inference_pb2.TokenizeRequest(text=text)
+    def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
+        request = inference_pb2.TokenizeRequest(text=text, parse_special=parse_special)
         return list(self._inference.Tokenize(request, timeout=timeout, metadata=self._metadata).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 
+from model.answers import Indistinct, Span, find_answers
 from model.config import ConfigError
+from model.files import present, read_json, read_text
 from model.sandbox.environment import Sandbox
 from model.sandbox.meter import Limits, Meter, metered
 
@@ -28,8 +29,6 @@ _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = ("messages", "add_generation_prompt")
 
 Message = Mapping[str, Any]
-Span = tuple[int, int]
-"""Characters [start, end) of a rendered text"""
 
 
 class ChatError(ValueError):
@@ -72,10 +71,12 @@ class ChatTemplate:
 
         Raises ConfigError naming the file that is malformed.
         """
-        config = _read_json(folder / TOKENIZER_CONFIG)
+        config = tokenizer_config(folder)
         path = folder / TEMPLATE_FILE
-        source, name = (_read(path), str(path)) if path.is_file() else _template_of(config, folder / TOKENIZER_CONFIG)
-        return None if source is None else cls(source, _special_tokens(folder, config), name=name)
+        source, name = (
+            (read_text(path), str(path)) if present(path) else _template_of(config, folder / TOKENIZER_CONFIG)
+        )
+        return None if source is None else cls(source, special_tokens(folder), name=name)
 
     def render(
         self,
@@ -100,38 +101,29 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The text, and which characters the assistant said, each answer's end-of-turn token included.
 
-        They are those in the template's {% generation %} blocks. A template without any is rendered up to each answer
-        and past it. Raises ChatError, also when such a part isn't how the whole text begins.
+        They are those in the template's {% generation %} blocks; where a template has none, find_answers looks for
+        them. Raises ChatError, also when an answer can't be told from what surrounds it.
         """
         variables = _checked(messages, arguments)
-        with metered(self._limits) as meter:
-            whole = self._write(meter, variables, add_generation_prompt)
         if self._marks_assistant:
+            with metered(self._limits) as meter:
+                whole = self._write(meter, variables, add_generation_prompt)
             return whole, _generated(whole, meter)
-        spans = []
-        for index, message in enumerate(variables["messages"]):
-            if message["role"] == "assistant":
-                start = len(self._part(whole, variables, index, prompted=True))
-                end = len(self._part(whole, variables, index + 1, prompted=False))
-                spans.append((start, end))
-        return whole, spans
 
-    def _part(self, whole: str, variables: dict[str, Any], count: int, *, prompted: bool) -> str:
-        """The first `count` messages' text, as `whole` begins."""
-        if count == 0:
-            raise ChatError("messages[0] is the assistant's: this template doesn't say where its answer begins")
-        with metered(self._limits) as meter:
-            part = self._write(meter, {**variables, "messages": variables["messages"][:count]}, prompted)
-        # Some templates end what is complete, and only that, with a token of its own.
-        endings = [""] if prompted else ["", *self.special_tokens.values()]
-        for ending in endings:
-            if part.endswith(ending) and whole.startswith(part.removesuffix(ending)):
-                return part.removesuffix(ending)
-        raise ChatError(
-            f"what the assistant said can't be told apart: with this template, messages[:{count}] are not written as "
-            "they are in the whole conversation (it may leave out earlier reasoning). "
-            "A template with {% generation %} blocks says itself"
-        )
+        def write(part: Sequence[dict[str, Any]], prompted: bool) -> str:
+            with metered(self._limits) as meter:
+                return self._write(meter, {**variables, "messages": list(part)}, prompted)
+
+        try:
+            return find_answers(
+                variables["messages"], add_generation_prompt, write, tuple(self.special_tokens.values())
+            )
+        except Indistinct as error:
+            if error.index == 0:
+                said = "messages[0] is the assistant's: this template doesn't say where its answer begins"
+            else:
+                said = f"the answer in messages[{error.index}] can't be told apart from the rest of the text"
+            raise ChatError(f"{said}. A template with {{% generation %}} blocks says itself") from None
 
     def _write(self, meter: Meter, variables: dict[str, Any], add_generation_prompt: bool) -> str:
         pieces = []
@@ -209,24 +201,9 @@ def _plain(value: Any, where: str, depth: int = MAX_DEPTH) -> Any:
 # Files
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from None
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """Empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a JSON object")
-    return content
+    return read_json(path) if present(path) else {}
 
 
 def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
@@ -243,7 +220,14 @@ def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
     return found, name
 
 
-def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says; empty without one. Raises ConfigError naming the file."""
+    return _read_json(folder / TOKENIZER_CONFIG)
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """What a folder calls its special tokens, as {"eos_token": "</s>"}. Raises ConfigError naming the file."""
+    config = tokenizer_config(folder)
     sources = [(folder / TOKENIZER_CONFIG, config)]
     if "added_tokens_decoder" not in config:  # older folders say in a file of its own what newer ones say there
         path = folder / SPECIAL_TOKENS_MAP

@@ -7,6 +7,8 @@ stored in the stacked layout whatever the run used, so that training on one layo
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +25,13 @@ from model.ops.rounding import narrowed
 from model.sharding import use_mesh
 from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, unstack_blocks
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO and WARNING
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates saves, and each error before it raises it
 
 FOLDER = "checkpoints"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be read; the message says which and why."""
+    """A checkpoint that can't be read or written; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,53 @@ class Checkpoints:
     """The checkpoints of one model folder."""
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """keep: how many of the newest to keep; None keeps all."""
-        self._path = (folder / FOLDER).resolve()
+        """keep: how many of the newest to keep; None keeps all. A folder opened with `keep` is the caller's alone: what
+        an earlier save left unfinished in it is deleted."""
+        self._path, self._saving = (folder / FOLDER).resolve(), 0
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "optimizer": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=keep is not None, enable_async_checkpointing=True
+        )
         self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
 
     def save(self, step: int, params: Params, optimizer: Any, progress: dict) -> None:
         """Starts a save and returns once the arrays may be donated again. optimizer: None leaves it out; progress:
-        JSON."""
+        JSON. Raises CheckpointError when it, or the save before it, fails."""
+        self.wait()
         snapshot = _snapshot((params, optimizer))
         items: dict[str, Any] = {"params": ocp.args.StandardSave(snapshot[0]), "progress": ocp.args.JsonSave(progress)}
         if optimizer is not None:
             items["optimizer"] = ocp.args.StandardSave(snapshot[1])
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._saving = step
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # TensorStore's are of many types
+            raise self._failure(error) from None
+
+    def check(self) -> None:
+        """Raises CheckpointError when a save in the background has failed."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no save is under way. Raises CheckpointError when the last one failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # TensorStore's are of many types
+            raise self._failure(error) from None
+        self._saving = 0
+
+    def _failure(self, error: Exception) -> CheckpointError:
+        step, self._saving = self._saving, 0
+        latest = self.latest()
+        kept = "there is no earlier one" if latest is None else f"that of step {latest} is whole"
+        return CheckpointError(
+            f"the checkpoint of step {step} can't be written in {self._path}: {_reason(error)}; {kept}"
+        )
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -69,24 +100,29 @@ class Checkpoints:
     def restore(self, params: Params, optimizer: Any) -> Restored:
         """The newest checkpoint, stacked, in the shapes, dtypes and shardings of abstract `params` and `optimizer`.
 
-        Raises CheckpointError when there is none.
+        Raises CheckpointError when there is none, or it can't be read.
         """
         step = self._newest()
-        items = self._manager.restore(
+        items = self._restore(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                progress=ocp.args.JsonRestore(),
-            ),
+            params=ocp.args.StandardRestore(params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            progress=ocp.args.JsonRestore(),
         )
         return Restored(step, items["params"], items["optimizer"], items["progress"])
 
     def restore_params(self, params: Params) -> Params:
-        """The newest parameters alone. Raises CheckpointError when there are none."""
-        step = self._newest()
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(params))
-        return self._manager.restore(step, args=args)["params"]
+        """The newest parameters alone. Raises CheckpointError when there are none, or they can't be read."""
+        return self._restore(self._newest(), params=ocp.args.StandardRestore(params))["params"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # TensorStore's are of many types
+            raise CheckpointError(
+                f"{self._path / str(step)} can't be read as a checkpoint of this model: {_reason(error)}; where it is "
+                "damaged, delete it to go on from the one before"
+            ) from error
 
     def _newest(self) -> int:
         step = self._manager.latest_step()
@@ -95,8 +131,18 @@ class Checkpoints:
         return step
 
     def close(self) -> None:
-        """Waits for saves under way."""
-        self._manager.close()
+        """Waits for saves under way. Raises CheckpointError when one failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    """In one line; what the system said, where TensorStore quotes it."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0]
 
 
 @jax.jit

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config_parts import ConfigError, LatentConfig, LayerKind, LoraConfig, MixtureConfig, RopeScaling
+from model.config_parts import (
+    MAX_LAYERS,
+    ConfigError,
+    LatentConfig,
+    LayerKind,
+    LoraConfig,
+    MixtureConfig,
+    RopeScaling,
+)
+from model.files import read_json
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -94,6 +103,8 @@ class ModelConfig:
         for name in ("dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "context_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} must be at least 1, not {getattr(self, name)}")
+        if self.layers > MAX_LAYERS:
+            raise ConfigError(f"model.layers must be at most {MAX_LAYERS}, not {self.layers}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
         if self.head_dim % 2:
@@ -110,6 +121,8 @@ class ModelConfig:
         for name in ("local_rope_theta", "attention_scale", "attention_soft_cap", "logit_soft_cap", "norm_offset"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative, and finite")
+        if self.rope_scaling.kind == "yarn" and self.rope_theta == 1:
+            raise ConfigError("model.rope_theta must not be 1 with yarn: nothing turns by it")
         self.rope_scaling.validate(self.rotated)
         self.mixture.validate(self.layers)
         self.latent.validate()
@@ -261,12 +274,11 @@ class ModelConfig:
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
         """Reads `config.json`. Raises ConfigError when a field is unknown or missing."""
+        fields = read_json(path)
         try:
-            config = cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            config = cls.from_dict(fields)
             config.validate()
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: is {path.parent} a folder that `isthmus train` wrote?") from None
-        except (TypeError, ValueError, AttributeError) as error:  # JSON and UTF-8 errors are ValueErrors
+        except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{path} is not a model configuration: {error}") from None
         return config
 

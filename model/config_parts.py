@@ -9,6 +9,9 @@ from typing import Literal, NamedTuple
 
 RopeKind = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
+MAX_LAYERS = 4096
+"""More are a mistake, or meant to fill memory"""
+
 
 class ConfigError(ValueError):
     """A configuration that can't work; the message names the field and the limit."""

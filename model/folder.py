@@ -4,7 +4,6 @@ PEFT's layout, which names the model folder that it adapts."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,18 @@ import jax
 from jax.sharding import Mesh
 
 from model import checkpoint, lora
-from model.chat import ChatTemplate
+from model.added_tokens import declared_tokens
+from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
+from model.endings import end_ids, turn_end, unheeded_flags
+from model.files import present, read_json
+from model.hub import FolderOptions, find_folder, name_of
 from model.huggingface import load
-from model.huggingface.adapter_config import base_folder, is_adapter_folder
-from model.huggingface.families import Family, read_config
+from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
+from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
+from model.huggingface.files import INDEX, SINGLE, TensorFiles
+from model.huggingface.load import check_size
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
 from model.ops.rounding import narrowed
@@ -67,22 +72,25 @@ class ModelFolder:
     """The adapter's folder, where one was opened; path is its base model's then"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
+    ignore_field: tuple[str, ...] = ()
+    """Fields of a published config.json that were not to be read, nor are to be where it is read again"""
+    warnings: tuple[str, ...] = ()
+    """What the user should hear of: what was passed over, and what the folder may not mean"""
 
     @property
     def name(self) -> str:
-        return (self.adapter or self.path).resolve().name
+        return name_of(self.adapter or self.path)
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights on disk, of a published folder; 0 is not known."""
-        return sum(path.stat().st_size for path in self.path.glob("*.safetensors")) if self.family else 0
+        return TensorFiles(self.path).nbytes if self.family else 0
 
     @property
     def end_id(self) -> int | None:
         """The token that ends a text in training: eos_token of tokenizer_config.json, else the first id that stops."""
-        name = _read_json(self.path / "tokenizer_config.json").get("eos_token")
-        name = name.get("content") if isinstance(name, dict) else name
-        spelt = self.tokenizer.token_id(name) if isinstance(name, str) else None
+        name = special_tokens(self.path).get("eos_token")
+        spelt = None if name is None else self.tokenizer.token_id(name)
         candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
         return next((token for token in candidates if token in self.tokenizer.eos_ids), None)
 
@@ -140,41 +148,84 @@ class ModelFolder:
         return lora.merge(config, params, donate=True)[1] if merge else params
 
 
-def open_folder(path: Path) -> ModelFolder:
-    """Reads all but a model's weights. Raises ConfigError when the folder is neither a model's nor an adapter's, or we
-    don't honour all it says."""
-    return _open_adapter(path) if is_adapter_folder(path) else _open_model(path, path)
+def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
+    """Reads all but a model's weights. path: a folder, or a name like Org/Name in the local Hugging Face cache.
+
+    A folder with adapter_config.json is an adapter's, also where it holds the model that it adapts, as transformers
+    takes it. Raises ConfigError when the folder is neither a model's nor an adapter's, we don't honour all it says, or
+    its files can't hold what it says.
+    """
+    options = options or FolderOptions()
+    path = find_folder(path, download=options.download)
+    if is_adapter_folder(path):
+        return _open_adapter(path, options)
+    if options.base is not None:
+        raise ConfigError(f"--base {options.base}: {path} is no adapter, and has no base model")
+    return _open_model(path, path, options)
 
 
-def _open_adapter(path: Path) -> ModelFolder:
+def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
-    where = base_folder(path)
-    base = _open_model(where, path if (path / "tokenizer.json").is_file() else where)
+    where = _base_of(path, options)
+    base = _open_model(where, path if present(path / "tokenizer.json") else where, options)
     if base.config.quantization:
         raise ConfigError(f"{where} is quantized, and {path} adapts it: adapt the model that it was made from")
     if base.config.lora.rank:
         raise ConfigError(f"{where} has adapters itself (model.lora in config.json), and {path} adapts it")
     chat = ChatTemplate.load(path) or base.chat
-    if chat is not base.chat and not (path / "tokenizer_config.json").is_file():
+    if chat is not base.chat and not present(path / "tokenizer_config.json"):
         raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
+    base.tokenizer.eos_ids |= turn_end(base.tokenizer, chat)
     settings, _ = lora.load_adapter(path, base)
-    folder = dataclasses.replace(base, adapter=path, chat=chat).with_config(lora=settings)
+    warnings = base.warnings
+    if where == path:
+        warnings += (f"{path} holds an adapter beside the model, and it is applied: to leave it out, move "
+                     f"{ADAPTER_CONFIG} elsewhere",)  # fmt: skip
+    folder = dataclasses.replace(base, adapter=path, chat=chat, warnings=warnings).with_config(lora=settings)
     folder.config.validate()
     return folder
 
 
-def _open_model(path: Path, tokenizer_folder: Path) -> ModelFolder:
-    published = "model_type" in Fields.load(path / "config.json")
-    family, config = read_config(path / "config.json") if published else (None, ModelConfig.load(path / "config.json"))
-    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json")
-    if published or (path / PUBLISHED_CONFIG).is_file():
+def _base_of(path: Path, options: FolderOptions) -> Path:
+    """The folder of the model that the adapter in `path` adapts."""
+    if options.base is not None:
+        base = find_folder(options.base, download=options.download)
+    elif present(path / SINGLE) or present(path / INDEX):
+        return path
+    else:
+        base = base_folder(path, options.download)
+    if is_adapter_folder(base):
+        raise ConfigError(f"{base} is an adapter itself; the base of {path} must be a model's folder")
+    return base
+
+
+def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> ModelFolder:
+    fields = Fields.load(path / "config.json", options.ignore_field)
+    published = "model_type" in fields
+    family, config = read_fields(fields) if published else (None, ModelConfig.load(path / "config.json"))
+    if published:
+        check_size(TensorFiles(path), config)
+    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
+    chat = ChatTemplate.load(path)
+    if published or present(path / PUBLISHED_CONFIG):
         # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.
         tokenizer.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
-        ends = _end_ids(path)
-        tokenizer.eos_ids = frozenset(token for token in ends if token < config.vocab_size)
+        spelt = special_tokens(tokenizer_folder).get("eos_token")
+        tokenizer.eos_ids = end_ids(_end_ids(path), spelt, tokenizer, chat)
     elif tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
-    return ModelFolder(path, config, tokenizer, ChatTemplate.load(path), _generation(path), family)
+    else:
+        tokenizer.eos_ids |= turn_end(tokenizer, chat)
+    return ModelFolder(
+        path,
+        config,
+        tokenizer,
+        chat,
+        _generation(path),
+        family,
+        ignore_field=tuple(options.ignore_field),
+        warnings=(*fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
+    )
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -185,15 +236,8 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} can't be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return values
+    """Empty when there is no such file."""
+    return read_json(path) if present(path) else {}
 
 
 def _end_ids(path: Path) -> list[int]:
@@ -210,7 +254,10 @@ def _end_ids(path: Path) -> list[int]:
 
 
 def _generation(path: Path) -> GenerationDefaults:
-    """Sampling settings count only where the file asks for sampling; those that are off count as absent."""
+    """As transformers takes it: a file that doesn't ask for sampling (do_sample) recommends greedy, whatever else it
+    says. Without a file there's no recommendation."""
+    if not present(path / "generation_config.json"):
+        return GenerationDefaults()
     values = _read_json(path / "generation_config.json")
     neutral = {
         "repetition_penalty": 1.0,
@@ -223,7 +270,7 @@ def _generation(path: Path) -> GenerationDefaults:
         f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
     )
     if not values.get("do_sample", False):
-        return GenerationDefaults(ignored=ignored)
+        return GenerationDefaults(temperature=0.0, ignored=ignored)
 
     def number(name: str, low: float, high: float) -> Any:
         value = values.get(name)

@@ -2,40 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as _Tokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from tokenizers.decoders import DecodeStream
 
 from model.config import ConfigError
+from model.text_stream import Detokenizer, TextStream
+from model.tokenizer_file import examine
 
 END_OF_TEXT = "<|endoftext|>"
 """Starts every document in training and every prompt in serving; drawing it ends the sequence."""
+
+NORMALIZED = 4
+"""Characters that Unicode's normal forms make one of, at most"""
+
+
+class TooManyTokens(ValueError):
+    """A text makes more tokens than are wanted."""
+
+    def __init__(self, count: int, most: int) -> None:
+        super().__init__(f"has {count} tokens; at most {most}")
+        self.count = count
+
+
+MAX_WORK = 256 << 20
+"""Characters of a prompt, times what its tokenizer may make of each"""
+
+
+_SPECIAL = re.compile(
+    r"<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>|<(?:bos|eos|start_of_turn|end_of_turn)>|</?s>|\[/?INST\]"
+)
+
+
+def looks_special(text: str) -> str | None:
+    """What in it is written as some family's special tokens are. For warnings: no tokenizer is asked."""
+    found = _SPECIAL.search(text)
+    return None if found is None else found[0]
+
+
+class TextError(ValueError):
+    """A text that this tokenizer doesn't take; the message says why."""
 
 
 class Tokenizer:
     """Text to token ids and back."""
 
-    def __init__(self, inner: _Tokenizer) -> None:
+    def __init__(self, inner: _Tokenizer, *, vocab_size: int | None = None, growth: int = 1) -> None:
+        """vocab_size: the highest id, plus one; None looks for it. growth: bytes that a byte may become before it is
+        cut into tokens."""
         inner.encode_special_tokens = True  # a prompt that spells out a special token is text
+        _without_settings(inner)
         self._inner = inner
-        self.vocab_size: int = inner.get_vocab_size()
+        self._growth = growth
+        self.vocab_size: int = _highest_id(inner) + 1 if vocab_size is None else vocab_size
         self.eos_id: int | None = inner.token_to_id(END_OF_TEXT)
         self.eos_ids = frozenset() if self.eos_id is None else frozenset({self.eos_id})
         """Drawing one of these ends a text"""
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Reads a Hugging Face `tokenizer.json`. Raises ConfigError when it isn't one."""
-        if not path.is_file():
-            raise ConfigError(f"{path} does not exist: expected a tokenizer.json")
+    def load(cls, path: Path, declared: Sequence[tuple[AddedToken, bool]] = ()) -> Tokenizer:
+        """Reads a Hugging Face `tokenizer.json`. Raises ConfigError when it isn't one, or isn't safe to use.
+
+        What it says of truncation, padding and dropout is for training, and not done. declared: tokens that are one
+        token wherever they are spelt out, of those that it has, and whether they are special though it says otherwise.
+        """
+        found = examine(path)
         try:
-            return cls(_Tokenizer.from_file(str(path)))
+            with _typed_errors():
+                inner = _Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ConfigError(f"{path} is not a tokenizer: {error}") from None
+        for token, index in found.added:
+            if (given := inner.token_to_id(token)) != index:
+                raise ConfigError(
+                    f"{path}: the added token {token!r} can't have the id {index}: ids go on from the model's "
+                    f"vocabulary, which makes it {given}. List it in model.vocab too"
+                )
+        _declare(inner, declared)
+        return cls(inner, vocab_size=found.vocab_size, growth=found.growth)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -63,42 +113,143 @@ class Tokenizer:
         return cls(inner)
 
     def save(self, path: Path) -> None:
-        self._inner.save(str(path))
+        path.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with what the tokenizer puts before a prompt. Special tokens written out in the text are text."""
-        return self._inner.encode(text).ids
+    def encode(self, text: str, most: int | None = None, *, parse_special: bool = False) -> list[int]:
+        """Token ids, with what the tokenizer puts before a prompt.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        parse_special: whether a special token written out in the text is that token; else it is text. Other threads go
+        on meanwhile, until the list is made. Raises TooManyTokens before that, if there are more than `most`, and
+        TextError.
+        """
+        return self._encode(self._with_special_tokens if parse_special else self._inner, text, most)
+
+    def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """As encode, in parallel."""
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts))]
+        inner = self._with_special_tokens if parse_special else self._inner
+        with _typed_errors():
+            return [encoding.ids for encoding in inner.encode_batch_fast(list(texts))]
 
-    def encode_chat(self, text: str) -> list[int]:
-        """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added."""
-        return self._with_special_tokens.encode(text, add_special_tokens=False).ids
+    def encode_chat(self, text: str, most: int | None = None) -> list[int]:
+        """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added.
+
+        most, and what it raises: as of encode.
+        """
+        return self._encode(self._with_special_tokens, text, most, add_special_tokens=False)
+
+    def _encode(self, inner: _Tokenizer, text: str, most: int | None, *, add_special_tokens: bool = True) -> list[int]:
+        if len(text) * self._growth > MAX_WORK:
+            raise TextError(f"has {len(text)} characters; this model's tokenizer takes {MAX_WORK // self._growth}")
+        with _typed_errors():
+            return _ids(inner.encode_batch_fast([text], add_special_tokens=add_special_tokens), most)
 
     def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """As encode_chat, in parallel: each text's ids, and which of its characters each token stands for.
 
         The extents [start, end) tile the text, but for a character cut into several tokens: each of them has it whole.
         """
-        encoded = self._with_special_tokens.encode_batch(list(texts), add_special_tokens=False)
+        with _typed_errors():
+            encoded = self._with_special_tokens.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, _extents(encoding.offsets)) for encoding in encoded]
 
     @cached_property
     def _with_special_tokens(self) -> _Tokenizer:
-        return _Tokenizer.from_str(self._inner.to_str())  # a copy: encode_special_tokens is a setting of the whole
+        """One that shares the vocabulary: encode_special_tokens is a setting of the whole."""
+        inner = _Tokenizer(self._inner.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            setattr(inner, part, getattr(self._inner, part))
+        added = self._inner.get_added_tokens_decoder()
+        inner.add_tokens([added[token] for token in sorted(added)])
+        if inner.get_added_tokens_decoder().keys() != added.keys():  # ids that aren't the next free ones
+            inner = _Tokenizer.from_str(self._inner.to_str())
+        return inner
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(self._inner)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as tokenizer.json spells it."""
         return self._inner.token_to_id(token)
 
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Of tokens that are no text."""
+        added = self._inner.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        return self._inner.decode(list(ids), skip_special_tokens=True)
+        (text,) = self._inner.decode_batch([list(ids)], skip_special_tokens=True)  # lets other threads go on
+        return text
 
-    def stream(self) -> TextStream:
-        return TextStream(self)
+    def most_characters(self, tokens: int) -> int:
+        """A text of more characters makes more than `tokens` tokens.
+
+        That is sure of a tokenizer that spells out all it is given, as byte-level and byte-fallback ones do; of one
+        that drops or joins what it doesn't know it is a limit.
+        """
+        shrinks = 1 if self._inner.normalizer is None else NORMALIZED
+        return tokens * int(self._lengths.max()) * shrinks
+
+    def spelt_characters(self, ids: np.ndarray) -> int:
+        """The most characters that the text of `ids`, all in the vocabulary, can have."""
+        return int(self._lengths[ids].sum()) + len(ids)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """int64[ids]: characters of each token as the vocabulary spells it; of a byte-level one they are its bytes."""
+        vocab = self._inner.get_vocab()
+        lengths = np.zeros(max(vocab.values()) + 1, np.int64)
+        lengths[list(vocab.values())] = [len(token) for token in vocab]
+        return lengths
+
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """Gives out the text of the tokens that follow `prompt`, as it is behind the prompt's."""
+        return self._detokenizer.open(prompt)
+
+
+def _declare(inner: _Tokenizer, declared: Sequence[tuple[AddedToken, bool]]) -> None:
+    added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+    for token, promotes in declared:
+        known = added.get(token.content)
+        new = known is None or (promotes and token.special and not known.special)
+        if new and inner.token_to_id(token.content) is not None:  # the model has no embedding for another
+            inner.add_tokens([token])
+            added[token.content] = token
+
+
+def _without_settings(inner: _Tokenizer) -> None:
+    """Turns off what was set for training, and saved with the tokenizer."""
+    inner.no_truncation()
+    inner.no_padding()
+    if getattr(inner.model, "dropout", None):
+        inner.model.dropout = None
+
+
+def _highest_id(inner: _Tokenizer) -> int:
+    size = inner.get_vocab_size()
+    if all(inner.id_to_token(token) is not None for token in range(size)):
+        return size - 1  # several times faster than to list the vocabulary
+    return max(inner.get_vocab().values())
+
+
+@contextmanager
+def _typed_errors() -> Iterator[None]:
+    """Raises TextError for what the library's regular expressions give up on, which is a panic, no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TextError(f"the tokenizer gives up on it: {str(error).strip()[:200]}") from None
+
+
+def _ids(encoded: Sequence[Encoding], most: int | None) -> list[int]:
+    (encoding,) = encoded
+    if most is not None and len(encoding) > most:
+        raise TooManyTokens(len(encoding), most)
+    return encoding.ids
 
 
 def _extents(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -108,28 +259,3 @@ def _extents(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         extents.append((min(start, done), end))
         done = max(done, end)
     return extents
-
-
-class TextStream:
-    """Decodes tokens one at a time and gives text out only in whole UTF-8 characters."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._held: list[int] = []
-
-    def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete; empty while a character is unfinished."""
-        text = []
-        for token in ids:
-            self._held.append(token)
-            piece = self._stream.step(self._tokenizer._inner, token)
-            if piece is not None:
-                text.append(piece)
-                self._held.clear()
-        return "".join(text)
-
-    def flush(self) -> str:
-        """What is still held at the end: bytes of an unfinished character come out as U+FFFD."""
-        held, self._held = self._held, []
-        return self._tokenizer.decode(held)

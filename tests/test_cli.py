@@ -102,6 +102,16 @@ def test_generate_says_what_to_do_without_a_server(capsys: pytest.CaptureFixture
     assert "127.0.0.1:1" in said and "isthmus serve" in said
 
 
+def test_generate_asks_for_what_was_given_and_no_more() -> None:
+    """Every prompt was drawn at 0.8 and 0.95, against what the model's makers recommend and the API promises."""
+    from commands.generate import GenerateConfig
+    from isthmus import generate_request
+
+    assert not generate_request("a", **GenerateConfig(prompt="a").options()).HasField("sampling")
+    asked = generate_request("a", **GenerateConfig(prompt="a", top_k=0, parse_special=True).options())
+    assert [field.name for field, _ in asked.sampling.ListFields()] == ["top_k"] and asked.parse_special
+
+
 def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a", "--model", str(tmp_path)]) == 2
     assert "config.json" in capsys.readouterr().err
@@ -176,7 +186,12 @@ def test_chat_that_the_template_refuses_says_why(
 
 
 @pytest.mark.parametrize(
-    "words, said", [([], "a prompt is missing"), (["a", "--system", "b"], "--system is for --chat")]
+    "words, said",
+    [
+        ([], "a prompt is missing"),
+        (["a", "--system", "b"], "--system is for --chat"),
+        (["--chat", "--parse-special"], "is for a prompt"),
+    ],
 )
 def test_generate_names_what_is_missing(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", *words]) == 2

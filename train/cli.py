@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import io
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
 
 from model.config import PRESETS, ConfigError
-from train.config import TrainConfig
+from model.hub import FolderOptions
+from train.config import DataConfig, TrainConfig
+from train.files import described
 
-HELP = """Trains a transformer on text and leaves a model folder that `isthmus serve` reads; or fine-tunes one.
+if TYPE_CHECKING:
+    from train.loop import Report
+
+
+def preset_table() -> str:
+    """A line for each preset."""
+    lines = []
+    for name, config in PRESETS.items():
+        sized = dataclasses.replace(config, vocab_size=config.vocab_size or DataConfig().vocab_size)
+        size = f"{sized.parameters / 1e6:,.1f}M"
+        lines.append(
+            f"  {name:<6}{size:>9}  {config.layers:>2} layers, width {config.dim:>4}, context {config.context_length}"
+        )
+    return "\n".join(lines)
+
+
+HELP = f"""Trains a transformer on text and leaves a model folder that `isthmus serve` reads; or fine-tunes one.
 
 examples:
   isthmus train notes/ book.txt --preset 5m --steps 2000 --out runs/mine
@@ -21,15 +44,22 @@ examples:
   isthmus train --init models/Qwen3-0.6B chats.jsonl --steps 300 --model.lora.rank 8 --out runs/adapter
   isthmus train --resume --out runs/mine
 
+--preset, by parameters with a vocabulary of its default size:
+{preset_table()}
+
 --init starts from a model folder, ours or as Hugging Face publishes it, with its tokenizer and chat template; the
 learning rate then defaults to 2e-5. With --model.lora.rank, adapters alone are trained (2e-4), and --out becomes a PEFT
-adapter folder. A .jsonl file holds a document a line, either of
-  {"text": "all of it is learnt, and where it ends"}
-  {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
-Of messages, written as the chat template writes them, what the assistant says is learnt. A document longer than
---text.seq is cut: what follows is learnt without seeing what came before.
+adapter folder. A .jsonl file holds a document a line (a .json file one, or an array of them), either of
+  {{"text": "all of it is learnt, and where it ends"}}
+  {{"messages": [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]}}
 
-Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit as if it had never stopped."""
+Of messages, written as the chat template writes them, what the assistant says is learnt. A document longer than
+--text.seq is cut: what follows is learnt without seeing what came before. All other files are text, in UTF-8 or
+UTF-16; each may be gzipped. Of a folder all is read but what is hidden, linked, binary or a text above 64 MiB, and what
+was left out is said.
+
+Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit as if it had never stopped. With
+--optimizer.schedule wsd, --resume --steps N also lengthens a run, until its learning rate decays."""
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -37,24 +67,30 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     ConfigError."""
     default = TrainConfig()
     if "--resume" in argv:
-        from train.loop import load_saved
+        from train.resume import load_saved
 
-        out = Path(_value(argv, "--out") or default.out)
-        if not (out / "train.json").is_file():
-            raise ConfigError(f"out: there is no run to resume in {out}")
-        default = load_saved(out)
+        default = load_saved(Path(_value(argv, "--out") or default.out))
     elif (init := _value(argv, "--init")) not in (None, "None"):
         from train.start import fine_tuning
 
         if _value(argv, "--preset") is not None:
             raise ConfigError("preset can't be set with --init: the model in the folder has its size")
         rank = _value(argv, "--model.lora.rank")
-        default = fine_tuning(Path(str(init)), adapters=rank not in (None, "0"))
+        options = FolderOptions(ignore_field=_values(argv, "--ignore-field"), download="--download" in argv)
+        default = fine_tuning(Path(str(init)), adapters=rank not in (None, "0"), options=options)
     elif (name := _value(argv, "--preset")) is not None:
         if name not in PRESETS:
             raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
-        default = TrainConfig(preset=name, model=PRESETS[name])
-    return tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+        default = TrainConfig(preset=name, model=PRESETS[name], text=DataConfig().fitted(PRESETS[name].context_length))
+    config = tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+    # Repeated flags are laid after the default's, which a resumed run has already.
+    return dataclasses.replace(config, ignore_field=tuple(dict.fromkeys(config.ignore_field)))
+
+
+def _values(argv: Sequence[str], flag: str) -> tuple[str, ...]:
+    """All that a flag was given."""
+    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if word.partition("=")[0] == flag)
+    return tuple(value for value in given if value is not None)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
@@ -66,34 +102,68 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
+@functools.cache
+def _hush_failed_saves() -> None:
+    """When a write of a checkpoint fails, TensorStore and asyncio report each of the others that were under way, in
+    tracebacks of their own; the error itself comes as a CheckpointError."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    inner = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            inner(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the process's exit status."""
-    console = Console(soft_wrap=True, highlight=False)
+    """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
+    work."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+
+    def failed(error: object, status: int) -> int:
+        try:
+            console.print(f"isthmus train: {error}", style="red")
+        except OSError:  # standard output is a file on the disk that is full, or a pipe that was closed
+            print(f"isthmus train: {error}", file=sys.stderr)
+        return status
+
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        from model.checkpoint import CheckpointError
         from model.compilation import enable_compilation_cache
         from train.loop import TrainError, train
-        from train.metrics import save_curve
 
-        enable_compilation_cache()
+        _hush_failed_saves()
         try:
+            enable_compilation_cache()
             report = train(config, console)
-        except (TrainError, CheckpointError) as error:
-            console.print(f"isthmus train: {error}", style="red", markup=False)
-            return 1
+        except TrainError as error:
+            return failed(error, 1)
     except ConfigError as error:
-        console.print(f"isthmus train: {error}", style="red", markup=False)
-        return 2
+        return failed(error, 2)
+    except OSError as error:
+        return failed(described(error), 1)
     if report.interrupted:
         console.print(
             f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}"
         )
-        return 0
-    bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.3f} bits a byte"
-    console.print(
-        f"done: held-out loss {report.heldout_loss:.3f} nats a token{bits}; "
-        f"{report.tokens_per_second:,.0f} tok/s, MFU {report.mfu:.1%}, {report.seconds:.0f} s\n"
-        f"model: {config.out}   loss curve: {save_curve(config.out)}   serve it: isthmus serve --model {config.out}"
-    )
+    else:
+        _say_done(report, config.out, console)
     return 0
+
+
+def _say_done(report: Report, out: Path, console: Console) -> None:
+    from train.metrics import save_curve
+
+    bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.3f} bits a byte"
+    speed = f"{report.tokens_per_second:,.0f} tok/s, MFU {report.mfu:.1%}, " if report.tokens_per_second else ""
+    try:
+        curve = f"   loss curve: {save_curve(out)}"
+    except OSError as error:
+        curve = f"   no loss curve ({error.strerror})"
+    console.print(
+        f"done: held-out loss {report.heldout_loss:.3f} nats a token{bits}; {speed}{report.seconds:.0f} s\n"
+        f"model: {out}{curve}   serve it: isthmus serve --model {out}"
+    )

@@ -24,9 +24,16 @@ class DataConfig:
     vocab_size: int = 4096
     """Of the tokenizer that is trained"""
     heldout_fraction: float = 0.02
-    """Of the documents, chosen by the hash of their name, kept for the held-out loss"""
+    """Of the text, kept for the held-out loss: documents chosen by their hash, and the ends of long ones"""
     seq: int = 512
     """Tokens in a sequence; documents are packed into it, cut where it ends, and never attend to one another"""
+    parse_special: bool = False
+    """A special token spelt out in a text, as <|im_start|>, is that token; otherwise it is text. In conversations it
+    always is one"""
+
+    def fitted(self, context_length: int) -> DataConfig:
+        """With sequences that a model of this context can read."""
+        return dataclasses.replace(self, seq=min(self.seq, context_length))
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "wsd"] = "cosine"
     """Cosine decay, or warm-up, stable, linear decay over the last `decay_fraction`"""
     warmup_steps: int = 100
+    """Over which the learning rate rises from 0; a run that isn't longer warms up for a tenth of its steps instead"""
     decay_fraction: float = 0.2
     """Of the steps, at the end; only for wsd"""
     final_lr: float = 0.1
@@ -48,6 +56,10 @@ class OptimizerConfig:
     """On matrices; norms and biases have none"""
     clip: float = 1.0
     """Largest global gradient norm"""
+
+    def fitted(self, steps: int) -> OptimizerConfig:
+        """With a warm-up of a tenth of the steps, where it would take all of them and more."""
+        return self if self.warmup_steps < steps else dataclasses.replace(self, warmup_steps=steps // 10)
 
     def validate(self) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -69,14 +81,18 @@ class TrainConfig:
     """Trains a transformer on text."""
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Text files, folders (every UTF-8 file in them) and .jsonl files (a document a line, in the field "text" or, with
-    --init, "messages")"""
+    """Text files, folders of them, and .jsonl or .json files (documents with the field "text" or, with --init,
+    "messages"), wherever they lie; also gzipped"""
     out: Path = Path("runs/latest")
     """The model folder: configuration, tokenizer, checkpoints, metrics"""
     init: Path | None = None
-    """A model folder to start from: ours, or as Hugging Face publishes it"""
+    """A model folder to start from: ours, or as Hugging Face publishes it; or Org/Name, which its local cache has"""
+    ignore_field: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A field of --init's config.json to go on without, which may make it another model; may be given repeatedly"""
+    download: bool = False
+    """Fetch an --init named Org/Name from huggingface.co where the local cache hasn't it"""
     preset: str = "5m"
-    """Size to start from; every --model.* overrides it"""
+    """Size to start from, of those listed above; every --model.* overrides it"""
     model: ModelConfig = PRESETS["5m"]
     text: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -152,6 +168,7 @@ class TrainConfig:
                 "data": tuple(fields["data"]),
                 "out": Path(fields["out"]),
                 "init": Path(init) if init else None,
+                "ignore_field": tuple(fields.get("ignore_field", ())),
                 "model": ModelConfig.from_dict(fields["model"]),
                 "text": DataConfig(**{**fields["text"], "tokenizer": Path(tokenizer) if tokenizer else None}),
                 "optimizer": OptimizerConfig(**fields["optimizer"]),
@@ -161,6 +178,7 @@ class TrainConfig:
 
 FREE_ON_RESUME = (
     "out",
+    "download",
     "resume",
     "mesh",
     "log_every",
@@ -169,14 +187,15 @@ FREE_ON_RESUME = (
     "eval_batches",
     "checkpoint_every",
 )
-"""What may change when a run is resumed: none of it changes a parameter (but a new mesh changes rounding)."""
+"""What may change when a run is resumed: none of it changes a parameter (but a new mesh changes rounding). `steps` may
+where the learning rates until now stay as they were (train/resume.py)."""
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
     """Raises ConfigError naming the first setting that would make the resumed run another run."""
     before, now = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(asked))
     for name, value in before.items():
-        if name not in FREE_ON_RESUME and now[name] != value:
+        if name not in (*FREE_ON_RESUME, "steps") and now[name] != value:
             raise ConfigError(f"{name} can't change on --resume: it was {value!r}. Start a new run with another --out")
 
 

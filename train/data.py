@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,10 @@ from model.config import ConfigError
 from model.folder import ModelFolder
 from model.tokenizer import Tokenizer
 from train.config import DataConfig
-from train.documents import Document, is_heldout, read_documents
+from train.documents import Document, read_documents
 from train.examples import Encoder, FineTuning, Pretraining
+from train.files import Reading
+from train.heldout import split
 
 TOKENIZER_SAMPLE_BYTES = 32 << 20
 """Text that the tokenizer is trained on: more changes its merges little and takes long."""
@@ -52,6 +54,8 @@ class TokenFile:
     """uint8[tokens]: 1 where a token counts as a target; None is everywhere"""
     conversations: int = 0
     """Documents of messages"""
+    tails: int = 0
+    """Documents that are the held-out end of one that is trained on"""
 
     @cached_property
     def targets(self) -> int:
@@ -64,7 +68,7 @@ class TokenFile:
         tokens = np.memmap(stem.with_suffix(".bin"), dtype=meta["dtype"], mode="r")
         weights = np.memmap(stem.with_suffix(".weights"), dtype=np.uint8, mode="r") if meta.get("weighted") else None
         ends = np.load(stem.with_suffix(".npy"))
-        return cls(tokens, ends, meta["text_bytes"], weights, meta.get("conversations", 0))
+        return cls(tokens, ends, meta["text_bytes"], weights, meta.get("conversations", 0), meta.get("tails", 0))
 
     @classmethod
     def write(
@@ -73,21 +77,22 @@ class TokenFile:
         """Tokenizes into STEM.bin, .npy, .json and perhaps .weights; the .json comes last: a torn write isn't taken for
         a whole. Raises ConfigError when nothing in it is a target."""
         dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
-        ends, total, text_bytes, conversations = [], 0, 0, 0
+        ends, total, text_bytes, conversations, tails = [], 0, 0, 0, 0
         with ExitStack() as stack:
             file = stack.enter_context(stem.with_suffix(".bin").open("wb"))
             weights = stack.enter_context(stem.with_suffix(".weights").open("wb")) if encoder.weighted else None
             pending = iter(documents)
             while group := list(islice(pending, 256)):
                 for example in encoder(group):
-                    np.asarray(example.ids, dtype).tofile(file)
+                    file.write(np.asarray(example.ids, dtype).data)
                     if weights is not None and example.weights is not None:
-                        example.weights.tofile(weights)
+                        weights.write(example.weights.data)
                     total += len(example.ids)
                     ends.append(total)
-                size = sum(len(d.text.encode()) for d in group)
+                size = sum(d.size for d in group)
                 text_bytes += size
                 conversations += sum(d.kind == "messages" for d in group)
+                tails += sum(d.tail for d in group)
                 tick(size)
         np.save(stem.with_suffix(".npy"), np.asarray(ends, np.int64))
         meta = {
@@ -95,6 +100,7 @@ class TokenFile:
             "tokens": total,
             "documents": len(ends),
             "conversations": conversations,
+            "tails": tails,
             "text_bytes": text_bytes,
             "weighted": encoder.weighted,
         }
@@ -184,50 +190,50 @@ def prepare(
     *,
     resume: bool = False,
     start: ModelFolder | None = None,
+    reading: Reading | None = None,
 ) -> tuple[TrainingData, Tokenizer]:
     """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what the same ones left.
 
-    tick(stage, bytes) is called as text goes through. start: the model to fine-tune, which brings its tokenizer. Raises
-    ConfigError when there are too few documents to split.
+    tick(stage, bytes) is called as text goes through. start: the model to fine-tune, which brings its tokenizer.
+    reading: told of each file. Raises ConfigError when there are too few documents to split.
     """
-    documents = list(read_documents(paths))
+    reading = reading or Reading()
+    documents = list(read_documents(paths, reading))
+    if not documents:
+        raise ConfigError(f"data: there is no text in {', '.join(paths)}: {reading}")
     stamp = folder / "data" / "source.json"
     settings: list[str | int | float] = [str(config.tokenizer), config.vocab_size, config.heldout_fraction]
-    fine_tuning = FineTuning(start) if start else None
+    fine_tuning = FineTuning(start, config.parse_special) if start else None
     if fine_tuning:
         settings = [config.heldout_fraction, *fine_tuning.stamp]
     elif chats := [document.name for document in documents if document.kind == "messages"]:
         raise ConfigError(f"data: {chats[0]} holds messages: they need --init, a model with a chat template")
+    settings += ["parse_special"] if config.parse_special else []
     source = json.dumps([_fingerprint(documents), *settings])
-    names = {True: folder / "data" / "heldout", False: folder / "data" / "train"}
+    stems = (folder / "data" / "train", folder / "data" / "heldout")
     if stamp.is_file() and stamp.read_text() == source:
         tokenizer = start.tokenizer if start else Tokenizer.load(folder / "tokenizer.json")
-        splits = {held: TokenFile.open(stem) for held, stem in names.items()}
-        return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
+        train, heldout = map(TokenFile.open, stems)
+        return TrainingData(train, heldout, config.seq, seed), tokenizer
 
     if resume:
         raise ConfigError(f"data: the text, or what is left of it in {folder / 'data'}, is not what the run began with")
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
-    groups: dict[bool, list[Document]] = {True: [], False: []}
-    for document in documents:
-        groups[is_heldout(document.name, config.heldout_fraction)].append(document)
-    if not groups[True] and len(groups[False]) > 1:
-        groups[True].append(groups[False].pop())
-    if not groups[True] and groups[False]:
-        groups[True], groups[False] = _cut(groups[False].pop(), config.heldout_fraction)
-    if not groups[True] or not groups[False]:
-        raise ConfigError("data: too little text to hold some out")
-    tokenizer = start.tokenizer if start else _tokenizer(groups[False], config, lambda n: tick("tokenizer", n))
+    groups = split(documents, config.heldout_fraction)
+    del documents  # a text that was cut is there twice
+    if not groups.train or not groups.heldout:
+        raise ConfigError("data: too little text to hold some out: give more of it, or conversations that differ")
+    tokenizer = start.tokenizer if start else _tokenizer(groups.train, config, lambda n: tick("tokenizer", n))
     if start is None:
         tokenizer.save(folder / "tokenizer.json")
-    encoder = fine_tuning or Pretraining(tokenizer)
-    splits = {
-        held: TokenFile.write(stem, groups[held], encoder, lambda n: tick("tokenize", n))
-        for held, stem in names.items()
-    }
+    encoder = fine_tuning or Pretraining(tokenizer, config.parse_special)
+    train, heldout = (
+        TokenFile.write(stem, group, encoder, lambda n: tick("tokenize", n))
+        for stem, group in zip(stems, groups, strict=True)
+    )
     stamp.write_text(source)
-    return TrainingData(splits[False], splits[True], config.seq, seed), tokenizer
+    return TrainingData(train, heldout, config.seq, seed), tokenizer
 
 
 def _tokenizer(documents: list[Document], config: DataConfig, tick: Callable[[int], None]) -> Tokenizer:
@@ -240,21 +246,9 @@ def _tokenizer(documents: list[Document], config: DataConfig, tick: Callable[[in
     return tokenizer
 
 
-def _cut(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
-    """A single text's end becomes the held-out one; a conversation stays whole."""
-    if document.kind == "messages":
-        return [], [document]
-    at = int(len(document.text) * (1 - fraction))
-    held, kept = document.text[at:], document.text[:at]
-    return ([Document(f"{document.name}#end", held)] if held else []), ([Document(document.name, kept)] if kept else [])
-
-
 def _fingerprint(documents: Iterable[Document]) -> str:
-    digest = hashlib.sha256()
-    for part in chain.from_iterable((d.name, d.text) for d in documents):
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
+    """Of what the documents are, and of their order; a folder may move."""
+    return hashlib.sha256(b"".join(document.digest for document in documents)).hexdigest()
 
 
 def _sample(documents: list[Document], tick: Callable[[int], None]) -> Iterator[str]:

@@ -1,92 +1,153 @@
-"""From paths to documents: text files, folders of them, JSONL of texts and of conversations."""
+"""From paths to documents. What a file holds is told by its suffix, whether it was named or found in a folder: .jsonl
+or .ndjson a document a line, .json a document or an array of them, all else a text; each also gzipped (.gz)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from model.config import ConfigError
+from train.files import (
+    DAMAGED,
+    MAX_TEXT_BYTES,
+    Reading,
+    Unreadable,
+    damage,
+    files_in,
+    lines_of,
+    printable,
+    read_text,
+    suffix_of,
+)
 
-MAX_FILE_BYTES = 64 << 20
-"""A larger text file in a folder is data of another kind; name it on its own to use it."""
-
-_SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
+LINES = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
 class Document:
     name: str
-    """Stable: it decides the split"""
+    """Where it came from, for messages"""
     text: str
     """Of a conversation: its JSON object, with "messages" and perhaps "tools\""""
     kind: Literal["text", "messages"] = "text"
+    tail: bool = False
+    """The held-out end of a text whose beginning is trained on"""
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of what it is: where it came from has no part in it."""
+        digest = hashlib.sha256(f"{self.kind}:".encode())
+        digest.update(self.text.encode())
+        return digest.digest()
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes in UTF-8."""
+        return len(self.text.encode())
 
 
-def read_documents(paths: Sequence[str]) -> Iterator[Document]:
+def read_documents(paths: Sequence[str], reading: Reading | None = None) -> Iterator[Document]:
     """Every non-empty document under `paths`, in an order that depends on names only.
 
-    Raises ConfigError for a path that doesn't exist, or a .jsonl line that holds neither a text nor messages.
+    reading: told of each file that was read or left out. Raises ConfigError for a path that was named and can't be
+    read, and for a file of documents one of which isn't.
     """
+    reading = reading or Reading()
     for path in map(Path, paths):
         if path.is_dir():
-            for file in sorted(_files(path)):
-                if (text := _read_text(file)) is not None:
-                    yield Document(str(file.relative_to(path.parent)), text)
+            for file in files_in(path, reading):
+                name = printable(file.relative_to(path.parent))
+                try:
+                    yield from _counted(_documents(file, name, MAX_TEXT_BYTES), reading)
+                except Unreadable as reason:
+                    reading.skip(name, reason.reason)
+        elif not path.exists():
+            raise ConfigError(f"data: {printable(path)} does not exist")
         elif not path.is_file():
-            raise ConfigError(f"data: {path} does not exist")
-        elif path.suffix == ".jsonl":
-            yield from _read_jsonl(path)
+            raise ConfigError(f"data: {printable(path)} is neither a file nor a folder")
         else:
-            text = _read_text(path)
-            if text is None:
-                raise ConfigError(f"data: {path} is empty or is not UTF-8 text")
-            yield Document(path.name, text)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    for entry in folder.iterdir():
-        if entry.name.startswith(".") or entry.is_symlink():
-            continue
-        if entry.is_dir():
-            if entry.name not in _SKIPPED_FOLDERS:
-                yield from _files(entry)
-        elif entry.is_file() and entry.stat().st_size <= MAX_FILE_BYTES:
-            yield entry
-
-
-def _read_text(path: Path) -> str | None:
-    data = path.read_bytes()
-    if b"\0" in data:
-        return None
-    try:
-        return data.decode("utf-8") or None
-    except UnicodeDecodeError:
-        return None
-
-
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                kind, text = _parse_line(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"data: {path}:{number} {error}") from None
-            if text:
-                yield Document(f"{path.name}:{number}", text, kind)
+                yield from _counted(_documents(path, printable(path), None), reading)
+            except Unreadable as reason:
+                raise ConfigError(f"data: {printable(path)}: {reason}") from None
 
 
-def _parse_line(line: bytes) -> tuple[Literal["text", "messages"], str]:
-    """A JSONL line's document. Raises ValueError saying what is wrong with it."""
+def _counted(documents: Iterator[Document], reading: Reading) -> Iterator[Document]:
+    yield from documents
+    reading.files += 1
+
+
+def _documents(path: Path, name: str, most: int | None) -> Iterator[Document]:
+    """Raises Unreadable before the first document where there is none, ConfigError for what is wrong after it. most:
+    bytes of a text."""
+    suffix = suffix_of(path)
+    if suffix in LINES:
+        yield from _checked(_lines(path), f"{name}:{{}}")
+    elif suffix == ".json":
+        yield from _json(path, name)
+    else:
+        yield Document(name, read_text(path, most))
+
+
+def _json(path: Path, name: str) -> Iterator[Document]:
+    """An object, an array of them, or what many publish under this suffix: one a line."""
     try:
-        fields = json.loads(line.decode("utf-8"))
-    except ValueError:
-        raise ValueError("is not a UTF-8 JSON object") from None
+        value = json.loads(read_text(path, None))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise Unreadable("not JSON", str(error)) from None
+        yield from _checked(_lines(path), f"{name}:{{}}")
+        return
+    except (ValueError, RecursionError) as error:
+        raise Unreadable("not JSON", str(error)) from None
+    if isinstance(value, list):
+        yield from _checked(enumerate(value), f"{name}[{{}}]")
+    else:
+        yield from _checked([("", value)], f"{name}{{}}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values that the file's lines hold, each with its line's number; ValueError for what is none."""
+    number = 0
+    try:
+        for number, line in lines_of(path):
+            try:
+                yield number, json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError):
+                yield number, ValueError("is not a UTF-8 JSON object")
+    except DAMAGED as error:
+        if not number:
+            raise Unreadable(damage(error)) from None
+        yield number + 1, ValueError(damage(error))
+
+
+def _checked(values: Iterable[tuple[int | str, Any]], name: str) -> Iterator[Document]:
+    """The documents that (place, value) are; `name` has a place for the place."""
+    good = 0
+    for place, value in values:
+        where = name.format(place)
+        try:
+            if isinstance(value, ValueError):
+                raise value
+            kind, text = _parse(value)
+        except ValueError as error:
+            if not good:
+                raise Unreadable("no documents", f"{where} {error}") from None
+            raise ConfigError(f"data: {where} {error}") from None
+        good += 1
+        if text:
+            yield Document(where, text, kind)
+    if not good:
+        raise Unreadable("empty")
+
+
+def _parse(fields: Any) -> tuple[Literal["text", "messages"], str]:
+    """A JSON value's document. Raises ValueError saying what is wrong with it."""
     if not isinstance(fields, dict) or not fields.keys() & {"text", "messages"}:
         raise ValueError('is not an object with a string in "text" or a list in "messages"')
     if "messages" not in fields:
@@ -122,8 +183,3 @@ def _check_messages(messages: Any) -> None:
         # A call of a tool says nothing beside it.
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise ValueError(f'messages[{index}] has no string in "content"')
-
-
-def is_heldout(name: str, fraction: float) -> bool:
-    """Whether a document is kept out of training: decided by its name alone, so that adding data moves none."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < fraction * 2**64

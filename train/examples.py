@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
@@ -13,8 +15,10 @@ import numpy as np
 from model.chat import ChatError, Span
 from model.config import ConfigError
 from model.folder import ModelFolder
-from model.tokenizer import Tokenizer
+from model.tokenizer import TextError, Tokenizer, looks_special
 from train.documents import Document
+
+_log = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
@@ -39,17 +43,56 @@ class Encoder(Protocol):
         """Raises ConfigError naming a document that can't be encoded."""
 
 
+class _Texts:
+    """Encodes texts. Warns, once, of a special token that is spelt out in one and taken for text."""
+
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool) -> None:
+        self._tokenizer, self._parse_special, self._looks = tokenizer, parse_special, not parse_special
+
+    def __call__(self, documents: Sequence[Document]) -> list[list[int]]:
+        for document in documents:
+            if self._looks and (spelt := looks_special(document.text)) is not None:
+                self._looks = self._tokenizer.token_id(spelt) not in self._tokenizer.special_ids
+                if not self._looks:
+                    _log.warning(
+                        "data: %s spells %s, which is taken for text; if the special token is meant: "
+                        "--text.parse-special, or conversations as messages",
+                        document.name,
+                        spelt,
+                    )
+        with _named(documents):
+            texts = [document.text for document in documents]
+            return self._tokenizer.encode_batch(texts, parse_special=self._parse_special)
+
+
+@contextmanager
+def _named(documents: Sequence[Document]) -> Iterator[None]:
+    """Raises ConfigError for what the tokenizer doesn't take, which it doesn't name."""
+    try:
+        yield
+    except TextError as error:
+        raise ConfigError(f"data: a document from {documents[0].name} to {documents[-1].name}: {error}") from None
+
+
 class Pretraining:
-    """Every text led by the end-of-text token, which as the target of the token before it ends the one before."""
+    """Every text parted from the next by one end-of-text token, which as a target teaches where a text ends: in front
+    of it, where the tokenizer puts one there, as before every prompt; else behind it, and a text begins as a prompt
+    does."""
 
     weighted = False
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False) -> None:
+        assert tokenizer.eos_id is not None
+        self._encode, self._end, self.vocab_size = (
+            _Texts(tokenizer, parse_special),
+            tokenizer.eos_id,
+            tokenizer.vocab_size,
+        )
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
         assert all(document.kind == "text" for document in documents)
-        return [Example(ids, None) for ids in self._tokenizer.encode_batch([document.text for document in documents])]
+        encoded = self._encode(documents)
+        return [Example(ids if self._end in (*ids[:1], *ids[-1:]) else [*ids, self._end], None) for ids in encoded]
 
 
 class FineTuning:
@@ -58,11 +101,12 @@ class FineTuning:
 
     weighted = True
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, parse_special: bool = False) -> None:
         """Raises ConfigError when the folder doesn't say what ends a text."""
         if folder.end_id is None:
             raise ConfigError(f"init: {folder.path} doesn't say which token ends a text (eos_token_id)")
         self._folder, self._end, self.vocab_size = folder, folder.end_id, folder.config.vocab_size
+        self._encode_texts = _Texts(folder.tokenizer, parse_special)
 
     @cached_property
     def stamp(self) -> list[str | int]:
@@ -95,7 +139,7 @@ class FineTuning:
 
     def _texts(self, documents: Sequence[Document]) -> list[Example]:
         examples = []
-        for ids in self._folder.tokenizer.encode_batch([document.text for document in documents]):
+        for ids in self._encode_texts(documents):
             ids = ids if ids[-1:] == [self._end] else [*ids, self._end]
             weights = np.ones(len(ids), np.uint8)
             weights[0] = 0
@@ -104,7 +148,8 @@ class FineTuning:
 
     def _conversations(self, documents: Sequence[Document]) -> list[Example]:
         rendered = [self._render(document) for document in documents]
-        encoded = self._folder.tokenizer.encode_chat_batch([text for text, _ in rendered])
+        with _named(documents):
+            encoded = self._folder.tokenizer.encode_chat_batch([text for text, _ in rendered])
         return [
             Example(ids, self._answers(ids, extents, spans))
             for (ids, extents), (_, spans) in zip(encoded, rendered, strict=True)

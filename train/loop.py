@@ -20,19 +20,23 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 
 from model import lora
-from model.checkpoint import Checkpoints
+from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError
 from model.folder import ModelFolder
-from model.hardware import check_dtype, peak_flops
+from model.hardware import check_dtype
 from model.sharding import build_mesh, check_divisible
 from model.transformer import runs, stack_blocks, stacked, unstack_blocks
 from train.adapters import init_adapters, step_flops
-from train.config import TrainConfig, check_resumable
+from train.config import TrainConfig
 from train.data import TrainingData, prepare
+from train.files import Reading, described
 from train.metrics import MetricsLog, read_metrics
-from train.optimizer import build_optimizer, build_schedule
+from train.optimizer import LearningRates, build_optimizer
+from train.resume import FILE, load_saved, resolve_resume, save_settings
+from train.speed import Speed
 from train.start import load_start, open_start, take_over
 from train.step import Metrics, Trainer, TrainState
 
@@ -62,46 +66,48 @@ class Report:
 
 def train(config: TrainConfig, console: Console | None = None) -> Report:
     """Trains as configured and returns how it ended. Raises ConfigError for what can't work, TrainError when the loss
-    is lost; both say what to do."""
+    is lost or the disk fails; both say what to do."""
     console = console or Console()
-    config = _resolve_resume(config)
+    try:
+        return _train(config, console)
+    except (CheckpointError, OSError) as error:
+        raise TrainError(f"{described(error, config.out)}{_go_on(config.out)}") from error
+
+
+def _go_on(out: Path) -> str:
+    return f"; when that is mended: isthmus train --resume --out {out}" if os.path.isfile(out / FILE) else ""
+
+
+def _train(config: TrainConfig, console: Console) -> Report:
+    config = resolve_resume(config)
     config.validate()
     check_dtype(config.model.dtype)
     build_mesh(config.mesh_shape)
     folder = open_start(config)
+    for warning in folder.warnings if folder else ():
+        console.print(warning, style="yellow", markup=False)
+    if not config.resume:
+        config = _fit_warmup(config, console)
     config.out.mkdir(parents=True, exist_ok=True)
     data, config = _prepare_data(config, folder, console)
     return _Run(config, folder, data, console).run()
 
 
-def _resolve_resume(config: TrainConfig) -> TrainConfig:
-    saved_path = config.out / "train.json"
-    if not config.resume:
-        if saved_path.exists():
-            raise ConfigError(f"out: {config.out} holds a run already; go on with --resume or name another --out")
-        return config
-    if not saved_path.is_file():
-        raise ConfigError(f"out: there is no run to resume in {config.out}")
-    saved = load_saved(config.out)
-    asked = config if config.data else dataclasses.replace(config, data=saved.data)
-    check_resumable(saved, asked)
-    return asked
-
-
-def load_saved(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`. Raises ConfigError when they can't be read."""
-    path = folder / "train.json"
-    try:
-        return TrainConfig.from_json(path.read_text())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"out: {path} can't be read as a run's settings: {error}") from None
+def _fit_warmup(config: TrainConfig, console: Console) -> TrainConfig:
+    optimizer = config.optimizer.fitted(config.steps)
+    if optimizer != config.optimizer:
+        console.print(
+            f"warm-up: optimizer.warmup_steps={config.optimizer.warmup_steps} leaves nothing of steps={config.steps}: "
+            f"{optimizer.warmup_steps} instead"
+        )
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _prepare_data(
     config: TrainConfig, folder: ModelFolder | None, console: Console
 ) -> tuple[TrainingData, TrainConfig]:
     """Tokenizes, settles the vocabulary's size, and writes down the settings that the run has from now on."""
-    start = time.perf_counter()
+    start, reading = time.perf_counter(), Reading()
     with console.status("reading text") as status:
         seen: collections.Counter[str] = collections.Counter()
 
@@ -110,21 +116,31 @@ def _prepare_data(
             status.update(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
 
         data, tokenizer = prepare(
-            config.data, config.text, config.out, config.seed, tick, resume=config.resume, start=folder
+            config.data, config.text, config.out, config.seed, tick, resume=config.resume, start=folder, reading=reading
         )
+    console.print(f"data: {reading}", markup=False, highlight=False)
     if folder is None:
         config = _with_vocabulary(config, tokenizer.vocab_size)
     check_divisible(config.model, config.mesh_shape)
-    if not config.resume:  # written once: a kill while they are rewritten would lose them
-        _write_settings(config, folder)
+    _write_settings(config, folder)
     total, targets = len(data.train.tokens), data.train.targets
     of_them = "" if data.train.weights is None else f", {targets:,} of them ({targets / total:.0%}) to learn"
     console.print(
-        f"text: {data.train.text_bytes / 1e6:.1f} MB, {total:,} tokens to train on{of_them}; "
-        f"{data.heldout.text_bytes / 1e3:.0f} kB held out; vocabulary {tokenizer.vocab_size} "
-        f"({time.perf_counter() - start:.1f} s)"
+        f"text: {data.train.text_bytes / 1e6:.1f} MB, {total:,} tokens to train on{of_them}; {_heldout(data)}; "
+        f"vocabulary {tokenizer.vocab_size} ({time.perf_counter() - start:.1f} s)"
     )
     return data, config
+
+
+def _heldout(data: TrainingData) -> str:
+    """What is held out: 3 documents and the ends of 12 more, 250 kB (2.0%)"""
+    held = data.heldout
+    whole = len(held.ends) - held.tails
+    parts = [f"{whole} document{'s'[: whole != 1]}"] if whole else []
+    if held.tails:
+        parts.append(f"the end{'s'[: held.tails != 1]} of {held.tails}{' more' if whole else ''}")
+    share = held.text_bytes / (held.text_bytes + data.train.text_bytes)
+    return f"held out: {' and '.join(parts)}, {held.text_bytes / 1e3:.0f} kB ({share:.1%})"
 
 
 def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
@@ -139,14 +155,17 @@ def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
 
 
 def _write_settings(config: TrainConfig, folder: ModelFolder | None) -> None:
-    """train.json comes last: a folder that has it is a run."""
+    """train.json comes last: a folder that has it is a run. Of a run that is resumed its length alone can be new."""
+    if config.resume:
+        saved = load_saved(config.out)
+        if saved.steps != config.steps:
+            save_settings(dataclasses.replace(saved, steps=config.steps), config.out)
+        return
     if folder is not None:
         take_over(folder, config)
     if not config.model.lora.rank:  # a folder of adapters has none
         config.model.save(config.out / "config.json")
-    temporary = config.out / "train.json.tmp"
-    temporary.write_text(config.to_json())
-    os.replace(temporary, config.out / "train.json")
+    save_settings(config, config.out)
 
 
 class _Run:
@@ -156,25 +175,22 @@ class _Run:
         self.config, self.folder, self.data, self.console = config, folder, data, console
         self.mesh = build_mesh(config.mesh_shape)
         self.trainer = Trainer(config.model, build_optimizer(config.optimizer, config.steps), self.mesh)
-        self.schedule = build_schedule(config.optimizer, config.steps)
+        self.learning_rate = LearningRates(config.optimizer, config.steps)
         self.checkpoints = Checkpoints(config.out, keep=config.keep)
-        self.peak, self.peak_source = peak_flops(config.model.dtype, self.mesh.size)
-        self.step_flops = step_flops(config.model, config.batch, config.text.seq)
+        flops = step_flops(config.model, config.batch, config.text.seq)
+        self.speed = Speed(config.batch * config.text.seq, flops, config.model.dtype, self.mesh.size)
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
-        self.window: list[float] = []
-        self.window_start, self.window_step = time.perf_counter(), 0
+        self.losses: list[float] = []
         self.started = time.perf_counter()
-        self.busy, self.busy_steps = 0.0, 0
-        self.rate = 0.0
         self.stop = threading.Event()
 
     def run(self) -> Report:
         state, first = self._start()
-        self.log = MetricsLog(self.config.out, first)
+        self.log = MetricsLog(self.config.out, first, self._warn)
         self.console.print(
             f"model: {self._parameters(state)}, {self.config.model.layers} layers; "
-            f"{self.mesh.devices.flat[0].platform} {dict(self.mesh.shape)}; peak {self.peak / 1e12:.2f} TFLOP/s "
-            f"({self.peak_source})"
+            f"{self.mesh.devices.flat[0].platform} {dict(self.mesh.shape)}; peak {self.speed.peak / 1e12:.2f} TFLOP/s "
+            f"({self.speed.source})"
         )
         try:
             with self._interruptible(), self._progress(first) as progress:
@@ -187,9 +203,14 @@ class _Run:
             else:
                 self._save_adapter(state)
         finally:
-            self.checkpoints.close()
-            self.log.close()
+            try:
+                self.checkpoints.close()
+            finally:
+                self.log.close()
         return self._report(done, interrupted, heldout)
+
+    def _warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     def _start(self) -> tuple[TrainState, int]:
         config = self.config
@@ -223,17 +244,17 @@ class _Run:
 
     def _loop(self, state: TrainState, first: int, progress: Any) -> tuple[TrainState, int]:
         config = self.config
-        self.window_step = first
         for step in range(first, config.steps):
             batch = self.data.batch(step, config.batch, config.accumulate)
             state, metrics = self.trainer.step(state, batch)
             self.pending.append((step + 1, metrics))
+            self.checkpoints.check()
             if len(self.pending) > RUN_AHEAD:
                 self._record(*self.pending.popleft())
             done = step + 1
             if step == first:  # the first step compiles; it is not part of the speed
                 self._drain()
-                self.window_start, self.window_step = time.perf_counter(), done
+                self.speed.start(done)
             progress(done)
             if self.stop.is_set():
                 return state, done
@@ -251,24 +272,14 @@ class _Run:
                 f"the loss is {loss} at step {step}; start anew with a lower --optimizer.lr "
                 f"or a longer --optimizer.warmup-steps"
             )
-        self.window.append(loss)
-        values = {"loss": loss, "grad_norm": float(metrics.grad_norm), "lr": float(self.schedule(step - 1))}
+        self.losses.append(loss)
+        self.speed.done(step)
+        values = {"loss": loss, "grad_norm": float(metrics.grad_norm), "lr": self.learning_rate(step - 1)}
         if self.config.model.mixture.experts:
             values["expert_load"] = float(metrics.expert_load)
-        if step % self.config.log_every == 0 and step > self.window_step:
-            elapsed = time.perf_counter() - self.window_start
-            steps = step - self.window_step
-            self.busy, self.busy_steps = self.busy + elapsed, self.busy_steps + steps
-            self.rate = steps / elapsed
-            self.window_start, self.window_step = time.perf_counter(), step
-            values |= {"tokens_per_second": self._tokens(self.rate), "mfu": self._mfu(self.rate)}
+        if step % self.config.log_every == 0:
+            values |= self.speed.window()
         self.log.write(step, **values)
-
-    def _tokens(self, rate: float) -> float:
-        return rate * self.config.batch * self.config.text.seq
-
-    def _mfu(self, rate: float) -> float:
-        return rate * self.step_flops / self.peak
 
     def _drain(self) -> None:
         while self.pending:
@@ -279,7 +290,8 @@ class _Run:
         self._drain()
         start = time.perf_counter()
         work()
-        self.window_start += time.perf_counter() - start
+        self.speed.measure_again()
+        self.speed.pause(time.perf_counter() - start)
 
     def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float, float | None]:
         """Held-out loss in nats a target, and bits a byte of text, or None where not all of it is learnt."""
@@ -317,13 +329,25 @@ class _Run:
     def _save_adapter(self, state: TrainState) -> None:
         """Beside the checkpoint, as serving and PEFT read it."""
         if self.folder and self.config.model.lora.rank:
-            lora.save_adapter(self.config.out, self.folder, self.config.model, state.params)
+            try:
+                lora.save_adapter(self.config.out, self.folder, self.config.model, state.params)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"the adapter can't be written in {self.config.out}: {error}") from None
 
     def _report(self, done: int, interrupted: bool, heldout: tuple[float | None, float | None]) -> Report:
-        rate = self.busy_steps / self.busy if self.busy else 0.0
-        loss = float(np.mean(self.window[-self.config.log_every :])) if self.window else math.nan
-        seconds = time.perf_counter() - self.started
-        return Report(done, interrupted, loss, *heldout, self._tokens(rate), self._mfu(rate), seconds)
+        self.speed.window()
+        return Report(
+            done,
+            interrupted,
+            self._loss(),
+            *heldout,
+            *self.speed.mean,
+            seconds=time.perf_counter() - self.started,
+        )
+
+    def _loss(self) -> float:
+        """The mean over the last steps."""
+        return float(np.mean(self.losses[-self.config.log_every :])) if self.losses else math.nan
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -361,11 +385,10 @@ class _Run:
             every = max(1, -(-self.config.steps // 20))
 
             def show(done: int) -> None:
-                loss = float(np.mean(self.window[-self.config.log_every :])) if self.window else math.nan
-                text = f"loss {loss:.3f} | {self._tokens(self.rate):,.0f} tok/s | MFU {self._mfu(self.rate):.1%}"
+                text = f"loss {self._loss():.3f} | {self.speed}"
                 bar.update(task, completed=done, description=text)
-                if not self.console.is_terminal and (done % every == 0 or done == self.config.steps):
-                    left = (self.config.steps - done) / self.rate if self.rate else math.nan
-                    self.console.print(f"step {done}/{self.config.steps} | {text} | ETA {left:.0f} s", highlight=False)
+                if not self.console.is_terminal and (done % every == 0 or done in (first + 1, self.config.steps)):
+                    left = self.speed.left(self.config.steps - done)
+                    self.console.print(f"step {done}/{self.config.steps} | {text}{left}", highlight=False)
 
             yield show

@@ -2,43 +2,120 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+FLUSH_SECONDS = 30.0
+
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard's event files. A resumed run first drops what came after `step`."""
+    """Appends to metrics.jsonl and TensorBoard's event files. A resumed run first drops what came after `step`.
 
-    def __init__(self, folder: Path, step: int) -> None:
-        from tensorboardX import SummaryWriter
+    A disk that fails doesn't end the run: rows wait in memory, and each write tries again; TensorBoard's file ends.
+    """
 
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
+        """Raises OSError where the files can't be made. warn(text): told once of each file that fails later."""
+        path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
-        temporary = self._path.with_suffix(".tmp")
+        temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        os.replace(temporary, path)
+        self._file = path.open("ab", buffering=0)
+        self._written = path.stat().st_size
+        self._pending = b""
+        self._warn, self._failed = warn, False
+        self._board: _Board | None = _Board(folder / "tensorboard", step + 1 if step else None)
 
     def write(self, step: int, **values: float) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._pending += json.dumps({"step": step, **values}).encode() + b"\n"
+        self._append()
+        try:
+            if self._board:
+                self._board.write(step, values)
+        except OSError as error:
+            self._drop_board(error)
+
+    def _append(self) -> None:
+        """Writes what is pending whole or not at all: half a row would hide those that come after it."""
+        try:
+            written = self._file.write(self._pending)
+            if written < len(self._pending):
+                self._file.write(self._pending[written:])
+        except OSError as error:
+            self._file.truncate(self._written)
+            if not self._failed:
+                self._warn(f"metrics.jsonl can't be written ({error.strerror}): its rows wait in memory")
+            self._failed = True
+        else:
+            self._written += len(self._pending)
+            self._pending, self._failed = b"", False
+
+    def _drop_board(self, error: OSError) -> None:
+        self._warn(f"TensorBoard's file can't be written ({error.strerror}) and ends here")
+        board, self._board = self._board, None
+        if board:
+            with contextlib.suppress(OSError):
+                board.close()
 
     def close(self) -> None:
+        if self._pending:
+            self._append()
+        if self._pending:
+            self._warn(f"{self._pending.count(10)} rows of metrics.jsonl are lost")
         self._file.close()
-        self._board.close()
+        try:
+            if self._board:
+                self._board.close()
+        except OSError as error:
+            self._drop_board(error)
+
+
+class _Board:
+    """TensorBoard's event file. The caller's thread writes it, and so learns when that fails: tensorboardX's own writer
+    has a thread that dies of it and a queue that then blocks."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        """purge_step: what earlier files say from this step on no longer counts."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._writer, self._event, self._scalar = RecordWriter(str(folder / name)), Event, scalar
+        self._flushed = time.monotonic()
+        self._put(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._put(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _put(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._put(step=step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a model folder's metrics.jsonl; a torn last line is left out."""
     path = folder / "metrics.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -78,6 +155,7 @@ def terminal_curve(folder: Path, width: int = 78, height: int = 16, *, color: bo
 
 def save_curve(folder: Path) -> Path:
     """The loss curve as FOLDER/loss.png."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises where there is no home to keep a cache in
     import matplotlib
 
     matplotlib.use("Agg")

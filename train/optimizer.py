@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from model.transformer import Params
@@ -29,6 +31,36 @@ def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         ],
         [warmup, steps - decay],
     )
+
+
+class LearningRates:
+    """The schedule's values by step on the host, computed for many steps at once: reading one waits for no device."""
+
+    BLOCK = 1 << 12
+
+    def __init__(self, config: OptimizerConfig, steps: int) -> None:
+        self._schedule = build_schedule(config, steps)
+        self._first, self._values = -1, np.empty(0, np.float32)
+
+    def __call__(self, step: int) -> float:
+        return float(self.block(step - step % self.BLOCK)[step % self.BLOCK])
+
+    def block(self, first: int) -> np.ndarray:
+        """float32[BLOCK]: of the steps from `first` on."""
+        if first != self._first:
+            steps = first + jnp.arange(self.BLOCK)
+            self._first, self._values = first, np.broadcast_to(np.asarray(self._schedule(steps)), steps.shape)
+        return self._values
+
+
+def first_difference(config: OptimizerConfig, before: int, after: int, done: int) -> int | None:
+    """The first of `done` steps whose learning rate differs between runs of `before` and of `after` steps."""
+    old, new = LearningRates(config, before), LearningRates(config, after)
+    for first in range(0, done, LearningRates.BLOCK):
+        (differ,) = np.nonzero((old.block(first) != new.block(first))[: done - first])
+        if len(differ):
+            return first + int(differ[0])
+    return None
 
 
 def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

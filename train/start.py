@@ -13,16 +13,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
 from model.hardware import default_dtype
+from model.hub import FolderOptions
 from model.transformer import Params
-from train.config import OptimizerConfig, TrainConfig, flat
+from train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
 SETTABLE = ("dtype", "remat", "scan_layers", "mixture.correction_rate")
 """Fields of the model that change nothing of what it computes; lora.* besides."""
 
 
-def fine_tuning(path: Path, *, adapters: bool = False) -> TrainConfig:
+def fine_tuning(path: Path, *, adapters: bool = False, options: FolderOptions | None = None) -> TrainConfig:
     """The settings that fine-tuning the model in `path` starts from. Raises ConfigError when it isn't a model's."""
-    folder = open_folder(path)
+    folder = open_folder(path, options)
     model = folder.config
     if folder.family is not None:  # a published folder doesn't say how it is trained
         accelerator = default_dtype() != "float32"
@@ -30,13 +31,11 @@ def fine_tuning(path: Path, *, adapters: bool = False) -> TrainConfig:
         model = dataclasses.replace(
             model, dtype=default_dtype(), scan_layers=accelerator, remat="full" if accelerator and large else "none"
         )
-    default = TrainConfig()
-    text = dataclasses.replace(default.text, seq=min(default.text.seq, model.context_length))
     return TrainConfig(
         init=path,
         preset="",
         model=model,
-        text=text,
+        text=DataConfig().fitted(model.context_length),
         optimizer=OptimizerConfig(lr=2e-4 if adapters else 2e-5),
     )
 
@@ -51,7 +50,7 @@ def open_start(config: TrainConfig) -> ModelFolder | None:
         raise ConfigError(f"out: {config.out} is the folder that --init names; name another one")
     if config.text.tokenizer is not None:
         raise ConfigError("text.tokenizer can't be set with --init: the model has its own")
-    folder = open_folder(config.init)
+    folder = open_folder(config.init, FolderOptions(ignore_field=config.ignore_field, download=config.download))
     if folder.adapter is not None:
         raise ConfigError(f"init: {config.init} is an adapter; start from the model that it was trained on")
     theirs, ours = (flat(dataclasses.asdict(model)) for model in (folder.config, config.model))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.config import ConfigError
+from model.files import present
+from model.hub import find_folder
 from model.huggingface.fields import Fields
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,22 +34,26 @@ _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """An adapter alone; a folder that has a model's config.json as well is a model's."""
-    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file()
+    """A folder that says which model it adapts; it may hold that model as well."""
+    return present(path / ADAPTER_CONFIG)
 
 
-def base_folder(path: Path) -> Path:
-    """The folder of the model that an adapter folder adapts. Raises ConfigError when there is none."""
+def base_folder(path: Path, download: bool = False) -> Path:
+    """The folder of the model that an adapter folder names: relative to itself or to the working directory, or a name
+    in the local Hugging Face cache. Raises ConfigError when there is none."""
     fields = Fields.load(path / ADAPTER_CONFIG)
-    name = fields.raw("base_model_name_or_path")
+    name = fields.raw("base_model_name_or_path", None)
     if not isinstance(name, str) or not name:
-        raise fields.error("base_model_name_or_path", "must name the base model's folder")
-    base = path / name  # which is `name` itself where that is absolute
-    if not base.is_dir():
-        raise fields.error("base_model_name_or_path", f"must be the base model's folder, and there is no {base}")
-    if is_adapter_folder(base):
-        raise fields.error("base_model_name_or_path", "is an adapter itself; it must be a model's folder")
-    return base
+        raise fields.error(
+            "base_model_name_or_path", "must name the base model's folder; --base FOLDER says where it is"
+        )
+    beside = path / name  # which is `name` itself where that is absolute
+    if os.path.isdir(beside):
+        return beside
+    try:
+        return find_folder(Path(name), download=download)
+    except ConfigError as error:
+        raise fields.error("base_model_name_or_path", f"isn't here: {error}. --base FOLDER says where it is") from None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from model.config import ConfigError, LoraConfig, ModelConfig
+from model.files import present
 from model.huggingface import tensors
 from model.huggingface.adapter_config import ADAPTER_CONFIG, AdapterSettings, adapter_config
 from model.huggingface.families import read_config
@@ -73,8 +74,8 @@ def _table(base: ModelFolder) -> tensors.Table:
     from model.folder import PUBLISHED_CONFIG
 
     family = base.family
-    if family is None and (base.path / PUBLISHED_CONFIG).is_file():
-        family, _ = read_config(base.path / PUBLISHED_CONFIG)
+    if family is None and present(base.path / PUBLISHED_CONFIG):
+        family, _ = read_config(base.path / PUBLISHED_CONFIG, base.ignore_field)
     if family is not None:
         return family.table(base.config)
     if not base.config.latent.rank:

@@ -70,6 +70,7 @@ def network_of(config: ModelConfig) -> ModelConfig:
     mixture = dataclasses.replace(config.mixture, correction_rate=0.0)
     return dataclasses.replace(
         config,
+        context_length=0,
         dtype="float32",
         remat="none",
         scan_layers=False,
@@ -178,7 +179,8 @@ def _targets(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dic
 
     def target(name: str, sources: list[Source]) -> Target:
         part = sources[0].part
-        dtype = np.dtype(DTYPES[dtypes.get(name, dtypes[""])])
+        stored = dtypes.get(name) or dtypes.get(part.other_name) or dtypes[""]
+        dtype = np.dtype(DTYPES[stored])
         return Target(sources, part.piece.shape(part.shape, config), dtype)
 
     return {name: target(name, sources) for name, sources in _sources(config, family).items()}

@@ -1,73 +1,43 @@
-"""Reading a published config.json field by field, so that no field is passed over in silence."""
+"""Reading a published config.json field by field, so that no field that matters is passed over in silence."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigError, RopeScaling
+from model.config import ConfigError
+from model.files import read_json, shortened
+from model.huggingface import known
 
 _REQUIRED = object()
-MAX_CONFIG_BYTES = 4 << 20
-
-_NO_EFFECT = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "auto_map", "bos_token_id",
-    "cache_implementation", "chunk_size_feed_forward", "do_sample", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_llama_config", "label2id", "max_length", "model_type", "output_attentions",
-    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp", "return_dict",
-    "router_aux_loss_coef", "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
-}  # fmt: skip
-"""What the logits don't depend on. Code that `auto_map` names is never loaded."""
-
-_NEUTRAL: dict[str, Collection[Any]] = {
-    "add_cross_attention": (False,),
-    "attention_bias": (False, None),
-    "attention_dropout": (0, None),
-    "embd_pdrop": (0, None),
-    "full_attn_mod": (1,),
-    "interpolate_factor": (1,),
-    "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "lm_head_bias": (False,),
-    "mlp_bias": (False, None),
-    "rope_interleaved": (False,),
-    "sliding_window": (None,),
-    "use_mrope": (False,),
-    "resid_pdrop": (0, None),
-    "hidden_dropout": (0, None),
-    "use_bidirectional_attention": (False, None),
-    "quantization_config": (None,),
-    "router_jitter_noise": (0, None),
-    "tie_encoder_decoder": (False,),
-}
-"""What would change the computation, and the values with which it doesn't."""
 
 
 class Fields:
-    """The fields of a config.json. Every error names the file and the field."""
+    """The fields of a JSON object. Every error names the file and the field; null counts as a value, and is an error
+    where the caller doesn't say what it stands for."""
 
-    def __init__(self, values: dict[str, Any], path: Path, read: set[str] | None = None) -> None:
-        self._values, self.path = values, path
+    def __init__(
+        self,
+        values: dict[str, Any],
+        path: Path,
+        ignore: Collection[str] = (),
+        *,
+        read: set[str] | None = None,
+        warnings: list[str] | None = None,
+        inside: str = "",
+    ) -> None:
+        """ignore: names that are read as if they weren't there; of an inner object's, "rope_parameters.factor"."""
+        self._values = {name: value for name, value in values.items() if inside + name not in ignore}
+        self.path, self._ignore, self._inside = path, ignore, inside
         self._read = set() if read is None else read
+        self.warnings: list[str] = [] if warnings is None else warnings
+        """What the user should hear of"""
 
     @classmethod
-    def load(cls, path: Path) -> Fields:
+    def load(cls, path: Path, ignore: Collection[str] = ()) -> Fields:
         """Raises ConfigError when there is no such file or it isn't a JSON object."""
-        try:
-            if path.stat().st_size > MAX_CONFIG_BYTES:
-                raise ConfigError(f"{path} has more than {MAX_CONFIG_BYTES >> 20} MiB")
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: is {path.parent} a model folder?") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} can't be read as JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} is not a JSON object")
-        return cls(values, path)
+        return cls(read_json(path), path, ignore)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -76,161 +46,105 @@ class Fields:
         return name in self._values
 
     def error(self, name: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {name}={self._values.get(name)!r} {why}")
+        return ConfigError(f"{self.path}: {self._inside}{shortened(name)}={self.quoted(name)} {why}")
+
+    def quoted(self, name: str) -> str:
+        return shortened(repr(self._values.get(name)))
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(f"{self.path}: {text}")
 
     def raw(self, name: str, default: Any = _REQUIRED) -> Any:
         self._read.add(name)
         if name in self._values:
             return self._values[name]
         if default is _REQUIRED:
-            raise ConfigError(f"{self.path}: the field {name} is missing")
+            raise ConfigError(f"{self.path}: the field {self._inside}{name} is missing")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED, *, low: int = 1) -> int:
+    def was_read(self, name: str) -> bool:
+        return name in self._read
+
+    def _value(self, name: str, default: Any, null: Any) -> Any:
         value = self.raw(name, default)
-        value = default if value is None and default is not _REQUIRED else value
-        if type(value) is not int or not low <= value < 1 << 31:
-            raise self.error(name, f"must be a whole number, at least {low}")
+        return null if value is None and null is not _REQUIRED else value
+
+    def integer(
+        self, name: str, default: Any = _REQUIRED, *, low: int = 1, high: int = (1 << 31) - 1, null: Any = _REQUIRED
+    ) -> int:
+        """null: what null stands for."""
+        value = self._value(name, default, null)
+        if type(value) is not int or not low <= value <= high:
+            limit = "" if high == (1 << 31) - 1 else f" and at most {high}"
+            raise self.error(name, f"must be a whole number, at least {low}{limit}")
         return value
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        value = self.raw(name, default)
-        value = default if value is None and default is not _REQUIRED else value
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+    def number(self, name: str, default: Any = _REQUIRED, *, null: Any = _REQUIRED) -> float:
+        value = self._value(name, default, null)
+        if type(value) not in (int, float) or not 0 <= value < float(1 << 1000):
             raise self.error(name, "must be a number that is not negative")
         return float(value)
 
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.raw(name, default)
-        if value not in (True, False):
+    def flag(self, name: str, default: bool, *, null: Any = _REQUIRED) -> bool:
+        value = self._value(name, default, null)
+        if type(value) is not bool:
             raise self.error(name, "must be true or false")
-        return bool(value)
+        return value
 
     def among(self, name: str, allowed: Collection[Any], default: Any = _REQUIRED) -> Any:
         value = self.raw(name, default)
-        if not any(value == option and (value is None) == (option is None) for option in allowed):
+        if not any(value == option and type(value) is type(option) for option in allowed):
             raise self.error(name, f"is not supported here; only {', '.join(map(repr, allowed))}")
         return value
 
-    def integers(self, name: str, default: Any = _REQUIRED) -> tuple[int, ...]:
-        value = self.raw(name, default)
-        value = default if value is None and default is not _REQUIRED else value
+    def integers(self, name: str, default: Any = _REQUIRED, *, null: Any = _REQUIRED) -> tuple[int, ...]:
+        value = self._value(name, default, null)
         if not isinstance(value, list | tuple) or not all(type(item) is int for item in value):
             raise self.error(name, "must be a list of whole numbers")
         return tuple(value)
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self.raw(name)
-        if not isinstance(value, list) or not all(type(item) in (int, float) for item in value):
+        if not isinstance(value, list) or not all(type(x) in (int, float) and abs(x) < 1e300 for x in value):
             raise self.error(name, "must be a list of numbers")
         return tuple(map(float, value))
 
+    def agrees(self, name: str, value: Any, meaning: str) -> None:
+        """Raises ConfigError where the file gives something else than `value`, which other fields say already."""
+        if self.raw(name, None) not in (None, value):
+            raise self.error(name, f"must be {shortened(repr(value))}, {meaning}, or left out")
+
     def with_values(self, values: dict[str, Any]) -> Fields:
-        """The same fields, with some values in place of what the file says (None: the field is absent)."""
-        merged = {
-            name: value for name, value in {**self._values, **values}.items() if name not in values or value is not None
-        }
-        return Fields(merged, self.path, self._read)
+        """The same fields, with some values in place of what the file says."""
+        return self._like({**self._values, **values})
+
+    def without(self, *names: str) -> Fields:
+        """The same fields, as if some were not there; they count as read."""
+        self._read.update(names)
+        return self._like({name: value for name, value in self._values.items() if name not in names})
+
+    def _like(self, values: dict[str, Any]) -> Fields:
+        return Fields(values, self.path, self._ignore, read=self._read, warnings=self.warnings, inside=self._inside)
 
     def inner(self, name: str) -> Fields:
         """The object in field `name`; empty when it is absent or null."""
         value = self.raw(name, None)
         if value is not None and not isinstance(value, dict):
             raise self.error(name, "must be an object")
-        return Fields(value or {}, Path(f"{self.path}: {name}"))
+        return Fields(value or {}, self.path, self._ignore, warnings=self.warnings, inside=f"{self._inside}{name}.")
 
-    def finish(self) -> None:
-        """Raises ConfigError for a field that nobody read and that isn't known to have no effect."""
+    def finish(self, model_type: str = "") -> None:
+        """Raises ConfigError for a field that nobody read and that may change what the model computes; warns of one
+        that nobody knows and that says it is off. model_type: of the family, for the fields of the file itself."""
         for name, value in self._values.items():
-            if name in self._read or name in _NO_EFFECT or (name in _NEUTRAL and value in _NEUTRAL[name]):
+            if name in self._read or (not self._inside and known.is_harmless(model_type, name, value)):
                 continue
-            hint = "; dequantize the model first" if name == "quantization_config" else ""
-            raise self.error(name, f"is not supported{hint}")
-
-
-def read_rope(fields: Fields, context: int, *, theta: float = 10000.0) -> tuple[float, RopeScaling]:
-    """rope_theta and its scaling, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    if "rope_parameters" in fields:
-        rope = fields.inner("rope_parameters")
-        fields.raw("rope_theta", None)
-        fields.raw("rope_scaling", None)
-        theta = rope.number("rope_theta", theta)
-    else:
-        theta = fields.number("rope_theta", theta)
-        rope = fields.inner("rope_scaling")
-    rope.raw("partial_rotary_factor", None)  # the caller has read it
-    original = "original_max_position_embeddings"
-    scaling = read_scaling(rope, context, fields.integer(original) if fields.raw(original, None) else None)
-    rope.finish()
-    return theta, scaling
-
-
-def read_scaling(rope: Fields, context: int, original: int | None = None) -> RopeScaling:
-    """original: the original context, where it is given beside the object; it wins."""
-    old_name = rope.raw("type", "default")
-    kind = rope.among(
-        "rope_type",
-        ("default", "linear", "llama3", "yarn", "longrope", "su"),
-        {"su": "longrope"}.get(old_name, old_name),
-    )
-    if original is None and kind in ("llama3", "yarn", "longrope"):
-        original = rope.integer("original_max_position_embeddings")
-    rope.raw("original_max_position_embeddings", None)
-    match kind:
-        case "default":
-            return RopeScaling()
-        case "linear":
-            return RopeScaling("linear", rope.number("factor"))
-        case "llama3":
-            return RopeScaling(
-                "llama3",
-                rope.number("factor"),
-                original or 0,
-                low_freq_factor=rope.number("low_freq_factor"),
-                high_freq_factor=rope.number("high_freq_factor"),
-            )
-        case "yarn":
-            return _yarn(rope, original or 0, context)
-        case _:
-            return _longrope(rope, original or 0, context)
-
-
-def _mscale(factor: float, scale: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-
-def _yarn(rope: Fields, original: int, context: int) -> RopeScaling:
-    factor = rope.number("factor", context / original)
-    mscale, mscale_all = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
-    attention = _mscale(factor, mscale) / _mscale(factor, mscale_all) if mscale and mscale_all else _mscale(factor)
-    return RopeScaling(
-        "yarn",
-        factor,
-        original,
-        rope.number("attention_factor", attention),
-        beta_fast=rope.number("beta_fast", 32.0) or 32.0,
-        beta_slow=rope.number("beta_slow", 1.0) or 1.0,
-        truncate=rope.flag("truncate", True),
-    )
-
-
-def _longrope(rope: Fields, original: int, context: int) -> RopeScaling:
-    factor = rope.number("factor", context / original)
-    attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return RopeScaling(
-        "longrope",
-        1.0,
-        original,
-        rope.number("attention_factor", attention),
-        short_factors=rope.numbers("short_factor"),
-        long_factors=rope.numbers("long_factor"),
-    )
-
-
-def deepseek_scale(rope: Fields, head_dim: int) -> float:
-    """What DeepSeek multiplies scores by: YaRN's correction of the softmax temperature is in it, not in the angles."""
-    scale = head_dim**-0.5
-    mscale_all = rope.number("mscale_all_dim", 0.0)
-    if mscale_all and rope.raw("rope_type", rope.raw("type", "default")) != "default":
-        scale *= _mscale(rope.number("factor"), mscale_all) ** 2
-    return scale
+            if known.is_off(model_type, name, value):
+                if value is not None:
+                    self.warn(f"{self._inside}{shortened(name)}={self.quoted(name)} is unknown, and has no effect")
+                continue
+            if name == "quantization_config":
+                raise self.error(name, "is not supported: dequantize the model first")
+            flag = shortened(f"{self._inside}{name}")
+            raise self.error(name, f"is not supported, and may change what the model computes; to go on without it: "
+                                   f"--ignore-field {flag}")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ import numpy as np
 import safetensors
 
 from model.config import ConfigError
+from model.files import MAX_INDEX_BYTES, check_file, present, read_json, shortened
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_INDEX_BYTES = 256 << 20
+
+_FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -53,7 +56,8 @@ class TensorFiles:
         """
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
-        indexed = single == SINGLE and (folder / INDEX).is_file()
+        # Of a folder with both, transformers takes the single file.
+        indexed = single == SINGLE and present(folder / INDEX) and not present(folder / SINGLE)
         for file in _files(folder, single, indexed):
             for name, stored in _read_header(file).items():
                 if name in self.tensors:
@@ -66,7 +70,7 @@ class TensorFiles:
     def _check_index(self, placed: dict[str, str]) -> None:
         for name, file in placed.items():
             if name not in self.tensors or self.tensors[name].file.name != file:
-                raise ConfigError(f"{self.folder / INDEX} says that {name} is in {file}, and it isn't")
+                raise ConfigError(f"{self.folder / INDEX} says that {shortened(name)} is in {file}, and it isn't")
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +100,7 @@ class TensorFiles:
 def _files(folder: Path, single: str, indexed: bool) -> list[Path]:
     if indexed:
         names = sorted(set(_read_index(folder / INDEX).values()))
-    elif (folder / single).is_file():
+    elif present(folder / single):
         names = [single]
     else:
         found = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
@@ -108,20 +112,15 @@ def _files(folder: Path, single: str, indexed: bool) -> list[Path]:
         raise ConfigError(f"{folder} holds {wanted}")
     for name in names:
         # A link may lead elsewhere (that is how the hub's cache is built); a name may not.
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ConfigError(f"{folder / INDEX}: {name!r} is not the name of a .safetensors file in the folder")
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder / name} is missing")
+        if not _FILE_NAME.fullmatch(name):
+            quoted = shortened(repr(name))
+            raise ConfigError(f"{folder / INDEX}: {quoted} is not the name of a .safetensors file in the folder")
+        check_file(folder / name)
     return [folder / name for name in names]
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise ConfigError(f"{path} has more than {MAX_INDEX_BYTES >> 20} MiB")
-        placed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not an index of safetensors: {error!r}") from None
+    placed = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(file, str) for file in placed.values()) or not placed:
         raise ConfigError(f"{path}: weight_map must map names of tensors to names of files")
     return placed

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from model.config import ConfigError, ModelConfig
 from model.huggingface.families import Family
 from model.huggingface.files import TensorFiles
-from model.huggingface.tensors import Piece, Table
+from model.huggingface.tensors import Piece, Table, as_stored
 from model.transformer import Params, abstract_params, kept_dtype
 
 Tick = Callable[[int], None]
@@ -43,6 +43,8 @@ class Part:
     piece: Piece
     shape: tuple[int, ...]
     """Of the parameter's slice"""
+    other_name: str = ""
+    """Of the array in files that keep it otherwise"""
 
 
 def parts_of(config: ModelConfig, table: Table, path: str, shape: tuple[int, ...]) -> Part | list:
@@ -62,10 +64,11 @@ def _layer_parts(config: ModelConfig, table: Table, layer: int, path: str, shape
     piece = table[f"blocks/{path}"] if f"blocks/{path}" in table else table[f"sparse/{path}"]
     if config.layer_kind(layer).sparse and f"sparse/{path}" in table:
         piece = table[f"sparse/{path}"]
+    other = piece.otherwise.name.format(layer=layer) if piece.otherwise else ""
     if not piece.by_expert:
-        return Part(piece.name.format(layer=layer), piece, shape)
+        return Part(piece.name.format(layer=layer), piece, shape, other)
     names = [piece.name.format(layer=layer, expert=expert) for expert in range(shape[0])]
-    return [Part(name, piece, shape[1:]) for name in names]
+    return [Part(name, piece, shape[1:], other) for name in names]
 
 
 def leaves_of(parts: Part | list) -> Iterator[Part]:
@@ -101,7 +104,7 @@ def load_params(
     files = TensorFiles(folder)
     abstract = abstract_params(config, mesh)
     flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    table = family.table(config)
+    table = as_stored(family.table(config), files.tensors)
     plan = [parts_of(config, table, path_name(path), leaf.shape) for path, leaf in flat]
     check_tensors(files, config, plan)
 
@@ -124,6 +127,28 @@ def load_params(
             readers.shutdown(cancel_futures=True)
 
 
+def check_size(files: TensorFiles, config: ModelConfig) -> None:
+    """Raises ConfigError where config.json speaks of more than the files hold, before anything of that size is made."""
+    layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if config.layers > len(layers):
+        raise ConfigError(f"{files.folder}: config.json says num_hidden_layers={config.layers}, and the files hold "
+                          f"{len(layers)} layers")  # fmt: skip
+    held = sum(math.prod(stored.shape) for stored in files.tensors.values())
+    if config.parameters > 2 * held:  # for what is nearly right, check_tensors names the tensor
+        raise ConfigError(
+            f"{files.folder}: config.json makes a model of {config.parameters:,} parameters, and the files hold "
+            f"{held:,}: {_first_difference(files, config)}"
+        )
+
+
+def _first_difference(files: TensorFiles, config: ModelConfig) -> str:
+    shape = (config.vocab_size, config.dim)
+    found = files.tensors.get("model.embed_tokens.weight")
+    if found is not None and found.shape != shape:
+        return f"model.embed_tokens.weight is {list(found.shape)}, and config.json makes it {list(shape)}"
+    return "one of its sizes is too large"
+
+
 def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
     """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
     wanted: set[str] = set()
@@ -131,7 +156,7 @@ def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part |
         for part in leaves_of(parts):
             wanted.add(part.name)
             if part.name not in files.tensors:
-                raise ConfigError(f"{files.folder}: the tensor {part.name} is missing")
+                raise ConfigError(f"{files.folder}: the tensor {part.name} is missing{_hint(part.name)}")
             shape, found = part.piece.shape(part.shape, config), files.tensors[part.name].shape
             if found != shape:
                 raise ConfigError(
@@ -140,6 +165,12 @@ def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part |
     for name in sorted(set(files.tensors) - wanted):
         if not _may_be_left(files, config, name):
             raise ConfigError(f"{files.folder}: the tensor {name} is no part of this architecture")
+
+
+def _hint(name: str) -> str:
+    if name != "lm_head.weight":
+        return ""
+    return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
 
 
 def _may_be_left(files: TensorFiles, config: ModelConfig, name: str) -> bool:
@@ -153,7 +184,9 @@ def _may_be_left(files: TensorFiles, config: ModelConfig, name: str) -> bool:
         same = embedding in files.tensors and np.array_equal(files.array(name), files.array(embedding))
         if not same:
             raise ConfigError(
-                f"{files.folder}: tie_word_embeddings is true, but lm_head.weight differs from {embedding}"
+                f"{files.folder}: the head is the embedding (tie_word_embeddings is true), but the files hold an "
+                f"{name} that differs from {embedding}: set tie_word_embeddings to false in config.json to use it, as "
+                "transformers does, or delete the tensor"
             )
         return True
     return False

@@ -6,8 +6,10 @@ how to write it (assign to the view of a fresh array).
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,8 @@ class Piece:
     """The parameter as a view of the tensor"""
     order: Callable[[ModelConfig], np.ndarray] | None = None
     """Where each entry of the parameter's last axis lies in the view"""
+    otherwise: Piece | None = None
+    """Where the parameter lies in files that don't have this tensor"""
 
     @property
     def by_expert(self) -> bool:
@@ -43,6 +47,24 @@ class Piece:
 Table = dict[str, Piece]
 """By path: "embedding", "blocks/attention/query/kernel" for a layer's, and "sparse/mlp/up/kernel" for what is other in
 a layer with a mixture of experts."""
+
+
+def as_stored(table: Table, names: Collection[str]) -> Table:
+    """The table for files with tensors of these names: of each entry the way in which it is there."""
+    found = {_NUMBER.sub(".#", name) for name in names}
+
+    def choose(piece: Piece) -> Piece:
+        other = piece.otherwise
+        return other if other and _pattern(piece) not in found and _pattern(other) in found else piece
+
+    return {path: choose(piece) for path, piece in table.items()}
+
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+
+
+def _pattern(piece: Piece) -> str:
+    return piece.name.format(layer="#", expert="#")
 
 
 def plain(name: str) -> Piece:
@@ -88,6 +110,20 @@ def interleaved(name: str, part: int) -> Piece:
     return Piece(name, lambda shape, _: (*shape[:-1], 2 * shape[-1]), lambda raw, shape, _: raw[..., part::2])
 
 
+def stacked_linear(name: str) -> Piece:
+    """torch's [experts, outputs, inputs] for our [experts, inputs, outputs]."""
+    return Piece(name, lambda shape, _: (shape[0], shape[2], shape[1]), lambda raw, shape, _: raw.transpose(0, 2, 1))
+
+
+def stacked_rows(name: str, part: int) -> Piece:
+    """As stacked_linear, of two whose outputs lie one after the other: the first or the second."""
+
+    def view(raw: np.ndarray, shape: Shape, config: ModelConfig) -> np.ndarray:
+        return raw[:, part * shape[2] : (part + 1) * shape[2]].transpose(0, 2, 1)
+
+    return Piece(name, lambda shape, _: (shape[0], 2 * shape[2], shape[1]), view)
+
+
 def latent_up(part: int) -> Piece:
     """Keys (0) or values (1) of `kv_b_proj` [heads * (nope + value), rank], where each head's keys come first."""
 
@@ -111,6 +147,22 @@ def pairs_last(piece: Piece, plain_dims: Callable[[ModelConfig], int]) -> Piece:
         return np.concatenate([np.arange(first), first + pairs])
 
     return Piece(piece.name, piece.shape, piece.view, order)
+
+
+def _or(piece: Piece, otherwise: Piece) -> Piece:
+    return dataclasses.replace(piece, otherwise=otherwise)
+
+
+def _experts(name: str, gate: str, up: str, down: str) -> dict[str, Piece]:
+    """One tensor an expert and matrix; or, as transformers 5 has them in memory and may write them, one for all."""
+    fused = "mlp.experts.gate_up_proj"
+    return {
+        "mlp/gate/kernel": _or(_layer(f"{name}.{{expert}}.{gate}.weight"), _layer(fused, stacked_rows, part=0)),
+        "mlp/up/kernel": _or(_layer(f"{name}.{{expert}}.{up}.weight"), _layer(fused, stacked_rows, part=1)),
+        "mlp/down/kernel": _or(
+            _layer(f"{name}.{{expert}}.{down}.weight"), _layer("mlp.experts.down_proj", stacked_linear)
+        ),
+    }
 
 
 def _block(entries: dict[str, Piece]) -> Table:
@@ -174,16 +226,19 @@ MIXTRAL: Table = {
     **LLAMA,
     **_sparse(
         {
-            "mlp/router/linear/kernel": _layer("block_sparse_moe.gate.weight"),
-            "mlp/gate/kernel": _layer("block_sparse_moe.experts.{expert}.w1.weight"),
-            "mlp/up/kernel": _layer("block_sparse_moe.experts.{expert}.w3.weight"),
-            "mlp/down/kernel": _layer("block_sparse_moe.experts.{expert}.w2.weight"),
+            "mlp/router/linear/kernel": _or(_layer("block_sparse_moe.gate.weight"), _layer("mlp.gate.weight")),
+            **_experts("block_sparse_moe.experts", "w1", "w3", "w2"),
         }
     ),
 }
 QWEN3_MOE: Table = {
     **LLAMA,
-    **_sparse({**_mlp("mlp", "mlp.experts.{expert}"), "mlp/router/linear/kernel": _layer("mlp.gate.weight")}),
+    **_sparse(
+        {
+            **_experts("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+            "mlp/router/linear/kernel": _layer("mlp.gate.weight"),
+        }
+    ),
 }
 GPT_OSS: Table = {
     **LLAMA,

@@ -34,23 +34,11 @@ class TokenAuth(grpc.aio.ServerInterceptor):
 
 
 def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    """A handler of the same kind that only refuses."""
+    """A handler that only refuses, without reading a message: to the client it looks the same for every kind."""
 
-    async def refuse(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: a valid bearer token is needed")
 
-    async def refuse_stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        await refuse(request, context)
-        yield
-
-    codecs = {
-        "request_deserializer": handler.request_deserializer,
-        "response_serializer": handler.response_serializer,
-    }
-    if handler.request_streaming and handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(refuse_stream, **codecs)
-    if handler.request_streaming:
-        return grpc.stream_unary_rpc_method_handler(refuse, **codecs)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(refuse_stream, **codecs)
-    return grpc.unary_unary_rpc_method_handler(refuse, **codecs)
+        return grpc.stream_stream_rpc_method_handler(refuse)
+    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -35,7 +35,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             dtype=config.dtype,
-            eos_token_id=model.tokenizer.eos_id,
+            eos_token_ids=sorted(model.tokenizer.eos_ids),
         )
 
     async def GetServerInfo(
@@ -58,14 +58,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
         load = (await self._session.ready_engine(context)).load()
+        report_cached = self._session.report_cached
         return pb.GetLoadResponse(
             running=load.running,
             waiting=load.waiting,
             pages_total=load.pages_total,
             pages_in_use=load.pages_in_use,
-            pages_cached=load.pages_cached,
+            pages_cached=load.pages_cached if report_cached else 0,
             prompt_tokens=load.counters.prompt_tokens,
-            cached_prompt_tokens=load.counters.cached_prompt_tokens,
+            cached_prompt_tokens=load.counters.cached_prompt_tokens if report_cached else 0,
             completion_tokens=load.counters.completion_tokens,
             preemptions=load.counters.preemptions,
             steps=load.counters.steps,

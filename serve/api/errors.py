@@ -10,13 +10,22 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from serve.engine.request import Draining, EngineDead, EngineError, InvalidRequest, QueueFull
+from serve.engine.request import (
+    Draining,
+    DuplicateId,
+    EngineDead,
+    EngineError,
+    InvalidRequest,
+    QueueFull,
+    Stalled,
+)
 
 RETRY_SECONDS = 1
 """What RetryInfo says: about the time a full queue takes to move."""
 
 
-def _status(code: int, message: str, *details: Message) -> status_pb2.Status:
+def plain(code: int, message: str, *details: Message) -> status_pb2.Status:
+    """A status with these google.rpc details."""
     status = status_pb2.Status(code=code, message=message)
     for detail in details:
         packed = any_pb2.Any()
@@ -27,27 +36,31 @@ def _status(code: int, message: str, *details: Message) -> status_pb2.Status:
 
 def invalid(field: str, message: str) -> status_pb2.Status:
     """INVALID_ARGUMENT with a BadRequest that names the field."""
+    return plain(code_pb2.INVALID_ARGUMENT, f"{field}: {message}", _blame(field, message))
+
+
+def _blame(field: str, message: str) -> error_details_pb2.BadRequest:
     violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=message)
-    return _status(
-        code_pb2.INVALID_ARGUMENT,
-        f"{field}: {message}",
-        error_details_pb2.BadRequest(field_violations=[violation]),
-    )
+    return error_details_pb2.BadRequest(field_violations=[violation])
 
 
 def retry_later(code: int, message: str) -> status_pb2.Status:
     retry = error_details_pb2.RetryInfo()
     retry.retry_delay.FromSeconds(RETRY_SECONDS)
-    return _status(code, message, retry)
+    return plain(code, message, retry)
 
 
 def cancelled() -> status_pb2.Status:
-    return _status(code_pb2.CANCELLED, "the request was cancelled")
+    return plain(code_pb2.CANCELLED, "the request was cancelled")
+
+
+def closed() -> status_pb2.Status:
+    return retry_later(code_pb2.UNAVAILABLE, "the server was shut down before the request was done")
 
 
 def internal(reason: str, message: str) -> status_pb2.Status:
     """INTERNAL, this request's alone; reason is a constant that programs can match."""
-    return _status(code_pb2.INTERNAL, message, error_details_pb2.ErrorInfo(reason=reason, domain="isthmus"))
+    return plain(code_pb2.INTERNAL, message, error_details_pb2.ErrorInfo(reason=reason, domain="isthmus"))
 
 
 def status_of(error: InvalidRequest | EngineError) -> status_pb2.Status:
@@ -57,7 +70,9 @@ def status_of(error: InvalidRequest | EngineError) -> status_pb2.Status:
             return invalid(error.field, error.message)
         case QueueFull():
             return retry_later(code_pb2.RESOURCE_EXHAUSTED, str(error))
-        case Draining():
+        case DuplicateId():
+            return plain(code_pb2.ALREADY_EXISTS, str(error), _blame("request_id", "is in flight already"))
+        case Draining() | Stalled():
             return retry_later(code_pb2.UNAVAILABLE, str(error))
         case EngineDead():
             return internal("ENGINE_DEAD", str(error))

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2
 
 from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
-from serve.api.errors import abort, cancelled, internal, invalid
+from serve.api.errors import abort, cancelled, closed, internal, status_of
 from serve.api.session import Session
-from serve.api.validation import build_request, check_text, check_token_ids, prompt_ids
+from serve.api.validation import build_request, detokenized, prompt_ids, tokenized
 from serve.engine.request import FinishReason, InvalidRequest, Output, Request
-
-T = TypeVar("T")
-
-OFF_LOOP_BYTES = 8 << 10
-"""A longer text is tokenized on another thread, so that it delays nobody's stream."""
 
 _REASONS = {
     FinishReason.EOS: pb.FINISH_REASON_EOS,
@@ -70,22 +63,22 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     await context.write(pb.GenerateStreamResponse(finished=piece.finished))
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
+        tokenizer, workers = self._session.model.tokenizer, self._session.tokenizing
         try:
-            text = check_text("text", request.text)
+            ids = await workers.run(request.ByteSize(), tokenized, request, tokenizer)
         except InvalidRequest as error:
-            await abort(context, invalid(error.field, error.message))
-        ids = await _off_loop(len(text), self._session.model.tokenizer.encode, text)
+            await abort(context, status_of(error))
         return pb.TokenizeResponse(token_ids=ids)
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> pb.DetokenizeResponse:
-        tokenizer = self._session.model.tokenizer
+        tokenizer, workers = self._session.model.tokenizer, self._session.tokenizing
         try:
-            ids = check_token_ids("token_ids", request.token_ids, tokenizer.vocab_size)
+            text = await workers.run(request.ByteSize(), detokenized, request.token_ids, tokenizer)
         except InvalidRequest as error:
-            await abort(context, invalid(error.field, error.message))
-        return pb.DetokenizeResponse(text=await _off_loop(len(ids), tokenizer.decode, ids))
+            await abort(context, status_of(error))
+        return pb.DetokenizeResponse(text=text)
 
     @asynccontextmanager
     async def _submitted(
@@ -93,15 +86,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[tuple[Request, asyncio.Queue[Output]]]:
         """The request in the engine, and its outputs. A call that ends before its request cancels it."""
         engine = await self._session.ready_engine(context)
-        tokenizer = self._session.model.tokenizer
+        model, context_length = self._session.model, engine.config.context_length
+        program = message.HasField("messages")  # a chat template: it may take a second over a short text
         try:
-            # A chat template is a program: it may take a second over a short text.
-            size = math.inf if message.HasField("messages") else message.ByteSize()
-            prompt = await _off_loop(size, prompt_ids, message, tokenizer, self._session.model.chat)
-            model = self._session.model
-            ours = build_request(message, prompt, tokenizer, engine.config.context_length, model.generation)
+            prompt = await self._session.workers.run(
+                message.ByteSize(), prompt_ids, message, model.tokenizer, model.chat, context_length, always=program
+            )
+            ours = build_request(message, prompt, model.tokenizer, context_length, model.generation)
         except InvalidRequest as error:
-            await abort(context, invalid(error.field, error.message))
+            await abort(context, status_of(error))
         queue = await self._session.submit(ours, context)
         try:
             yield ours, queue
@@ -116,7 +109,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncGenerator[Piece, None]:
         """What the engine gives, several steps at once when the client is slow."""
-        stream = self._session.model.tokenizer.stream()
+        stream = self._session.model.tokenizer.stream(ours.prompt)
         with_text = message.output.text if message.output.HasField("text") else True
         ended = False
         while not ended:
@@ -125,31 +118,31 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 outputs.append(queue.get_nowait())
             last = outputs[-1]
             ended = last.finish_reason is not None
-            if last.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
-                await self._abort(last.finish_reason, context)
+            if last.finish_reason in (FinishReason.CANCELLED, FinishReason.CLOSED, FinishReason.ERROR):
+                await self._abort(last, context)
             stops = last.finish_reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
             ids = [output.token for output in outputs if output.token is not None]
             ids = ids[:-1] if stops else ids
             text = stream.push(ids) if with_text else ""
             if ended and with_text:
                 text += stream.flush()
-            yield Piece(ids, text, _finished(ours) if ended else None)
+            finished = _finished(ours, report_cached=self._session.report_cached) if ended else None
+            yield Piece(ids, text, finished)
 
-    async def _abort(self, reason: FinishReason, context: grpc.aio.ServicerContext) -> None:
+    async def _abort(self, last: Output, context: grpc.aio.ServicerContext) -> None:
         engine = self._session.engine
-        if reason is FinishReason.CANCELLED:
+        if last.finish_reason is FinishReason.CANCELLED:
             await abort(context, cancelled())
+        if last.finish_reason is FinishReason.CLOSED:
+            await abort(context, closed())
+        if last.request.failure is not None:
+            await abort(context, internal("REQUEST_FAILED", "the engine failed at this request; its log says how"))
         if engine is None or engine.error is not None:
             await abort(context, internal("ENGINE_DEAD", "the engine has ended on an error"))
         await abort(
             context,
             internal("NON_FINITE_LOGITS", "the model gave logits that are not finite for this request"),
         )
-
-
-async def _off_loop(size: float, work: Callable[..., T], *args: Any) -> T:
-    """work(*args), on another thread when `size` bytes or items make it long."""
-    return work(*args) if size <= OFF_LOOP_BYTES else await asyncio.to_thread(work, *args)
 
 
 def _started(request: Request) -> pb.Started:
@@ -161,7 +154,7 @@ def _duration(seconds: float) -> duration_pb2.Duration:
     return duration_pb2.Duration(seconds=nanos // 10**9, nanos=nanos % 10**9)
 
 
-def _finished(request: Request) -> pb.Finished:
+def _finished(request: Request, *, report_cached: bool) -> pb.Finished:
     assert request.finish_reason is not None and request.finished_at is not None
     first = request.first_token_at or request.finished_at
     return pb.Finished(
@@ -169,7 +162,7 @@ def _finished(request: Request) -> pb.Finished:
         stop_token_id=request.stop_token,
         usage=pb.Usage(
             prompt_tokens=len(request.prompt),
-            cached_prompt_tokens=request.cached_tokens,
+            cached_prompt_tokens=request.cached_tokens if report_cached else 0,
             completion_tokens=len(request.completion),
             recomputed_tokens=request.recomputed_tokens,
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -20,11 +22,16 @@ from model.sharding import MeshShape
 from serve.api.auth import TokenAuth
 from serve.api.config import ServeConfig
 from serve.api.control import ControlService
+from serve.api.gate import Gate
+from serve.api.health import Health
 from serve.api.inference import InferenceService
 from serve.api.session import Session
 from serve.engine.build import build_engine
+from serve.engine.engine import Engine
 
 T = TypeVar("T")
+
+logger = logging.getLogger("isthmus.api")
 
 SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -32,14 +39,38 @@ SERVICES = tuple(
 )
 
 POLL_SECONDS = 0.05
+WATCH_SECONDS = 0.25
+"""How often the engine is looked at"""
 CANCEL_GRACE_SECONDS = 2.0
 """What calls have left to end in when draining has taken too long."""
+CLOSE_SECONDS = 5.0
+"""What the engine has for its last step, then"""
+MAX_REQUEST_BYTES = 16 << 20
+"""Of a message; fields have limits of their own, and errors that name them"""
+SPARE_CALLS = 64
+"""Calls of InferenceService beyond the requests that the engine takes"""
+OTHER_CALLS = 1024
+"""Calls of any other service"""
+PING_SECONDS = 1.0
+"""A client may ask as often whether the server is there"""
+PING_TIMEOUT_SECONDS = 10.0
 
-_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent split of the traffic
-    ("grpc.max_receive_message_length", 4 << 20),
-    ("grpc.max_metadata_size", 16 << 10),
-)
+
+def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
+    return (
+        ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent split of the traffic
+        ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+        ("grpc.max_metadata_size", 16 << 10),
+        # Past these gRPC cancels calls that we haven't seen yet; ours are refused with a reason, by Gate.
+        ("grpc.server.max_pending_requests", 1 << 16),
+        ("grpc.server.max_pending_requests_hard_limit", 1 << 17),
+        ("grpc.keepalive_time_ms", round(1000 * config.keepalive_seconds)),
+        ("grpc.keepalive_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),
+        ("grpc.http2.ping_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),  # a minute otherwise, keepalive or not
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PING_SECONDS)),
+    )
 
 
 async def _in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
@@ -71,10 +102,14 @@ class Server:
         """Must be made on the event loop that it will run on. Raises ConfigError."""
         config.validate()
         self.config = config
-        self.session = Session(model, asyncio.get_running_loop())
-        token = config.read_token()
-        self._server = grpc.aio.server(interceptors=[TokenAuth(token)] if token else [], options=_OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self.session = Session(model, asyncio.get_running_loop(), config)
+        token, self._tls = config.read_token(), config.read_tls()
+        limit = config.engine.max_sequences + config.engine.max_waiting + SPARE_CALLS
+        gate = Gate(self.session.workers, {SERVICES[0]: limit}, OTHER_CALLS)
+        interceptors = [*([TokenAuth(token)] if token else []), gate]
+        self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
+        self._watching: asyncio.Task[None] | None = None
+        self._health = Health(("", *SERVICES))
         self.port = 0
 
     async def start(self) -> None:
@@ -87,12 +122,17 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         host = f"[{self.config.host}]" if ":" in self.config.host.strip("[]") else self.config.host
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{self.config.port}")
+            self.port = self._bind(f"{host}:{self.config.port}")
         except RuntimeError:
             self.port = 0
         if self.port == 0:
             raise ConfigError(f"port={self.config.port} on host={self.config.host} can't be listened on; is it taken?")
         await self._server.start()
+
+    def _bind(self, address: str) -> int:
+        if self._tls is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, grpc.ssl_server_credentials([self._tls]))
 
     async def load(self, tick: Callable[[str], None] = lambda text: None) -> None:
         """Loads parameters and compiles every program, then says SERVING. Raises ConfigError."""
@@ -107,31 +147,56 @@ class Server:
         engine.start()
         self.session.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._watching = asyncio.create_task(self._watch(engine))
+
+    async def _watch(self, engine: Engine) -> None:
+        """Health follows whether the engine's steps end."""
+        stalled = False
+        while engine.alive:
+            await asyncio.sleep(WATCH_SECONDS)
+            if self.session.stalled != stalled:
+                stalled = not stalled
+                status = health_pb2.HealthCheckResponse
+                await self._set_health(status.NOT_SERVING if stalled else status.SERVING)
+                said = f"a step has taken {engine.busy_seconds:.0f} s: NOT_SERVING" if stalled else "SERVING again"
+                logger.warning(said)
 
     async def run(self) -> bool:
-        """Serves until SIGTERM or SIGINT, then drains. Whether the engine was alive to the end."""
+        """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once. Whether the engine was
+        alive to the end, and has ended."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def told(number: int) -> None:
+            if stop.is_set():
+                os._exit(128 + number)
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, told, number)
         while not stop.is_set() and self.session.engine is not None and self.session.engine.alive:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), timeout=0.5)
         alive = self.session.engine is None or self.session.engine.alive
-        await self.stop()
-        return alive
+        return await self.stop() and alive
 
-    async def stop(self) -> None:
-        """Health NOT_SERVING and nothing new at once; what is in flight has drain_seconds to finish."""
+    async def stop(self) -> bool:
+        """Health NOT_SERVING and nothing new at once; what is in flight has drain_seconds to finish. Whether the engine
+        has ended: one that hangs is left behind."""
         await self._health.enter_graceful_shutdown()
+        ended = True
         engine = self.session.engine
         if engine is not None:
             engine.drain()
             deadline = asyncio.get_running_loop().time() + self.config.drain_seconds
             while engine.in_flight and engine.alive and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(POLL_SECONDS)
-            await asyncio.to_thread(engine.close)  # what is left is told CANCELLED
+            ended = await asyncio.to_thread(engine.close, CLOSE_SECONDS)  # what is left is told UNAVAILABLE
+        if self._watching is not None:
+            self._watching.cancel()
+        self.session.close()
         await self._server.stop(CANCEL_GRACE_SECONDS)
+        return ended
 
     async def _set_health(self, status: int) -> None:
         for name in ("", *SERVICES):

@@ -9,18 +9,36 @@ import grpc
 from google.rpc import code_pb2
 
 from model.folder import ModelFolder
+from serve.api.config import ServeConfig
 from serve.api.errors import abort, retry_later, status_of
+from serve.api.workers import Workers
 from serve.engine.engine import Engine
-from serve.engine.request import EngineError, InvalidRequest, Output, Request
+from serve.engine.request import EngineError, InvalidRequest, Output, Request, Stalled
 
 
 class Session:
     """The model being served, and the engine once it is ready. `sink` is the engine's way to the loop."""
 
-    def __init__(self, model: ModelFolder, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, model: ModelFolder, loop: asyncio.AbstractEventLoop, config: ServeConfig) -> None:
         self.model = model
         self.engine: Engine | None = None
+        self.workers = Workers()
+        """For prompts"""
+        self.tokenizing = Workers()
+        """For Tokenize and Detokenize, whose texts may be longer than any prompt and must not hold up those"""
+        self.report_cached = config.report_cached_tokens
+        self._stall_seconds = config.stall_seconds
         self._loop = loop
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a step of the engine takes longer than one may."""
+        return self.engine is not None and self.engine.busy_seconds > self._stall_seconds
+
+    def close(self) -> None:
+        """Takes no more texts; those that wait end as UNAVAILABLE."""
+        self.workers.close()
+        self.tokenizing.close()
 
     def sink(self, outputs: list[Output]) -> None:
         """Called on the engine thread; one wake-up of the loop a step."""
@@ -43,6 +61,8 @@ class Session:
         queue: asyncio.Queue[Output] = asyncio.Queue()
         request.handle = queue
         try:
+            if self.stalled:
+                raise Stalled(f"the engine's step has taken {engine.busy_seconds:.0f} s and hasn't ended")
             engine.submit(request)
         except (InvalidRequest, EngineError) as error:
             await abort(context, status_of(error))

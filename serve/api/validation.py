@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from google.protobuf import struct_pb2
+import numpy as np
 
 from isthmus.v1 import inference_pb2
 from model.chat import ChatError, ChatTemplate
 from model.folder import GenerationDefaults
-from model.tokenizer import Tokenizer
+from model.tokenizer import TextError, Tokenizer, TooManyTokens
 from serve.engine.request import InvalidRequest, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -21,14 +23,50 @@ MAX_REQUEST_ID = 128
 MAX_STOP_TOKENS = 64
 MAX_TEMPERATURE = 100.0
 MAX_MESSAGES = 1024
+MAX_ARGUMENTS = 256 << 10
+"""Characters of a template's arguments, tools included"""
+
+
+MAX_TOKENS = 1 << 18
+"""Of one Tokenize or Detokenize: more would hold up everybody's streams while they become a list"""
+MAX_CHARACTERS = 4_000_000
+"""Of a text that is answered whole"""
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> list[int]:
     """Raises InvalidRequest naming the first id that the tokenizer doesn't have."""
-    for index, token in enumerate(ids):
-        if token >= vocab_size:
-            raise InvalidRequest(f"{field}[{index}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
-    return list(ids)
+    return _checked(field, ids, vocab_size).tolist()
+
+
+def _checked(field: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    values = np.array(ids, np.int64)
+    wrong = np.flatnonzero(values >= vocab_size)
+    if wrong.size:
+        token = values[wrong[0]]
+        raise InvalidRequest(f"{field}[{wrong[0]}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
+    return values
+
+
+def tokenized(message: inference_pb2.TokenizeRequest, tokenizer: Tokenizer) -> list[int]:
+    """The ids of Tokenize. Raises InvalidRequest."""
+    try:
+        return tokenizer.encode(check_text("text", message.text), MAX_TOKENS, parse_special=message.parse_special)
+    except TooManyTokens as error:
+        raise InvalidRequest("text", f"{error} are told at once: split it") from None
+    except TextError as error:
+        raise InvalidRequest("text", str(error)) from None
+
+
+def detokenized(ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The text of Detokenize. Raises InvalidRequest."""
+    if len(ids) > MAX_TOKENS:
+        raise InvalidRequest("token_ids", f"has {len(ids)} ids; at most {MAX_TOKENS} are taken at once")
+    checked = _checked("token_ids", ids, tokenizer.vocab_size)
+    if (characters := tokenizer.spelt_characters(checked)) > MAX_CHARACTERS:
+        raise InvalidRequest(
+            "token_ids", f"spell up to {characters} characters; at most {MAX_CHARACTERS} are told at once"
+        )
+    return tokenizer.decode(checked.tolist())
 
 
 def check_text(field: str, text: str) -> str:
@@ -62,21 +100,49 @@ def _sampling(params: inference_pb2.SamplingParams, recommended: GenerationDefau
     )
 
 
-def prompt_ids(message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, chat: ChatTemplate | None) -> list[int]:
-    """Tokens of the prompt. Raises InvalidRequest. Long texts, and messages, take a while: call it off the event loop.
+def prompt_ids(
+    message: inference_pb2.GenerateRequest, tokenizer: Tokenizer, chat: ChatTemplate | None, context_length: int
+) -> list[int]:
+    """Tokens of the prompt. Raises InvalidRequest, of a text that can't fit into the context before it is encoded. Long
+    texts, and messages, take a while: call it off the event loop.
 
     chat: the model's template for messages, if it has one.
     """
     kind = message.WhichOneof("prompt")
     if kind is None:
         raise InvalidRequest("prompt", "give text, token_ids or messages")
+    if message.parse_special and kind != "text":
+        raise InvalidRequest("parse_special", f"is for text: in {kind} a special token is always one")
     if kind == "messages":
-        return tokenizer.encode_chat(_rendered(message.messages, chat))
+        text = _rendered(message.messages, chat)
+        return _encoded("messages.messages", text, tokenizer.encode_chat, tokenizer, context_length)
     if kind == "text":
-        return tokenizer.encode(check_text("text", message.text))
-    if not message.token_ids.ids:
+        encode = partial(tokenizer.encode, parse_special=message.parse_special)
+        return _encoded("text", check_text("text", message.text), encode, tokenizer, context_length)
+    ids = message.token_ids.ids
+    if not ids:
         raise InvalidRequest("token_ids.ids", "must not be empty")
-    return check_token_ids("token_ids.ids", message.token_ids.ids, tokenizer.vocab_size)
+    if len(ids) >= context_length:
+        raise _too_long("token_ids.ids", len(ids), context_length)
+    return check_token_ids("token_ids.ids", ids, tokenizer.vocab_size)
+
+
+def _encoded(
+    field: str, text: str, encode: Callable[[str, int], list[int]], tokenizer: Tokenizer, context_length: int
+) -> list[int]:
+    most = tokenizer.most_characters(context_length)
+    if len(text) > most:
+        raise InvalidRequest(field, f"has {len(text)} characters; a context of {context_length} takes at most {most}")
+    try:
+        return encode(text, context_length - 1)
+    except TooManyTokens as error:
+        raise _too_long(field, error.count, context_length) from None
+    except TextError as error:
+        raise InvalidRequest(field, str(error)) from None
+
+
+def _too_long(field: str, tokens: int, context_length: int) -> InvalidRequest:
+    return InvalidRequest(field, f"has {tokens} tokens; the context of {context_length} needs room for one more")
 
 
 def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -> str:
@@ -89,7 +155,7 @@ def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -
         check_text(f"messages.messages[{index}].role", turn.role)
     turns = [{"role": turn.role, "content": turn.content} for turn in conversation.messages]
     try:
-        text = chat.render(turns, arguments=_arguments(conversation.template_arguments))
+        text = chat.render(turns, arguments=_arguments(conversation.template_arguments_json))
     except ChatError as error:
         raise InvalidRequest("messages", str(error)) from None
     if not text:
@@ -97,13 +163,30 @@ def _rendered(conversation: inference_pb2.Messages, chat: ChatTemplate | None) -
     return text
 
 
-def _arguments(value: Any) -> Any:
-    """A Struct in Python's types. Its numbers are all floats: the whole ones become int."""
-    if isinstance(value, struct_pb2.Struct):
-        return {name: _arguments(item) for name, item in value.items()}
-    if isinstance(value, struct_pb2.ListValue):
-        return [_arguments(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _arguments(text: str) -> dict[str, Any]:
+    """Raises InvalidRequest naming the field."""
+    field = "messages.template_arguments_json"
+    if len(text) > MAX_ARGUMENTS:
+        raise InvalidRequest(field, f"has {len(text)} characters; at most {MAX_ARGUMENTS}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            raise ValueError("an object has a key twice")
+        return members
+
+    def finite(name: str) -> None:
+        raise ValueError(f"{name} is no number in JSON")
+
+    try:
+        value = json.loads(text or "{}", object_pairs_hook=unique, parse_constant=finite)
+    except RecursionError:
+        raise InvalidRequest(field, "is nested too deep") from None
+    except ValueError as error:
+        raise InvalidRequest(field, f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidRequest(field, "must be a JSON object")
+    return value
 
 
 def build_request(
@@ -124,10 +207,6 @@ def build_request(
     fields = {"text": "text", "messages": "messages.messages"}
     field = fields.get(message.WhichOneof("prompt") or "", "token_ids.ids")
     left = context_length - len(prompt)
-    if left < 1:
-        raise InvalidRequest(
-            field, f"has {len(prompt)} tokens; the context of {context_length} needs room for one more"
-        )
     if max(prompt, default=0) >= tokenizer.vocab_size:
         raise InvalidRequest(field, f"spells the token {max(prompt)}, which the model has no embedding for")
     max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, left)

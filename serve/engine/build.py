@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.folder import ModelFolder, open_folder
 from model.hardware import check_dtype, default_dtype, free_memory
+from model.hub import FolderOptions
 from model.matrices import Packing, pack_params
 from model.memory import release_heap
 from model.quantization import SCHEMES, quantize_params, weight_bytes
@@ -25,14 +26,21 @@ from serve.engine.engine import Engine, Sink
 from serve.engine.executor import Compiled, Executor, abstract_like, compile_steps, uses_kernels
 
 
-def open_model(path: Path, dtype: str = "auto", *, merge_adapter: bool = False, quantize: str = "none") -> ModelFolder:
+def open_model(
+    path: Path,
+    dtype: str = "auto",
+    *,
+    merge_adapter: bool = False,
+    quantize: str = "none",
+    options: FolderOptions | None = None,
+) -> ModelFolder:
     """Opens a model folder as serving runs it. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
     merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded. quantize: a name
     of model/quantization.py's SCHEMES; matrices become integers when they are loaded.
 
     Raises ConfigError when the folder isn't a model's, or is quantized already.
     """
-    folder = open_folder(path)
+    folder = open_folder(path, options)
     if quantize != "none" and folder.config.quantization:
         raise ConfigError(
             f"quantize={quantize}: {path} is quantized already, by {', '.join(folder.config.quantization)}"
@@ -66,7 +74,7 @@ def fit_memory(
         context = min(context, (affordable - 1) * engine.page_size)
     if context < 2 or affordable < 1 + -(-context // engine.page_size):
         raise ConfigError(
-            f"engine.context_length={context}: {free / 1e9:.1f} GB are free, and after the model's "
+            f"engine.context_length={max(context, 0)}: {free / 1e9:.1f} GB are free, and after the model's "
             f"{(free - left) / 1e9:.1f} GB there is room for {max(affordable, 0) * engine.page_size} tokens of KV cache"
         )
     return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)

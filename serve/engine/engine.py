@@ -17,6 +17,7 @@ from serve.engine.config import EngineConfig
 from serve.engine.executor import Executor, Launched
 from serve.engine.request import (
     Draining,
+    DuplicateId,
     EngineDead,
     FinishReason,
     InvalidRequest,
@@ -78,8 +79,11 @@ class Engine:
         self._inbox: deque[Request | _Cancel] = deque()
         self._wake = threading.Condition()
         self._live: dict[str, Request] = {}
+        self._cancelled: set[Request] = set()
+        """Those that don't know yet"""
         self._draining = False
         self._closing = False
+        self._busy_since: float | None = None
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -108,7 +112,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Hands a request over; its outputs come through the sink. Thread-safe.
 
-        Raises InvalidRequest, QueueFull, Draining, or EngineDead.
+        Raises InvalidRequest, DuplicateId, QueueFull, Draining, or EngineDead.
         """
         self.validate(request)
         with self._wake:
@@ -117,19 +121,22 @@ class Engine:
             if self._draining:
                 raise Draining("the server is shutting down")
             if request.id in self._live:
-                raise InvalidRequest("request_id", f"{request.id!r} is in flight already")
-            if len(self._live) >= self.config.max_sequences + self.config.max_waiting:
+                raise DuplicateId(f"request_id: {request.id!r} is in flight already")
+            limit = self.config.max_sequences + self.config.max_waiting
+            if len(self._live) >= limit or len(self._cancelled) >= 4 * limit:
                 raise QueueFull(f"{len(self._live)} requests are in flight already")
             self._live[request.id] = request
             self._inbox.append(request)
             self._wake.notify()
 
     def cancel(self, request: Request | str) -> bool:
-        """Ends this request, or the one with this id, before the next plan. Whether it was in flight. Thread-safe."""
+        """Ends this request, or the one with this id, before the next plan; its id is free at once. Whether it was in
+        flight. Thread-safe."""
         with self._wake:
             live = self._live.get(request if isinstance(request, str) else request.id)
             if live is None or request not in (live, live.id):
                 return False
+            self._cancelled.add(self._live.pop(live.id))
             self._inbox.append(_Cancel(live))
             self._wake.notify()
             return True
@@ -141,7 +148,7 @@ class Engine:
 
     @property
     def in_flight(self) -> int:
-        """Requests that have not finished, waiting ones included."""
+        """Requests that have not finished and aren't cancelled, waiting ones included."""
         return len(self._live)
 
     def load(self) -> Load:
@@ -159,15 +166,22 @@ class Engine:
             draining=self._draining,
         )
 
-    def close(self) -> None:
-        """Ends the thread after the step in flight; requests that are left are cancelled."""
+    @property
+    def busy_seconds(self) -> float:
+        """How long the step under way has taken: its plan, its launch and its outputs' way out. Thread-safe."""
+        since = self._busy_since
+        return 0.0 if since is None else time.perf_counter() - since
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Ends the thread once the step in flight is read and what it drew is out; requests that are left end as
+        CLOSED. Whether the thread ended within `timeout` seconds; the requests hear of it either way."""
         with self._wake:
             self._draining = self._closing = True
             self._wake.notify()
-        if self._thread.ident is None:
-            self._abandon(FinishReason.CANCELLED)
-        else:
-            self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        self._abandon(FinishReason.CLOSED)
+        return not self._thread.is_alive()
 
     # the engine thread
 
@@ -179,27 +193,26 @@ class Engine:
             with self._wake:
                 self.error = error
             self._abandon(FinishReason.ERROR)
-        else:
-            self._abandon(FinishReason.CANCELLED)
 
     def _abandon(self, reason: FinishReason) -> None:
         """Tells every request that is left."""
         with self._wake:
-            left = list(self._live.values())
+            left = [*self._live.values(), *self._cancelled]
             self._live.clear()
+            self._cancelled.clear()
         for request in left:
             request.finish_reason = request.finish_reason or reason
-        self._sink([Output(request, None, reason) for request in left])
+        if left:
+            self._sink([Output(request, None, reason) for request in left])
 
     def _loop(self) -> None:
         clock = time.perf_counter
         in_flight: Launched | None = None
         while True:
             self._take_inbox(block=in_flight is None and self.scheduler.idle)
-            if self._closing:
-                return
-            t0 = clock()
-            plan = self.scheduler.plan(t0)
+            self._busy_since = t0 = clock()
+            closing = self._closing
+            plan = None if closing else self.scheduler.plan(t0)
             t1 = clock()
             launched = self.executor.launch(plan) if plan is not None else None
             t2 = clock()
@@ -216,6 +229,10 @@ class Engine:
                     times.deliver + clock() - t4,
                 )
                 times.steps += 1
+            self._deliver(self.scheduler.take_failed())
+            self._busy_since = None
+            if closing:
+                return
             self.times.plan += t1 - t0
             self.times.launch += t2 - t1
             in_flight = launched
@@ -246,7 +263,11 @@ class Engine:
                 request.finished_at = now
         with self._wake:
             for output in outputs:
-                if output.finish_reason is not None:
-                    self._live.pop(output.request.id, None)
+                request = output.request
+                if output.finish_reason is None:
+                    continue
+                self._cancelled.discard(request)
+                if self._live.get(request.id) is request:
+                    del self._live[request.id]
         if outputs:
             self._sink(outputs)

@@ -24,6 +24,14 @@ class EngineDead(EngineError):
     """The engine thread has ended on an error."""
 
 
+class Stalled(EngineError):
+    """The step under way takes longer than a step may."""
+
+
+class DuplicateId(EngineError):
+    """A request of this id is in flight already."""
+
+
 class InvalidRequest(ValueError):
     """A request that could never be run; `field` names what is at fault, in the API's words."""
 
@@ -38,6 +46,7 @@ class FinishReason(enum.Enum):
     LENGTH = "max_tokens"
     CONTEXT_LENGTH = "context is full"
     CANCELLED = "cancelled"
+    CLOSED = "the engine was closed"
     ERROR = "error"
 
 
@@ -84,6 +93,8 @@ class Request:
     """Pages that the prefix cache knows, from the first"""
     page_keys: list[bytes] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
+    failure: Exception | None = field(default=None, init=False)
+    """What it raised, of one that ended with ERROR by itself; None where its logits weren't finite"""
     stop_token: int | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
     recomputed_tokens: int = field(default=0, init=False)

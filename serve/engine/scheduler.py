@@ -8,26 +8,20 @@ device.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from serve.engine.config import EngineConfig
+from serve.engine.packing import Packer, RequestFault, Step, Work
 from serve.engine.pages import PagePool, page_key
-from serve.engine.plan import (
-    FROM_DEVICE,
-    PADDING,
-    SAMPLING,
-    PlanArrays,
-    StepPlan,
-    plan_size,
-    sampling_words,
-    split_plan,
-)
+from serve.engine.plan import StepPlan, sampling_words
 from serve.engine.request import FinishReason, Output, Request
 from serve.engine.sampling import BAD_ROW
+
+logger = logging.getLogger("isthmus.engine")
 
 
 @dataclass
@@ -41,26 +35,6 @@ class Counters:
     completion_tokens: int = 0
 
 
-@dataclass(eq=False)
-class _Work:
-    """Tokens that a step computes for a request: [start, start + count)."""
-
-    request: Request
-    start: int
-    count: int
-
-
-_Draw = tuple[int, int, Request]
-"""(row of the head, index on the token axis of the last known token, request)"""
-
-
-@dataclass(eq=False)
-class _Step:
-    singles: list[_Work] = field(default_factory=list)
-    chunks: list[_Work] = field(default_factory=list)
-    blocks: int = 0
-
-
 class Scheduler:
     """Owns the requests from `add` to their finish, and the pages they hold."""
 
@@ -72,9 +46,9 @@ class Scheduler:
         self.running: list[Request] = []
         """In the order of admission: the last one is preempted first"""
         self.counters = Counters()
+        self._failed: list[Output] = []
         self._free_slots = list(range(config.max_sequences))[::-1]
-        self._tables = np.zeros((config.max_sequences, config.pages_per_sequence), np.int32)
-        self._sampling = np.zeros((config.max_sequences, SAMPLING.stop - SAMPLING.start), np.int32)
+        self._packer = Packer(config)
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
@@ -91,35 +65,68 @@ class Scheduler:
 
         now: seconds, on the clock that the requests' times are on.
         """
-        step = _Step()
+        step = Step()
         preempted = self._schedule_running(step)
         if not preempted:
             self._admit(step, now)
-        if not step.singles and not step.chunks:
-            return None
-        return self._pack(step)
+        while step.singles or step.chunks:
+            try:
+                return self._packer.pack(step)
+            except RequestFault as fault:
+                step.drop(fault.request, self.config.block_size)
+                self._fail(fault.request, fault.__cause__)
+        return None
 
-    def _schedule_running(self, step: _Step) -> bool:
+    def take_failed(self) -> list[Output]:
+        """The ends, since the last call, of requests that raised something."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _fail(self, request: Request, error: BaseException | None) -> None:
+        """Ends a request alone by an error of its own. Raises the error where that leaves pages or slots in disorder,
+        which would reach the others."""
+        assert isinstance(error, Exception)
+        logger.error("request %r ended on an error", request.id, exc_info=error)
+        request.failure = error
+        try:
+            self.finish(request, FinishReason.ERROR)
+            self.check_holders()
+        except Exception:
+            raise error from None
+        self._failed.append(Output(request, None, FinishReason.ERROR))
+
+    def _schedule_running(self, step: Step) -> bool:
         """Gives the running requests their tokens, oldest first. Returns whether one was preempted."""
         preempted = False
         index = 0
         while index < len(self.running):
             request = self.running[index]
-            count = self._next_count(request, step)
-            if count and self._is_long(request) != request.long:
-                preempted = True
-                self._preempt(request)  # what it has computed turned by the short frequencies
+            try:
+                victim = self._schedule_one(request, step)
+            except Exception as error:
+                step.drop(request, self.config.block_size)
+                self._fail(request, error)
                 continue
-            if count and not self._grow(request, request.computed + count):
+            if victim is None:
+                index += 1
+            else:
                 preempted = True
-                self._preempt(self.running[-1])  # the newest: perhaps this one
-                continue
-            if count:
-                self._schedule(request, count, step)
-            index += 1
+                self._preempt(victim)
         return preempted
 
-    def _next_count(self, request: Request, step: _Step) -> int:
+    def _schedule_one(self, request: Request, step: Step) -> Request | None:
+        """Gives a running request its tokens, or returns the one to preempt first."""
+        count = self._next_count(request, step)
+        if count == 0:
+            return None
+        if self._is_long(request) != request.long:
+            return request  # what it has computed turned by the short frequencies
+        if not self._grow(request, request.computed + count):
+            return self.running[-1]  # the newest: perhaps this one
+        self._schedule(request, count, step)
+        return None
+
+    def _next_count(self, request: Request, step: Step) -> int:
         """Tokens that the step has room to compute for `request`."""
         missing = request.length - request.computed
         if missing == 0 or (request.unread and not request.may_grow):
@@ -129,24 +136,35 @@ class Scheduler:
         room = (self.config.prefill_tokens // self.config.block_size - step.blocks) * self.config.block_size
         return min(missing, room)
 
-    def _admit(self, step: _Step, now: float) -> None:
+    def _admit(self, step: Step, now: float) -> None:
         """Starts waiting requests while there are slots, pages for all they have, and room in the step."""
         while self.waiting and self._free_slots:
             request = self.waiting[0]
-            self._choose_frequencies(request)
-            hit = self._cached_pages(request)
-            needed = self._pages_for(request.length) - len(hit)
-            # One spare page for each that runs, so that the newcomer isn't preempted by their next page.
-            spare = len(self.running) if self.running else 0
-            if needed + self.pool.unheld(hit) + spare > self.pool.free:
-                return
-            if step.blocks * self.config.block_size >= self.config.prefill_tokens:
-                return
-            self.waiting.popleft()
-            self._start(request, hit)
-            if request.admitted_at is None:
-                request.admitted_at = now
-            self._schedule(request, self._next_count(request, step), step)
+            try:
+                if not self._admit_one(request, step, now):
+                    return
+            except Exception as error:
+                step.drop(request, self.config.block_size)
+                self._fail(request, error)
+
+    def _admit_one(self, request: Request, step: Step, now: float) -> bool:
+        """Starts the first that waits. False, and no change, where it must wait on."""
+        self._choose_frequencies(request)
+        hit = self._cached_pages(request)
+        needed = self._pages_for(request.length) - len(hit)
+        # One spare page for each that runs, so that the newcomer isn't preempted by their next page.
+        spare = len(self.running)
+        if needed + self.pool.unheld(hit) + spare > self.pool.free:
+            return False
+        if step.blocks * self.config.block_size >= self.config.prefill_tokens:
+            return False
+        words = sampling_words(request.sampling)
+        self.waiting.popleft()
+        self._start(request, hit, words)
+        if request.admitted_at is None:
+            request.admitted_at = now
+        self._schedule(request, self._next_count(request, step), step)
+        return True
 
     def _is_long(self, request: Request) -> bool:
         return 0 < self._rope_switch < request.length
@@ -173,7 +191,7 @@ class Scheduler:
             parent = request.page_keys[-1] if request.page_keys else b"long" if request.long else b""
             request.page_keys.append(page_key(parent, request.tokens[page * size : (page + 1) * size]))
 
-    def _start(self, request: Request, hit: list[int]) -> None:
+    def _start(self, request: Request, hit: list[int], words: np.ndarray) -> None:
         self.pool.hold(hit)
         fresh = self.pool.allocate(self._pages_for(request.length) - len(hit))
         assert fresh is not None, "admitted without pages"
@@ -186,8 +204,8 @@ class Scheduler:
             self.counters.cached_prompt_tokens += request.computed
         else:
             request.recomputed_tokens += request.length - request.computed
-        self._tables[request.slot, : len(request.pages)] = request.pages
-        self._sampling[request.slot] = sampling_words(request.sampling)
+        self._packer.tables[request.slot, : len(request.pages)] = request.pages
+        self._packer.sampling[request.slot] = words
         self.running.append(request)
 
     def _pages_for(self, tokens: int) -> int:
@@ -202,11 +220,11 @@ class Scheduler:
         if fresh is None:
             return False
         request.pages += fresh
-        self._tables[request.slot, have : have + needed] = fresh
+        self._packer.tables[request.slot, have : have + needed] = fresh
         return True
 
-    def _schedule(self, request: Request, count: int, step: _Step) -> None:
-        work = _Work(request, request.computed, count)
+    def _schedule(self, request: Request, count: int, step: Step) -> None:
+        work = Work(request, request.computed, count)
         request.computed += count
         if count == 1 and work.start >= len(request.prompt):
             step.singles.append(work)
@@ -231,67 +249,6 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
 
-    # pack: the plan as arrays
-
-    def _pack(self, step: _Step) -> StepPlan:
-        bucket = self.config.bucket(len(step.singles), step.blocks)
-        per_sequence = self.config.pages_per_sequence
-        packed = np.zeros(plan_size(bucket, per_sequence), np.int32)
-        arrays = split_plan(packed, bucket, per_sequence)
-        arrays.positions[:] = PADDING
-        arrays.sample_slot[:] = self.config.max_sequences
-        plan = StepPlan(bucket, packed)
-        draws = self._pack_singles(arrays, step.singles)
-        block = 0
-        for work in step.chunks:
-            for start, count in self._blocks(work):
-                first = bucket.rows + block * bucket.block_size
-                arrays.tokens[first : first + count] = work.request.tokens[start : start + count]
-                arrays.positions[first : first + count] = np.arange(start, start + count)
-                arrays.tables[bucket.rows + block] = self._tables[work.request.slot]
-                arrays.long[bucket.rows + block] = work.request.long
-                block += 1
-            if self._draws(work):
-                draws.append((bucket.rows + block - 1, first + count - 1, work.request))
-        self._pack_samples(arrays, draws)
-        plan.samples = [(row, request) for row, _, request in draws]
-        plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
-        return plan
-
-    def _pack_singles(self, arrays: PlanArrays, singles: list[_Work]) -> list[_Draw]:
-        """All rows at once: an assignment to an array costs as much for one number as for all of them."""
-        count, requests = len(singles), [work.request for work in singles]
-        slots = [request.slot for request in requests]
-        arrays.tokens[:count] = [
-            work.request.tokens[work.start] if work.start < len(work.request.tokens) else FROM_DEVICE
-            for work in singles
-        ]
-        arrays.positions[:count] = [work.start for work in singles]
-        arrays.row_slot[:count] = slots
-        arrays.tables[:count] = self._tables[slots]
-        arrays.long[:count] = [request.long for request in requests]
-        return [(row, row, work.request) for row, work in enumerate(singles) if self._draws(work)]
-
-    def _blocks(self, work: _Work) -> Iterator[tuple[int, int]]:
-        """Cuts a chunk into (start, count) of at most block_size."""
-        size = self.config.block_size
-        for start in range(work.start, work.start + work.count, size):
-            yield start, min(size, work.start + work.count - start)
-
-    def _draws(self, work: _Work) -> bool:
-        """Whether a token is drawn after this: after the last known one, unless more of the prompt is to come."""
-        return work.start + work.count >= work.request.length
-
-    def _pack_samples(self, arrays: PlanArrays, draws: list[_Draw]) -> None:
-        rows, slots = [row for row, _, _ in draws], [request.slot for _, _, request in draws]
-        arrays.sample_token[rows] = [token for _, token, _ in draws]
-        arrays.sample_slot[rows] = slots
-        for part, words in zip(arrays[SAMPLING], self._sampling[slots].T, strict=True):
-            part[rows] = words
-        for _, _, request in draws:
-            assert request.may_grow, f"{request.id} would draw more than it may have"
-            request.unread += 1
-
     # commit: what a step drew
 
     def commit(self, plan: StepPlan, drawn: np.ndarray) -> list[Output]:
@@ -302,7 +259,10 @@ class Scheduler:
             if request.finish_reason is not None:  # it ended while the step ran
                 continue
             request.unread -= 1
-            outputs.append(self._take(request, int(drawn[row])))
+            try:
+                outputs.append(self._take(request, int(drawn[row])))
+            except Exception as error:
+                self._fail(request, error)
         return outputs
 
     def _take(self, request: Request, token: int) -> Output:
@@ -351,17 +311,22 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts every invariant, as it holds after a commit; for tests."""
-        self.pool.check()
-        held = np.zeros(self.config.pages, np.int32)
+        self.check_holders()
         for request in self.running:
             assert request.finish_reason is None and request.slot >= 0
             assert request.computed <= request.length and 0 <= request.unread <= 1
             assert len(request.pages) >= self._pages_for(request.computed), f"{request.id} computes without pages"
+        for request in self.waiting:
+            assert not request.pages and request.slot < 0 and request.computed == 0
+
+    def check_holders(self) -> None:
+        """Asserts that each page and each slot has the holders that it counts, at any time."""
+        self.pool.check()
+        held = np.zeros(self.config.pages, np.int32)
+        for request in self.running:
             assert len(request.pages) <= self.config.pages_per_sequence
-            assert (self._tables[request.slot, : len(request.pages)] == request.pages).all()
+            assert (self._packer.tables[request.slot, : len(request.pages)] == request.pages).all()
             np.add.at(held, request.pages, 1)
         assert (held == self.pool._held).all(), "a page's reference count is not the number of its holders"
         slots = [request.slot for request in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_sequences)), "a slot is lost or held twice"
-        for request in self.waiting:
-            assert not request.pages and request.slot < 0 and request.computed == 0

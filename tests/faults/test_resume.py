@@ -127,7 +127,6 @@ def test_resuming_on_other_text_is_refused(
     [
         (["--batch", "8"], "batch"),
         (["--seed", "1"], "seed"),
-        (["--steps", "2000"], "steps"),
         (["--accumulate", "2"], "accumulate"),
         (["--optimizer.lr", "0.5"], "optimizer.lr"),
         (["--text.seq", "32"], "text.seq"),

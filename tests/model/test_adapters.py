@@ -335,8 +335,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": [1]}, "layers_to_transform=.*leaves out"),
     ({"layers_to_transform": [0], "layers_pattern": "h"}, "layers_pattern='h'"),
     ({"base_model_name_or_path": None}, "base_model_name_or_path=None must name"),
-    ({"base_model_name_or_path": "meta/llama"}, "base_model_name_or_path='meta/llama'.*no .*adapter/meta/llama"),
-    ({"base_model_name_or_path": "."}, "base_model_name_or_path='.' is an adapter itself"),
+    ({"base_model_name_or_path": "meta/llama"}, "base_model_name_or_path='meta/llama' isn't here.*--base FOLDER"),
+    ({"base_model_name_or_path": "."}, "adapter is an adapter itself"),
 ]
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from model.chat import ChatError, ChatTemplate
+from model.endings import turn_end
+from model.tokenizer import Tokenizer
 
 PEERS = Path(__file__).resolve().parents[2] / ".venv-peers" / "bin" / "python"
 
@@ -137,3 +139,84 @@ def test_what_the_assistant_said_is_what_transformers_takes_for_it(family: str, 
         assert covered == want, (case, text)
         said += bool(want)
     assert said > 10, "the comparison says little: hardly any case has an answer in it"
+
+
+_DEEPSEEK = ["<\uff5cAssistant\uff5c>", "<\uff5ctool▁outputs▁end\uff5c>"]
+HEADERS = {
+    "deepseek_r1_distill": _DEEPSEEK,
+    "deepseekv3": _DEEPSEEK,
+    "glm4moe": ["<|user|>", "<think></think>\n", "\n<think></think>"],
+    "gptoss": ["<|start|>assistant"],
+    "qwen2_5": ["\n"],
+    "qwen3": ["<think>\n\n</think>\n\n"],
+}
+"""What trl takes for the assistant's, and the template writes when it asks for an answer; of glm4moe also how the next
+turn begins"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", TRAINED)
+def test_answers_are_found_where_the_template_does_not_say(family: str, theirs: dict[str, Any]) -> None:
+    """As above, with the templates that models come with, which have no {% generation %} blocks."""
+    template = ChatTemplate(theirs[family]["template"], TOKENS, name=family)
+    marked = theirs[f"{family}_training"]
+    compared = 0
+    for case, plain, other, want in zip(
+        CASES, theirs[family]["rendered"], marked["rendered"], marked["assistant"], strict=True
+    ):
+        begins = case["messages"][0]["role"] == "assistant"
+        if "text" not in plain or plain != other or want is None or begins:
+            continue
+        try:
+            text, spans = template.render_with_assistant_spans(**case)
+        except ChatError:
+            assert family == "gptoss", case  # it ends answers in another way where others follow
+            continue
+        covered = {index for start, end in spans for index in range(start, end)}
+        closing = set(range(len(text) - len("<eos>"), len(text))) if text.endswith("<eos>") else set()
+        assert covered - set(want) <= closing, (case, text)
+        missing = "".join(text[index] for index in want if index not in covered)
+        for header in HEADERS.get(family, []):
+            missing = missing.replace(header, "")
+        assert missing == "", (case, text)
+        compared += bool(want)
+    assert compared > 10
+
+
+REWRITING = ["qwen3", "qwen3_5_think", "glm4moe", "nemotron_3_nano", "deepseek_r1_distill", "gemma4_v5"]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", REWRITING)
+def test_answers_are_found_where_the_template_rewrites_them(family: str, theirs: dict[str, Any]) -> None:
+    """Reasoning is left out of what was said earlier: a conversation of several turns couldn't be trained on."""
+    template = ChatTemplate(theirs[family]["template"], TOKENS, name=family)
+    for thought in ("hm", ""):
+        talk = [user("ask one"), answer("say one", reasoning=thought), user("ask two"), answer("say two")]
+        text, spans = template.render_with_assistant_spans(talk)
+        assert text == template.render(talk, add_generation_prompt=False)
+        for (start, end), said in zip(spans, ("say one", "say two"), strict=True):
+            assert text[start:end].count(said) == 1 and "ask" not in text[start:end]
+        outside = text[: spans[0][0]] + text[spans[0][1] : spans[1][0]] + text[spans[1][1] :]
+        assert "say" not in outside and "ask one" in outside and "ask two" in outside
+        assert text[: spans[0][0]] == template.render(talk[:1])[: spans[0][0]]
+
+
+ENDS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>", "deepseekv3": "<\uff5cend▁of▁sentence\uff5c>", "gemma3": "<end_of_turn>",
+    "gemma4": "<turn|>", "glm4moe": None, "gptoss": "<|return|>", "lfm2": "<|im_end|>", "llama3": "<|eot_id|>",
+    "phi3": "<|end|>", "qwen3": "<|im_end|>", "smolvlm": None,
+}  # fmt: skip
+"""What stops an answer, by the generation_config.json of each; of glm4moe only what the next turn begins with does"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", ENDS)
+def test_the_token_that_ends_a_turn_is_found(family: str, theirs: dict[str, Any]) -> None:
+    """An answer would never stop, or, with gpt-oss, stop behind its thoughts."""
+    tokenizer = Tokenizer.train([], 257)
+    special = [token for token in {*ENDS.values(), "<|end|>", "<|user|>", "<|message|>"} if token is not None]
+    tokenizer._inner.add_special_tokens(special)
+    template = ChatTemplate(theirs[family]["template"], TOKENS, name=family)
+    want = ENDS[family]
+    assert turn_end(tokenizer, template) == (frozenset() if want is None else {tokenizer.token_id(want)})

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Inner
+from tokenizers import processors
 
 from model.config import ConfigError
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from train import documents
 from train.config import DataConfig
 from train.data import TokenFile, TrainingData, permute, prepare
-from train.documents import Document, is_heldout, read_documents
+from train.documents import Document
 from train.examples import Pretraining
 
 TOKENIZER = Tokenizer.train(["some text to learn a few merges from, some more text"] * 3, 280)
@@ -168,109 +169,7 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
         write_split(tmp_path, [])
 
 
-# reading
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """A folder with what folders have in them."""
-    root = tmp_path / "corpus"
-    files: dict[str, bytes] = {
-        "a.txt": b"first",
-        "sub/b.md": "zweitens, größer".encode(),
-        "sub/deep/c": b"third",
-        "empty.txt": b"",
-        "image.png": b"\x89PNG\0\0",
-        "latin.txt": b"caf\xe9",
-        ".git/config": b"hidden",
-        "node_modules/x.js": b"not ours",
-    }
-    for name, data in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(data)
-    (root / "link.txt").symlink_to(root / "a.txt")
-    return root
-
-
-def read(*paths: Path) -> dict[str, str]:
-    return {document.name: document.text for document in read_documents([str(path) for path in paths])}
-
-
-def test_a_folder_gives_its_text_files(corpus: Path) -> None:
-    """A user points at a folder: text in, images, hidden files and other people's packages out."""
-    want = {"corpus/a.txt": "first", "corpus/sub/b.md": "zweitens, größer", "corpus/sub/deep/c": "third"}
-    assert read(corpus) == want
-    assert list(read(corpus)) == sorted(want)
-
-
-def test_a_file_that_is_too_large_for_a_folder_can_be_named(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large dump in a folder is left out; naming it takes it."""
-    monkeypatch.setattr(documents, "MAX_FILE_BYTES", 5)
-    assert set(read(corpus)) == {"corpus/a.txt", "corpus/sub/deep/c"}
-    assert read(corpus / "sub" / "b.md") == {"b.md": "zweitens, größer"}
-
-
-def test_jsonl_gives_a_document_a_line(tmp_path: Path) -> None:
-    """The usual format of text collections."""
-    path = tmp_path / "c.jsonl"
-    lines = [
-        json.dumps({"text": "one\ntwo", "id": 3}),
-        "",
-        json.dumps({"text": ""}),
-        json.dumps({"text": "drei ü"}),
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    assert read(path) == {"c.jsonl:1": "one\ntwo", "c.jsonl:4": "drei ü"}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("{", "[1]", '"text"', '{"body": 1}', '{"text": 3}', '{"text": null}', "7", r'{"text": "\ud800"}'),
-        *('{"messages": []}', '{"messages": "hi"}', '{"messages": ["hi"]}', '{"messages": [{"content": "hi"}]}'),
-        *('{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": 3}]}'),
-        r'{"messages": [{"role": "user", "content": "\udc00"}]}',
-        '{"text": "a", "messages": [{"role": "user", "content": "hi"}]}',
-    ],
-)
-def test_a_wrong_line_is_named(line: str, tmp_path: Path) -> None:
-    """In a file of a million lines the number is the message."""
-    path = tmp_path / "c.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=r"c\.jsonl:2"):
-        read(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("absent.txt", None, "does not exist"),
-        ("absent.jsonl", None, "does not exist"),
-        ("empty.txt", b"", "is empty"),
-        ("binary.bin", b"a\0b", "not UTF-8"),
-        ("latin.txt", b"caf\xe9", "not UTF-8"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}\n', "UTF-8"),
-    ],
-)
-def test_a_path_that_cannot_be_read_is_named(name: str, data: bytes | None, message: str, tmp_path: Path) -> None:
-    """A path that was named must be read or refused, never skipped."""
-    path = tmp_path / name
-    if data is not None:
-        path.write_bytes(data)
-    with pytest.raises(ConfigError, match=message) as error:
-        read(path)
-    assert name in str(error.value)
-
-
 # splitting
-
-
-def test_adding_a_document_moves_none() -> None:
-    """A text that was held out must stay so, or the model is tested on what it was trained on."""
-    names = [f"corpus/{i}.txt" for i in range(2000)]
-    held = {name for name in names if is_heldout(name, 0.1)}
-    assert 0.07 < len(held) / len(names) < 0.13
-    assert held < {name for name in names if is_heldout(name, 0.2)}
 
 
 def prepared(folder: Path, paths: list[Path], **options: float | int | Path) -> TrainingData:
@@ -313,17 +212,66 @@ def test_one_document_still_holds_some_out(tmp_path: Path) -> None:
     assert len(held) / len(book.read_text()) == pytest.approx(0.1, abs=0.01)
 
 
-def test_few_documents_still_hold_one_out(tmp_path: Path) -> None:
-    """With three documents and 2 % no name may fall into the split; a run without a held-out loss says nothing."""
-    data = prepared(tmp_path / "run", [write_many(tmp_path / "corpus", 3)], heldout_fraction=1e-9)
-    assert len(texts_of(data.heldout)) == 1 and len(texts_of(data.train)) == 2
+def test_few_documents_still_hold_some_out(tmp_path: Path) -> None:
+    """A run without a held-out loss says nothing; one that holds a third out where a fiftieth was asked learns less."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name in "abc":
+        (corpus / name).write_text("".join(f"{name} says {i}. " for i in range(100)))
+    data = prepared(tmp_path / "run", [corpus], heldout_fraction=0.05)
+    held, total = data.heldout.text_bytes, sum(path.stat().st_size for path in corpus.iterdir())
+    assert held + data.train.text_bytes == total and held / total == pytest.approx(0.05, rel=0.3)
+    assert (len(data.train.ends), len(data.heldout.ends), data.heldout.tails) == (3, 1, 1)
 
 
 def test_too_little_text_is_said(tmp_path: Path) -> None:
     """One character can't be split in two."""
-    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").write_text("ü")
     with pytest.raises(ConfigError, match="too little"):
         prepared(tmp_path / "run", [tmp_path / "a.txt"])
+
+
+def test_a_folder_without_text_says_what_was_in_it(tmp_path: Path) -> None:
+    """The commonest cause is the wrong folder, or files of another format."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "data.parquet").write_bytes(b"PAR1\0")
+    with pytest.raises(ConfigError, match=r"no text in .*corpus: 0 files read, .* 1 binary \(corpus/data\.parquet\)"):
+        prepared(tmp_path / "run", [tmp_path / "corpus"])
+
+
+def write_byte_level(path: Path, *, around: str | None) -> Tokenizer:
+    """A tokenizer as GPT-2's and Qwen's, whose post-processor adds nothing; or puts `around` ("$A" and tokens)."""
+    fields = json.loads(TOKENIZER._inner.to_str())
+    tokens = {END_OF_TEXT: EOS, "<s>": 1}
+    fields["post_processor"] = None
+    inner = Inner.from_str(json.dumps(fields))
+    if around:
+        inner.post_processor = processors.TemplateProcessing(single=around, special_tokens=list(tokens.items()))
+    inner.save(str(path))
+    return Tokenizer.load(path)
+
+
+@pytest.mark.parametrize(
+    ("around", "parted"),
+    [
+        (None, ["A", "E", "B", "E"]),
+        (f"{END_OF_TEXT} $A", ["E", "A", "E", "B"]),
+        (f"$A {END_OF_TEXT}", ["A", "E", "B", "E"]),
+        ("<s> $A", ["s", "A", "E", "s", "B", "E"]),
+    ],
+)
+def test_documents_are_parted_once_whatever_the_tokenizer_adds(
+    around: str | None, parted: list[str], tmp_path: Path
+) -> None:
+    """Without an end between them nothing teaches a model to stop; two of them teach it to say nothing."""
+    tokenizer = write_byte_level(tmp_path / "tokenizer.json", around=around)
+    documents = [Document("1", "some text"), Document("2", "more text")]
+    split = TokenFile.write(tmp_path / "split", documents, Pretraining(tokenizer), lambda size: None)
+    first, second = (tokenizer.encode_chat(document.text) for document in documents)
+    pieces = {"A": first, "B": second, "E": [EOS], "s": [1]}
+    assert split.tokens.tolist() == [token for name in parted for token in pieces[name]]
+    second_starts = sum(len(pieces[name]) for name in parted[: len(parted) // 2])
+    assert split.ends.tolist() == [second_starts, len(split.tokens)]
 
 
 def test_prepared_data_is_reused_only_for_the_same_text(tmp_path: Path) -> None:

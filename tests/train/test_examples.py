@@ -107,6 +107,28 @@ def test_a_text_begins_and_ends_as_the_model_knows_it(tmp_path: Path) -> None:
     assert example.weights is not None and example.weights.tolist() == [0] + [1] * (len(example.ids) - 1)
 
 
+@pytest.mark.parametrize(
+    ("around", "want"),
+    [(None, "A/B/"), ("$A </s>", "A/B/"), ("<s> $A", "<A/<B/"), ("<s> $A </s>", "<A/<B/"), ("</s> $A", "/A//B/")],
+)
+def test_texts_end_once_whatever_the_tokenizer_adds(around: str | None, want: str, tmp_path: Path) -> None:
+    """GPT-2's and Qwen's tokenizers add nothing: without an end a text runs into the next, and nothing teaches a model
+    to stop. No text's first token is learnt, so an end in front of a text isn't learnt after the one behind another."""
+    tokenizer = byte_level()
+    start, end = (tokenizer.token_id(token) for token in ("<s>", "</s>"))
+    tokenizer._inner.post_processor = (
+        processors.TemplateProcessing(single=around, special_tokens=[("<s>", start), ("</s>", end)])
+        if around
+        else processors.ByteLevel()
+    )
+    texts = {"A": "hello", "B": "ok"}
+    examples = FineTuning(folder_of(tmp_path, tokenizer))([Document(name, text) for name, text in texts.items()])
+    pieces = {name: tokenizer.encode_chat(text) for name, text in texts.items()} | {"<": [start], "/": [end]}
+    assert [token for example in examples for token in example.ids] == [t for name in want for t in pieces[name]]
+    for example in examples:
+        assert example.weights is not None and example.weights.tolist() == [0] + [1] * (len(example.ids) - 1)
+
+
 def test_texts_and_conversations_keep_their_order(tmp_path: Path) -> None:
     """A file may mix them; resuming needs them where they were."""
     encode = FineTuning(folder_of(tmp_path, byte_level()))
@@ -170,6 +192,7 @@ def lines(path: Path, *objects: Any) -> tuple[str]:
 
 ASKED = {"messages": [{"role": "user", "content": "hello"}]}
 ANSWERED = {"messages": [*ASKED["messages"], {"role": "assistant", "content": "ok"}]}
+ANOTHER = {"messages": [*ASKED["messages"], {"role": "assistant", "content": "hello"}]}
 
 
 def test_messages_need_a_model_that_has_a_template(tmp_path: Path) -> None:
@@ -186,7 +209,13 @@ def test_nothing_to_learn_is_said(tmp_path: Path) -> None:
     """Hours of steps with a loss of 0 would follow."""
     start = folder_of(tmp_path / "model", byte_level())
     with pytest.raises(ConfigError, match="nothing to learn"):
-        prepare(lines(tmp_path / "c.jsonl", ASKED, ASKED), DataConfig(), tmp_path / "run", 0, start=start)
+        prepare(
+            lines(tmp_path / "c.jsonl", ASKED, {"messages": ASKED["messages"] * 2}),
+            DataConfig(),
+            tmp_path / "run",
+            0,
+            start=start,
+        )
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path) -> None:
@@ -204,7 +233,7 @@ def test_a_token_that_the_model_has_not_is_named(tmp_path: Path) -> None:
     texts = lines(tmp_path / "t.jsonl", {"text": "hello"}, {"text": "ok"})
     assert prepare(texts, DataConfig(), tmp_path / "run", 0, start=start)[0].train.targets > 0
     with pytest.raises(ConfigError, match=rf"c\.jsonl:\d holds token {size - 1}, .* only {size - 1} ids"):
-        prepare(lines(tmp_path / "c.jsonl", ANSWERED, ANSWERED), DataConfig(), tmp_path / "run", 0, start=start)
+        prepare(lines(tmp_path / "c.jsonl", ANSWERED, ANOTHER), DataConfig(), tmp_path / "run", 0, start=start)
 
 
 def test_another_template_or_tokenizer_is_other_data(tmp_path: Path) -> None:

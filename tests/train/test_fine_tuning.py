@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from commands.convert import main as convert
 from model import lora
 from model.checkpoint import Checkpoints
 from model.config import MixtureConfig, ModelConfig
@@ -256,3 +258,22 @@ def test_a_model_is_not_written_over(room: Path, adapter: Path, capsys: pytest.C
     assert (room / "model" / "config.json").read_bytes() == before
     assert main(["--init", str(adapter), str(room / "chats.jsonl"), "--out", str(room / "more")]) == 2
     assert "is an adapter" in capsys.readouterr().out
+
+
+def test_a_field_that_is_ignored_stays_so(room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever the published configuration is read again: when the run goes on, and on the way back to its family."""
+    shutil.copytree(room / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_magic": 3, "other_magic": 0}))
+    sizes = ("--steps", "1", "--batch", "2", "--text.seq", "32", "--text.heldout-fraction", "0.2", "--mesh", "dp=1")
+    start = ("--init", str(tmp_path / "model"), str(room / "chats.jsonl"), "--out", str(tmp_path / "out"), *sizes)
+    assert main(start) == 2 and "--ignore-field attention_magic" in capsys.readouterr().out.replace("\n", "")
+    assert main([*start, "--ignore-field", "attention_magic"]) == 0
+    assert capsys.readouterr().out.count("other_magic=0 is unknown") == 1
+    assert main(["--resume", "--out", str(tmp_path / "out")]) == 0
+    again = parse(["--resume", "--out", str(tmp_path / "out"), "--ignore-field", "attention_magic"])
+    assert again.ignore_field == ("attention_magic",)
+    back = [str(tmp_path / "out"), str(tmp_path / "back")]
+    assert convert(back) == 2
+    assert convert([*back, "--ignore-field", "attention_magic"]) == 0
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["attention_magic"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 
 from isthmus import Client
-from model.tokenizer import Tokenizer
+from model.tokenizer import END_OF_TEXT, Tokenizer
 from serve.api.config import ServeConfig
 from tests.serve.api.harness import (
+    CHAT_TEMPLATE,
     ENGINE,
     RunningServer,
     idle,
@@ -48,7 +50,8 @@ def start_server(model_folder: Path, cache_folder: Path) -> Iterator[StartServer
     started: list[RunningServer] = []
 
     def start(*, load: bool = True, **fields: Any) -> RunningServer:
-        config = ServeConfig(**{"model": model_folder, "port": 0, "engine": ENGINE, "drain_seconds": 0.0, **fields})
+        common = {"model": model_folder, "port": 0, "engine": ENGINE, "drain_seconds": 0.0}
+        config = ServeConfig(**{**common, "report_cached_tokens": True, **fields})
         started.append(RunningServer(config, cache_folder, load=load))
         return started[-1]
 
@@ -60,6 +63,16 @@ def start_server(model_folder: Path, cache_folder: Path) -> Iterator[StartServer
 @pytest.fixture(scope="session")
 def server(start_server: StartServer) -> RunningServer:
     return start_server()
+
+
+@pytest.fixture(scope="session")
+def chat_server(
+    start_server: StartServer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> RunningServer:
+    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tokenizer, varied_params())
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": END_OF_TEXT}}))
+    return start_server(model=folder)
 
 
 @pytest.fixture

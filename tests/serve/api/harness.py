@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +40,8 @@ from serve.api.server import Server
 from serve.engine.build import open_model
 from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
+from serve.engine.executor import Launched
+from serve.engine.plan import StepPlan
 from tests.support import on_host, random_params
 
 PATIENCE = 60.0
@@ -56,8 +62,23 @@ ENGINE = EngineConfig(max_sequences=8, prefill_tokens=64)
 PROMPT = "def main(argv):\n    return "
 LONG = 4000
 """Tokens of a generation that is still going on when a test has something to say about it"""
+CHAT_TEMPLATE = """\
+{% if style is defined and style == 'endless' %}
+    {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}
+{%- endif %}
+{% for message in messages %}
+    {%- if message.role == 'critic' %}{{ raise_exception('there are no critics here') }}{% endif %}
+    {{- bos_token ~ message.role ~ ': ' ~ message.content ~ '\\n' }}
+{%- endfor %}
+{%- if style is defined %}{{ style ~ '\\n' }}{% endif %}
+{%- if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}
+"""
+"""With `style` 'endless' it is a program that takes as long as it may"""
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+ISTHMUS = Path(sys.executable).with_name("isthmus")
+REPOSITORY = Path(__file__).parents[3]
 
 T = TypeVar("T")
 
@@ -196,6 +217,65 @@ class RunningServer:
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE)
+
+
+class Held:
+    """A server whose engine stands still in its next launch until it is let go."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.entered, self._go = threading.Event(), threading.Event()
+        executor = server.engine.executor
+        self._launch: Callable[[StepPlan], Launched] = executor.launch
+        executor.launch = self._hold  # type: ignore[method-assign]
+
+    def _hold(self, plan: StepPlan) -> Launched:
+        self.entered.set()
+        assert self._go.wait(3 * PATIENCE)
+        return self._launch(plan)
+
+    def let_go(self) -> None:
+        self._go.set()
+
+
+class ServeProcess:
+    """`isthmus serve`, and what it has printed."""
+
+    def __init__(self, *arguments: str, command: Sequence[str] = (str(ISTHMUS), "serve")) -> None:
+        self.process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "COLUMNS": "1000"},
+        )
+        self.printed = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed += line
+
+    def address(self) -> str:
+        """Once it says that it is ready."""
+
+        def ready() -> re.Match[str] | None:
+            assert self.process.poll() is None, f"it ended: {self.printed}"
+            return re.search(r"^SERVING on (\S+)$", self.printed, re.MULTILINE)
+
+        return wait_for(ready, "the line that says it is ready").group(1)
+
+    def wait(self) -> int:
+        """The exit status, with everything printed."""
+        status = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return status
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.wait()
 
 
 def idle(client: Client) -> bool:

@@ -162,12 +162,14 @@ def test_a_server_that_still_loads_asks_for_the_token_too(start_server: StartSer
 @pytest.mark.parametrize(
     "host", ["0.0.0.0", "::", "[::]", "", "192.0.2.1", "example.com", "127.0.0.1.example.com", "localhost."]
 )
-def test_beyond_loopback_it_needs_a_token_or_insecure(model_folder: Path, token_file: Path, host: str) -> None:
-    """Else a model is open to the network because somebody changed an address."""
-    with pytest.raises(ConfigError, match="host="):
-        ServeConfig(model=model_folder, host=host).validate()
-    ServeConfig(model=model_folder, host=host, insecure=True).validate()
-    ServeConfig(model=model_folder, host=host, auth_token_file=token_file).validate()
+def test_beyond_loopback_it_needs_a_token_and_tls_or_insecure(model_folder: Path, token_file: Path, host: str) -> None:
+    """Else a model is open to the network because somebody changed an address, or the token is read on its way."""
+    tls = {"tls_cert": Path("cert.pem"), "tls_key": Path("key.pem")}
+    for fields in ({}, {"auth_token_file": token_file}, tls):
+        with pytest.raises(ConfigError, match="host="):
+            ServeConfig(model=model_folder, host=host, **fields).validate()
+        ServeConfig(model=model_folder, host=host, insecure=True, **fields).validate()
+    ServeConfig(model=model_folder, host=host, auth_token_file=token_file, **tls).validate()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])

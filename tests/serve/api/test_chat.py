@@ -11,8 +11,9 @@ import grpc
 import pytest
 
 from isthmus import Client, generate_request
+from model.chat import ChatTemplate
 from model.tokenizer import END_OF_TEXT, Tokenizer
-from serve.api.validation import MAX_MESSAGES
+from serve.api.validation import MAX_ARGUMENTS, MAX_MESSAGES, prompt_ids
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     NETWORK,
@@ -25,30 +26,9 @@ from tests.serve.api.harness import (
     varied_params,
 )
 
-TEMPLATE = """\
-{% if style is defined and style == 'endless' %}
-    {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}
-{%- endif %}
-{% for message in messages %}
-    {%- if message.role == 'critic' %}{{ raise_exception('there are no critics here') }}{% endif %}
-    {{- bos_token ~ message.role ~ ': ' ~ message.content ~ '\\n' }}
-{%- endfor %}
-{%- if style is defined %}{{ style ~ '\\n' }}{% endif %}
-{%- if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}
-"""
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import ünïcode"}]
 TEXT = f"{END_OF_TEXT}system: Be brief.\n{END_OF_TEXT}user: import ünïcode\n"
 ASKED = f"{END_OF_TEXT}assistant:"
-
-
-@pytest.fixture(scope="module")
-def chat_server(
-    start_server: StartServer, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> RunningServer:
-    folder = save_model(tmp_path_factory.mktemp("models") / "chat", tokenizer, varied_params())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": END_OF_TEXT}}))
-    return start_server(model=folder)
 
 
 @pytest.fixture
@@ -77,16 +57,43 @@ def test_messages_are_the_prompt_that_the_template_writes(chat: Client, tokenize
 
 
 def test_template_arguments_reach_the_template(chat: Client, tokenizer: Tokenizer) -> None:
-    """enable_thinking and tools would change nothing. The wire has one kind of number: 3 must not become 3.0."""
+    """enable_thinking and tools would change nothing, and 3 be written as 3.0."""
     for value, text in (
         (True, "True"),
         (3, "3"),
         (0.5, "0.5"),
+        (3.0, "3.0"),
+        (10**20, "1" + "0" * 20),
         (None, "None"),
         ([1, {"a": [2, "b"]}], "[1, {'a': [2, 'b']}]"),
     ):
         got = chat.generate(TALK, template_arguments={"style": value}, max_tokens=1, timeout=PATIENCE)
         assert got.prompt_tokens == len(ids(tokenizer, f"{TEXT}{text}\n{ASKED}")), value
+
+
+def test_a_tool_is_written_in_the_order_that_its_keys_were_given_in(tokenizer: Tokenizer) -> None:
+    """A model sees the schema as text: each process of a client sent another prompt, and none had it cached."""
+    schema = {name: {"type": "string", "é": [1.0, {"z": None, "a": True}]} for name in "qwertyuiopasdf"}
+    chat = ChatTemplate("{{ tools | tojson }}")
+    message = generate_request(TALK, template_arguments={"tools": [schema]})
+    assert prompt_ids(message, tokenizer, chat, 4096) == tokenizer.encode_chat(json.dumps([schema], ensure_ascii=False))
+
+
+def test_a_special_token_in_a_text_is_one_when_asked_for(client: Client, tokenizer: Tokenizer) -> None:
+    """A conversation written out by hand became 28 tokens instead of 10, and garbage followed; and by default nobody's
+    input may end a text."""
+    text = f"a{END_OF_TEXT}b"
+    start = tokenizer.encode("")
+    want = [*tokenizer.encode("a"), *start, *tokenizer.encode("b")[1:]]
+    assert client.tokenize(text, parse_special=True) == want
+    assert client.tokenize(text) == tokenizer.encode(text) != want
+    for parsed, ids in ((True, want), (False, tokenizer.encode(text))):
+        got = client.generate(text, parse_special=parsed, max_tokens=4, temperature=0.0, timeout=PATIENCE)
+        assert got.prompt_tokens == len(ids)
+        assert got.text == client.generate(ids, max_tokens=4, temperature=0.0, timeout=PATIENCE).text
+    with pytest.raises(grpc.RpcError) as refused:
+        client.generate(want, parse_special=True, timeout=PATIENCE)
+    assert blamed_fields(refused.value) == ["parse_special"]
 
 
 def test_a_conversation_goes_on_from_the_cache(chat: Client) -> None:
@@ -102,6 +109,11 @@ def turn(role: str, content: str = "a") -> dict[str, str]:
 
 
 Change = Callable[[Any], Any]
+ARGUMENTS = "messages.template_arguments_json"
+
+
+def argue(text: str) -> Change:
+    return lambda message: setattr(message.messages, "template_arguments_json", text)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +123,17 @@ Change = Callable[[Any], Any]
         (lambda m: m.messages.messages.extend([m.messages.messages[0]] * MAX_MESSAGES), "messages.messages", "1 to"),
         (lambda m: m.messages.messages.add(content="a"), "messages.messages[2].role", "must not be empty"),
         (lambda m: m.messages.messages.add(role="critic"), "messages", "there are no critics here"),
-        (lambda m: m.messages.template_arguments.update({"messages": 1}), "messages", "'messages'"),
-        (lambda m: m.messages.template_arguments.update({"style": "endless"}), "messages", "chat template may"),
+        (argue('{"messages": 1}'), "messages", "'messages'"),
+        (argue('{"style": "endless"}'), "messages", "chat template may"),
+        (argue('{"style": 1'), ARGUMENTS, "is not JSON: Expecting ',' delimiter"),
+        (argue("[1]"), ARGUMENTS, "must be a JSON object"),
+        (argue('{"style": {"a": 1, "a": 2}}'), ARGUMENTS, "a key twice"),
+        (argue('{"style": NaN}'), ARGUMENTS, "NaN is no number"),
+        (argue('{"style": ' + "9" * 5000 + "}"), ARGUMENTS, "is not JSON: Exceeds the limit"),
+        (argue('{"style": ' + "[" * 100_000), ARGUMENTS, "nested too deep"),
+        (argue('{"style": ' + "[" * 100 + "]" * 100 + "}"), "messages", "nested more than 64 deep"),
+        (argue('{"style": "' + "a" * MAX_ARGUMENTS + '"}'), ARGUMENTS, f"at most {MAX_ARGUMENTS}"),
+        (lambda m: setattr(m, "parse_special", True), "parse_special", "is for text"),
         (
             lambda m: m.messages.messages.add(role="user", content="a\n" * NETWORK.context_length),
             "messages.messages",
@@ -154,6 +175,9 @@ def test_the_client_names_what_it_can_not_send() -> None:
         generate_request([{"role": "user", "contents": "a"}])
     with pytest.raises(ValueError, match="template_arguments"):
         generate_request("a", template_arguments={"a": 1})
+    for value in (object(), float("nan")):
+        with pytest.raises(ValueError, match=r"template_arguments|JSON"):
+            generate_request(TALK, template_arguments={"a": value})
 
 
 def test_a_malformed_template_is_named_at_start(

@@ -111,7 +111,7 @@ def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: Cli
     events = begin(client, request_id="one")
     with pytest.raises(grpc.RpcError) as failure:
         client.generate(PROMPT, max_tokens=1, request_id="one")
-    assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.value.code() == grpc.StatusCode.ALREADY_EXISTS
     assert blamed_fields(failure.value) == ["request_id"]
     assert next(events).WhichOneof("event") == "delta", "the one in flight was disturbed"
     events.close()
@@ -145,7 +145,7 @@ def _garbage(client: Client) -> None:
         with pytest.raises(grpc.RpcError):
             call(payload)
     with pytest.raises(grpc.RpcError) as failure:
-        client.generate("x" * (5 << 20))
+        client.generate("x" * (17 << 20))
     assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

@@ -3,12 +3,64 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from model.config import ModelConfig
+from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine
-from serve.engine.executor import Executor
-from serve.engine.request import Output, Request
+from serve.engine.executor import Executor, Launched
+from serve.engine.plan import StepPlan
+from serve.engine.request import Output, Request, SamplingParams
+
+CONFIG = ModelConfig(
+    vocab_size=32,
+    dim=16,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    mlp_dim=16,
+    context_length=32,
+    tie_embeddings=False,
+)
+ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, max_waiting=3).resolve(CONFIG)
+
+
+class HookedExecutor(Executor):
+    """Calls `hook` on the engine thread while a step is under way: after the inbox was read, before outputs go out."""
+
+    hook: Callable[[], None] = staticmethod(lambda: None)
+
+    def launch(self, plan: StepPlan) -> Launched:
+        self.hook()
+        return super().launch(plan)
+
+
+def make(name: str, prompt: int = 3, max_tokens: int = 8) -> Request:
+    return Request(name, list(range(1, prompt + 1)), SamplingParams(temperature=0), max_tokens)
+
+
+class Client:
+    """Collects outputs and waits for ends."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.outputs: list[Output] = []
+        self._changed = threading.Condition()
+        self.engine = Engine(executor, self._sink)
+
+    def _sink(self, outputs: list[Output]) -> None:
+        with self._changed:
+            self.outputs += outputs
+            self._changed.notify_all()
+
+    def ends(self) -> Counter[str]:
+        return Counter(output.request.id for output in self.outputs if output.finish_reason is not None)
+
+    def wait_for_ends(self, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.ends().total() >= count, timeout=60), self.engine.error
 
 
 @dataclass

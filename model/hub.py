@@ -1,0 +1,114 @@
+"""Where a model lies on this machine: a folder, or a name like Org/Name in the local Hugging Face cache. Nothing here
+reaches the network unless it is asked to."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.config import ConfigError
+from model.files import present, shortened
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_NOT_WANTED = ("*/*.json", "*/*.safetensors", "consolidated*")
+"""The same weights in other layouts"""
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a model folder is found and read."""
+
+    base: Path | None = None
+    """Of an adapter: the folder of the model that it adapts, in place of the one that it names"""
+    ignore_field: tuple[str, ...] = ()
+    """A field of a published config.json to go on without, which may make it another model; may be given repeatedly"""
+    download: bool = False
+    """Fetch a model named Org/Name from huggingface.co where the local Hugging Face cache hasn't it"""
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a model's on the hub: Org/Name."""
+    return _NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def find_folder(path: Path, *, download: bool = False) -> Path:
+    """The folder that `path` is, or that the local Hugging Face cache has for a name like Org/Name.
+
+    download: fetches it from the hub where the cache hasn't all of it. Raises ConfigError, saying what `path` is
+    instead.
+    """
+    if os.path.isdir(path):  # which, unlike Path.is_dir, is false for a name that no folder can have
+        _check_folder(path)
+        return path
+    if present(path):
+        raise ConfigError(f"{path} is {_kind_of_file(path)}")
+    name = str(path)
+    if not is_hub_name(name):
+        raise ConfigError(f"{shortened(name)}: there is no such folder")
+    return _download(name) if download else _cached(name)
+
+
+def name_of(folder: Path) -> str:
+    """What a model is called: by its folder, or, in the cache, by the name that it has on the hub."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
+def _check_folder(path: Path) -> None:
+    if present(path / "config.json") or present(path / "adapter_config.json"):
+        return
+    if path.name.startswith("models--") and present(path / "snapshots"):
+        name = path.name.removeprefix("models--").replace("--", "/")
+        raise ConfigError(
+            f"{path} is what the Hugging Face cache keeps of {name}: name the model {name}, or a folder in "
+            f"{path / 'snapshots'}"
+        )
+    for root in (path, path / "hub"):
+        names = sorted(each.name for each in root.glob("models--*--*"))
+        if names:
+            some = ", ".join(name.removeprefix("models--").replace("--", "/") for name in names[:5])
+            raise ConfigError(f"{path} is a Hugging Face cache, of several models: name one of them, as {some}")
+    if files := sorted(each.name for each in path.glob("*.gguf")):
+        raise ConfigError(f"{path} holds {files[0]}, and no config.json: {_GGUF}")
+    raise ConfigError(f"{path} has no config.json: is it a model folder?")
+
+
+_GGUF = "GGUF is not read here; use the folder of safetensors that it was made from"
+
+
+def _kind_of_file(path: Path) -> str:
+    if path.suffix == ".gguf" and path.is_file():
+        return f"a GGUF file: {_GGUF}"
+    if path.is_file():
+        return f"a file; name the folder that it is in, {path.parent}"
+    return "a link that leads nowhere" if path.is_symlink() else "no folder"
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    for file in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(name, file)
+        if isinstance(found, str):  # else it isn't known, or known not to exist
+            return Path(found).parent
+    raise ConfigError(
+        f"{name}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
+        "--download fetches it"
+    )
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_NOT_WANTED)))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None

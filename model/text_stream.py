@@ -1,0 +1,268 @@
+"""Tokens to text as they come. For all ids and each place to cut them into a prompt and what follows it:
+
+    the prompt's text + all that a stream gives == the text of all the ids together
+
+whatever the tokenizer's decoder does: a space that it strips from a text's beginning is there in its middle, and bytes
+that are no UTF-8 are U+FFFD. A character that the prompt leaves unfinished isn't the prompt's but the stream's. No
+sequence of ids raises.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer
+
+_WINDOW = 8
+"""Tokens that are decoded again, at most about, to see what the next one adds"""
+_MOST = 64
+_BYTE = re.compile("<0x([0-9a-fA-F]{2})>")
+
+
+class TextStream(ABC):
+    """Decodes tokens one at a time and gives text out only in whole UTF-8 characters."""
+
+    @abstractmethod
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete; empty while a character is unfinished."""
+
+    @abstractmethod
+    def flush(self) -> str:
+        """What is still held at the end: bytes of an unfinished character come out as U+FFFD."""
+
+
+class Detokenizer:
+    """Opens streams; what it finds out about single tokens is kept for the next one. Safe to share between threads."""
+
+    def __init__(self, inner: Tokenizer) -> None:
+        self._inner = inner
+        decoder = _steps(None if inner.decoder is None else json.loads(inner.decoder.__getstate__()))
+        steps = [step["type"] for step in decoder]
+        special = {str(token) for token in inner.get_added_tokens_decoder().values() if token.special}
+        fallback = "ByteFallback" in steps
+        self._kinds: dict[int, int] = _Table(lambda token: _kind(inner.id_to_token(token), special, fallback))
+        self._bytes: dict[int, bytes] = _Table(lambda token: _byte_level(inner.id_to_token(token), special))
+        self._has_bytes = "ByteLevel" in steps
+        self._pieces: dict[int, str] | None = {} if _token_by_token(decoder) else None
+        self._only_bytes = [step for step in steps if step != "Fuse"] == ["ByteLevel"]
+
+    def open(self, prompt: Sequence[int]) -> TextStream:
+        if self._only_bytes:
+            return _ByteStream(self._bytes, prompt)
+        return _WindowStream(self._text, self._kinds, self._bytes if self._has_bytes else None, self._pieces, prompt)
+
+    def _text(self, ids: list[int]) -> str:
+        return self._inner.decode(ids, skip_special_tokens=True)
+
+
+class _Table(dict[int, Any]):
+    """What a function says of an id, asked once."""
+
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __missing__(self, token: int) -> Any:
+        value = self[token] = self._function(token)
+        return value
+
+
+def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A decoder's steps in order."""
+    if decoder is None:
+        return []
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for inner in decoder["decoders"] for step in _steps(inner)]
+
+
+def _token_by_token(steps: list[dict[str, Any]]) -> bool:
+    """Whether a token adds the same text wherever it stands, but at the beginning and within a run of bytes."""
+    fused = False
+    for step in steps:
+        if step["type"] == "Fuse":
+            fused = True
+        elif step["type"] == "Strip" and fused:
+            if step["stop"]:
+                return False
+        elif fused or step["type"] not in ("Replace", "ByteFallback", "Metaspace", "WordPiece", "Strip"):
+            return False
+    return bool(steps)
+
+
+# Byte-level tokenizers: a text is its tokens' bytes
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How GPT-2 writes bytes as characters: printable ones as themselves, the others as those from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_alphabet()
+
+
+def _byte_level(token: str | None, special: set[str]) -> bytes:
+    if token is None or token in special:
+        return b""
+    try:
+        return bytes(_ALPHABET[character] for character in token)
+    except KeyError:  # an added token is spelt as it is
+        return token.encode()
+
+
+def _tail(table: dict[int, bytes], ids: Sequence[int]) -> bytes:
+    """The last 3 bytes: no unfinished character has more."""
+    tail = b""
+    for token in reversed(ids):
+        if len(tail) >= 3:
+            break
+        tail = table[token] + tail
+    return tail[-3:]
+
+
+class _ByteStream(TextStream):
+    def __init__(self, table: dict[int, bytes], prompt: Sequence[int]) -> None:
+        self._table = table
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder.decode(_tail(table, prompt))
+
+    def push(self, ids: Sequence[int]) -> str:
+        table = self._table
+        return self._decoder.decode(b"".join([table[token] for token in ids]))
+
+    def flush(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
+
+
+# Any other: what is new is the difference between decoding with it and without
+
+
+_TEXT, _NOTHING = -1, -2
+"""Kinds of tokens; one that stands for a byte is of that byte's kind"""
+
+
+def _kind(token: str | None, special: set[str], fallback: bool) -> int:
+    if token is None or token in special:
+        return _NOTHING
+    byte = _BYTE.fullmatch(token) if fallback else None
+    return _TEXT if byte is None else int(byte[1], 16)
+
+
+class _WindowStream(TextStream):
+    """Tokens whose text may still change are held: those of an unfinished character, and a run of byte tokens until it
+    ends, because an invalid byte at its end turns all of it into U+FFFD."""
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        kinds: dict[int, int],
+        table: dict[int, bytes] | None,
+        pieces: dict[int, str] | None,
+        prompt: Sequence[int],
+    ) -> None:
+        """table: the bytes of tokens, where the decoder joins bytes and does more. pieces: what tokens were found to
+        add behind others, where that is always the same."""
+        self._decode, self._kinds, self._table, self._pieces = decode, kinds, table, pieces
+        self._settled = False
+        """Whether what is shown ends in a token of text, so that `pieces` holds from here on"""
+        self._shown, self._held = self._context(prompt)
+        """Tokens whose text is out, and those whose text isn't"""
+        self._text = decode(self._shown)
+
+    def _context(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The prompt's end: enough of it to know what a token adds, and the tokens of an unfinished character."""
+        ids: list[int] = []
+        run, size = 0, _WINDOW
+        for token in reversed(prompt):
+            if self._kinds[token] == _NOTHING:
+                continue
+            if run == len(ids) and self._kinds[token] >= 0:
+                run += 1
+            elif len(ids) >= run + size:
+                if self._decode(ids[::-1]):
+                    break
+                size *= 2
+            ids.append(token)
+        ids.reverse()
+        if self._table is None:
+            end = len(ids) - _unfinished(bytes(self._kinds[token] for token in ids[len(ids) - run :]))
+        else:
+            end = self._closed(ids)
+        return ids[:end], ids[end:]
+
+    def push(self, ids: Sequence[int]) -> str:
+        known = len(self._held)
+        self._held += [token for token in ids if self._kinds[token] != _NOTHING]
+        end = self._closed(self._held, known)
+        if end == 0:
+            return ""
+        closed, self._held = self._held[:end], self._held[end:]
+        return self._give(closed)
+
+    def flush(self) -> str:
+        held, self._held = self._held, []
+        return self._give(held) if held else ""
+
+    def _closed(self, ids: list[int], known: int = 0) -> int:
+        """How many of the first of `ids` have a text that stays. The first `known` are held, and no byte after them
+        changes that."""
+        end = len(ids)
+        if self._table is None:
+            while end > known and self._kinds[ids[end - 1]] >= 0:
+                end -= 1
+            return 0 if end == known else end
+        missing = _unfinished(_tail(self._table, ids), lenient=True)
+        while missing > 0:
+            end -= 1
+            missing -= len(self._table[ids[end]])
+        return end
+
+    def _give(self, ids: list[int]) -> str:
+        if self._settled and self._pieces is not None:
+            return self._behind(ids, self._pieces)
+        shown = self._shown + ids
+        text = self._decode(shown)
+        # Otherwise the prompt ends in bytes that were valid without those that follow it: it stays as it was shown.
+        new = text[len(self._text) :] if text.startswith(self._text) else self._decode(ids)
+        self._shown, self._text, self._settled = shown, text, bool(text)
+        if len(shown) > _WINDOW:
+            self._shorten()
+        return new
+
+    def _behind(self, ids: list[int], pieces: dict[int, str]) -> str:
+        """What `ids` add behind any text, whichever it is."""
+        if len(ids) > 1:
+            return self._decode(self._shown + ids)[len(self._text) :]
+        piece = pieces.get(ids[0])
+        if piece is None:
+            piece = pieces[ids[0]] = self._decode(self._shown + ids)[len(self._text) :]
+        return piece
+
+    def _shorten(self) -> None:
+        """Forgets tokens that don't matter for what follows. Those kept have a text: what is stripped was stripped."""
+        last = self._shown[-_WINDOW // 2 :]
+        text = self._decode(last)
+        if text:
+            self._shown, self._text = last, text
+        elif len(self._shown) > _MOST:
+            self._shown = [*self._shown[: _MOST // 2], *last]
+            self._text = self._decode(self._shown)
+
+
+def _unfinished(run: bytes, *, lenient: bool = False) -> int:
+    """How many bytes at the end begin a character; 0 too where those before it are no text, unless lenient."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace" if lenient else "strict")
+    try:
+        decoder.decode(run)
+    except UnicodeDecodeError:
+        return 0
+    return len(decoder.getstate()[0])

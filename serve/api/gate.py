@@ -1,0 +1,136 @@
+"""What every call passes before a service sees it: whether there is room, what its message holds, and afterwards what
+it may tell of an error."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf import descriptor_pool
+from google.protobuf.message import DecodeError
+from google.rpc import code_pb2
+
+from serve.api.errors import abort, internal, plain, retry_later, status_of
+from serve.api.wire import check_wire
+from serve.api.workers import SHORT, Workers
+from serve.engine.request import EngineError, InvalidRequest
+
+Parse = Callable[[bytes], Any]
+
+logger = logging.getLogger("isthmus.api")
+
+READ_SECONDS = 30.0
+"""What a message has to come in, so that a call without one gives its place to another"""
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Takes unary calls' messages itself, as bytes: one that is refused is never read, let alone parsed.
+
+    Whatever else a service raises is INTERNAL for that call, with a line in the log.
+    """
+
+    def __init__(self, workers: Workers, limits: dict[str, int], others: int) -> None:
+        """limits: most calls at once of a service, by its full name; others: of any other service."""
+        self._workers, self._limits, self._others = workers, limits, others
+        self._calls: Counter[str] = Counter()
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._wrap(method, handler)
+        return self._handlers[method]
+
+    def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+        """The same method, taking bytes."""
+        service, name = method.strip("/").split("/")
+        kind = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
+        parse: Parse = handler.request_deserializer or bytes
+        behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+
+        async def argument(messages: Any, context: grpc.aio.ServicerContext) -> Any:
+            if handler.request_streaming:
+                return self._parsed(messages, parse, kind, context)
+            return await self._message(context, parse, kind)
+
+        async def whole(messages: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._place(service, method, context):
+                return await behaviour(await argument(messages, context), context)
+
+        async def written(messages: Any, context: grpc.aio.ServicerContext) -> None:
+            async with self._place(service, method, context):
+                answers = behaviour(await argument(messages, context), context)
+                if hasattr(answers, "__aiter__"):
+                    async for answer in answers:
+                        await context.write(answer)
+                else:
+                    await answers
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(written, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(whole, None, handler.response_serializer)
+
+    @asynccontextmanager
+    async def _place(self, service: str, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        """One of the places that the service has for calls. What goes wrong inside ends the call."""
+        limit = self._limits.get(service, self._others)
+        if self._calls[service] >= limit:
+            await abort(
+                context, retry_later(code_pb2.RESOURCE_EXHAUSTED, f"{limit} calls of {service} are open already")
+            )
+        self._calls[service] += 1
+        try:
+            yield
+        except grpc.aio.BaseError:  # aborted, or the client has gone
+            raise
+        except EngineError as error:
+            await abort(context, status_of(error))
+        except Exception:
+            logger.exception("%s failed", method)
+            await abort(context, internal("CALL_FAILED", "the server failed at this call; its log says how"))
+        finally:
+            self._calls[service] -= 1
+
+    async def _message(self, context: grpc.aio.ServicerContext, parse: Parse, kind: Any) -> Any:
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                data = await context.read()
+        except TimeoutError:
+            message = f"the request didn't come within {READ_SECONDS:g} s"
+            await abort(context, plain(code_pb2.DEADLINE_EXCEEDED, message))
+        if data is grpc.aio.EOF:
+            await abort(context, plain(code_pb2.INVALID_ARGUMENT, f"the call has no {kind.full_name}"))
+        return await self._parse(context, data, parse, kind)
+
+    async def _parsed(
+        self, messages: Any, parse: Parse, kind: Any, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Any]:
+        async for data in messages:
+            yield await self._parse(context, data, parse, kind)
+
+    async def _parse(self, context: grpc.aio.ServicerContext, data: bytes, parse: Parse, kind: Any) -> Any:
+        try:
+            return await self._workers.run(len(data), _parse, data, parse, kind)
+        except InvalidRequest as error:
+            await abort(context, status_of(error))
+        except DecodeError:
+            message = f"the {len(data)} bytes sent are no {kind.full_name}"
+            await abort(context, plain(code_pb2.INVALID_ARGUMENT, message))
+
+
+def _parse(data: bytes, parse: Parse, kind: Any) -> Any:
+    if len(data) > SHORT:
+        check_wire(data, kind)
+    return parse(data)

@@ -1,0 +1,24 @@
+"""grpc.health.v1, which anybody may ask: what they ask for leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc
+from grpc_health.v1 import health, health_pb2
+
+
+class Health(health.aio.HealthServicer):
+    """Of these services, and of no other: the library's own keeps every name that it is asked to watch."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()
+        self._names = frozenset(names)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext) -> None:
+        if request.service in self._names:
+            await super().Watch(request, context)
+            return
+        await context.write(health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVICE_UNKNOWN))
+        await asyncio.Event().wait()  # until the call ends: the service will never come

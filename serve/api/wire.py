@@ -1,0 +1,73 @@
+"""What a serialized message holds, counted before it is parsed: parsing can't be interrupted, and much may lie in few
+bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+
+from serve.engine.request import InvalidRequest
+
+MAX_TEXT_BYTES = 4 << 20
+"""Of one field, of a repeated one together"""
+MAX_NUMBERS_BYTES = 2 << 20
+"""As MAX_TEXT_BYTES, of numbers in a row: each is parsed by itself"""
+MAX_FIELDS = 1 << 15
+"""Fields that a message may have, those of the messages in it included: at most about 10 ms of parsing"""
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+_OUTER = "GenerateStreamRequest"
+"""The message whose one field is left out when a field is named"""
+
+
+def check_wire(data: bytes, message_type: Any) -> None:
+    """Raises InvalidRequest, naming the field, where a message has more fields or longer ones than may be parsed.
+
+    message_type: its Descriptor. What isn't a message at all is left for the parser to say.
+    """
+    count, sizes = 0, Counter[str]()
+    todo = [(0, len(data), message_type, "")]
+    try:
+        while todo:
+            at, end, kind, name = todo.pop()
+            while at < end:
+                count += 1
+                if count > MAX_FIELDS:
+                    raise InvalidRequest(name or kind.name, f"has more than {MAX_FIELDS} values and messages in it")
+                tag, at = _varint(data, at)
+                wire = tag & 7
+                if wire == _BYTES:
+                    size, at = _varint(data, at)
+                    field = kind.fields_by_number.get(tag >> 3) if kind is not None else None
+                    inner = name if field is None or kind.name == _OUTER else f"{name}.{field.name}".lstrip(".")
+                    if field is not None and field.message_type is not None:
+                        todo.append((at, min(at + size, end), field.message_type, inner))
+                    else:
+                        sizes[inner] += size
+                        most = MAX_TEXT_BYTES if field is None or field.type in _TEXT else MAX_NUMBERS_BYTES
+                        if sizes[inner] > most:
+                            raise InvalidRequest(inner, f"has {sizes[inner]} bytes; at most {most} are taken")
+                    at += size
+                elif wire == _VARINT:
+                    _, at = _varint(data, at)
+                else:
+                    at += {_FIXED64: 8, _FIXED32: 4}.get(wire, 0)
+    except IndexError:
+        return
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at `at`, and where the next one begins. Raises IndexError where the data ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError

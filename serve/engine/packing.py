@@ -1,0 +1,131 @@
+"""From what the scheduler gave each request to the arrays of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serve.engine.config import EngineConfig
+from serve.engine.plan import FROM_DEVICE, PADDING, SAMPLING, PlanArrays, StepPlan, plan_size, split_plan
+from serve.engine.request import Request
+
+
+@dataclass(eq=False)
+class Work:
+    """Tokens that a step computes for a request: [start, start + count)."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def draws(self) -> bool:
+        """Whether a token is drawn after this: after the last known one, unless more of the prompt is to come."""
+        return self.start + self.count >= self.request.length
+
+    def blocks(self, size: int) -> Iterator[tuple[int, int]]:
+        """Cuts a chunk into (start, count) of at most `size`."""
+        for start in range(self.start, self.start + self.count, size):
+            yield start, min(size, self.start + self.count - start)
+
+
+@dataclass(eq=False)
+class Step:
+    """What a step computes: requests with a single token, and requests with blocks of their prompt."""
+
+    singles: list[Work] = field(default_factory=list)
+    chunks: list[Work] = field(default_factory=list)
+    blocks: int = 0
+
+    def drop(self, request: Request, block_size: int) -> None:
+        """Takes out what was scheduled for `request`."""
+        self.singles = [work for work in self.singles if work.request is not request]
+        self.chunks = [work for work in self.chunks if work.request is not request]
+        self.blocks = sum(-(-work.count // block_size) for work in self.chunks)
+
+
+_Draw = tuple[int, int, Request]
+"""(row of the head, index on the token axis of the last known token, request)"""
+
+
+class RequestFault(Exception):
+    """Packing failed on this request's account; the cause is the error. No request has been changed."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(request.id)
+        self.request = request
+
+
+class Packer:
+    """Writes steps as plans. Keeps what is the same in every step of the request that has a slot."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """config: resolved."""
+        self._config = config
+        self.tables = np.zeros((config.max_sequences, config.pages_per_sequence), np.int32)
+        """Each slot's pages"""
+        self.sampling = np.zeros((config.max_sequences, SAMPLING.stop - SAMPLING.start), np.int32)
+        """Each slot's `sampling_words`"""
+
+    def pack(self, step: Step) -> StepPlan:
+        """The step as arrays; counts the tokens that it draws. Raises RequestFault."""
+        bucket = self._config.bucket(len(step.singles), step.blocks)
+        per_sequence = self._config.pages_per_sequence
+        packed = np.zeros(plan_size(bucket, per_sequence), np.int32)
+        arrays = split_plan(packed, bucket, per_sequence)
+        arrays.positions[:] = PADDING
+        arrays.sample_slot[:] = self._config.max_sequences
+        plan = StepPlan(bucket, packed)
+        draws = self._pack_singles(arrays, step.singles)
+        block = 0
+        for work in step.chunks:
+            try:
+                block, last = self._pack_chunk(arrays, bucket.rows, block, work)
+            except Exception as error:
+                raise RequestFault(work.request) from error
+            if work.draws:
+                draws.append((bucket.rows + block - 1, last, work.request))
+        self._pack_samples(arrays, draws)
+        plan.samples = [(row, request) for row, _, request in draws]
+        plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
+        return plan
+
+    def _pack_singles(self, arrays: PlanArrays, singles: list[Work]) -> list[_Draw]:
+        """All rows at once: an assignment to an array costs as much for one number as for all of them."""
+        count, requests = len(singles), [work.request for work in singles]
+        slots = [request.slot for request in requests]
+        arrays.tokens[:count] = [
+            work.request.tokens[work.start] if work.start < len(work.request.tokens) else FROM_DEVICE
+            for work in singles
+        ]
+        arrays.positions[:count] = [work.start for work in singles]
+        arrays.row_slot[:count] = slots
+        arrays.tables[:count] = self.tables[slots]
+        arrays.long[:count] = [request.long for request in requests]
+        return [(row, row, work.request) for row, work in enumerate(singles) if work.draws]
+
+    def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:
+        """Writes a chunk from `block` on. The block after it, and where on the token axis its last token lies."""
+        size, last = self._config.block_size, 0
+        for start, count in work.blocks(size):
+            first = rows + block * size
+            arrays.tokens[first : first + count] = work.request.tokens[start : start + count]
+            arrays.positions[first : first + count] = np.arange(start, start + count)
+            arrays.tables[rows + block] = self.tables[work.request.slot]
+            arrays.long[rows + block] = work.request.long
+            block, last = block + 1, first + count - 1
+        return block, last
+
+    def _pack_samples(self, arrays: PlanArrays, draws: list[_Draw]) -> None:
+        for _, _, request in draws:
+            if not request.may_grow:
+                raise RequestFault(request) from AssertionError(f"{request.id} would draw more than it may have")
+        rows, slots = [row for row, _, _ in draws], [request.slot for _, _, request in draws]
+        arrays.sample_token[rows] = [token for _, token, _ in draws]
+        arrays.sample_slot[rows] = slots
+        for part, words in zip(arrays[SAMPLING], self.sampling[slots].T, strict=True):
+            part[rows] = words
+        for _, _, request in draws:
+            request.unread += 1

@@ -1,0 +1,202 @@
+"""Nothing that a request brings may hold up the others: the event loop, which every stream hangs on, is measured while
+the largest requests come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from isthmus import Client, generate_request
+from isthmus.v1 import control_pb2
+from isthmus.v1 import inference_pb2 as pb
+from serve.api.validation import MAX_TOKENS
+from tests.serve.api.harness import NETWORK, PATIENCE, RunningServer
+
+HOLD_SECONDS = 0.020
+"""The longest that anything may keep the loop or the interpreter"""
+TRIES = 6
+"""The best counts: other processes of the machine can only make it longer"""
+
+INVALID, OK = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OK
+INFERENCE, CONTROL = "/isthmus.v1.InferenceService/", "/isthmus.v1.ControlService/"
+MIB = 1 << 20
+ENDLESS = {"style": "endless"}
+PROSE = "Nothing in it may keep the loop for longer than that. "
+
+
+def _template_arguments(entries: int) -> bytes:
+    request = pb.GenerateRequest()
+    request.messages.messages.add(role="user", content="a")
+    request.messages.template_arguments.update({f"{i}": i for i in range(entries)})
+    return request.SerializeToString()
+
+
+def _endless() -> bytes:
+    return generate_request([{"role": "user", "content": "a"}], template_arguments=ENDLESS).SerializeToString()
+
+
+def _of_messages(body: bytes) -> bytes:
+    """A GenerateRequest whose messages are `body`."""
+    return pb.GenerateRequest(messages=pb.Messages()).SerializeToString()[:1] + _varint(len(body)) + body
+
+
+def _varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def _chat(turns: int, content: str) -> bytes:
+    messages = [pb.ChatMessage(role="user", content=content)] * turns
+    return pb.GenerateRequest(messages=pb.Messages(messages=messages)).SerializeToString()
+
+
+CASES: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
+    "a prompt of 4 MB": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(text=(PROSE * 80_000)[:4_000_000]).SerializeToString(),
+        INVALID,
+        "text",
+    ),
+    "a prompt of 8 MB": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(text="é" * (4 * MIB)).SerializeToString(),
+        INVALID,
+        "text",
+    ),
+    "a prompt that might fit, and doesn't": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(text=("a b c " * MIB)[: 12 * NETWORK.context_length]).SerializeToString(),
+        INVALID,
+        "text",
+    ),
+    "a prompt of 2 million ids": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * (2 * MIB))).SerializeToString(),
+        INVALID,
+        "token_ids.ids",
+    ),
+    "2 million ids to stop at": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(text="a", stop=pb.StopConditions(token_ids=[1] * (2 * MIB))).SerializeToString(),
+        INVALID,
+        "stop.token_ids",
+    ),
+    "ids in many rows": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * MIB)).SerializeToString() * 12,
+        INVALID,
+        "token_ids.ids",
+    ),
+    "a thousand messages of 3 kB": (INFERENCE + "Generate", lambda: _chat(1024, PROSE * 60), INVALID, "messages"),
+    "a thousand messages of 50 B": (INFERENCE + "Generate", lambda: _chat(1024, PROSE), INVALID, "messages"),
+    "a template without an end": (INFERENCE + "Generate", _endless, INVALID, "messages"),
+    "two million empty messages": (
+        INFERENCE + "Generate",
+        lambda: _of_messages(b"\x0a\x00" * (2 * MIB)),
+        INVALID,
+        "messages",
+    ),
+    "300,000 template arguments": (
+        INFERENCE + "Generate",
+        lambda: _template_arguments(300_000),
+        INVALID,
+        "messages.template_arguments",
+    ),
+    "7 million unknown fields": (INFERENCE + "Generate", lambda: b"\x78\x01" * (7 * MIB), INVALID, "GenerateRequest"),
+    "4 MB to tokenize": (
+        INFERENCE + "Tokenize",
+        lambda: pb.TokenizeRequest(text=(PROSE * 80_000)[:4_000_000]).SerializeToString(),
+        INVALID,
+        "text",
+    ),
+    "400 kB to tokenize": (
+        INFERENCE + "Tokenize",
+        lambda: pb.TokenizeRequest(text=(PROSE * 80_000)[: 400 << 10]).SerializeToString(),
+        OK,
+        "",
+    ),
+    "2 million ids to detokenize": (
+        INFERENCE + "Detokenize",
+        lambda: pb.DetokenizeRequest(token_ids=[1] * (2 * MIB)).SerializeToString(),
+        INVALID,
+        "token_ids",
+    ),
+    "the most ids to detokenize": (
+        INFERENCE + "Detokenize",
+        lambda: pb.DetokenizeRequest(token_ids=[65] * MAX_TOKENS).SerializeToString(),
+        OK,
+        "",
+    ),
+    "a million empty ids to cancel": (
+        CONTROL + "Cancel",
+        lambda: control_pb2.CancelRequest(request_ids=[""] * MIB).SerializeToString(),
+        INVALID,
+        "",
+    ),
+    "bytes that are no message": (INFERENCE + "Generate", lambda: b"\xff" * (8 * MIB), INVALID, ""),
+}
+
+
+class Heartbeat:
+    """How late the loop comes back to a coroutine that sleeps for a millisecond. What the machine gave to others in
+    that time doesn't count: a gap is no longer than the processor time that this process took in it."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+
+    def longest_gap(self, work: Callable[[], object]) -> float:
+        """Seconds, while `work` runs."""
+        gaps, beating = [0.0], True
+
+        async def beat() -> None:
+            last = time.perf_counter(), time.process_time()
+            while beating:
+                await asyncio.sleep(0.001)
+                now = time.perf_counter(), time.process_time()
+                gaps.append(min(now[0] - last[0] - 0.001, now[1] - last[1]))
+                last = now
+
+        beats = asyncio.run_coroutine_threadsafe(beat(), self._server._loop)
+        try:
+            work()
+        finally:
+            beating = False
+            beats.result(PATIENCE)
+        return max(gaps)
+
+
+@pytest.fixture(scope="module")
+def heartbeat(chat_server: RunningServer) -> Heartbeat:
+    return Heartbeat(chat_server)
+
+
+def send(client: Client, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
+    """Bytes as they are, so that building and reading messages takes nothing of this process."""
+    try:
+        client.channel.unary_unary(method)(data, timeout=PATIENCE)
+    except grpc.RpcError as error:
+        return error.code(), error.details()
+    return OK, ""
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_request_holds_up_the_others(case: Any, chat_server: RunningServer, heartbeat: Heartbeat) -> None:
+    method, build, code, said = case
+    data = build()
+    gaps = []
+
+    def call() -> None:
+        with chat_server.client() as client:
+            answer = send(client, method, data)
+        assert answer[0] == code and answer[1].startswith(said), answer
+
+    while len(gaps) < TRIES and min(gaps, default=1.0) > HOLD_SECONDS / 2:
+        gaps.append(heartbeat.longest_gap(call))
+    assert min(gaps) < HOLD_SECONDS, f"the loop stood still for {min(gaps) * 1000:.0f} ms"

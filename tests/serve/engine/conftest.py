@@ -1,0 +1,24 @@
+"""One small executor, compiled once for the tests of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from jax.sharding import Mesh
+
+from tests.serve.engine.harness import CONFIG, ENGINE, HookedExecutor
+from tests.support import random_params
+
+
+@pytest.fixture(scope="module")
+def compiled(mesh: Mesh) -> HookedExecutor:
+    executor = HookedExecutor(CONFIG, ENGINE, random_params(CONFIG, mesh), mesh, CONFIG.vocab_size)
+    executor.compile()
+    return executor
+
+
+@pytest.fixture
+def executor(compiled: HookedExecutor) -> Iterator[HookedExecutor]:
+    yield compiled
+    compiled.hook = lambda: None

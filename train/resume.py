@@ -1,0 +1,82 @@
+"""What a run needs to go on: its settings, in train.json, and which of them may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from model.checkpoint import FOLDER, Checkpoints
+from model.config import ConfigError
+from train.config import TrainConfig, check_resumable
+from train.optimizer import first_difference
+
+FILE = "train.json"
+
+
+def load_saved(folder: Path) -> TrainConfig:
+    """The settings of the run in `folder`. Raises ConfigError when they can't be read."""
+    path = folder / FILE
+    if not path.is_file():
+        raise ConfigError(f"out: there is no run to resume in {folder}")
+    try:
+        return TrainConfig.from_json(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"out: {path} can't be read as a run's settings: {error}") from None
+
+
+def save_settings(config: TrainConfig, folder: Path) -> None:
+    """Writes train.json whole or not at all."""
+    path = folder / FILE
+    temporary = path.with_name(f"{FILE}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(config.to_json())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def resolve_resume(config: TrainConfig) -> TrainConfig:
+    """`config` with what it resumes filled in. Raises ConfigError for a folder that has a run where none is resumed,
+    or none where one is, and for a setting that would make it another run."""
+    if not config.resume:
+        if (config.out / FILE).exists():
+            raise ConfigError(f"out: {config.out} holds a run already; go on with --resume or name another --out")
+        return config
+    saved = load_saved(config.out)
+    asked = config if config.data else dataclasses.replace(config, data=saved.data)
+    check_resumable(saved, asked)
+    if asked.steps != saved.steps:
+        _check_steps(saved, config.out, asked.steps)
+    return asked
+
+
+def _check_steps(saved: TrainConfig, out: Path, steps: int) -> None:
+    """Raises ConfigError unless a run of `steps` would have done the same until now, learning rate by learning rate."""
+    done = _newest_step(out)
+    change = f"steps can't change from {saved.steps} to {steps} on --resume"
+    if steps < done:
+        raise ConfigError(f"{change}: {done} are done")
+    same = first_difference(saved.optimizer, saved.steps, steps, done)
+    if same is None:
+        return
+    if saved.optimizer.schedule == "cosine":
+        raise ConfigError(
+            f"{change}: a cosine schedule's learning rates depend on the number of steps. Start a new run with another "
+            "--out; one with --optimizer.schedule wsd can be lengthened until its rate decays"
+        )
+    raise ConfigError(
+        f"{change}: the newest checkpoint is of step {done}, and the learning rates of both runs are the same up to "
+        f"step {same} only. Start a new run with another --out"
+    )
+
+
+def _newest_step(out: Path) -> int:
+    """Of the checkpoints in `out`; 0 where there is none."""
+    if not (out / FOLDER).is_dir():
+        return 0
+    checkpoints = Checkpoints(out)
+    try:
+        return checkpoints.latest() or 0
+    finally:
+        checkpoints.close()
