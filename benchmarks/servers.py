@@ -31,17 +31,8 @@ class Served:
 
 def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig) -> list[str]:
     """The command line of `isthmus serve` for these settings, on a free port of the loopback."""
-    flags = [
-        "--model",
-        str(model),
-        "--port",
-        "0",
-        "--tp",
-        str(tp),
-        "--dtype",
-        dtype or "auto",
-        "--report-cached-tokens",
-    ]
+    flags = ["--model", str(model), "--port", "0", "--tp", str(tp), "--dtype", dtype or "auto"]
+    flags.append("--report-cached-tokens")
     for item in dataclasses.fields(engine):
         name, value = item.name.replace("_", "-"), getattr(engine, item.name)
         if isinstance(value, bool):

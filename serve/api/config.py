@@ -97,7 +97,9 @@ class ServeConfig:
             # gRPC would say no more than that it can't listen.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, _no_passphrase)
         except (OSError, ValueError) as error:  # SSLError is an OSError
-            raise ConfigError(f"tls_cert={self.tls_cert}, tls_key={self.tls_key} can't be used: {error}") from None
+            raise ConfigError(
+                f"tls_cert={self.tls_cert}, tls_key={self.tls_key} must be a certificate and its key in PEM: {error}"
+            ) from None
         return pair
 
     def read_token(self) -> str | None:

@@ -17,6 +17,9 @@ from serve.api.session import Session
 from serve.api.validation import build_request, detokenized, prompt_ids, tokenized
 from serve.engine.request import FinishReason, InvalidRequest, Output, Request
 
+MOST_AT_ONCE = 512
+"""Tokens that are decoded in a row, for a client that has read nothing for long: about 3 ms"""
+
 _REASONS = {
     FinishReason.EOS: pb.FINISH_REASON_EOS,
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
@@ -114,7 +117,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         ended = False
         while not ended:
             outputs = [await queue.get()]
-            while not queue.empty():
+            while not queue.empty() and len(outputs) < MOST_AT_ONCE:
                 outputs.append(queue.get_nowait())
             last = outputs[-1]
             ended = last.finish_reason is not None

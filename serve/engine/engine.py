@@ -250,10 +250,11 @@ class Engine:
             elif message.request.finish_reason is None:  # else it has ended since, or is cancelled twice
                 self.scheduler.finish(message.request, FinishReason.CANCELLED)
                 cancelled.append(Output(message.request, None, FinishReason.CANCELLED))
-        if cancelled:
-            self._deliver(cancelled)
+        self._deliver(cancelled)
 
     def _deliver(self, outputs: list[Output]) -> None:
+        if not outputs:
+            return
         now = time.perf_counter()
         for output in outputs:
             request = output.request
@@ -269,5 +270,4 @@ class Engine:
                 self._cancelled.discard(request)
                 if self._live.get(request.id) is request:
                     del self._live[request.id]
-        if outputs:
-            self._sink(outputs)
+        self._sink(outputs)
