@@ -7,13 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from model.config import RopeScaling
 from model.huggingface.fields import Fields
 
 _KINDS = ("default", "linear", "llama3", "yarn", "longrope")
-_OLD_NAMES = {"su": "longrope"}
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -32,7 +32,7 @@ class Rope:
         length before."""
         if self.scaling.kind != "yarn":
             return published
-        return max(published, min(int(self.scaling.original_context * self.scaling.factor), (1 << 31) - 1))
+        return max(published, int(min(self.scaling.original_context * self.scaling.factor, (1 << 31) - 1)))
 
 
 def read_rope(
@@ -43,7 +43,7 @@ def read_rope(
     partial: bool = False,
     default: Mapping[str, Any] | None = None,
     kinds: tuple[str, ...] = _KINDS,
-    old_names: Mapping[str, str] = _OLD_NAMES,
+    old_names: Mapping[str, str] = MappingProxyType({}),
     original: int | None = None,
 ) -> Rope:
     """One rope for all layers.
@@ -89,7 +89,10 @@ def _partial_rotary(fields: Fields, rope: Fields, partial: bool) -> float:
 
 
 def read_scaling(
-    rope: Fields, context: int, kinds: tuple[str, ...] = _KINDS, old_names: Mapping[str, str] = _OLD_NAMES
+    rope: Fields,
+    context: int,
+    kinds: tuple[str, ...] = _KINDS,
+    old_names: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[RopeScaling, float]:
     """The scaling in `rope`, and its mscale_all_dim."""
     kind = rope.raw("rope_type", rope.raw("type", "default"))

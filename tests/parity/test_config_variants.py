@@ -61,7 +61,7 @@ REFUSED = {
 """What transformers takes and we don't, and why: mostly fields of other families that it passes over"""
 
 FLAT = ("theta inside", "new without", "new llama3", "kind null", "old word null", "linear", "llama3", "yarn",
-        "rotary null inside", "old linear, old word", "two kinds", "su")  # fmt: skip
+        "rotary null inside", "old linear, old word", "two kinds", "su", "default, original")  # fmt: skip
 """Gemma 3's two ropes lie one level deeper, and transformers passes over what doesn't: we refuse it"""
 
 TAKEN = {

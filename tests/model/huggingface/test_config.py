@@ -193,6 +193,7 @@ def test_a_command_says_once_what_was_passed_over(tmp_path: Path, capsys: pytest
         (163840, {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}, 163840),
         (131072, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}, 131072),
         (131072, {"rope_type": "linear", "factor": 8.0}, 131072),
+        (32768, {"type": "yarn", "factor": 1e300}, (1 << 31) - 1),
         (32768, None, 32768),
     ],
 )
