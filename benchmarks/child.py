@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from model.signals import cleaning
 
 
 class BenchError(RuntimeError):
@@ -26,6 +29,8 @@ class Child:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
+        self._guard = contextlib.ExitStack()
+        self._guard.enter_context(cleaning(self._process.kill))
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         """Calls the child's handler of that name and waits. Raises BenchError when it fails or has died."""
@@ -56,6 +61,7 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.close()
         stop(self._process)
+        self._guard.close()
 
     def __enter__(self) -> Child:
         return self

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.child import BenchError, stop, tail
 from model.config import Dtype
+from model.signals import cleaning
 from serve.engine.config import EngineConfig
 
 START_SECONDS = 1800.0
@@ -48,7 +49,8 @@ def served(flags: list[str], log: Path) -> Iterator[Served]:
         command = [sys.executable, "-m", "commands.main", "serve", *flags]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
-        yield Served(_wait_for_address(process, log))
+        with cleaning(process.terminate):
+            yield Served(_wait_for_address(process, log))
     finally:
         stop(process, 60.0, signal.SIGTERM)
 

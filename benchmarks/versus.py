@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -27,6 +26,7 @@ from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question, w
 from benchmarks.statistics import median, number
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
+from model.signals import temporary_folder
 
 MAX_SEQUENCES = 32
 """That every engine is loaded for, as a server would be, whatever a cell asks"""
@@ -257,13 +257,13 @@ def run(bench: PeersBench, console: Console) -> Record:
     limits = [machine_limits()]
     total = len(stacks) * (1 + len(bench.cells) * (1 + bench.repeats))
     with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as name,
+        temporary_folder("isthmus-bench-") as folder,
         progress_bar(console, "peers", total) as tick,
         ExitStack() as children,
     ):
         piece = _Run(bench, config, console, tick)
         for stack in stacks:
-            piece.load(stack, children, Path(name) / f"{stack.name}.log")
+            piece.load(stack, children, folder / f"{stack.name}.log")
         piece.warm_up()
         for turn in range(bench.repeats):
             piece.repeat(turn)

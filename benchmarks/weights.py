@@ -10,7 +10,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import jax
@@ -32,6 +31,7 @@ from model.huggingface.fields import Fields
 from model.huggingface.files import INDEX, TensorFiles
 from model.huggingface.load import leaves_of, load_params, parts_of, path_name
 from model.sharding import MeshShape, build_mesh
+from model.signals import temporary_folder
 from model.transformer import abstract_params
 
 
@@ -57,10 +57,10 @@ def run(config: WeightsBench, console: Console) -> Record:
     """Raises ConfigError for a folder that can't be read."""
     if config.model is not None:
         return _measure(config, config.model, config.model.resolve().name, console)
-    with TemporaryDirectory() as temporary:
+    with temporary_folder("isthmus-bench-") as temporary:
         model = as_served(preset(config.preset, config.vocab_size))
-        write_random(Path(temporary), model)
-        return _measure(config, Path(temporary), config.preset, console)
+        write_random(temporary, model)
+        return _measure(config, temporary, config.preset, console)
 
 
 def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:

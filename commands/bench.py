@@ -86,7 +86,8 @@ def main(argv: Sequence[str]) -> int:
             for path in report.write_report(results_folder(command.out)):
                 console.print(f"wrote {path}", highlight=False)
             return 0
-        enable_compilation_cache()
+        if warning := enable_compilation_cache():
+            console.print(warning, style="yellow", markup=False)
         _measure(command, console)
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)

@@ -9,16 +9,14 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial as partial_call
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from commands.quality import WINDOW, QualityError, compare, predictions, windows
+from commands.quality import WINDOW, QualityError, compare, predictions, spilled, windows
 from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError, LoraConfig
 from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
@@ -28,8 +26,10 @@ from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
 from model.matrices import pack_params, place_matrices
 from model.ops.cpu import library
+from model.progress import Stages, stages
 from model.quantization import SCHEMES, formats, quantize_params
 from model.sharding import MeshShape, build_mesh
+from model.signals import cleaning, remove
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
 from train.config import DataConfig
@@ -84,11 +84,11 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"{config.source} is quantized: convert the model that it was made from")
     if kind == "auto":
         kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
-    with _appearing(config.target) as partial, _progress(console) as progress:
+    with _appearing(config.target) as partial, stages(console) as shown:
         if kind == "huggingface":
-            _to_huggingface(config, folder, partial, progress)
+            _to_huggingface(config, folder, partial, shown)
         else:
-            _to_isthmus(folder, partial, progress)
+            _to_isthmus(folder, partial, shown)
     _report(config, folder, console)
 
 
@@ -96,19 +96,14 @@ def convert(config: ConvertConfig, console: Console) -> None:
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder to write to, which takes its own name once all is written."""
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    remove(partial)
+    with cleaning(lambda: remove(partial)):
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            partial.rename(target)
+        finally:
+            remove(partial)
 
 
 def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -118,16 +113,16 @@ def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> Non
     )
 
 
-def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, progress: Progress) -> None:
+def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, shown: Stages) -> None:
     from model.huggingface.export import weight_bytes, write_weights
 
     family, values = _published(folder)
     dtypes = _dtypes(config.dtype, folder)
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
-    params = _read(plain, progress)
-    writing = progress.add_task("writing", total=weight_bytes(plain.config, family, dtypes))
+    params = _read(plain, shown)
+    writing = shown.begin("writing", weight_bytes(plain.config, family, dtypes))
     limit = int(config.max_shard_gb * 1e9)
-    write_weights(target, family, plain.config, params, dtypes, limit, lambda size: progress.advance(writing, size))
+    write_weights(target, family, plain.config, params, dtypes, limit, writing.advance)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": stored[dtypes[""]]}
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -160,9 +155,9 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
     return json.loads(kept.read_text()) if kept.is_file() else {"": "F32"}
 
 
-def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:
+def _to_isthmus(folder: ModelFolder, target: Path, shown: Stages) -> None:
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
-    _write_isthmus(plain, _read(plain, progress), target)
+    _write_isthmus(plain, _read(plain, shown), target, shown)
 
 
 def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -176,21 +171,19 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
     chosen = formats(plain.config, rules).values()
     kind = "int4" if any(each.bits == 4 for each in chosen) else "int8"
     texts = windows(_sample_text(config, folder), plain.config, config.windows)
-    with _appearing(config.target) as partial, _progress(console) as progress:
-        params = _read(plain, progress)
-        comparing = progress.add_task("comparing", total=2 * len(texts))
-        tick = partial_call(progress.advance, comparing)
-        original = []
-        for each in predictions(plain.config, params, texts):
-            original.append(each)
-            tick()
-        quantizing = progress.add_task("quantizing", total=None)
-        quantize_params(plain.config, params, rules, lambda size: progress.advance(quantizing, size))
-        quality = compare(iter(original), predictions(plain.config, _as_served(plain, params), texts), texts, tick)
+    with _appearing(config.target) as partial, stages(console) as shown:
+        params = _read(plain, shown)
+        predicting = shown.begin("predicting with the original", len(texts), "windows")
+        with spilled(predictions(plain.config, params, texts), partial, predicting.advance) as original:
+            quantizing = shown.begin("quantizing", None)
+            quantize_params(plain.config, params, rules, quantizing.advance)
+            comparing = shown.begin("comparing with the original", len(texts), "windows")
+            quantized = predictions(plain.config, _as_served(plain, params), texts)
+            quality = compare(original, quantized, texts, comparing.advance)
         console.print(f"{kind}: {quality.text()}", highlight=False)
         if not config.force:
             quality.check(kind)
-        _write_isthmus(plain.with_config(quantization=rules), params, partial)
+        _write_isthmus(plain.with_config(quantization=rules), params, partial, shown)
     _report(config, folder, console)
 
 
@@ -213,7 +206,8 @@ def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
     return tokens
 
 
-def _write_isthmus(folder: ModelFolder, params: Params, target: Path) -> None:
+def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:
+    shown.begin("writing", sum(array.nbytes for array in jax.tree.leaves(params)))
     checkpoints = Checkpoints(target)
     checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()
@@ -224,11 +218,10 @@ def _write_isthmus(folder: ModelFolder, params: Params, target: Path) -> None:
         (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(TensorFiles(folder.path)), indent=2) + "\n")
 
 
-def _read(folder: ModelFolder, progress: Progress) -> Params:
-    reading = progress.add_task("reading", total=folder.nbytes or None)
-    params = folder.load_params(build_mesh(MeshShape()), None, lambda size: progress.advance(reading, size))
-    size = folder.nbytes or sum(array.nbytes for array in jax.tree.leaves(params))
-    progress.update(reading, total=size, completed=size)
+def _read(folder: ModelFolder, shown: Stages) -> Params:
+    reading = shown.begin("reading", folder.nbytes or None)
+    params = folder.load_params(build_mesh(MeshShape()), None, reading.advance)
+    reading.finish()
     return params
 
 

@@ -24,6 +24,7 @@ from benchmarks.child import BenchError
 from benchmarks.servers import served
 from isthmus.client import Client, finish_reason_name
 from model.config import ConfigError, ModelConfig
+from model.progress import working
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.documents import is_heldout, read_documents
 from train.loop import Report, train
@@ -214,7 +215,7 @@ def run(config: DemoConfig, console: Console) -> None:
     flags = ["--model", str(config.out), "--port", "0", "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
     log = config.out / "serve.log"
     with contextlib.ExitStack() as stack:
-        with console.status("isthmus serve: compiling"):
+        with working(console, "isthmus serve: compiling"):
             server = stack.enter_context(served(flags, log))
         console.print(log.read_text().strip(), highlight=False)
         console.rule("generate")

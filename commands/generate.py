@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from model.signals import interrupts_raised
+
+if TYPE_CHECKING:
+    import grpc
 
 HELP = """Completes a prompt and prints the text as it comes.
 
@@ -53,6 +58,20 @@ class GenerateConfig:
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
         return {name: getattr(self, name) for name in names}
 
+    def read_token(self) -> str | None:
+        """Raises ConfigError when the file can't be read."""
+        from model.config import ConfigError
+
+        if self.auth_token_file is None:
+            return None
+        try:
+            token = self.auth_token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"auth_token_file: {self.auth_token_file}: {error}") from None
+        if not token or not token.isascii() or not token.isprintable():
+            raise ConfigError(f"auth_token_file: {self.auth_token_file} must hold one line of printable ASCII")
+        return token
+
     def validate(self) -> None:
         """Raises ConfigError."""
         from model.config import ConfigError
@@ -67,8 +86,7 @@ class GenerateConfig:
 def _on_server(config: GenerateConfig) -> Iterator[Complete]:
     from isthmus.client import Client
 
-    token = config.auth_token_file.read_text().strip() if config.auth_token_file else None
-    with Client(config.address, token=token) as client:
+    with Client(config.address, token=config.read_token()) as client:
 
         def complete(prompt: Prompt) -> Generator[str, None, None]:
             for event in client.stream(prompt, **config.options()):
@@ -83,15 +101,20 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     """Through the same validation and engine as a server's, of one sequence."""
     from queue import SimpleQueue
 
+    from rich.console import Console
+
     from isthmus.client import generate_request
     from model.compilation import enable_compilation_cache
+    from model.progress import working
     from model.sharding import MeshShape
     from serve.api.validation import build_request, prompt_ids
     from serve.engine.build import build_engine, open_model
     from serve.engine.config import EngineConfig
     from serve.engine.request import FinishReason, Output
 
-    enable_compilation_cache()
+    console = Console(stderr=True, soft_wrap=True)
+    if warning := enable_compilation_cache():
+        console.print(warning, style="yellow", markup=False)
     model = open_model(folder)
 
     def take(batch: list[Output]) -> None:
@@ -118,7 +141,8 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
         finally:
             engine.cancel(request)
 
-    engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take)
+    with working(console, "loading") as show:
+        engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take, show)
     engine.start()
     try:
         yield complete
@@ -127,10 +151,25 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 
 
 def _print(prompt: str, complete: Complete) -> None:
-    print(prompt, end="", flush=True)
+    """The prompt comes with the first of what follows it: a call that fails has printed nothing."""
+    unsaid = prompt
     for piece in complete(prompt):
-        print(piece, end="", flush=True)
-    print()
+        print(unsaid + piece, end="", flush=True)
+        unsaid = ""
+    print(unsaid)
+
+
+def _hint(error: grpc.RpcError) -> str:
+    """What to do. Every status that a server of ours sends has details, in the metadata that ends a call."""
+    import grpc
+
+    if error.trailing_metadata():
+        return ""
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return "; is a server running there? isthmus serve --model DIR"
+    if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return "; is it another server's port?"
+    return ""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -147,20 +186,16 @@ def main(argv: Sequence[str]) -> int:
         prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
         with _on_folder(config, config.model) if config.model else _on_server(config) as complete:
             if config.chat:
-                chat(complete, prompt, config.system)
+                with interrupts_raised() if sys.stdin.isatty() else nullcontext():
+                    chat(complete, prompt, config.system)
             else:
                 _print(prompt or "", complete)
     except grpc.RpcError as error:
-        hint = (
-            "; is a server running there? isthmus serve --model DIR"
-            if error.code() == grpc.StatusCode.UNAVAILABLE
-            else ""
-        )
-        print(
-            f"\nisthmus generate: {config.address}: {error.code().name}: {error.details()}{hint}",
-            file=sys.stderr,
-        )
+        reason = f"{error.code().name}: {error.details()}{_hint(error)}"
+        print(f"\nisthmus generate: {config.address}: {reason}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # nobody reads any more: commands/main.py ends the process
+        raise
     except (ConfigError, CheckpointError, InvalidRequest, OSError, ValueError) as error:
         print(f"\nisthmus generate: {error}", file=sys.stderr)
         return 2

@@ -12,8 +12,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from model.cache_folder import CacheError
 from model.ops.cpu import library
 from model.ops.cpu.library import KernelError
+from model.progress import working
 
 HELP = """Compiles the CPU's kernels ahead of time, and shows which there are.
 
@@ -47,7 +49,7 @@ Command = Annotated[Build, tyro.conf.subcommand("build")] | Annotated[List, tyro
 
 def build(config: Build, console: Console) -> int:
     folder = library.shared_folder() if config.shared else library.user_folder()
-    with console.status("compiling the kernels"):
+    with working(console, "compiling the kernels"):
         made = library.build(folder, config.march)
     console.print(f"{made.path}", highlight=False)
     if not made.runs_here:
@@ -80,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     command = tyro.cli(Command, args=list(argv), description=HELP, prog="isthmus kernels")  # type: ignore[arg-type]
     try:
         return build(command, console) if isinstance(command, Build) else show(console)
-    except KernelError as error:
+    except (KernelError, CacheError) as error:
         console.print(f"isthmus kernels: {error}", style="red", markup=False)
         return 2
 

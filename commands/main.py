@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from model.memory import keep_heap
+from model.process import run
 
 COMMANDS = {
     "train": ("train.cli", "train a transformer on text"),
@@ -25,8 +25,13 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the process's exit status: 0 done, 1 failed, 2 asked for something that can't work."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Returns the process's exit status: 0 done, 1 failed, 2 asked for something that can't work, 130 interrupted.
+
+    argv: None is the process's own, which then ends with the command.
+    """
+    if argv is None:
+        return run(lambda: main(sys.argv[1:]))
+    words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -38,7 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"isthmus: there is no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    keep_heap()
     return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
 
 

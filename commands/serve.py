@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from rich.console import Console
 from model.checkpoint import CheckpointError
 from model.compilation import enable_compilation_cache
 from model.config import ConfigError
+from model.progress import working
 from serve.api.config import ServeConfig
 from serve.api.server import Server
 from serve.engine.build import open_model
@@ -29,19 +28,22 @@ examples:
 Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains."""
 
 
+class _Log(Console):
+    """What a server prints. It goes on when nobody reads that any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 async def serve(config: ServeConfig, console: Console) -> int:
-    """Serves until told to stop. Raises ConfigError, CheckpointError, and CancelledError when told while loading."""
+    """Serves until told to stop. Raises ConfigError and CheckpointError."""
     config.validate()
-    enable_compilation_cache(config.compilation_cache)
+    if warning := enable_compilation_cache(config.compilation_cache):
+        console.print(warning, style="yellow", markup=False)
     model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter, quantize=config.quantize)
     server = Server(config, model)
     await server.start()
-    loading = asyncio.current_task()
-    assert loading is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, loading.cancel)
-    with console.status("loading") as status:
-        show = status.update if console.is_terminal else (lambda text: None)
+    with working(console, "loading") as show:
         await server.load(show)
     engine = server.session.engine
     assert engine is not None
@@ -55,7 +57,14 @@ async def serve(config: ServeConfig, console: Console) -> int:
     )
     if reason := engine.executor.without_kernels:
         console.print(f"slower than it could be, without CPU kernels: {reason}", style="yellow", markup=False)
-    if engine.config.context_length < model.config.context_length:
+    if config.quantize != "none":
+        console.print(
+            f"--quantize {config.quantize} changes what the model says; by how much isn't measured here: "
+            f"isthmus convert --quantize {config.quantize} does that",
+            style="yellow",
+            markup=False,
+        )
+    if not config.engine.context_length and engine.config.context_length < model.config.context_length:
         console.print(
             f"context: {engine.config.context_length} of the model's {model.config.context_length} tokens, "
             "what memory has room for; --engine.context-length sets it",
@@ -75,17 +84,13 @@ def main(argv: Sequence[str]) -> int:
     import logging
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    console = Console(soft_wrap=True)
+    console = _Log(soft_wrap=True)
     config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
     try:
         return _run(serve(config, console))
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus serve: {error}", style="red", markup=False)
         return 2
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        console.print("stopped while loading")
-        sys.stdout.flush()
-        os._exit(0)  # a compilation is still running, and can't be joined or interrupted
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from model.memory import keep_heap
+from model.process import run
 
-if __name__ == "__main__":
-    keep_heap()
+
+def _train() -> int:
     from train.cli import main
 
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run(_train))

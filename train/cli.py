@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from train.loop import TrainError, train
         from train.metrics import save_curve
 
-        enable_compilation_cache()
+        if warning := enable_compilation_cache():
+            console.print(warning, style="yellow", markup=False)
         try:
             report = train(config, console)
         except (TrainError, CheckpointError) as error:
