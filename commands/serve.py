@@ -43,8 +43,12 @@ async def serve(config: ServeConfig, console: Console) -> int:
     model = open_model(config.model, config.dtype, merge_adapter=config.merge_adapter, quantize=config.quantize)
     server = Server(config, model)
     await server.start()
-    with working(console, "loading") as show:
-        await server.load(show)
+    try:
+        with working(console, "loading") as show:
+            await server.load(show)
+    except Exception:
+        await server.stop()
+        raise
     engine = server.session.engine
     assert engine is not None
     pages = engine.config.pages - 1
