@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from rich.console import Console
 
 from commands.quality import WINDOW, QualityError, compare, predictions, spilled, windows
 from model.checkpoint import CheckpointError, Checkpoints
+from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig
-from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
@@ -244,7 +244,3 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"isthmus convert: {error}", style="red", markup=False)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

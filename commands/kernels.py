@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -85,7 +84,3 @@ def main(argv: Sequence[str]) -> int:
     except (KernelError, CacheError) as error:
         console.print(f"isthmus kernels: {error}", style="red", markup=False)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

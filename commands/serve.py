@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
@@ -49,7 +48,16 @@ async def serve(config: ServeConfig, console: Console) -> int:
     except Exception:
         await server.stop()
         raise
-    engine = server.session.engine
+    _say_what_runs(server, console)
+    if not await server.run():
+        console.print("isthmus serve: the engine has ended on an error; see the log above", style="red")
+        return 1
+    console.print("drained")
+    return 0
+
+
+def _say_what_runs(server: Server, console: Console) -> None:
+    config, model, engine = server.config, server.session.model, server.session.engine
     assert engine is not None
     pages = engine.config.pages - 1
     console.print(
@@ -77,11 +85,6 @@ async def serve(config: ServeConfig, console: Console) -> int:
     for setting in model.generation.ignored:
         console.print(f"generation_config.json: {setting} is not supported and has no effect", style="yellow")
     console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
-    if not await server.run():
-        console.print("isthmus serve: the engine has ended on an error; see the log above", style="red")
-        return 1
-    console.print("drained")
-    return 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -104,7 +107,3 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
     except ImportError:
         return asyncio.run(work)
     return uvloop.run(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

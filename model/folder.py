@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +26,6 @@ from model.quantization import quantizer
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What goes with the weights wherever they go."""
 PUBLISHED_CONFIG = "huggingface.json"
 """In a folder of ours that was fine-tuned from a published one: the config.json of that"""
 
@@ -174,13 +165,6 @@ def _open_model(path: Path, tokenizer_folder: Path) -> ModelFolder:
     elif tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     return ModelFolder(path, config, tokenizer, ChatTemplate.load(path), _generation(path), family)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and generation settings."""
-    for name in TRAVELLING:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

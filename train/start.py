@@ -9,8 +9,9 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
+from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig, ModelConfig
-from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
 from model.hardware import default_dtype
 from model.progress import stages
 from model.transformer import Params

@@ -21,6 +21,7 @@ from serve.api.auth import TokenAuth
 from serve.api.config import ServeConfig
 from serve.api.control import ControlService
 from serve.api.inference import InferenceService
+from serve.api.listen import target
 from serve.api.session import Session
 from serve.engine.build import build_engine
 
@@ -85,9 +86,9 @@ class Server:
         names = (*SERVICES, reflection.SERVICE_NAME, health.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        host = f"[{self.config.host}]" if ":" in self.config.host.strip("[]") else self.config.host
+        address = target(self.config.host, self.config.port)
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{self.config.port}")
+            self.port = self._server.add_insecure_port(address)
         except RuntimeError:
             self.port = 0
         if self.port == 0:
