@@ -9,9 +9,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from commands.main import COMMANDS, main
@@ -98,8 +100,61 @@ def test_serve_without_a_model_says_so(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_generate_says_what_to_do_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a", "--address", "127.0.0.1:1"]) == 1
+    captured = capsys.readouterr()
+    assert "127.0.0.1:1" in captured.err and "isthmus serve" in captured.err and captured.out == ""
+
+
+class Answering(grpc.GenericRpcHandler):
+    """A server that ends every call alike."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, *, ours: bool) -> None:
+        self._end = (code, details)
+        self._metadata = (("grpc-status-details-bin", b""),) if ours else ()
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def end(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            context.set_trailing_metadata(self._metadata)
+            context.abort(*self._end)
+            yield b""
+
+        return grpc.unary_stream_rpc_method_handler(end)
+
+
+@pytest.mark.parametrize(
+    "code, details, ours, hint",
+    [
+        (grpc.StatusCode.UNAVAILABLE, "the model is still loading", True, None),
+        (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", False, "another server's port"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "256 requests wait", True, None),
+    ],
+)
+def test_generate_hints_at_what_can_be(
+    code: grpc.StatusCode, details: str, ours: bool, hint: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told "still loading; is a server running there?" one looks for a fault where there is none."""
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Answering(code, details, ours=ours)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert main(["generate", "what to go on from", "--address", f"127.0.0.1:{port}"]) == 1
+    finally:
+        server.stop(None).wait()
+    captured = capsys.readouterr()
+    assert captured.out == "", "the prompt was printed, though nothing went on from it"
+    assert f"{code.name}: {details}" in captured.err and "isthmus serve" not in captured.err
+    assert hint is None or hint in captured.err
+
+
+@pytest.mark.parametrize("content", [b"", b"two\nlines", b"\xff\xfe", "schl\u00fcssel".encode(), None])
+def test_a_token_file_that_can_not_be_sent_is_named(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token.txt"
+    if content is not None:
+        token.write_bytes(content)
+    assert main(["generate", "a", "--address", "127.0.0.1:1", "--auth-token-file", str(token)]) == 2
     said = capsys.readouterr().err
-    assert "127.0.0.1:1" in said and "isthmus serve" in said
+    assert "auth_token_file" in said and str(token) in said
 
 
 def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
