@@ -48,9 +48,9 @@ TARGET must not exist. It appears when all of it is written."""
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A model folder of either kind, or an adapter"""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to make"""
     to: Literal["auto", "huggingface", "isthmus"] = "auto"
     """auto: the other kind; a merged adapter becomes huggingface"""
@@ -76,6 +76,8 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
+    if config.windows < 1:
+        raise ConfigError(f"windows={config.windows} must be at least 1")
     folder = open_folder(config.source)
     if config.quantize != "none":
         return _quantize(config, folder, console)
@@ -98,7 +100,10 @@ def _appearing(target: Path) -> Iterator[Path]:
     partial = target.with_name(target.name + ".partial")
     remove(partial)
     with cleaning(lambda: remove(partial)):
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"target: {target} can't be made: {error.strerror}") from None
         try:
             yield partial
             partial.rename(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -80,6 +81,12 @@ class GenerateConfig:
             raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
         if self.system is not None and not self.chat:
             raise ConfigError("--system is for --chat")
+        if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
+            raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
+        for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1 << bits:
+                raise ConfigError(f"{name}={value} must be 0 to {(1 << bits) - 1}")
 
 
 @contextmanager
@@ -153,9 +160,14 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 def _print(prompt: str, complete: Complete) -> None:
     """The prompt comes with the first of what follows it: a call that fails has printed nothing."""
     unsaid = prompt
-    for piece in complete(prompt):
-        print(unsaid + piece, end="", flush=True)
-        unsaid = ""
+    try:
+        for piece in complete(prompt):
+            print(unsaid + piece, end="", flush=True)
+            unsaid = ""
+    except Exception:
+        if not unsaid:  # what is said next begins a line
+            print(flush=True)
+        raise
     print(unsaid)
 
 
@@ -192,12 +204,12 @@ def main(argv: Sequence[str]) -> int:
                 _print(prompt or "", complete)
     except grpc.RpcError as error:
         reason = f"{error.code().name}: {error.details()}{_hint(error)}"
-        print(f"\nisthmus generate: {config.address}: {reason}", file=sys.stderr)
+        print(f"isthmus generate: {config.address}: {reason}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # nobody reads any more: commands/main.py ends the process
         raise
     except (ConfigError, CheckpointError, InvalidRequest, OSError, ValueError) as error:
-        print(f"\nisthmus generate: {error}", file=sys.stderr)
+        print(f"isthmus generate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print()

@@ -17,6 +17,7 @@ import grpc
 import pytest
 
 from commands.main import COMMANDS, main
+from tests.model.huggingface.folders import write_folder
 
 ISTHMUS = Path(sys.executable).with_name("isthmus")
 WITHOUT_ARGUMENTS = {"demo"}
@@ -167,6 +168,30 @@ def test_every_command_that_is_listed_exists() -> None:
         assert callable(importlib.import_module(module).main)
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["serve", "--model", "m", "--tp", "0"], "tp=0 must be at least 1"),
+        (["serve", "--model", "m", "--ep", "-1"], "ep=-1 must be at least 1"),
+        (["serve", "--model", "m", "--drain-seconds", "nan"], "drain_seconds=nan must be"),
+        (["convert", "m", "new", "--quantize", "int8", "--windows", "0"], "windows=0 must be at least 1"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or the complaint of something else, before."""
+    assert main(words) == 2
+    assert said in capsys.readouterr().out
+
+
+def test_a_target_that_can_not_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own name, not by that of the folder which becomes it."""
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "new"
+    source = write_folder(tmp_path / "source", "llama3")
+    assert main(["convert", str(source), str(target)]) == 2
+    assert f"target: {target} can't be made: Not a directory" in capsys.readouterr().out.replace("\n", " ")
+
+
 # Chat
 
 CHAT_TEMPLATE = """\
@@ -231,11 +256,26 @@ def test_chat_that_the_template_refuses_says_why(
 
 
 @pytest.mark.parametrize(
-    "words, said", [([], "a prompt is missing"), (["a", "--system", "b"], "--system is for --chat")]
+    "words, said",
+    [
+        ([], "a prompt is missing"),
+        (["a", "--system", "b"], "--system is for --chat"),
+        (["a", "--address", "127.0.0.1"], "address='127.0.0.1' must be HOST:PORT"),
+        (["a", "--address", ""], "address=''"),
+        (["a", "--address", "http://127.0.0.1:50051"], "HOST:PORT"),
+        (["a", "--max-tokens", "-5"], "max_tokens=-5 must be"),
+        (["a", "--max-tokens", "99999999999"], "max_tokens=99999999999 must be"),
+        (["a", "--top-k", "-1"], "top_k=-1 must be"),
+        (["a", "--seed", "-1"], "seed=-1 must be"),
+    ],
 )
-def test_generate_names_what_is_missing(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_names_what_is_missing_or_wrong(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before anything is loaded or called."""
     assert main(["generate", *words]) == 2
-    assert said in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 class Terminal(io.StringIO):

@@ -49,8 +49,11 @@ class ServeConfig:
             raise ConfigError(
                 f"host={self.host} is not loopback: give --auth-token-file, or --insecure if everyone there may use it"
             )
-        if self.drain_seconds < 0:
-            raise ConfigError(f"drain_seconds={self.drain_seconds} must not be negative")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"drain_seconds={self.drain_seconds} must be 0 or more")
+        for name in ("tp", "ep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
     def read_token(self) -> str | None:
         """The auth token. Raises ConfigError when the file can't be read or is empty."""

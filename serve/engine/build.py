@@ -73,8 +73,8 @@ def fit_memory(
             f"engine.context_length={context}" if engine.context_length else f"memory for {model.context_length} tokens"
         )
         raise ConfigError(
-            f"{asked}: {free / 1e9:.2f} GB are free, and after the model's {(free - left) / 1e9:.2f} GB there is room for "
-            f"{max(affordable, 0) * engine.page_size} tokens of KV cache; fewer bits take less (dtype, quantize)"
+            f"{asked}: {free / 1e9:.2f} GB are free, and after the model's {(free - left) / 1e9:.2f} GB there is room "
+            f"for {max(affordable, 0) * engine.page_size} tokens of KV cache; fewer bits take less (dtype, quantize)"
         )
     return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)
 
