@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from model.signals import cleaning
 
 
@@ -86,6 +88,12 @@ def stop(process: subprocess.Popen, seconds: float = 30.0, number: int | None = 
         process.wait()
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, grpc.RpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
 def tail(log: Path, size: int = 2000) -> str:
     return log.read_text(errors="replace")[-size:]
 
@@ -100,6 +108,6 @@ def answer(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:
             reply = handlers[fields.pop("do")](**fields)
         except Exception as error:
             traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {"error": _reason(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

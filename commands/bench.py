@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)
         return 2
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)
         return 1
     except KeyboardInterrupt:

@@ -59,7 +59,8 @@ def build(config: Build, console: Console) -> int:
 def show(console: Console) -> int:
     """Returns 1 when this machine has no library that it can run."""
     found = library.find()
-    table = Table("for", "runs here", "file")
+    table = Table("for", "runs here")
+    table.add_column("file", overflow="fold")
     for each in found:
         table.add_row(
             "this machine" if each.target.startswith("native") else each.target,
