@@ -212,7 +212,7 @@ def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
 
 
 def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:
-    shown.begin("writing", sum(array.nbytes for array in jax.tree.leaves(params)))
+    shown.say(f"writing {sum(array.nbytes for array in jax.tree.leaves(params)) / 1e9:.2f} GB")
     checkpoints = Checkpoints(target)
     checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()

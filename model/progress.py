@@ -54,6 +54,11 @@ class Stages:
         stage.advance(0)
         return stage
 
+    def say(self, text: str) -> None:
+        """Begins a stage that doesn't tell how far it is."""
+        self.bars.add_task(text, total=None)
+        self.now = text
+
 
 @dataclass
 class Stage:

@@ -151,7 +151,10 @@ def test_calling_a_server_that_does_not_answer() -> None:
     [
         ("call model.huggingface.load:load_params", ["--to", "isthmus"], "SIGINT", 130),
         ("call model.huggingface.export:write_weights", ["--to", "huggingface"], "SIGTERM", 143),
-        ("call commands.quality:compare", ["--quantize", "int8", "--force", "--text", "{text}"], "SIGINT", 130),
+        pytest.param(
+            *("call commands.quality:compare", ["--quantize", "int8", "--text", "{text}"], "SIGINT", 130),
+            marks=pytest.mark.slow,
+        ),
         ("call model.checkpoint:save", ["--to", "isthmus"], "SIGTERM", 143),
     ],
 )
@@ -252,7 +255,9 @@ def closed_pipe() -> int:
         lambda folder: ["kernels", "list"],
         lambda folder: ["serve", "--help"],
         lambda folder: ["generate", "a", "--model", folder, "--max-tokens", "3"],
-        lambda folder: ["generate", "--chat", "a", "--model", folder, "--max-tokens", "3"],
+        pytest.param(
+            lambda folder: ["generate", "--chat", "a", "--model", folder, "--max-tokens", "3"], marks=pytest.mark.slow
+        ),
     ],
     ids=["help", "version", "kernels", "help of a command", "generate", "chat"],
 )

@@ -127,6 +127,15 @@ def test_programs_are_kept(tmp_path: Path) -> None:
     assert list((tmp_path / ".cache/isthmus/xla").iterdir())
 
 
+def test_a_program_that_was_cut_short_is_compiled_again(tmp_path: Path) -> None:
+    """By a crash, or a disk that was full: JAX must neither run the half of it nor complain each time."""
+    folder = tmp_path / "programs"
+    assert call(folder) == ["None", "2"]
+    for path in folder.iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    assert call(folder) == ["None", "2"]
+
+
 @pytest.mark.parametrize("home", ["refused", "a file", "no folder"])
 def test_without_a_home_to_keep_them_in_programs_are_compiled_all_the_same(tmp_path: Path, home: str) -> None:
     """A container runs as any user, with a home that isn't there: that costs time, and is said."""

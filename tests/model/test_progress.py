@@ -44,6 +44,8 @@ def test_work_with_an_amount_says_how_far_it_is(log: Console) -> None:
         wait_for(lambda: "quantizing: 1.00 GB" in lines(log), "a line without a total")
         unknown.finish()
         wait_for(lambda: "quantizing: 1.00 of 1.00 GB" in lines(log), "its end")
+        shown.say("writing 2 GB")
+        wait_for(lambda: "writing 2 GB" in lines(log), "a stage that tells nothing")
 
 
 def test_short_work_says_nothing() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -45,7 +46,11 @@ HANDLERS = (
 COMPILERS = ("c++", "g++", "clang++")
 COMPILER_BYTES = 500 << 20
 """Of memory that one compiler takes (measured: g++ 12, linear.cc: 476 MB)"""
+_NO_COMPILER = f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++"
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
+
+
+logger = logging.getLogger("isthmus.kernels")
 
 
 class KernelError(RuntimeError):
@@ -115,7 +120,7 @@ def build(folder: Path, target: str = "native", flags: Sequence[str] = ()) -> Li
     """
     compiler = find_compiler()
     if compiler is None:
-        raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++")
+        raise KernelError(_NO_COMPILER)
     name = _native_name() if target == "native" else target
     try:
         if folder == shared_folder():
@@ -179,11 +184,14 @@ def _build_somewhere() -> Library:
     """In the user's folder, or where that can't be written, in a temporary one for this process alone."""
     try:
         folder = user_folder()
-        usable = open_cache(folder) is None
-    except CacheError:
-        usable = False
-    if usable:
+        why = open_cache(folder)
+    except CacheError as error:
+        why = str(error)
+    if why is None:
         return build(folder)
+    if find_compiler() is None:
+        raise KernelError(_NO_COMPILER)
+    logger.warning("the CPU's kernels are compiled anew at every start: %s", why)
     try:
         with temporary_folder("isthmus-kernels-") as folder:
             library = build(folder)
