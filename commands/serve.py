@@ -48,7 +48,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
     except Exception:
         await server.stop()
         raise
-    _say_what_runs(server, console)
+    announce(server, console)
     if not await server.run():
         console.print("isthmus serve: the engine has ended on an error; see the log above", style="red")
         return 1
@@ -56,7 +56,8 @@ async def serve(config: ServeConfig, console: Console) -> int:
     return 0
 
 
-def _say_what_runs(server: Server, console: Console) -> None:
+def announce(server: Server, console: Console) -> None:
+    """Says what runs and what it took, and what isn't as one might think. The server is ready."""
     config, model, engine = server.config, server.session.model, server.session.engine
     assert engine is not None
     pages = engine.config.pages - 1
