@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from model.signals import cleaning
+from model.cleaning import cleaning
 
 
 class BenchError(RuntimeError):

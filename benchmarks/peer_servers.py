@@ -22,9 +22,9 @@ import jax
 from benchmarks.child import BenchError, stop, tail
 from benchmarks.servers import START_SECONDS, serve_flags
 from benchmarks.stacks import Installed, Stack, gguf_path
+from model.cleaning import cleaning
 from model.config import ModelConfig
 from model.resources import usable_cpus
-from model.signals import cleaning
 from serve.engine.config import EngineConfig
 
 VLLM_BLOCK = 128

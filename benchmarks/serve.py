@@ -18,8 +18,8 @@ from benchmarks.record import Record
 from benchmarks.servers import Served, serve_flags, served
 from benchmarks.statistics import median, percentiles, summarize
 from benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
+from model.cleaning import temporary_folder
 from model.config import ConfigError, Dtype
-from model.signals import temporary_folder
 from serve.engine.config import EngineConfig
 
 DEFAULT_LOADS = (0.25, 0.5, 0.75, 0.9)

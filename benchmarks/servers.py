@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.child import BenchError, stop, tail
+from model.cleaning import cleaning
 from model.config import Dtype
-from model.signals import cleaning
 from serve.engine.config import EngineConfig
 
 START_SECONDS = 1800.0

@@ -21,9 +21,9 @@ from benchmarks.models import python_source
 from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.statistics import median, summarize
+from model.cleaning import temporary_folder
 from model.config import PRESETS, ConfigError, ModelConfig
 from model.sharding import MeshShape, build_mesh
-from model.signals import temporary_folder
 from train.config import OptimizerConfig
 from train.data import TokenFile, TrainingData
 from train.loop import RUN_AHEAD

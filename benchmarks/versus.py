@@ -24,9 +24,9 @@ from benchmarks.record import Record, results_folder
 from benchmarks.roofline import Workload, cost
 from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question, weight_bytes
 from benchmarks.statistics import median, number
+from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
-from model.signals import temporary_folder
 
 MAX_SEQUENCES = 32
 """That every engine is loaded for, as a server would be, whatever a cell asks"""

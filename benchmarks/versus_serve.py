@@ -25,9 +25,9 @@ from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question
 from benchmarks.statistics import median, number
 from benchmarks.versus import PAUSE_SECONDS, machine_limits, show_rates, show_ratios, show_spinning
 from benchmarks.workload import PlannedRequest, poisson_arrivals
+from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
-from model.signals import temporary_folder
 
 SERVERS = tuple(name for name, stack in STACKS.items() if stack.engine != "transformers")
 PROMPTS, COMPLETIONS = (16, 256), (16, 96)

@@ -24,6 +24,7 @@ from benchmarks.models import as_served, preset
 from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.statistics import median
+from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
 from model.huggingface.export import published_config
 from model.huggingface.families import read_config, read_fields
@@ -31,7 +32,6 @@ from model.huggingface.fields import Fields
 from model.huggingface.files import INDEX, TensorFiles
 from model.huggingface.load import leaves_of, load_params, parts_of, path_name
 from model.sharding import MeshShape, build_mesh
-from model.signals import temporary_folder
 from model.transformer import abstract_params
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from commands.quality import WINDOW, QualityError, compare, predictions, spilled, windows
 from model.checkpoint import CheckpointError, Checkpoints
+from model.cleaning import cleaning, remove
 from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig
 from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
@@ -29,7 +30,6 @@ from model.ops.cpu import library
 from model.progress import Stages, stages
 from model.quantization import SCHEMES, formats, quantize_params
 from model.sharding import MeshShape, build_mesh
-from model.signals import cleaning, remove
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
 from train.config import DataConfig

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from model.signals import interrupts_raised
+from model.cleaning import interrupts_raised
 
 if TYPE_CHECKING:
     import grpc

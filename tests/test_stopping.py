@@ -214,7 +214,8 @@ def test_told_twice_it_does_not_clean_up_again() -> None:
     """Cleaning may take its time on a slow disk; who is in a hurry tells it once more."""
     code = """
 import os, signal
-from model.signals import cleaning, stop_at_once
+from model.cleaning import cleaning
+from model.signals import stop_at_once
 stop_at_once()
 with cleaning(lambda: os.kill(os.getpid(), signal.SIGTERM)), cleaning(lambda: print("cleaned", flush=True)):
     os.kill(os.getpid(), signal.SIGTERM)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from model.process import run
+from model.signals import stop_at_once
 
 
 def _train() -> int:
@@ -14,4 +14,8 @@ def _train() -> int:
 
 
 if __name__ == "__main__":
+    stop_at_once()  # before all else is imported
+
+    from model.process import run
+
     sys.exit(run(_train))

@@ -26,8 +26,8 @@ import jax
 import jaxlib
 
 from model.cache_folder import CacheError, check_trusted, open_cache, user_cache
+from model.cleaning import temporary_folder
 from model.resources import free_main_memory, usable_cpus
-from model.signals import temporary_folder
 
 SOURCES = Path(__file__).parent
 HANDLERS = (
