@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import grpc
+
+from model.cleaning import cleaning
 
 
 class BenchError(RuntimeError):
@@ -26,6 +31,8 @@ class Child:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
+        self._guard = contextlib.ExitStack()
+        self._guard.enter_context(cleaning(self._process.kill))
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         """Calls the child's handler of that name and waits. Raises BenchError when it fails or has died."""
@@ -56,6 +63,7 @@ class Child:
         assert self._process.stdin is not None
         self._process.stdin.close()
         stop(self._process)
+        self._guard.close()
 
     def __enter__(self) -> Child:
         return self
@@ -80,6 +88,12 @@ def stop(process: subprocess.Popen, seconds: float = 30.0, number: int | None = 
         process.wait()
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, grpc.RpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
 def tail(log: Path, size: int = 2000) -> str:
     return log.read_text(errors="replace")[-size:]
 
@@ -94,6 +108,6 @@ def answer(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:
             reply = handlers[fields.pop("do")](**fields)
         except Exception as error:
             traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
+            reply = {"error": _reason(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()

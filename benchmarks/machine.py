@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from model import hardware
+from model.resources import usable_cpus
 
 VECTORS = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 """What Linux calls the vector instructions that make the difference, best first"""
@@ -71,7 +72,7 @@ def _describe(kind: str, device: str, devices: int) -> Machine:
         platform=kind,
         device=device,
         devices=devices,
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cpus(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         operating_system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),

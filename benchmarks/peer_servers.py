@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +22,9 @@ import jax
 from benchmarks.child import BenchError, stop, tail
 from benchmarks.servers import START_SECONDS, serve_flags
 from benchmarks.stacks import Installed, Stack, gguf_path
+from model.cleaning import cleaning
 from model.config import ModelConfig
+from model.resources import usable_cpus
 from serve.engine.config import EngineConfig
 
 VLLM_BLOCK = 128
@@ -90,7 +93,7 @@ def llama_command(stack: Stack, model: Path, sizes: Sizes, installed: Installed,
     gguf = gguf_path(stack, model)
     if not gguf.is_file():
         raise BenchError(f"{gguf} does not exist; make_gguf.py makes it")
-    threads = str(len(os.sched_getaffinity(0)))
+    threads = str(usable_cpus())
     room = str(sizes.sequences * sizes.context)
     flags = ["--host", "127.0.0.1", "--port", str(port), "-np", str(sizes.sequences), "-c", room]
     caches = ["--no-cache-prompt", "--cache-ram", "0", "--no-webui"]
@@ -126,7 +129,7 @@ def peer_server(
         command = llama_command(stack, model, sizes, installed, port)
     else:
         command = vllm_command(stack, model, config, sizes, installed, port)
-        threads = str(len(os.sched_getaffinity(0)))
+        threads = str(usable_cpus())
         environment.update(OMP_NUM_THREADS=threads, VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
     ready = _says_serving(log) if stack.engine == "isthmus" else _is_healthy(port)
     with log.open("wb") as output:
@@ -139,7 +142,8 @@ def peer_server(
             env=environment,
         )
     try:
-        yield PeerServer(stack, _wait(process, ready, log), str(model), process.pid)
+        with cleaning(partial(os.killpg, process.pid, signal.SIGKILL)):  # a group of its own: no Ctrl-C reaches it
+            yield PeerServer(stack, _wait(process, ready, log), str(model), process.pid)
     finally:
         stop(process, 30.0, signal.SIGTERM)
         with contextlib.suppress(ProcessLookupError):

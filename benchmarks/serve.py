@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.record import Record
 from benchmarks.servers import Served, serve_flags, served
 from benchmarks.statistics import median, percentiles, summarize
 from benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
+from model.cleaning import temporary_folder
 from model.config import ConfigError, Dtype
 from serve.engine.config import EngineConfig
 
@@ -196,12 +196,13 @@ def sweep(bench: ServeBench, load: _Load, rates: tuple[float, ...], tick: Callab
 def run(bench: ServeBench, console: Console) -> Record:
     """Measures and returns the record. Raises ConfigError, BenchError."""
     bench.validate()
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as name:
-        folder = Path(name)
-        with Child(module("benchmarks.load"), folder / "load.log") as child:
-            if bench.address is not None:
-                return _run_remote(bench, console, child, bench.address)
-            return _run_local(bench, console, child, folder)
+    with (
+        temporary_folder("isthmus-bench-") as folder,
+        Child(module("benchmarks.load"), folder / "load.log") as child,
+    ):
+        if bench.address is not None:
+            return _run_remote(bench, console, child, bench.address)
+        return _run_local(bench, console, child, folder)
 
 
 def _run_local(bench: ServeBench, console: Console, child: Child, folder: Path) -> Record:

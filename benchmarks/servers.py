@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.child import BenchError, stop, tail
+from model.cleaning import cleaning
 from model.config import Dtype
 from serve.engine.config import EngineConfig
 
@@ -49,7 +50,8 @@ def served(flags: list[str], log: Path) -> Iterator[Served]:
         command = [sys.executable, "-m", "commands.main", "serve", *flags]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
-        yield Served(_wait_for_address(process, log))
+        with cleaning(process.terminate):
+            yield Served(_wait_for_address(process, log))
     finally:
         stop(process, 60.0, signal.SIGTERM)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from benchmarks.models import python_source
 from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.statistics import median, summarize
+from model.cleaning import temporary_folder
 from model.config import PRESETS, ConfigError, ModelConfig
 from model.sharding import MeshShape, build_mesh
 from train.config import OptimizerConfig
@@ -181,11 +181,11 @@ def run(bench: TrainBench, console: Console) -> Record:
     machine = describe()
     config = dataclasses.replace(PRESETS[bench.preset], vocab_size=bench.vocab_size)
     before = measure_limits(config.dtype)
-    with tempfile.TemporaryDirectory(prefix="isthmus-bench-") as name:
-        stem = Path(name) / "symbols"
+    with temporary_folder("isthmus-bench-") as folder:
+        stem = folder / "symbols"
         text = write_symbols(stem, bench.vocab_size)
         ours = Ours(bench, config, text)
-        with _peer(bench, config, stem.with_suffix(".bin"), Path(name) / "peer.log") as peer:
+        with _peer(bench, config, stem.with_suffix(".bin"), folder / "peer.log") as peer:
             sides: dict[str, Callable[[int], float]] = {"ours": ours.run}
             if peer is not None:
                 sides["peer"] = peer.run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from benchmarks.record import Record, results_folder
 from benchmarks.roofline import Workload, cost
 from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question, weight_bytes
 from benchmarks.statistics import median, number
+from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
 
@@ -257,13 +257,13 @@ def run(bench: PeersBench, console: Console) -> Record:
     limits = [machine_limits()]
     total = len(stacks) * (1 + len(bench.cells) * (1 + bench.repeats))
     with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as name,
+        temporary_folder("isthmus-bench-") as folder,
         progress_bar(console, "peers", total) as tick,
         ExitStack() as children,
     ):
         piece = _Run(bench, config, console, tick)
         for stack in stacks:
-            piece.load(stack, children, Path(name) / f"{stack.name}.log")
+            piece.load(stack, children, folder / f"{stack.name}.log")
         piece.warm_up()
         for turn in range(bench.repeats):
             piece.repeat(turn)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,6 +25,7 @@ from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question
 from benchmarks.statistics import median, number
 from benchmarks.versus import PAUSE_SECONDS, machine_limits, show_rates, show_ratios, show_spinning
 from benchmarks.workload import PlannedRequest, poisson_arrivals
+from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
 
@@ -255,23 +254,20 @@ def served_of_engine(piece: Piece) -> dict[str, dict[str, float]]:
 def run(bench: PeerServersBench, console: Console) -> Record:
     """Measures and returns the record, merged if asked to. Raises ConfigError, BenchError."""
     bench.validate()
-    # The servers are process groups of their own: they would outlive a benchmark that is told to end.
-    for told in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(told, signal.default_int_handler)
     machine = describe()
     config = open_folder(bench.model).config
     stacks = chosen(bench.stacks, SERVERS)
     before = machine_limits()
     total = len(stacks) * (2 + len(bench.loads) * bench.repeats)
     with (
-        tempfile.TemporaryDirectory(prefix="isthmus-bench-") as name,
+        temporary_folder("isthmus-bench-") as folder,
         progress_bar(console, "servers", total) as tick,
         ExitStack() as running,
     ):
         piece = _Run(bench, config, console, tick)
         for stack in stacks:
-            piece.start(stack, running, Path(name))
-        child = running.enter_context(Child(module("benchmarks.peer_load"), Path(name) / "load.log"))
+            piece.start(stack, running, folder)
+        child = running.enter_context(Child(module("benchmarks.peer_load"), folder / "load.log"))
         piece.warm_up(child)
         for turn in range(bench.repeats):
             piece.repeat(child, turn)

@@ -10,7 +10,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import jax
@@ -25,6 +24,7 @@ from benchmarks.models import as_served, preset
 from benchmarks.progress import progress_bar
 from benchmarks.record import Record
 from benchmarks.statistics import median
+from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
 from model.huggingface.export import published_config
 from model.huggingface.families import read_config, read_fields
@@ -57,10 +57,10 @@ def run(config: WeightsBench, console: Console) -> Record:
     """Raises ConfigError for a folder that can't be read."""
     if config.model is not None:
         return _measure(config, config.model, config.model.resolve().name, console)
-    with TemporaryDirectory() as temporary:
+    with temporary_folder("isthmus-bench-") as temporary:
         model = as_served(preset(config.preset, config.vocab_size))
-        write_random(Path(temporary), model)
-        return _measure(config, Path(temporary), config.preset, console)
+        write_random(temporary, model)
+        return _measure(config, temporary, config.preset, console)
 
 
 def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -86,19 +85,16 @@ def main(argv: Sequence[str]) -> int:
             for path in report.write_report(results_folder(command.out)):
                 console.print(f"wrote {path}", highlight=False)
             return 0
-        enable_compilation_cache()
+        if warning := enable_compilation_cache():
+            console.print(warning, style="yellow", markup=False)
         _measure(command, console)
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)
         return 2
-    except BenchError as error:
+    except (BenchError, OSError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)
         return 1
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -38,7 +38,7 @@ def chat(complete: Callable[[Sequence[Mapping[str, str]]], Answer], first: str |
         except (InvalidRequest, grpc.RpcError) as error:
             if not interactive:
                 raise
-            print(f"\n{_reason(error)}", file=sys.stderr)
+            print(_reason(error), file=sys.stderr)
         else:
             history = [*asked, {"role": "assistant", "content": answer}]
 
@@ -69,10 +69,15 @@ def _turns(first: str | None, interactive: bool) -> Iterator[str]:
 def _answer(pieces: Answer) -> str:
     """Prints the pieces; Ctrl-C ends them, and what was printed is the answer."""
     said = []
-    with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            said.append(piece)
-            print(piece, end="", flush=True)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            for piece in pieces:
+                said.append(piece)
+                print(piece, end="", flush=True)
+    except Exception:
+        if said:  # what is said next begins a line
+            print(flush=True)
+        raise
     pieces.close()
     print(flush=True)
     return "".join(said)

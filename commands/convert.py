@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial as partial_call
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from commands.quality import WINDOW, QualityError, compare, predictions, windows
+from commands.quality import WINDOW, QualityError, compare, predictions, spilled, windows
 from model.checkpoint import CheckpointError, Checkpoints
+from model.cleaning import cleaning, remove
+from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig
 from model.files import present, read_json
-from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
 from model.hub import FolderOptions
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
@@ -30,6 +29,7 @@ from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
 from model.matrices import pack_params, place_matrices
 from model.ops.cpu import library
+from model.progress import Stages, stages
 from model.quantization import SCHEMES, formats, quantize_params
 from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
@@ -51,9 +51,9 @@ TARGET must not exist. It appears when all of it is written."""
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    source: Annotated[Path, tyro.conf.Positional]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A model folder of either kind, or an adapter; or Org/Name, in the local Hugging Face cache"""
-    target: Annotated[Path, tyro.conf.Positional]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to make"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
@@ -82,6 +82,8 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
+    if config.windows < 1:
+        raise ConfigError(f"windows={config.windows} must be at least 1")
     folder = open_folder(config.source, config.folder)
     for warning in folder.warnings:
         console.print(warning, style="yellow", markup=False)
@@ -92,11 +94,11 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"{config.source} is quantized: convert the model that it was made from")
     if kind == "auto":
         kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
-    with _appearing(config.target) as partial, _progress(console) as progress:
+    with _appearing(config.target) as partial, stages(console) as shown:
         if kind == "huggingface":
-            _to_huggingface(config, folder, partial, progress)
+            _to_huggingface(config, folder, partial, shown)
         else:
-            _to_isthmus(folder, partial, progress)
+            _to_isthmus(folder, partial, shown)
     _report(config, folder, console)
 
 
@@ -104,19 +106,17 @@ def convert(config: ConvertConfig, console: Console) -> None:
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder to write to, which takes its own name once all is written."""
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    remove(partial)
+    with cleaning(lambda: remove(partial)):
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"target: {target} can't be made: {error.strerror}") from None
+        try:
+            yield partial
+            partial.rename(target)
+        finally:
+            remove(partial)
 
 
 def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -126,16 +126,16 @@ def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> Non
     )
 
 
-def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, progress: Progress) -> None:
+def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, shown: Stages) -> None:
     from model.huggingface.export import weight_bytes, write_weights
 
     family, values = _published(folder)
     dtypes = _dtypes(config.dtype, folder)
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
-    params = _read(plain, progress)
-    writing = progress.add_task("writing", total=weight_bytes(plain.config, family, dtypes))
+    params = _read(plain, shown)
+    writing = shown.begin("writing", weight_bytes(plain.config, family, dtypes))
     limit = int(config.max_shard_gb * 1e9)
-    write_weights(target, family, plain.config, params, dtypes, limit, lambda size: progress.advance(writing, size))
+    write_weights(target, family, plain.config, params, dtypes, limit, writing.advance)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": stored[dtypes[""]]}
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
@@ -168,9 +168,9 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
     return read_json(kept) if present(kept) else {"": "F32"}
 
 
-def _to_isthmus(folder: ModelFolder, target: Path, progress: Progress) -> None:
+def _to_isthmus(folder: ModelFolder, target: Path, shown: Stages) -> None:
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
-    _write_isthmus(plain, _read(plain, progress), target)
+    _write_isthmus(plain, _read(plain, shown), target, shown)
 
 
 def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -184,21 +184,19 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
     chosen = formats(plain.config, rules).values()
     kind = "int4" if any(each.bits == 4 for each in chosen) else "int8"
     texts = windows(_sample_text(config, folder), plain.config, config.windows)
-    with _appearing(config.target) as partial, _progress(console) as progress:
-        params = _read(plain, progress)
-        comparing = progress.add_task("comparing", total=2 * len(texts))
-        tick = partial_call(progress.advance, comparing)
-        original = []
-        for each in predictions(plain.config, params, texts):
-            original.append(each)
-            tick()
-        quantizing = progress.add_task("quantizing", total=None)
-        quantize_params(plain.config, params, rules, lambda size: progress.advance(quantizing, size))
-        quality = compare(iter(original), predictions(plain.config, _as_served(plain, params), texts), texts, tick)
+    with _appearing(config.target) as partial, stages(console) as shown:
+        params = _read(plain, shown)
+        predicting = shown.begin("predicting with the original", len(texts), "windows")
+        with spilled(predictions(plain.config, params, texts), partial, predicting.advance) as original:
+            quantizing = shown.begin("quantizing", None)
+            quantize_params(plain.config, params, rules, quantizing.advance)
+            comparing = shown.begin("comparing with the original", len(texts), "windows")
+            quantized = predictions(plain.config, _as_served(plain, params), texts)
+            quality = compare(original, quantized, texts, comparing.advance)
         console.print(f"{kind}: {quality.text()}", highlight=False)
         if not config.force:
             quality.check(kind)
-        _write_isthmus(plain.with_config(quantization=rules), params, partial)
+        _write_isthmus(plain.with_config(quantization=rules), params, partial, shown)
     _report(config, folder, console)
 
 
@@ -222,7 +220,8 @@ def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
     return tokens
 
 
-def _write_isthmus(folder: ModelFolder, params: Params, target: Path) -> None:
+def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:
+    shown.say(f"writing {sum(array.nbytes for array in jax.tree.leaves(params)) / 1e9:.2f} GB")
     checkpoints = Checkpoints(target)
     checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()
@@ -233,11 +232,10 @@ def _write_isthmus(folder: ModelFolder, params: Params, target: Path) -> None:
         (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(TensorFiles(folder.path)), indent=2) + "\n")
 
 
-def _read(folder: ModelFolder, progress: Progress) -> Params:
-    reading = progress.add_task("reading", total=folder.nbytes or None)
-    params = folder.load_params(build_mesh(MeshShape()), None, lambda size: progress.advance(reading, size))
-    size = folder.nbytes or sum(array.nbytes for array in jax.tree.leaves(params))
-    progress.update(reading, total=size, completed=size)
+def _read(folder: ModelFolder, shown: Stages) -> Params:
+    reading = shown.begin("reading", folder.nbytes or None)
+    params = folder.load_params(build_mesh(MeshShape()), None, reading.advance)
+    reading.finish()
     return params
 
 
@@ -260,7 +258,3 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"isthmus convert: {error}", style="red", markup=False)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

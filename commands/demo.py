@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import tyro
 from rich.console import Console
 from rich.panel import Panel
@@ -23,7 +24,9 @@ from rich.text import Text
 from benchmarks.child import BenchError
 from benchmarks.servers import served
 from isthmus.client import Client, finish_reason_name
+from model.checkpoint import CheckpointError
 from model.config import ConfigError, ModelConfig
+from model.progress import working
 from train.config import DataConfig, OptimizerConfig, TrainConfig
 from train.documents import read_documents
 from train.heldout import split
@@ -68,6 +71,13 @@ class DemoConfig:
     max_tokens: int = 48
     """Of each completion"""
     temperature: float = 0.6
+
+    def validate(self) -> None:
+        """Raises ConfigError."""
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
+        if not 0 <= self.temperature <= 100:
+            raise ConfigError(f"temperature={self.temperature} must be 0 to 100")
 
 
 @dataclass
@@ -156,9 +166,11 @@ def _call(address: str, config: DemoConfig, console: Console) -> None:
         info = client.server_info()
         pages = pool.submit(_watch_pages, client, done)
         start = time.perf_counter()
-        results = list(pool.map(lambda pair: _complete(client, pair[1], config, seed=pair[0]), enumerate(PROMPTS)))
+        try:
+            results = list(pool.map(lambda pair: _complete(client, pair[1], config, seed=pair[0]), enumerate(PROMPTS)))
+        finally:
+            done.set()
         seconds = time.perf_counter() - start
-        done.set()
         most_pages = pages.result()
     for result in results:
         code = Syntax(result.prompt + result.text, "python", theme="ansi_dark", background_color="default")
@@ -201,6 +213,7 @@ def _show_training(report: Report, training: TrainConfig, console: Console) -> N
 
 
 def run(config: DemoConfig, console: Console) -> None:
+    config.validate()
     if config.out.exists():
         if not (config.out / "train.json").is_file():
             raise ConfigError(f"out: {config.out} exists and is no earlier demo; name another folder")
@@ -215,7 +228,7 @@ def run(config: DemoConfig, console: Console) -> None:
     flags = ["--model", str(config.out), "--port", "0", "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
     log = config.out / "serve.log"
     with contextlib.ExitStack() as stack:
-        with console.status("isthmus serve: compiling"):
+        with working(console, "isthmus serve: compiling"):
             server = stack.enter_context(served(flags, log))
         console.print(log.read_text().strip(), highlight=False)
         console.rule("generate")
@@ -231,9 +244,13 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         console.print("stopped")
         return 130
-    except (ConfigError, TrainError, BenchError) as error:
+    except (ConfigError, OSError) as error:
         console.print(f"isthmus demo: {error}", style="red", markup=False)
         return 2
+    except (BenchError, CheckpointError, TrainError, grpc.RpcError) as error:
+        reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else error
+        console.print(f"isthmus demo: {reason}", style="red", markup=False)
+        return 1
     console.print(
         f"done in {time.perf_counter() - start:.0f} s. Serve it yourself: isthmus serve --model {config.out}",
         highlight=False,

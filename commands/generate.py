@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from model.cleaning import interrupts_raised
 from model.hub import FolderOptions
+
+if TYPE_CHECKING:
+    import grpc
 
 HELP = """Completes a prompt and prints the text as it comes.
 
@@ -63,6 +68,20 @@ class GenerateConfig:
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "parse_special", "seed")
         return {name: getattr(self, name) for name in names}
 
+    def read_token(self) -> str | None:
+        """Raises ConfigError when the file can't be read."""
+        from model.config import ConfigError
+
+        if self.auth_token_file is None:
+            return None
+        try:
+            token = self.auth_token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"auth_token_file: {self.auth_token_file}: {error}") from None
+        if not token or not token.isascii() or not token.isprintable():
+            raise ConfigError(f"auth_token_file: {self.auth_token_file} must hold one line of printable ASCII")
+        return token
+
     def validate(self) -> None:
         """Raises ConfigError."""
         from model.config import ConfigError
@@ -73,14 +92,19 @@ class GenerateConfig:
             raise ConfigError("--system is for --chat")
         if self.parse_special and self.chat:
             raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
+        if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
+            raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
+        for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1 << bits:
+                raise ConfigError(f"{name}={value} must be 0 to {(1 << bits) - 1}")
 
 
 @contextmanager
 def _on_server(config: GenerateConfig) -> Iterator[Complete]:
     from isthmus.client import Client
 
-    token = config.auth_token_file.read_text().strip() if config.auth_token_file else None
-    with Client(config.address, token=token, tls_ca=config.tls_ca) as client:
+    with Client(config.address, token=config.read_token(), tls_ca=config.tls_ca) as client:
 
         def complete(prompt: Prompt) -> Generator[str, None, None]:
             for event in client.stream(prompt, **config.options()):
@@ -95,18 +119,23 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     """Through the same validation and engine as a server's, of one sequence."""
     from queue import SimpleQueue
 
+    from rich.console import Console
+
     from isthmus.client import generate_request
     from model.compilation import enable_compilation_cache
+    from model.progress import working
     from model.sharding import MeshShape
     from serve.api.validation import build_request, prompt_ids
     from serve.engine.build import build_engine, open_model
     from serve.engine.config import EngineConfig
     from serve.engine.request import FinishReason, Output
 
-    enable_compilation_cache()
+    console = Console(stderr=True, soft_wrap=True)
+    if warning := enable_compilation_cache():
+        console.print(warning, style="yellow", markup=False)
     model = open_model(folder, options=config.folder)
     for warning in model.warnings:
-        print(warning, file=sys.stderr)
+        console.print(warning, style="yellow", markup=False)
 
     def take(batch: list[Output]) -> None:
         for output in batch:
@@ -132,7 +161,8 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
         finally:
             engine.cancel(request)
 
-    engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take)
+    with working(console, "loading") as show:
+        engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take, show)
     engine.start()
     try:
         yield complete
@@ -141,6 +171,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 
 
 def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
+    """The prompt comes with the first of what follows it: a call that fails has printed nothing."""
     from model.tokenizer import looks_special
 
     if not parse_special and (spelt := looks_special(prompt)):
@@ -149,10 +180,29 @@ def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
             "--parse-special, or --chat to have the model's template write it",
             file=sys.stderr,
         )
-    print(prompt, end="", flush=True)
-    for piece in complete(prompt):
-        print(piece, end="", flush=True)
-    print()
+    unsaid = prompt
+    try:
+        for piece in complete(prompt):
+            print(unsaid + piece, end="", flush=True)
+            unsaid = ""
+    except Exception:
+        if not unsaid:  # what is said next begins a line
+            print(flush=True)
+        raise
+    print(unsaid)
+
+
+def _hint(error: grpc.RpcError) -> str:
+    """What to do. Every status that a server of ours sends has details, in the metadata that ends a call."""
+    import grpc
+
+    if error.trailing_metadata():
+        return ""
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return "; is a server running there? isthmus serve --model DIR"
+    if error.code() == grpc.StatusCode.UNIMPLEMENTED:
+        return "; is it another server's port?"
+    return ""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -169,22 +219,18 @@ def main(argv: Sequence[str]) -> int:
         prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
         with _on_folder(config, config.model) if config.model else _on_server(config) as complete:
             if config.chat:
-                chat(complete, prompt, config.system)
+                with interrupts_raised() if sys.stdin.isatty() else nullcontext():
+                    chat(complete, prompt, config.system)
             else:
                 _print(prompt or "", complete, config.parse_special)
     except grpc.RpcError as error:
-        hint = (
-            "; is a server running there? isthmus serve --model DIR"
-            if error.code() == grpc.StatusCode.UNAVAILABLE
-            else ""
-        )
-        print(
-            f"\nisthmus generate: {config.address}: {error.code().name}: {error.details()}{hint}",
-            file=sys.stderr,
-        )
+        reason = f"{error.code().name}: {error.details()}{_hint(error)}"
+        print(f"isthmus generate: {config.address}: {reason}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # nobody reads any more: commands/main.py ends the process
+        raise
     except (ConfigError, CheckpointError, InvalidRequest, OSError, ValueError) as error:
-        print(f"\nisthmus generate: {error}", file=sys.stderr)
+        print(f"isthmus generate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,8 +11,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from model.cache_folder import CacheError
 from model.ops.cpu import library
 from model.ops.cpu.library import KernelError
+from model.progress import working
 
 HELP = """Compiles the CPU's kernels ahead of time, and shows which there are.
 
@@ -47,7 +48,7 @@ Command = Annotated[Build, tyro.conf.subcommand("build")] | Annotated[List, tyro
 
 def build(config: Build, console: Console) -> int:
     folder = library.shared_folder() if config.shared else library.user_folder()
-    with console.status("compiling the kernels"):
+    with working(console, "compiling the kernels"):
         made = library.build(folder, config.march)
     console.print(f"{made.path}", highlight=False)
     if not made.runs_here:
@@ -58,7 +59,8 @@ def build(config: Build, console: Console) -> int:
 def show(console: Console) -> int:
     """Returns 1 when this machine has no library that it can run."""
     found = library.find()
-    table = Table("for", "runs here", "file")
+    table = Table("for", "runs here")
+    table.add_column("file", overflow="fold")
     for each in found:
         table.add_row(
             "this machine" if each.target.startswith("native") else each.target,
@@ -80,10 +82,6 @@ def main(argv: Sequence[str]) -> int:
     command = tyro.cli(Command, args=list(argv), description=HELP, prog="isthmus kernels")  # type: ignore[arg-type]
     try:
         return build(command, console) if isinstance(command, Build) else show(console)
-    except KernelError as error:
+    except (KernelError, CacheError) as error:
         console.print(f"isthmus kernels: {error}", style="red", markup=False)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Sequence
 
-from model.memory import keep_heap
+from model.signals import stop_at_once
 
 COMMANDS = {
     "train": ("train.cli", "train a transformer on text"),
@@ -24,9 +22,18 @@ def usage() -> str:
     return "\n".join(["usage: isthmus COMMAND [options]", "", *lines, "", "isthmus COMMAND --help says more."])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the process's exit status: 0 done, 1 failed, 2 asked for something that can't work."""
-    words = list(sys.argv[1:] if argv is None else argv)
+def main(argv: list[str] | None = None) -> int:
+    """Returns the process's exit status: 0 done, 1 failed, 2 asked for something that can't work, 130 interrupted.
+
+    argv: None is the process's own, which then ends with the command.
+    """
+    if argv is None:
+        stop_at_once()  # before all else is imported
+
+        from model.process import run
+
+        return run(lambda: main(sys.argv[1:]))
+    words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0 if words else 2
@@ -38,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"isthmus: there is no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    keep_heap()
+    import importlib
+
     return importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
 
 

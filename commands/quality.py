@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,9 @@ from train.step import packed_attention
 
 WINDOW = 256
 """Tokens that are predicted together"""
+
+ROWS = 32
+"""Tokens whose distributions are compared at once: a vocabulary of 128k takes 16 MB each time it is copied"""
 
 BOUNDS: dict[str, tuple[float, float]] = {"int8": (0.01, 1.01), "int4": (0.12, 1.10)}
 """By the coarsest integers in a model: the most KL divergence, in nats a token, and the most that perplexity may grow
@@ -76,11 +82,40 @@ def predictions(config: ModelConfig, params: Params, texts: np.ndarray) -> Itera
         yield np.asarray(program(params, text[:-1]))
 
 
+def _divergence(want: np.ndarray, got: np.ndarray) -> np.ndarray:
+    return (np.exp(want) * (want - got)).sum(axis=1)
+
+
 def _log_probabilities(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
     model = bind(config, params)
     attend = packed_attention(jnp.zeros((1, tokens.shape[0]), jnp.int32))
     hidden, _ = model(tokens[None], jnp.arange(tokens.shape[0])[None], attend, None)
     return jax.nn.log_softmax(model.logits(hidden)[0], axis=-1)
+
+
+@contextlib.contextmanager
+def spilled(
+    arrays: Iterator[np.ndarray], folder: Path, tick: Callable[[], None] = lambda: None
+) -> Iterator[Iterator[np.ndarray]]:
+    """Yields what was iterated over once more, from a file in `folder`; tick() after each array that went there.
+
+    The log-probabilities of both models for a window fit into memory, those of a whole text don't: 24 windows of a
+    vocabulary of 128k are 3 GB. Raises ConfigError when the disk has no room.
+    """
+    count = 0
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            for each in arrays:
+                np.save(file, each)
+                count += 1
+                tick()
+            file.seek(0)
+        except OSError as error:
+            raise ConfigError(
+                f"windows: the original's predictions, {file.tell() / 1e9:.2f} GB so far, don't fit into {folder}: "
+                f"{error.strerror}; compare fewer"
+            ) from None
+        yield (np.load(file) for _ in range(count))
 
 
 def compare(
@@ -89,7 +124,7 @@ def compare(
     """Both models' `predictions` of the same texts; tick() after each window."""
     kl, same, nats, original_nats = [], [], [], []
     for text, want, got in zip(texts, original, quantized, strict=True):
-        kl.append((np.exp(want) * (want - got)).sum(axis=1))
+        kl += [_divergence(want[row : row + ROWS], got[row : row + ROWS]) for row in range(0, len(want), ROWS)]
         same.append(want.argmax(axis=1) == got.argmax(axis=1))
         row = np.arange(len(text) - 1)
         nats.append(-got[row, text[1:]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from rich.console import Console
 from model.checkpoint import CheckpointError
 from model.compilation import enable_compilation_cache
 from model.config import ConfigError
+from model.progress import working
 from serve.api.config import ServeConfig
 from serve.api.logs import bound_logs
 from serve.api.server import Server
@@ -30,10 +30,18 @@ examples:
 Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains, a second one ends it at once."""
 
 
+class _Log(Console):
+    """What a server prints. It goes on when nobody reads that any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 async def serve(config: ServeConfig, console: Console) -> int:
-    """Serves until told to stop. Raises ConfigError, CheckpointError, and CancelledError when told while loading."""
+    """Serves until told to stop. Raises ConfigError and CheckpointError."""
     config.validate()
-    enable_compilation_cache(config.compilation_cache)
+    if warning := enable_compilation_cache(config.compilation_cache):
+        console.print(warning, style="yellow", markup=False)
     model = open_model(
         config.model,
         config.dtype,
@@ -45,14 +53,26 @@ async def serve(config: ServeConfig, console: Console) -> int:
         console.print(warning, style="yellow", markup=False)
     server = Server(config, model)
     await server.start()
-    loading = asyncio.current_task()
-    assert loading is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, loading.cancel)
-    with console.status("loading") as status:
-        show = status.update if console.is_terminal else (lambda text: None)
-        await server.load(show)
-    engine = server.session.engine
+    try:
+        with working(console, "loading") as show:
+            await server.load(show)
+    except Exception:
+        await server.stop()
+        raise
+    announce(server, console)
+    if not await server.run():
+        engine = server.session.engine
+        hangs = engine is not None and engine.error is None
+        why = "hangs in a step, and is left behind" if hangs else "has ended on an error; see the log above"
+        console.print(f"isthmus serve: the engine {why}", style="red")
+        return 1
+    console.print("drained")
+    return 0
+
+
+def announce(server: Server, console: Console) -> None:
+    """Says what runs and what it took, and what isn't as one might think. The server is ready."""
+    config, model, engine = server.config, server.session.model, server.session.engine
     assert engine is not None
     pages = engine.config.pages - 1
     console.print(
@@ -64,7 +84,14 @@ async def serve(config: ServeConfig, console: Console) -> int:
     )
     if reason := engine.executor.without_kernels:
         console.print(f"slower than it could be, without CPU kernels: {reason}", style="yellow", markup=False)
-    if engine.config.context_length < model.config.context_length:
+    if config.quantize != "none":
+        console.print(
+            f"--quantize {config.quantize} changes what the model says; by how much isn't measured here: "
+            f"isthmus convert --quantize {config.quantize} does that",
+            style="yellow",
+            markup=False,
+        )
+    if not config.engine.context_length and engine.config.context_length < model.config.context_length:
         console.print(
             f"context: {engine.config.context_length} of the model's {model.config.context_length} tokens, "
             "what memory has room for; --engine.context-length sets it",
@@ -73,16 +100,6 @@ async def serve(config: ServeConfig, console: Console) -> int:
     for setting in model.generation.ignored:
         console.print(f"generation_config.json: {setting} is not supported and has no effect", style="yellow")
     console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
-    if not await server.run():
-        why = (
-            "hangs in a step, and is left behind"
-            if engine.error is None
-            else "has ended on an error; see the log above"
-        )
-        console.print(f"isthmus serve: the engine {why}", style="red")
-        return 1
-    console.print("drained")
-    return 0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -90,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     bound_logs()
-    console = Console(soft_wrap=True)
+    console = _Log(soft_wrap=True)
     config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
     try:
         if status := _run(serve(config, console)):
@@ -100,10 +117,6 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus serve: {error}", style="red", markup=False)
         return 2
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        console.print("stopped while loading")
-        sys.stdout.flush()
-        os._exit(0)  # a compilation is still running, and can't be joined or interrupted
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:
@@ -113,7 +126,3 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
     except ImportError:
         return asyncio.run(work)
     return uvloop.run(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
+
+from model.cache_folder import CacheError, open_cache, user_cache
+from model.config import ConfigError
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -36,14 +40,23 @@ def same_bits(mesh: Mesh) -> dict[str, Any]:
     return {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
 
 
-def enable_compilation_cache(folder: Path | None = None) -> Path:
-    """Keeps compiled programs in `folder`, by default ~/.cache/isthmus/xla. It is the user's alone: what lies there is
-    run."""
-    folder = folder or Path("~/.cache/isthmus/xla").expanduser()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
+def enable_compilation_cache(named: Path | None = None) -> str | None:
+    """Keeps compiled programs in a folder, by default ~/.cache/isthmus/xla, as model/cache_folder.py wants it.
+
+    Returns what the user should know: why this start's programs won't be there at the next. Raises ConfigError for a
+    folder that was named and can't even be read.
+    """
+    try:
+        folder = named or user_cache("xla")
+        unwritable = open_cache(folder)
+    except CacheError as error:
+        if named is not None:
+            raise ConfigError(f"compilation_cache: {error}") from None
+        return f"compiled programs are not kept for the next start: {error}"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # JAX looks at the settings once, at its first compilation
-    return folder
+    # It goes on without a program that can't be read or kept, and would say so for each of them.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    return unwritable and f"programs compiled now are not kept for the next start: {unwritable}"

@@ -4,7 +4,6 @@ PEFT's layout, which names the model folder that it adapts."""
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +32,6 @@ from model.quantization import quantizer
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 
-TRAVELLING = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What goes with the weights wherever they go."""
 PUBLISHED_CONFIG = "huggingface.json"
 """In a folder of ours that was fine-tuned from a published one: the config.json of that"""
 
@@ -226,13 +217,6 @@ def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> M
         ignore_field=tuple(options.ignore_field),
         warnings=(*fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
     )
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and generation settings."""
-    for name in TRAVELLING:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

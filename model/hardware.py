@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.config import ConfigError, Dtype
+from model.resources import free_main_memory, usable_cpus
 
 _DATA_SHEET = {
     # device_kind: (dense bf16 FLOP/s, bytes/s)
@@ -88,19 +88,11 @@ def free_memory(device: jax.Device) -> int | None:
     """Bytes that can still be allocated on `device`; on CPU, of main memory, which all virtual devices share. None is
     not known: not every platform tells."""
     if device.platform == "cpu":
-        return _available_main_memory()
+        return free_main_memory()
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         return None
     return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-
-
-def _available_main_memory() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def measure_gemm(dtype: str) -> float:
@@ -114,7 +106,7 @@ def measure_gemm(dtype: str) -> float:
 
 def measure_bandwidth() -> float:
     """Bytes/s of summing 512 MiB that no cache holds, the best of several, over all cores."""
-    parts = max(1, len(os.sched_getaffinity(0)))
+    parts = usable_cpus()
     x = jax.device_put(np.ones((parts, (512 << 20) // 4 // parts), np.float32))
     total = jax.jit(lambda x: x.sum(axis=1))
     return x.nbytes / _best_seconds(lambda: total(x))

@@ -9,12 +9,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from commands.main import COMMANDS, main
+from tests.model.huggingface.folders import write_folder
 
 ISTHMUS = Path(sys.executable).with_name("isthmus")
 WITHOUT_ARGUMENTS = {"demo"}
@@ -98,8 +101,61 @@ def test_serve_without_a_model_says_so(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_generate_says_what_to_do_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a", "--address", "127.0.0.1:1"]) == 1
+    captured = capsys.readouterr()
+    assert "127.0.0.1:1" in captured.err and "isthmus serve" in captured.err and captured.out == ""
+
+
+class Answering(grpc.GenericRpcHandler):
+    """A server that ends every call alike."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, *, ours: bool) -> None:
+        self._end = (code, details)
+        self._metadata = (("grpc-status-details-bin", b""),) if ours else ()
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def end(request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+            context.set_trailing_metadata(self._metadata)
+            context.abort(*self._end)
+            yield b""
+
+        return grpc.unary_stream_rpc_method_handler(end)
+
+
+@pytest.mark.parametrize(
+    "code, details, ours, hint",
+    [
+        (grpc.StatusCode.UNAVAILABLE, "the model is still loading", True, None),
+        (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", False, "another server's port"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "256 requests wait", True, None),
+    ],
+)
+def test_generate_hints_at_what_can_be(
+    code: grpc.StatusCode, details: str, ours: bool, hint: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told "still loading; is a server running there?" one looks for a fault where there is none."""
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Answering(code, details, ours=ours)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        assert main(["generate", "what to go on from", "--address", f"127.0.0.1:{port}"]) == 1
+    finally:
+        server.stop(None).wait()
+    captured = capsys.readouterr()
+    assert captured.out == "", "the prompt was printed, though nothing went on from it"
+    assert f"{code.name}: {details}" in captured.err and "isthmus serve" not in captured.err
+    assert hint is None or hint in captured.err
+
+
+@pytest.mark.parametrize("content", [b"", b"two\nlines", b"\xff\xfe", "schl\u00fcssel".encode(), None])
+def test_a_token_file_that_can_not_be_sent_is_named(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token.txt"
+    if content is not None:
+        token.write_bytes(content)
+    assert main(["generate", "a", "--address", "127.0.0.1:1", "--auth-token-file", str(token)]) == 2
     said = capsys.readouterr().err
-    assert "127.0.0.1:1" in said and "isthmus serve" in said
+    assert "auth_token_file" in said and str(token) in said
 
 
 def test_generate_asks_for_what_was_given_and_no_more() -> None:
@@ -120,6 +176,32 @@ def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys:
 def test_every_command_that_is_listed_exists() -> None:
     for module, _ in COMMANDS.values():
         assert callable(importlib.import_module(module).main)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["serve", "--model", "m", "--tp", "0"], "tp=0 must be at least 1"),
+        (["serve", "--model", "m", "--ep", "-1"], "ep=-1 must be at least 1"),
+        (["serve", "--model", "m", "--drain-seconds", "nan"], "drain_seconds=nan must be"),
+        (["demo", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
+        (["demo", "--temperature", "nan"], "temperature=nan must be"),
+        (["convert", "m", "new", "--quantize", "int8", "--windows", "0"], "windows=0 must be at least 1"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or the complaint of something else, before."""
+    assert main(words) == 2
+    assert said in capsys.readouterr().out
+
+
+def test_a_target_that_can_not_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its own name, not by that of the folder which becomes it."""
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "new"
+    source = write_folder(tmp_path / "source", "llama3")
+    assert main(["convert", str(source), str(target)]) == 2
+    assert f"target: {target} can't be made: Not a directory" in capsys.readouterr().out.replace("\n", " ")
 
 
 # Chat
@@ -191,11 +273,22 @@ def test_chat_that_the_template_refuses_says_why(
         ([], "a prompt is missing"),
         (["a", "--system", "b"], "--system is for --chat"),
         (["--chat", "--parse-special"], "is for a prompt"),
+        (["a", "--address", "127.0.0.1"], "address='127.0.0.1' must be HOST:PORT"),
+        (["a", "--address", ""], "address=''"),
+        (["a", "--address", "http://127.0.0.1:50051"], "HOST:PORT"),
+        (["a", "--max-tokens", "-5"], "max_tokens=-5 must be"),
+        (["a", "--max-tokens", "99999999999"], "max_tokens=99999999999 must be"),
+        (["a", "--top-k", "-1"], "top_k=-1 must be"),
+        (["a", "--seed", "-1"], "seed=-1 must be"),
     ],
 )
-def test_generate_names_what_is_missing(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_names_what_is_missing_or_wrong(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line, before anything is loaded or called."""
     assert main(["generate", *words]) == 2
-    assert said in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 class Terminal(io.StringIO):

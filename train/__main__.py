@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import sys
 
-from model.memory import keep_heap
+from model.signals import stop_at_once
 
-if __name__ == "__main__":
-    keep_heap()
+
+def _train() -> int:
     from train.cli import main
 
-    sys.exit(main())
+    return main()
+
+
+if __name__ == "__main__":
+    stop_at_once()  # before all else is imported
+
+    from model.process import run
+
+    sys.exit(run(_train))

@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _hush_failed_saves()
         try:
-            enable_compilation_cache()
+            if warning := enable_compilation_cache():
+                console.print(warning, style="yellow")
             report = train(config, console)
         except TrainError as error:
             return failed(error, 1)

@@ -27,6 +27,7 @@ from model.checkpoint import CheckpointError, Checkpoints
 from model.config import ConfigError
 from model.folder import ModelFolder
 from model.hardware import check_dtype
+from model.progress import working
 from model.sharding import build_mesh, check_divisible
 from model.transformer import runs, stack_blocks, stacked, unstack_blocks
 from train.adapters import init_adapters, step_flops
@@ -108,12 +109,12 @@ def _prepare_data(
 ) -> tuple[TrainingData, TrainConfig]:
     """Tokenizes, settles the vocabulary's size, and writes down the settings that the run has from now on."""
     start, reading = time.perf_counter(), Reading()
-    with console.status("reading text") as status:
+    with working(console, "reading text") as show:
         seen: collections.Counter[str] = collections.Counter()
 
         def tick(stage: str, size: int) -> None:
             seen[stage] += size
-            status.update(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
+            show(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
 
         data, tokenizer = prepare(
             config.data, config.text, config.out, config.seed, tick, resume=config.resume, start=folder, reading=reading

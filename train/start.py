@@ -8,12 +8,13 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig, ModelConfig
-from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_companions, open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
 from model.hardware import default_dtype
 from model.hub import FolderOptions
+from model.progress import stages
 from model.transformer import Params
 from train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
@@ -66,11 +67,9 @@ def load_start(folder: ModelFolder, config: ModelConfig, mesh: Mesh, console: Co
     """The folder's parameters in the layout and shardings of `config`, without adapters: in float32 to train them; what
     adapters are trained on is kept as it is read each step."""
     plain = dataclasses.replace(folder, config=dataclasses.replace(config, lora=LoraConfig()))
-    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=folder.nbytes or None)
-        dtype = config.dtype if config.lora.rank else None
-        return plain.load_params(mesh, dtype, lambda size: bar.advance(task, size))
+    with stages(console) as shown:
+        loading = shown.begin("loading weights", folder.nbytes or None)
+        return plain.load_params(mesh, config.dtype if config.lora.rank else None, loading.advance)
 
 
 def take_over(folder: ModelFolder, config: TrainConfig) -> None:

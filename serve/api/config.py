@@ -68,8 +68,11 @@ class ServeConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: a certificate and its private key")
         self._check_reach()
-        if self.drain_seconds < 0:
-            raise ConfigError(f"drain_seconds={self.drain_seconds} must not be negative")
+        if not 0 <= self.drain_seconds < float("inf"):
+            raise ConfigError(f"drain_seconds={self.drain_seconds} must be 0 or more")
+        for name in ("tp", "ep"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("stall_seconds", "keepalive_seconds"):
             if not getattr(self, name) >= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

@@ -25,6 +25,7 @@ from serve.api.control import ControlService
 from serve.api.gate import Gate
 from serve.api.health import Health
 from serve.api.inference import InferenceService
+from serve.api.listen import target
 from serve.api.session import Session
 from serve.engine.build import build_engine
 from serve.engine.engine import Engine
@@ -120,9 +121,9 @@ class Server:
         names = (*SERVICES, reflection.SERVICE_NAME, health.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        host = f"[{self.config.host}]" if ":" in self.config.host.strip("[]") else self.config.host
+        address = target(self.config.host, self.config.port)
         try:
-            self.port = self._bind(f"{host}:{self.config.port}")
+            self.port = self._bind(address)
         except RuntimeError:
             self.port = 0
         if self.port == 0:

@@ -25,6 +25,10 @@ from serve.engine.config import Bucket, EngineConfig
 from serve.engine.engine import Engine, Sink
 from serve.engine.executor import Compiled, Executor, abstract_like, compile_steps, uses_kernels
 
+PROGRAM_BYTES = 300 << 20
+"""Of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured with
+135M parameters, float32: 270 MB). It counts where a container has little."""
+
 
 def open_model(
     path: Path,
@@ -73,11 +77,20 @@ def fit_memory(
     if not engine.context_length:
         context = min(context, (affordable - 1) * engine.page_size)
     if context < 2 or affordable < 1 + -(-context // engine.page_size):
+        asked = (
+            f"engine.context_length={context}" if engine.context_length else f"memory for {model.context_length} tokens"
+        )
         raise ConfigError(
-            f"engine.context_length={max(context, 0)}: {free / 1e9:.1f} GB are free, and after the model's "
-            f"{(free - left) / 1e9:.1f} GB there is room for {max(affordable, 0) * engine.page_size} tokens of KV cache"
+            f"{asked}: {free / 1e9:.2f} GB are free, and after the model's {(free - left) / 1e9:.2f} GB there is room "
+            f"for {max(affordable, 0) * engine.page_size} tokens of KV cache; fewer bits take less (dtype, quantize)"
         )
     return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)
+
+
+def _room(device: jax.Device) -> int | None:
+    """Bytes for weights and cache. None is not known."""
+    free = free_memory(device)
+    return free if free is None or device.platform != "cpu" else max(0, free - PROGRAM_BYTES)
 
 
 def abstract_served(model: ModelFolder, mesh: Mesh) -> Params | None:
@@ -110,7 +123,7 @@ def build_executor(
     Raises ConfigError."""
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
-    engine = fit_memory(engine, model.config, mesh, free_memory(devices.devices.flat[0]), model.quantize)
+    engine = fit_memory(engine, model.config, mesh, _room(devices.devices.flat[0]), model.quantize)
     vocab = model.tokenizer.vocab_size
     cancelled = False
     done = count(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from jax.sharding import Mesh
 
 from commands.main import main
-from commands.quality import QualityError, compare, predictions, windows
+from commands.quality import QualityError, compare, predictions, spilled, windows
 from model.checkpoint import load_params
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
@@ -217,3 +219,57 @@ def test_the_gate_measures_what_it_says(mesh: Mesh) -> None:
         dataclasses.replace(quality, kl=1.0).check("int8")
     with pytest.raises(QualityError):
         dataclasses.replace(quality, kl=float("nan")).check("int4")
+
+
+def test_the_gate_keeps_the_original_on_disk_and_its_figures(mesh: Mesh, tmp_path: Path) -> None:
+    """24 windows of a vocabulary of 128k are 3 GB of log-probabilities: a conversion that fitted was killed by its own
+    check. The figures are to the last bit those of arrays that were all kept."""
+    params = random_params(CONFIG, mesh)
+    made = quantized(CONFIG, params, "int4")
+    texts = windows(np.random.default_rng(2).integers(0, CONFIG.vocab_size, 600).tolist(), CONFIG, 5)
+    assert len(texts) == 5
+    want, got = (list(predictions(CONFIG, each, texts)) for each in (params, made))
+    alive: weakref.WeakSet[np.ndarray] = weakref.WeakSet()
+    most, ticks = 0, 0
+
+    class Tracked(np.ndarray):
+        """An array that can be watched, and told from others without comparing numbers."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def original() -> Iterator[np.ndarray]:
+        nonlocal most
+        for each in want:
+            copy = each.copy().view(Tracked)
+            alive.add(copy)
+            most = max(most, len(alive))
+            yield copy
+            del copy
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+
+    with spilled(original(), tmp_path, tick) as kept:
+        assert ticks == 5 and len(list(tmp_path.iterdir())) <= 1
+        quality = compare(kept, iter(got), texts, lambda: None)
+    assert most <= 2, "it kept them"
+    assert not list(tmp_path.iterdir())
+    divergence = [(np.exp(w) * (w - g)).sum(axis=1) for w, g in zip(want, got, strict=True)]
+    assert quality.kl == float(np.concatenate(divergence).mean())
+    assert quality == compare(iter(want), iter(got), texts, lambda: None)
+
+
+def test_a_disk_without_room_for_the_gate_is_said(tmp_path: Path) -> None:
+    """Before anything is quantized."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with (
+            pytest.raises(ConfigError, match=r"windows: .* GB so far, don't fit"),
+            spilled((np.zeros((100, 100)) for _ in range(9)), tmp_path),
+        ):
+            raise AssertionError("they fitted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,14 +7,15 @@ one wins.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ from pathlib import Path
 
 import jax
 import jaxlib
+
+from model.cache_folder import CacheError, check_trusted, open_cache, user_cache
+from model.cleaning import temporary_folder
+from model.resources import free_main_memory, usable_cpus
 
 SOURCES = Path(__file__).parent
 HANDLERS = (
@@ -39,7 +44,13 @@ HANDLERS = (
 )
 """What the library exports, each the target "isthmus_NAME" of jax.ffi"""
 COMPILERS = ("c++", "g++", "clang++")
+COMPILER_BYTES = 500 << 20
+"""Of memory that one compiler takes (measured: g++ 12, linear.cc: 476 MB)"""
+_NO_COMPILER = f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++"
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
+
+
+logger = logging.getLogger("isthmus.kernels")
 
 
 class KernelError(RuntimeError):
@@ -77,8 +88,8 @@ def _is_sealed(path: Path) -> bool:
 
 
 def user_folder() -> Path:
-    """Where libraries are kept for one user."""
-    return Path("~/.cache/isthmus/kernels").expanduser()
+    """Where libraries are kept for one user. Raises CacheError without a home."""
+    return user_cache("kernels")
 
 
 def shared_folder() -> Path:
@@ -89,7 +100,11 @@ def shared_folder() -> Path:
 def find() -> list[Library]:
     """All libraries of these sources and this jaxlib, those for this very machine first."""
     found = []
-    for folder in (user_folder(), shared_folder()):
+    folders = [shared_folder()]
+    with contextlib.suppress(CacheError):
+        check_trusted(user_folder())
+        folders.insert(0, user_folder())
+    for folder in folders:
         for path in sorted(folder.glob(f"*-{_source_key()}.so")) if os.path.isdir(folder) else ():
             target = path.name[: -len(f"-{_source_key()}.so")]
             if target.startswith(_native_name()) or not target.startswith("native"):
@@ -98,23 +113,29 @@ def find() -> list[Library]:
 
 
 def build(folder: Path, target: str = "native", flags: Sequence[str] = ()) -> Library:
-    """Compiles the kernels into `folder`. Raises KernelError.
+    """Compiles the kernels into `folder`, which is made where it isn't there: for this user alone, but for the shared
+    one. Raises KernelError.
 
     target: -march. flags: further ones, a sanitizer's say, that the file's name doesn't tell.
     """
     compiler = find_compiler()
     if compiler is None:
-        raise KernelError(f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++")
+        raise KernelError(_NO_COMPILER)
     name = _native_name() if target == "native" else target
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            made = _compile(compiler, target, flags, Path(work))
+        if folder == shared_folder():
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        elif unwritable := open_cache(folder):
+            raise KernelError(unwritable)
+        with temporary_folder("building-", folder) as work:
+            made = _compile(compiler, target, flags, work)
             path = folder / f"{name}-{_source_key()}.so"
             _seal(made)
             made.rename(path)
+    except CacheError as error:
+        raise KernelError(str(error)) from None
     except OSError as error:
-        raise KernelError(f"{folder} can't be written: {error}") from None
+        raise KernelError(f"{folder} can't be written to: {error}") from None
     return Library(path, target)
 
 
@@ -128,11 +149,15 @@ def _compile(compiler: str, target: str, flags: Sequence[str], work: Path) -> Pa
         if done.returncode:
             raise KernelError(f"{compiler} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
 
-    with ThreadPoolExecutor() as workers:
+    with ThreadPoolExecutor(_compilers_at_once()) as workers:
         compile_flags = (*flags, f"-march={target}", include)
         list(workers.map(lambda source: run(*compile_flags, "-c", str(source), "-o", f"{source.stem}.o"), sources))
     run(*flags, "-shared", *(f"{source.stem}.o" for source in sources), "-o", "kernels.so")
     return work / "kernels.so"
+
+
+def _compilers_at_once() -> int:
+    return max(1, min(usable_cpus(), free_main_memory() // COMPILER_BYTES))
 
 
 @cache
@@ -157,22 +182,23 @@ def why_not() -> str | None:
 
 def _build_somewhere() -> Library:
     """In the user's folder, or where that can't be written, in a temporary one for this process alone."""
-    if find_compiler() is None or _can_make(user_folder()):
-        return build(user_folder())
-    folder = Path(tempfile.mkdtemp(prefix="isthmus-kernels-"))
     try:
-        library = build(folder)
-        _register(library)  # a loaded library needs its file no more
-        return library
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _can_make(folder: Path) -> bool:
-    """Whether a folder is there to be written into, or can be made."""
-    if os.path.lexists(folder) or folder == folder.parent:
-        return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
-    return _can_make(folder.parent)
+        folder = user_folder()
+        why = open_cache(folder)
+    except CacheError as error:
+        why = str(error)
+    if why is None:
+        return build(folder)
+    if find_compiler() is None:
+        raise KernelError(_NO_COMPILER)
+    logger.warning("the CPU's kernels are compiled anew at every start: %s", why)
+    try:
+        with temporary_folder("isthmus-kernels-") as folder:
+            library = build(folder)
+            _register(library)  # a loaded library needs its file no more
+            return library
+    except OSError as error:
+        raise KernelError(f"there is no folder to compile the kernels in: {error}") from None
 
 
 @cache
@@ -181,6 +207,7 @@ def _register(library: Library) -> None:
         loaded = ctypes.CDLL(str(library.path))
     except OSError as error:  # its file system is mounted noexec, say
         raise KernelError(f"{library.path} can't be loaded: {error}") from None
+    loaded.isthmus_use_threads(usable_cpus())
     for name in HANDLERS:
         jax.ffi.register_ffi_target(f"isthmus_{name}", jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
 

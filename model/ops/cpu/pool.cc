@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include <sched.h>
-
 #include <chrono>
 #include <thread>
 
@@ -18,15 +16,11 @@ void pause() {
 #endif
 }
 
-int available_cpus() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-  return int(std::thread::hardware_concurrency());
-}
+int wanted_threads = 1;
 
 }  // namespace
+
+void Pool::use(int threads) { wanted_threads = threads; }
 
 Pool& Pool::get() {
   static Pool* pool = new Pool;  // never deleted: its threads outlive main
@@ -34,8 +28,7 @@ Pool& Pool::get() {
 }
 
 Pool::Pool() {
-  int cpus = available_cpus();
-  workers_ = cpus > 1 ? cpus - 1 : 0;
+  workers_ = wanted_threads > 1 ? wanted_threads - 1 : 0;
   for (int i = 0; i < workers_; i++) std::thread([this] { work(); }).detach();
 }
 
@@ -89,3 +82,5 @@ void Pool::run(int64_t count, const std::function<void(int64_t)>& task) {
 }
 
 }  // namespace isthmus
+
+extern "C" void isthmus_use_threads(int threads) { isthmus::Pool::use(threads); }

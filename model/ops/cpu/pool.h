@@ -1,4 +1,4 @@
-// The threads of all kernels: one for each CPU that the process may use, the caller being one of them.
+// The threads of all kernels, the caller being one of them. How many is the loader's to say (library.py).
 //
 // A model's step is many short kernels with short operations of XLA between them, so a worker watches for the next one for
 // a while before it sleeps. It never waits for XLA's threads, nor they for it: a caller does what no worker has taken.
@@ -13,6 +13,9 @@ namespace isthmus {
 
 class Pool {
  public:
+  // How many threads the pool will have; to be said before the first get().
+  static void use(int threads);
+
   // The process's pool; its threads start here and end with the process.
   static Pool& get();
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,42 @@ def test_the_command_goes_there_and_back(tmp_path: Path) -> None:
     folder = open_folder(ours)
     assert folder.family is None and folder.tokenizer.eos_ids == {3, 5} and folder.chat is not None
     assert open_folder(back).config == open_folder(source).config == folder.config
+
+
+COMPANIONS = [
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt"),
+    *("tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json"),
+    *("qwen.tiktoken", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"),
+    *("generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+    *("LICENSE", "LICENSE.txt", "Notice", "USE_POLICY.md"),
+]
+"""As tokenizers, processors and converters of transformers, vLLM and llama.cpp look for them"""
+LEFT = [
+    *("tokenization_custom.py", "tokenizer.bin", "vocab.pkl", "tokenizer.pt", "modeling.py", "training_args.bin"),
+    *("private_chats.json", "notes.txt", "quantize_config.json", "trainer_state.json", "README.md", ".hidden"),
+    *("additional_chat_templates/run.py", "other/tokenizer.json"),
+]
+"""Code and pickles, what describes other weights, and what is nobody's business"""
+
+
+def test_all_that_others_read_beside_weights_goes_along(tmp_path: Path) -> None:
+    """Without its tokenizer.model llama.cpp can't convert a model; without its templates a chat is another one."""
+    source = write_folder(tmp_path / "source", "llama3")
+    for name in (*COMPANIONS, *LEFT):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text("{}")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (source / "linked.model").symlink_to(source / "notes.txt")  # as in a cache of downloads
+    (source / "huge.model").touch()
+    os.truncate(source / "huge.model", 1 << 30)
+    ours, back = tmp_path / "ours", tmp_path / "back"
+    assert main(["convert", str(source), str(ours)]) == 0
+    assert main(["convert", str(ours), str(back)]) == 0
+    own = {"config.json", "model.safetensors", "tokenizer.json"}
+    files = {path.relative_to(back).as_posix() for path in back.rglob("*") if path.is_file()}
+    assert files == {*COMPANIONS, "linked.model", *own}
+    for name in COMPANIONS:
+        assert (back / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

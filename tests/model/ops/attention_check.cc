@@ -74,6 +74,7 @@ void check(int64_t head_dim, int64_t group, int64_t kv_heads, int64_t page_size,
 }  // namespace
 
 int main() {
+  isthmus::Pool::use(3);
   for (int64_t head_dim : {1, 7, 20, 64, 72})
     for (int64_t page_size : {1, 5, 16})
       for (int64_t window : {0, 1, 33}) {

@@ -6,9 +6,6 @@
 #include <cstdlib>
 #include <random>
 
-#define CPUS 3  // chunks don't divide evenly among these threads
-#include "some_cpus.h"
-
 namespace {
 
 std::mt19937 dice(1);
@@ -126,6 +123,7 @@ void check(int64_t rows, int64_t inputs, int64_t outputs, int64_t group = 0) {
 
 int main() {
   using namespace isthmus;
+  Pool::use(3);  // chunks don't divide evenly among these threads
   for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 25})
     for (int64_t inputs : {1, 3, 31, 64, 130, 1100})
       for (int64_t outputs : {1, 15, 16, 50, 129}) {

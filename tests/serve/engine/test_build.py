@@ -10,6 +10,7 @@ import pytest
 from commands.main import main
 from model.config import ConfigError, LatentConfig, ModelConfig
 from model.sharding import MeshShape, build_mesh
+from serve.engine import build
 from serve.engine.build import build_executor, fit_memory, open_model
 from serve.engine.config import EngineConfig
 from serve.engine.executor import Executor
@@ -54,6 +55,14 @@ def test_a_context_that_does_not_fit_is_shortened_unless_it_was_asked_for() -> N
         fit(free, EngineConfig(context_length=65536))
     with pytest.raises(ConfigError, match="GB are free"):
         fit(WEIGHTS // 2)
+
+
+def test_what_programs_need_is_not_given_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server in a container of 900 MB filled what its weights left with cache, and was killed amid a step."""
+    model = open_model(write_folder(tmp_path / "model", "llama3"))
+    monkeypatch.setattr(build, "free_memory", lambda device: 250 << 20)
+    with pytest.raises(ConfigError, match=r"memory for \d+ tokens: 0\.00 GB are free, .* room for 0 tokens"):
+        build_executor(model, EngineConfig(), MeshShape())
 
 
 def test_pages_that_were_asked_for_are_not_touched() -> None:
