@@ -1,11 +1,11 @@
 """From float32 to a narrower type, without a dead zone: up or down as often as a number lies near either.
 
-A trained matrix is kept in float32 and multiplied in bfloat16. Rounded to the nearest, a number that training has moved
-by less than half a step of bfloat16 comes out as if it had never moved: 0.4% of its size, which is twenty steps at a
-fine-tuning rate, for most of a published model. Here it goes up with the probability that makes it right on average
-(stochastic rounding; Gupta et al. 2015, arXiv 1502.02551), so that what many numbers moved by together is kept. Chance
-is a hash of the number itself and its place: the same matrix always comes out the same, on every backend, in training,
-in serving and on disk.
+A trained matrix is kept in float32 and multiplied in bfloat16. Rounded to the nearest, a number of bfloat16 that
+training has moved by less than half of the way to the next one comes out as if it had never moved: for a weight of 0.1
+that is 2.4e-4, a dozen steps at a fine-tuning rate of 2e-5. Here it goes up with the probability that makes it right on
+average (stochastic rounding; Gupta et al. 2015, arXiv 1502.02551), so that what many numbers moved by together is kept.
+Chance is a hash of the number itself and its place: the same matrix always comes out the same, on every backend, in
+training, in serving and on disk.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import Mesh
 
 from commands.main import main
-from model.checkpoint import Checkpoints
+from model.checkpoint import Checkpoints, serving_layout
 from model.config import PRESETS, ConfigError, MixtureConfig, ModelConfig
 from model.folder import open_folder
 from model.huggingface.export import published_config, stored_dtypes, write_weights
@@ -72,6 +72,27 @@ def test_the_command_goes_there_and_back(tmp_path: Path) -> None:
     folder = open_folder(ours)
     assert folder.family is None and folder.tokenizer.eos_ids == {3, 5} and folder.chat is not None
     assert open_folder(back).config == open_folder(source).config == folder.config
+
+
+@pytest.mark.parametrize("family", others_slow("deepseek_v3", "gpt_oss", "phi3"))
+def test_an_export_in_bfloat16_serves_the_weights_of_its_checkpoint(family: str, mesh: Mesh, tmp_path: Path) -> None:
+    """What was trained in float32 becomes bfloat16 in two places, and must become the same model. Norms, which serving
+    keeps in float32, are bfloat16 in such a file."""
+    kind, config = read_config(write_folder(tmp_path / "source", family) / "config.json")
+    params = random_params(config, mesh)
+    write_weights(tmp_path, kind, config, params, {"": "BF16"}, 1 << 30)
+    exported = load_params(tmp_path, kind, config, mesh, "bfloat16")
+    served = serving_layout(config, mesh, "bfloat16")(stack_blocks(params))
+    kinds = set()
+
+    def check(path: tuple, got: jax.Array, want: jax.Array) -> None:
+        kinds.add(got.dtype.name)
+        assert got.dtype == want.dtype
+        if got.dtype == ml_dtypes.bfloat16:
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want), err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(check, exported, served)
+    assert kinds == {"float32", "bfloat16"}
 
 
 COMPANIONS = [

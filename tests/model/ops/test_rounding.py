@@ -12,7 +12,7 @@ from model.ops.rounding import narrowed
 from model.sharding import MeshShape, build_mesh
 
 STEP = 2.0**-8
-"""Between neighbours in bfloat16 from 0.5 to 1, half of it below: 8 bits of a number's size"""
+"""Between neighbours in bfloat16 from 0.5 to 1"""
 
 
 def bits(array: object) -> np.ndarray:
