@@ -146,16 +146,16 @@ def ours(folder: ModelFolder, mesh: Mesh, windows: dict[str, np.ndarray], dtype:
 def test_bfloat16_learns_what_float32_learns(
     published: ModelFolder, windows: dict[str, np.ndarray], mesh: Mesh, tmp_path: Path, adapters: bool
 ) -> None:
-    """After 200 steps, on three seeds, no farther from our float32 than autocast is from torch's."""
+    """After 200 steps, on three seeds, nearer to our float32 than autocast is to torch's. With all weights, autocast's
+    distance is that of weights rounded to the nearest, and ours must be less than half of it."""
     theirs = torchs(published, windows, tmp_path, *(["--lora"] if adapters else []))
     start = heldout(published.config, published.load_params(mesh), windows["heldout"])
     exact, rounded = (np.array(ours(published, mesh, windows, d, adapters)) for d in ("float32", "bfloat16"))
-    print(f"start {start:.4f} ours {exact} {rounded} torch {theirs['float32']} {theirs['autocast']}")
     assert (exact < start - 0.1).all(), "nothing was learnt"
     if not adapters:  # the same steps: adapters begin with other numbers
         np.testing.assert_allclose(exact, theirs["float32"], rtol=2e-3)
-    distance = np.abs(theirs["autocast"] - theirs["float32"])
-    assert (np.abs(rounded - exact) <= np.maximum(distance, 2e-3)).all()
+    distance = np.abs(theirs["autocast"] - theirs["float32"]).mean()
+    assert np.abs(rounded - exact).mean() <= (distance if adapters else distance / 2)
 
 
 def test_gradients_in_bfloat16_are_as_near_as_autocasts(
