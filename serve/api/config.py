@@ -14,6 +14,9 @@ from model.config import ConfigError
 from model.hub import FolderOptions
 from serve.engine.config import EngineConfig
 
+MAX_SECONDS = 1_000_000
+"""gRPC counts milliseconds in 31 bits"""
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -74,8 +77,8 @@ class ServeConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("stall_seconds", "keepalive_seconds"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MAX_SECONDS:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 to {MAX_SECONDS}")
 
     def _check_reach(self) -> None:
         if _is_loopback(self.host) or self.insecure:
