@@ -89,17 +89,23 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 def _values(argv: Sequence[str], flag: str) -> tuple[str, ...]:
     """All that a flag was given."""
-    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if word.partition("=")[0] == flag)
+    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if _is(flag, word.partition("=")[0]))
     return tuple(value for value in given if value is not None)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
     for index, word in enumerate(argv):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag and index + 1 < len(argv):
+        name, given, value = word.partition("=")
+        if _is(flag, name) and given:
+            return value
+        if _is(flag, name) and index + 1 < len(argv):
             return argv[index + 1]
     return None
+
+
+def _is(flag: str, word: str) -> bool:
+    """tyro takes either of - and _."""
+    return word.replace("_", "-") == flag
 
 
 @functools.cache

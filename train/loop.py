@@ -87,6 +87,8 @@ def _train(config: TrainConfig, console: Console) -> Report:
     folder = open_start(config)
     for warning in folder.warnings if folder else ():
         console.print(warning, style="yellow", markup=False)
+    if folder is not None:  # what a name in the cache stands for now: a newer version is another model
+        config = dataclasses.replace(config, init=folder.path)
     if not config.resume:
         config = _fit_warmup(config, console)
     config.out.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,16 @@ def test_data_is_prepared_anew_when_special_tokens_become_special(tmp_path: Path
     assert sizes[1] < sizes[0] == sizes[2]
 
 
+def test_data_is_prepared_anew_when_a_word_becomes_a_token(tmp_path: Path) -> None:
+    """tokenizer_config.json may declare tokens: it isn't in tokenizer.json that a folder's tokens changed."""
+    folder = write_chat_model(tmp_path / "model")
+    before = FineTuning(open_folder(folder)).stamp
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": ["a"]}))
+    after = FineTuning(open_folder(folder)).stamp
+    assert before != after and FineTuning(open_folder(folder)).stamp == after
+
+
 def test_a_text_that_the_tokenizer_gives_up_on_is_named(tmp_path: Path) -> None:
     """A regular expression may give up on one text of thousands: a panic of a library names none."""
     folder = open_folder(write_chat_model(tmp_path / "model"))
