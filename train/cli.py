@@ -124,7 +124,7 @@ def _hush_failed_saves() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
-    work."""
+    work, 128 + the number of the signal that ended it early: it isn't done, whatever waits for it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -156,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}"
         )
-    else:
-        _say_done(report, config.out, console)
+        return 128 + report.interrupted
+    _say_done(report, config.out, console)
     return 0
 
 

@@ -54,7 +54,8 @@ class Report:
     """How a run ended."""
 
     steps: int
-    interrupted: bool
+    interrupted: int
+    """The signal that ended it early; 0 is none"""
     loss: float
     """Mean nats a token over the last logged steps"""
     heldout_loss: float | None
@@ -185,7 +186,8 @@ class _Run:
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.losses: list[float] = []
         self.started = time.perf_counter()
-        self.stop = threading.Event()
+        self.told = 0
+        """The signal that asked for its end"""
 
     def run(self) -> Report:
         state, first = self._start()
@@ -199,7 +201,7 @@ class _Run:
             with self._interruptible(), self._progress(first) as progress:
                 state, done = self._loop(state, first, progress)
             self._drain()
-            interrupted = done < self.config.steps
+            interrupted = self.told if done < self.config.steps else 0
             heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
             if self.checkpoints.latest() != done:
                 self._save(state, done)
@@ -259,7 +261,7 @@ class _Run:
                 self._drain()
                 self.speed.start(done)
             progress(done)
-            if self.stop.is_set():
+            if self.told:
                 return state, done
             if done < config.steps:
                 if config.eval_every and done % config.eval_every == 0:
@@ -337,7 +339,7 @@ class _Run:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"the adapter can't be written in {self.config.out}: {error}") from None
 
-    def _report(self, done: int, interrupted: bool, heldout: tuple[float | None, float | None]) -> Report:
+    def _report(self, done: int, interrupted: int, heldout: tuple[float | None, float | None]) -> Report:
         self.speed.window()
         return Report(
             done,
@@ -357,9 +359,9 @@ class _Run:
         """The first Ctrl-C or SIGTERM ends the run at the next step, with a checkpoint; the second one ends it now."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self.stop.is_set():
+            if self.told:
                 raise KeyboardInterrupt
-            self.stop.set()
+            self.told = number
             self.console.print("stopping after this step; once more stops at once, without a checkpoint")
 
         if threading.current_thread() is not threading.main_thread():

@@ -262,12 +262,14 @@ def test_a_limit_is_what_it_says(case: Any) -> None:
 
 
 def test_values_inside_values_are_counted() -> None:
-    """Small messages of 10 kB can take as long to parse as a text of 10 MB; each of these is 3 fields."""
-    turn = pb.ChatMessage(role="a", content="b")
-    request = pb.GenerateRequest(messages=pb.Messages(messages=[turn] * ((MAX_FIELDS - 1) // 3)))
+    """A mapping of 10 kB can take as long to parse as a text of 10 MB; its entries are 4 fields each."""
+    request = pb.GenerateRequest()
+    arguments = request.messages.template_arguments
+    fit = MAX_FIELDS // 4 - 1
+    arguments.update({"a": {f"{i}": i for i in range(fit - 2)}})
     check_wire(request.SerializeToString(), request.DESCRIPTOR)
-    request.messages.messages.append(turn)
-    with pytest.raises(InvalidRequest, match=r"messages\.messages: has more than"):
+    arguments.update({"b": {f"{i}": i for i in range(8)}})
+    with pytest.raises(InvalidRequest, match=r"messages\.template_arguments"):
         check_wire(request.SerializeToString(), request.DESCRIPTOR)
 
 
