@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from isthmus.client import read_token
 from model.config import ConfigError
 from model.hub import FolderOptions
 from serve.engine.config import EngineConfig
@@ -113,12 +114,9 @@ class ServeConfig:
         if self.auth_token_file is None:
             return None
         try:
-            token = self.auth_token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
+            return read_token(self.auth_token_file)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"auth_token_file: {error}") from None
-        if not token or not token.isascii() or not token.isprintable():
-            raise ConfigError(f"auth_token_file: {self.auth_token_file} must hold one line of printable ASCII")
-        return token
 
 
 def _no_passphrase() -> str:
