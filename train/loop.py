@@ -202,11 +202,11 @@ class _Run:
                 state, done = self._loop(state, first, progress)
             self._drain()
             interrupted = self.told if done < self.config.steps else 0
-            heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
-            if self.checkpoints.latest() != done:
+            if self.checkpoints.latest() != done:  # before what may take minutes, and be interrupted
                 self._save(state, done)
             else:
                 self._save_adapter(state)
+            heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
         finally:
             try:
                 self.checkpoints.close()

@@ -139,7 +139,7 @@ def test_an_adapter_of_a_revision_is_not_laid_over_another(cache: Path) -> None:
     for revision in ("main", "", None):
         assert open_folder(adapter(Path("adapter"), "Org/Name", revision=revision)).path == main
     for revision in (7, "../../other", "/tmp"):
-        with pytest.raises(ConfigError, match="revision=.* must name a branch"):
+        with pytest.raises(ConfigError, match=r"revision=.* must name a branch"):
             open_folder(adapter(Path("adapter"), "Org/Name", revision=revision))
 
 
