@@ -89,11 +89,13 @@ class Pretraining:
             tokenizer.eos_id,
             tokenizer.vocab_size,
         )
+        self._parted = self._end in tokenizer.encode("")
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
         assert all(document.kind == "text" for document in documents)
         encoded = self._encode(documents)
-        return [Example(ids if self._end in (*ids[:1], *ids[-1:]) else [*ids, self._end], None) for ids in encoded]
+        parted = [ids if self._parted or ids[-1:] == [self._end] else [*ids, self._end] for ids in encoded]
+        return [Example(ids, None) for ids in parted]
 
 
 class FineTuning:
