@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,26 @@ def test_a_merged_adapter_speaks_as_the_adapter_does(kind: str, tmp_path: Path) 
     assert main(["convert", str(tuned), str(tmp_path / "merged"), "--to", kind]) == 0
     chat = open_folder(tmp_path / "merged").chat
     assert chat is not None and chat.render([{"role": "user", "content": "hi"}]) == "tuned hi"
+
+
+def test_a_model_on_a_read_only_disk_is_read(tmp_path: Path) -> None:
+    """Mounted into a container, of either kind: nothing may be written beside it, no lock and no folder."""
+    source, ours, disk = write_folder(tmp_path / "source", "llama3"), tmp_path / "ours", tmp_path / "disk"
+    assert main(["convert", str(source), str(ours)]) == 0
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        for folder in (source, ours):
+            shutil.copytree(folder, disk / folder.name)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for name in ("source", "ours"):
+            assert main(["convert", str(disk / name), str(tmp_path / f"of {name}")]) == 0
+        assert_same_bits(tensors_of(tmp_path / "of ours"), tensors_of(source))
+        assert main(["convert", str(source), str(disk / "new")]) == 2
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
