@@ -15,7 +15,7 @@ import grpc
 
 from benchmarks.child import answer
 from benchmarks.workload import PlannedRequest
-from isthmus.client import bearer, generate_request
+from isthmus.client import bearer, generate_request, tls_credentials
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 
@@ -46,9 +46,17 @@ class Target:
 
     address: str
     token: str | None = None
+    tls_ca: str | None = None
+    """As isthmus.Client's"""
     temperature: float = 1.0
     timeout: float = 600.0
     """Deadline of a request, in seconds"""
+
+
+def _channel(target: Target) -> grpc.aio.Channel:
+    if target.tls_ca is None:
+        return grpc.aio.insecure_channel(target.address)
+    return grpc.aio.secure_channel(target.address, tls_credentials(target.tls_ca))
 
 
 async def send(
@@ -89,7 +97,7 @@ async def send(
 
 async def run_load(target: Target, planned: list[PlannedRequest]) -> dict[str, Any]:
     """Sends them all. seconds: from the first due time to the last end; cpu_seconds: of this process meanwhile."""
-    async with grpc.aio.insecure_channel(target.address) as channel:
+    async with _channel(target) as channel:
         await channel.channel_ready()
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         start, cpu = time.perf_counter() + 0.05, time.process_time()
@@ -102,7 +110,7 @@ async def run_load(target: Target, planned: list[PlannedRequest]) -> dict[str, A
 
 async def server_facts(target: Target) -> dict[str, Any]:
     """What the benchmark needs to know of a server."""
-    async with grpc.aio.insecure_channel(target.address) as channel:
+    async with _channel(target) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         metadata = bearer(target.token)
         model = await stub.GetModelInfo(control_pb2.GetModelInfoRequest(), metadata=metadata, timeout=30)
@@ -123,7 +131,7 @@ async def server_facts(target: Target) -> dict[str, Any]:
 
 async def server_load(target: Target) -> dict[str, Any]:
     """The server's own counters."""
-    async with grpc.aio.insecure_channel(target.address) as channel:
+    async with _channel(target) as channel:
         stub = control_pb2_grpc.ControlServiceStub(channel)
         load = await stub.GetLoad(control_pb2.GetLoadRequest(), metadata=bearer(target.token), timeout=30)
     names = ("steps", "completion_tokens", "cached_prompt_tokens", "preemptions", "recompilations")

@@ -18,6 +18,7 @@ from benchmarks.record import Record
 from benchmarks.servers import Served, serve_flags, served
 from benchmarks.statistics import median, percentiles, summarize
 from benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
+from isthmus.client import read_token, tls_credentials
 from model.cleaning import temporary_folder
 from model.config import ConfigError, Dtype
 from serve.engine.config import EngineConfig
@@ -47,6 +48,8 @@ class ServeBench:
     """HOST:PORT of a running server; there is no comparison with its engine then"""
     auth_token_file: Path | None = None
     """For --address"""
+    tls_ca: Path | None = None
+    """For --address, of a server with --tls-cert: the certificate, in PEM, of who signed its, or its own"""
     rates: tuple[float, ...] = ()
     """Requests a second; default 25, 50, 75 and 90 % of what the server finished when all came at once"""
     seconds: float = 60.0
@@ -87,9 +90,9 @@ class ServeBench:
 class _Load:
     """The load generator, the server it is pointed at, and how the requests for it are drawn."""
 
-    def __init__(self, bench: ServeBench, child: Child, address: str, token: str | None) -> None:
+    def __init__(self, bench: ServeBench, child: Child, server: Served) -> None:
         self._bench, self._child = bench, child
-        target = {"address": address, "token": token}
+        target = dataclasses.asdict(server)
         self._target = {**target, "temperature": bench.temperature, "timeout": bench.timeout}
         self.facts = child.ask("facts", target=self._target)
         self._sizes = (self.facts["vocab_size"], self.facts["context_length"])
@@ -218,7 +221,7 @@ def _run_local(bench: ServeBench, console: Console, child: Child, folder: Path) 
         if bench.compare_rounds:
             console.print("starting a server to compare with its engine")
             port = host.ask("start", flags=flags)["port"]
-            load = _Load(bench, child, f"127.0.0.1:{port}", None)
+            load = _Load(bench, child, Served(f"127.0.0.1:{port}"))
             with progress_bar(console, "server and engine in turns", 2 * bench.compare_rounds + 2) as tick:
                 compared = compare(bench, load, host, tick)
     console.print("starting `isthmus serve`")
@@ -229,8 +232,14 @@ def _run_local(bench: ServeBench, console: Console, child: Child, folder: Path) 
 
 
 def _run_remote(bench: ServeBench, console: Console, child: Child, address: str) -> Record:
-    token = bench.auth_token_file.read_text().strip() if bench.auth_token_file else None
-    rates, facts = _measure_rates(bench, console, child, Served(address, token), None)
+    try:
+        token = None if bench.auth_token_file is None else read_token(bench.auth_token_file)
+        if bench.tls_ca is not None:
+            tls_credentials(bench.tls_ca)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"auth_token_file, tls_ca: {error}") from None
+    server = Served(address, token, None if bench.tls_ca is None else str(bench.tls_ca))
+    rates, facts = _measure_rates(bench, console, child, server, None)
     machine = describe_remote(facts["platform"], facts["devices"])
     figures = {"limits": None, "server": facts, "compare": None, "rates": rates}
     return Record("serve", facts["name"], machine, dataclasses.asdict(bench), figures)
@@ -239,7 +248,7 @@ def _run_remote(bench: ServeBench, console: Console, child: Child, address: str)
 def _measure_rates(
     bench: ServeBench, console: Console, child: Child, server: Served, compared: dict[str, Any] | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    load = _Load(bench, child, server.address, server.token)
+    load = _Load(bench, child, server)
     rates = bench.rates
     if not rates:
         # A round of its own when nothing was compared; its prompts are none that the rates will send.

@@ -28,6 +28,8 @@ class Served:
 
     address: str
     token: str | None = None
+    tls_ca: str | None = None
+    """As isthmus.Client's"""
 
 
 def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig) -> list[str]:

@@ -139,9 +139,7 @@ def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, sh
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
     values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": stored[dtypes[""]]}
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    copy_companions(folder.path, target)
-    if folder.adapter is not None:
-        copy_companions(folder.adapter, target)
+    _copy_companions(folder, target)
     if folder.family is None and not (folder.path / PUBLISHED_CONFIG).is_file():
         _describe_tokenizer(folder.tokenizer, target)
 
@@ -226,10 +224,21 @@ def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Sta
     checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()
     folder.config.save(target / "config.json")
-    copy_companions(folder.path, target)
+    _copy_companions(folder, target)
     if folder.family is not None:
         shutil.copyfile(folder.path / "config.json", target / PUBLISHED_CONFIG)
         (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(TensorFiles(folder.path)), indent=2) + "\n")
+        return
+    for name in (PUBLISHED_CONFIG, DTYPES_FILE):  # of the model that ours was made from
+        if (folder.path / name).is_file():
+            shutil.copyfile(folder.path / name, target / name)
+
+
+def _copy_companions(folder: ModelFolder, target: Path) -> None:
+    """An adapter's own go over its base model's, as when it is served."""
+    copy_companions(folder.path, target)
+    if folder.adapter is not None:
+        copy_companions(folder.adapter, target)
 
 
 def _read(folder: ModelFolder, shown: Stages) -> Params:

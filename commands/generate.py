@@ -70,17 +70,13 @@ class GenerateConfig:
 
     def read_token(self) -> str | None:
         """Raises ConfigError when the file can't be read."""
+        from isthmus.client import read_token
         from model.config import ConfigError
 
-        if self.auth_token_file is None:
-            return None
         try:
-            token = self.auth_token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"auth_token_file: {self.auth_token_file}: {error}") from None
-        if not token or not token.isascii() or not token.isprintable():
-            raise ConfigError(f"auth_token_file: {self.auth_token_file} must hold one line of printable ASCII")
-        return token
+            return None if self.auth_token_file is None else read_token(self.auth_token_file)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"auth_token_file: {error}") from None
 
     def validate(self) -> None:
         """Raises ConfigError."""
@@ -92,6 +88,8 @@ class GenerateConfig:
             raise ConfigError("--system is for --chat")
         if self.parse_special and self.chat:
             raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
+        if self.model is None and self.folder != FolderOptions():
+            raise ConfigError("--base, --ignore-field and --download are for --model")
         if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
             raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
         for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):

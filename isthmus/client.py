@@ -111,6 +111,20 @@ def _json(arguments: Mapping[str, Any]) -> str:
         raise ValueError(f"template_arguments: {error}") from None
 
 
+def read_token(path: Path) -> str:
+    """The auth token that a file holds. Raises OSError, and ValueError for what isn't one line of printable ASCII."""
+    data = path.read_bytes().strip()
+    if not data or not data.isascii() or not data.decode("ascii").isprintable():
+        raise ValueError(f"{path} must hold one line of printable ASCII")
+    return data.decode("ascii")
+
+
+def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
+    """ca: a file in PEM with the certificate of who signed the server's, or a self-signed server's own. Raises
+    OSError."""
+    return grpc.ssl_channel_credentials(Path(ca).read_bytes())
+
+
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
     """The metadata that carries an auth token."""
     return () if token is None else (("authorization", f"Bearer {token}"),)
@@ -128,14 +142,14 @@ class Client:
         tls_ca: Path | str | None = None,
     ) -> None:
         """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text. tls_ca: for
-        TLS too, a file in PEM with the certificate of who signed the server's, or a self-signed server's own.
+        TLS too, as tls_credentials takes it.
 
         Raises OSError when tls_ca can't be read, and ValueError when both are given.
         """
         if tls_ca is not None:
             if credentials is not None:
                 raise ValueError("give credentials or tls_ca")
-            credentials = grpc.ssl_channel_credentials(Path(tls_ca).read_bytes())
+            credentials = tls_credentials(tls_ca)
         if credentials is not None:
             self.channel = grpc.secure_channel(target, credentials, _OPTIONS)
         else:

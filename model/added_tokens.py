@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 from model.chat import TOKENIZER_CONFIG, special_tokens, tokenizer_config
 from model.config import ConfigError
 
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""Attributes of an AddedToken, beside its content"""
 
 
 class Declared(NamedTuple):
@@ -46,4 +47,4 @@ def _token(value: Any, path: Path) -> AddedToken:
     fields = {"content": value} if isinstance(value, str) else value
     if not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
         raise ConfigError(f"{path}: a token must be a string, or an object with its content")
-    return AddedToken(fields["content"], **{flag: fields[flag] for flag in _FLAGS if type(fields.get(flag)) is bool})
+    return AddedToken(fields["content"], **{flag: fields[flag] for flag in FLAGS if type(fields.get(flag)) is bool})

@@ -11,7 +11,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 
 from model.answers import Indistinct, Span, find_answers
 from model.config import ConfigError
-from model.files import present, read_json, read_text
+from model.files import present, read_json_if_present, read_text
 from model.sandbox.environment import Sandbox
 from model.sandbox.meter import Limits, Meter, metered
 
@@ -201,11 +201,6 @@ def _plain(value: Any, where: str, depth: int = MAX_DEPTH) -> Any:
 # Files
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty when there is no such file."""
-    return read_json(path) if present(path) else {}
-
-
 def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
     """`chat_template`, one or several by name, and what errors call it."""
     name = f"{path}: chat_template"
@@ -222,7 +217,7 @@ def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
     """What tokenizer_config.json says; empty without one. Raises ConfigError naming the file."""
-    return _read_json(folder / TOKENIZER_CONFIG)
+    return read_json_if_present(folder / TOKENIZER_CONFIG)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
@@ -231,7 +226,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
     sources = [(folder / TOKENIZER_CONFIG, config)]
     if "added_tokens_decoder" not in config:  # older folders say in a file of its own what newer ones say there
         path = folder / SPECIAL_TOKENS_MAP
-        sources.append((path, _read_json(path)))
+        sources.append((path, read_json_if_present(path)))
     tokens = {}
     for path, content in sources:
         for name in SPECIAL_TOKENS:

@@ -73,6 +73,11 @@ def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
     return values
 
 
+def read_json_if_present(path: Path) -> dict[str, Any]:
+    """As read_json; empty when there is no such file."""
+    return read_json(path) if present(path) else {}
+
+
 def shortened(text: str, limit: int = 200) -> str:
     """At most `limit` characters of `text`, printable: for an error that quotes what somebody wrote."""
     start = text[:limit].encode("utf-8", "backslashreplace").decode()

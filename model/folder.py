@@ -17,7 +17,7 @@ from model.added_tokens import declared_tokens
 from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.endings import end_ids, turn_end, unheeded_flags
-from model.files import present, read_json
+from model.files import present, read_json_if_present
 from model.hub import FolderOptions, find_folder, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
@@ -219,15 +219,10 @@ def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> M
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Empty when there is no such file."""
-    return read_json(path) if present(path) else {}
-
-
 def _end_ids(path: Path) -> list[int]:
     """The ids that end a text: generation_config.json's, else those of the published config.json."""
     for name in ("generation_config.json", "config.json", PUBLISHED_CONFIG):
-        ends = _read_json(path / name).get("eos_token_id")
+        ends = read_json_if_present(path / name).get("eos_token_id")
         if ends is None:
             continue
         ends = ends if isinstance(ends, list) else [ends]
@@ -242,7 +237,7 @@ def _generation(path: Path) -> GenerationDefaults:
     says. Without a file there's no recommendation."""
     if not present(path / "generation_config.json"):
         return GenerationDefaults()
-    values = _read_json(path / "generation_config.json")
+    values = read_json_if_present(path / "generation_config.json")
     neutral = {
         "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,

@@ -34,11 +34,11 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def find_folder(path: Path, *, download: bool = False) -> Path:
+def find_folder(path: Path, *, download: bool = False, revision: str | None = None) -> Path:
     """The folder that `path` is, or that the local Hugging Face cache has for a name like Org/Name.
 
-    download: fetches it from the hub where the cache hasn't all of it. Raises ConfigError, saying what `path` is
-    instead.
+    download: fetches it from the hub where the cache hasn't all of it. revision: of a name, a branch, a tag or a
+    commit; None is main. Raises ConfigError, saying what `path` is instead.
     """
     if os.path.isdir(path):  # which, unlike Path.is_dir, is false for a name that no folder can have
         _check_folder(path)
@@ -48,7 +48,7 @@ def find_folder(path: Path, *, download: bool = False) -> Path:
     name = str(path)
     if not is_hub_name(name):
         raise ConfigError(f"{shortened(name)}: there is no such folder")
-    return _download(name) if download else _cached(name)
+    return _download(name, revision) if download else _cached(name, revision)
 
 
 def name_of(folder: Path) -> str:
@@ -90,25 +90,27 @@ def _kind_of_file(path: Path) -> str:
     return "a link that leads nowhere" if path.is_symlink() else "no folder"
 
 
-def _cached(name: str) -> Path:
+def _cached(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     for file in ("config.json", "adapter_config.json"):
-        found = try_to_load_from_cache(name, file)
+        found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):  # else it isn't known, or known not to exist
             return Path(found).parent
+    version = "" if revision is None else f" at revision {shortened(revision)}"
     raise ConfigError(
-        f"{name}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
+        f"{name}{version}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
         "--download fetches it"
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_NOT_WANTED)))
+        wanted, not_wanted = list(_WANTED), list(_NOT_WANTED)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None

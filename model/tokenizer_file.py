@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model import tokenizer_trial
 from model.config import ConfigError
-from model.files import MAX_TOKENIZER_BYTES, read_json
+from model.files import MAX_TOKENIZER_BYTES, read_json, shortened
 from model.tokenizer_trial import GAVE_UP
 
 MAX_GROWTH = 256
@@ -189,7 +190,8 @@ def _patterns(spec: Mapping[str, Any]) -> Iterator[str]:
 
 def _try_out(path: Path, patterns: list[str]) -> None:
     """Encodes texts that make regular expressions go back and forth, in a process that can be ended."""
-    command = [sys.executable, "-m", "model.tokenizer_trial", str(path), str(TRIAL_SECONDS)]
+    # By its path: a folder called model may lie where the command runs, and isn't to be imported.
+    command = [sys.executable, "-P", tokenizer_trial.__file__, str(path), str(TRIAL_SECONDS)]
     # The limit is one of processor time, so that a busy machine fails no honest tokenizer.
     done = subprocess.run(command, input=json.dumps(patterns), capture_output=True, text=True, check=False)
     if done.returncode < 0 or done.returncode == GAVE_UP:
@@ -198,4 +200,6 @@ def _try_out(path: Path, patterns: list[str]) -> None:
             f"{path}: a regular expression in it takes time out of proportion to the text, or gives up on it, in a "
             f"trial of at most {TRIAL_SECONDS} s: one of {shown}"
         )
-    # Otherwise whatever else went wrong goes wrong again when the file is read, where it is named.
+    if done.returncode:
+        why = done.stderr.strip().rpartition("\n")[2] or f"it ended with {done.returncode}"
+        raise ConfigError(f"{path}: a regular expression in it can't be tried out: {shortened(why)}")

@@ -1,7 +1,7 @@
-"""`python -m model.tokenizer_trial FILE SECONDS`: encodes texts that a bad regular expression takes for ever over.
+"""`python model/tokenizer_trial.py FILE SECONDS`: encodes texts that a bad regular expression takes for ever over.
 
 The patterns come as a JSON list on standard input. Exits with GAVE_UP where the library gives up on a text, or takes
-quadratic time, and is ended by a signal when it takes too long or too much memory.
+quadratic time, and is ended by a signal when it takes too long or too much memory. Imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_quadratic(tokenizer: Tokenizer, character: str) -> bool:
 
 def main(path: str, seconds: str) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    _limit(resource.RLIMIT_AS, MEMORY)
     patterns = json.load(sys.stdin)
     _allow(60)  # reading the file already normalizes its added tokens
     try:
@@ -73,8 +73,13 @@ def main(path: str, seconds: str) -> int:
 
 
 def _allow(seconds: int) -> None:
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds if hard < 0 else min(seconds, hard), hard))
+    _limit(resource.RLIMIT_CPU, seconds)
+
+
+def _limit(what: int, most: int) -> None:
+    """Within what the process was allowed already."""
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 if __name__ == "__main__":

@@ -274,6 +274,7 @@ def test_chat_that_the_template_refuses_says_why(
         (["a", "--system", "b"], "--system is for --chat"),
         (["--chat", "--parse-special"], "is for a prompt"),
         (["a", "--address", "127.0.0.1"], "address='127.0.0.1' must be HOST:PORT"),
+        (["a", "--download"], "--base, --ignore-field and --download are for --model"),
         (["a", "--address", ""], "address=''"),
         (["a", "--address", "http://127.0.0.1:50051"], "HOST:PORT"),
         (["a", "--max-tokens", "-5"], "max_tokens=-5 must be"),

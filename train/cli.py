@@ -89,17 +89,23 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 def _values(argv: Sequence[str], flag: str) -> tuple[str, ...]:
     """All that a flag was given."""
-    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if word.partition("=")[0] == flag)
+    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if _is(flag, word.partition("=")[0]))
     return tuple(value for value in given if value is not None)
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
     for index, word in enumerate(argv):
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-        if word == flag and index + 1 < len(argv):
+        name, given, value = word.partition("=")
+        if _is(flag, name) and given:
+            return value
+        if _is(flag, name) and index + 1 < len(argv):
             return argv[index + 1]
     return None
+
+
+def _is(flag: str, word: str) -> bool:
+    """tyro takes either of - and _."""
+    return word.replace("_", "-") == flag
 
 
 @functools.cache
@@ -118,7 +124,7 @@ def _hush_failed_saves() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
-    work."""
+    work, 128 + the number of the signal that ended it early: it isn't done, whatever waits for it."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
     console = Console(soft_wrap=True, highlight=False, markup=False)
@@ -150,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(
             f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}"
         )
-    else:
-        _say_done(report, config.out, console)
+        return 128 + report.interrupted
+    _say_done(report, config.out, console)
     return 0
 
 

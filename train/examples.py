@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from model.added_tokens import FLAGS, declared_tokens
 from model.chat import ChatError, Span
 from model.config import ConfigError
 from model.folder import ModelFolder
@@ -88,11 +89,13 @@ class Pretraining:
             tokenizer.eos_id,
             tokenizer.vocab_size,
         )
+        self._parted = self._end in tokenizer.encode("")
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
         assert all(document.kind == "text" for document in documents)
         encoded = self._encode(documents)
-        return [Example(ids if self._end in (*ids[:1], *ids[-1:]) else [*ids, self._end], None) for ids in encoded]
+        parted = [ids if self._parted or ids[-1:] == [self._end] else [*ids, self._end] for ids in encoded]
+        return [Example(ids, None) for ids in parted]
 
 
 class FineTuning:
@@ -113,7 +116,12 @@ class FineTuning:
         """Changes whenever the same documents would be other tokens."""
         chat = self._folder.chat
         template = None if chat is None else [chat.source, sorted(chat.special_tokens.items())]
-        parts = [(self._folder.path / "tokenizer.json").read_bytes(), json.dumps(template).encode()]
+        declared = [
+            (token.content, *(getattr(token, flag) for flag in FLAGS), promotes)
+            for token, promotes in declared_tokens(self._folder.path)
+        ]
+        settings = [template, declared]
+        parts = [(self._folder.path / "tokenizer.json").read_bytes(), json.dumps(settings).encode()]
         return [
             *(hashlib.sha256(part).hexdigest() for part in parts),
             self._end,

@@ -54,7 +54,8 @@ class Report:
     """How a run ended."""
 
     steps: int
-    interrupted: bool
+    interrupted: int
+    """The signal that ended it early; 0 is none"""
     loss: float
     """Mean nats a token over the last logged steps"""
     heldout_loss: float | None
@@ -87,6 +88,8 @@ def _train(config: TrainConfig, console: Console) -> Report:
     folder = open_start(config)
     for warning in folder.warnings if folder else ():
         console.print(warning, style="yellow", markup=False)
+    if folder is not None:  # what a name in the cache stands for now: a newer version is another model
+        config = dataclasses.replace(config, init=folder.path)
     if not config.resume:
         config = _fit_warmup(config, console)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -183,7 +186,8 @@ class _Run:
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.losses: list[float] = []
         self.started = time.perf_counter()
-        self.stop = threading.Event()
+        self.told = 0
+        """The signal that asked for its end"""
 
     def run(self) -> Report:
         state, first = self._start()
@@ -197,12 +201,12 @@ class _Run:
             with self._interruptible(), self._progress(first) as progress:
                 state, done = self._loop(state, first, progress)
             self._drain()
-            interrupted = done < self.config.steps
-            heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
-            if self.checkpoints.latest() != done:
+            interrupted = self.told if done < self.config.steps else 0
+            if self.checkpoints.latest() != done:  # before what may take minutes, and be interrupted
                 self._save(state, done)
             else:
                 self._save_adapter(state)
+            heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
         finally:
             try:
                 self.checkpoints.close()
@@ -257,7 +261,7 @@ class _Run:
                 self._drain()
                 self.speed.start(done)
             progress(done)
-            if self.stop.is_set():
+            if self.told:
                 return state, done
             if done < config.steps:
                 if config.eval_every and done % config.eval_every == 0:
@@ -335,7 +339,7 @@ class _Run:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"the adapter can't be written in {self.config.out}: {error}") from None
 
-    def _report(self, done: int, interrupted: bool, heldout: tuple[float | None, float | None]) -> Report:
+    def _report(self, done: int, interrupted: int, heldout: tuple[float | None, float | None]) -> Report:
         self.speed.window()
         return Report(
             done,
@@ -355,9 +359,9 @@ class _Run:
         """The first Ctrl-C or SIGTERM ends the run at the next step, with a checkpoint; the second one ends it now."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self.stop.is_set():
+            if self.told:
                 raise KeyboardInterrupt
-            self.stop.set()
+            self.told = number
             self.console.print("stopping after this step; once more stops at once, without a checkpoint")
 
         if threading.current_thread() is not threading.main_thread():

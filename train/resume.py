@@ -15,14 +15,16 @@ FILE = "train.json"
 
 
 def load_saved(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`. Raises ConfigError when they can't be read."""
+    """The settings of the run in `folder`, but for `download`: what it fetched it goes on from as it is. Raises
+    ConfigError when they can't be read."""
     path = folder / FILE
     if not path.is_file():
         raise ConfigError(f"out: there is no run to resume in {folder}")
     try:
-        return TrainConfig.from_json(path.read_text(encoding="utf-8-sig"))
+        saved = TrainConfig.from_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"out: {path} can't be read as a run's settings: {error}") from None
+    return dataclasses.replace(saved, download=False)
 
 
 def save_settings(config: TrainConfig, folder: Path) -> None:

@@ -40,7 +40,7 @@ def is_adapter_folder(path: Path) -> bool:
 
 def base_folder(path: Path, download: bool = False) -> Path:
     """The folder of the model that an adapter folder names: relative to itself or to the working directory, or a name
-    in the local Hugging Face cache. Raises ConfigError when there is none."""
+    in the local Hugging Face cache, at the revision that it says. Raises ConfigError when there is none."""
     fields = Fields.load(path / ADAPTER_CONFIG)
     name = fields.raw("base_model_name_or_path", None)
     if not isinstance(name, str) or not name:
@@ -51,9 +51,18 @@ def base_folder(path: Path, download: bool = False) -> Path:
     if os.path.isdir(beside):
         return beside
     try:
-        return find_folder(Path(name), download=download)
+        return find_folder(Path(name), download=download, revision=_revision(fields))
     except ConfigError as error:
         raise fields.error("base_model_name_or_path", f"isn't here: {error}. --base FOLDER says where it is") from None
+
+
+def _revision(fields: Fields) -> str | None:
+    revision = fields.raw("revision", None)
+    if revision is not None and (
+        not isinstance(revision, str) or not re.fullmatch(r"(?!/|.*\.\.)[\w./-]{0,200}", revision)
+    ):
+        raise fields.error("revision", "must name a branch, a tag or a commit of the base model")
+    return revision or None
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from isthmus.client import read_token
 from model.config import ConfigError
 from model.hub import FolderOptions
 from serve.engine.config import EngineConfig
+
+MAX_SECONDS = 1_000_000
+"""gRPC counts milliseconds in 31 bits"""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class ServeConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("stall_seconds", "keepalive_seconds"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= MAX_SECONDS:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 to {MAX_SECONDS}")
 
     def _check_reach(self) -> None:
         if _is_loopback(self.host) or self.insecure:
@@ -110,12 +114,9 @@ class ServeConfig:
         if self.auth_token_file is None:
             return None
         try:
-            token = self.auth_token_file.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
+            return read_token(self.auth_token_file)
+        except (OSError, ValueError) as error:
             raise ConfigError(f"auth_token_file: {error}") from None
-        if not token or not token.isascii() or not token.isprintable():
-            raise ConfigError(f"auth_token_file: {self.auth_token_file} must hold one line of printable ASCII")
-        return token
 
 
 def _no_passphrase() -> str:

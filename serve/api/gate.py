@@ -35,7 +35,8 @@ class Gate(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, workers: Workers, limits: dict[str, int], others: int) -> None:
-        """limits: most calls at once of a service, by its full name; others: of any other service."""
+        """limits: most calls at once of a service, by its full name; others: of a method of any other service, so that
+        who watches health, say, takes no place from who asks for it."""
         self._workers, self._limits, self._others = workers, limits, others
         self._calls: Counter[str] = Counter()
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
@@ -85,12 +86,12 @@ class Gate(grpc.aio.ServerInterceptor):
     @asynccontextmanager
     async def _place(self, service: str, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         """One of the places that the service has for calls. What goes wrong inside ends the call."""
-        limit = self._limits.get(service, self._others)
-        if self._calls[service] >= limit:
+        limit, counted = (self._limits[service], service) if service in self._limits else (self._others, method)
+        if self._calls[counted] >= limit:
             await abort(
-                context, retry_later(code_pb2.RESOURCE_EXHAUSTED, f"{limit} calls of {service} are open already")
+                context, retry_later(code_pb2.RESOURCE_EXHAUSTED, f"{limit} calls of {counted} are open already")
             )
-        self._calls[service] += 1
+        self._calls[counted] += 1
         try:
             yield
         except grpc.aio.BaseError:  # aborted, or the client has gone
@@ -101,7 +102,7 @@ class Gate(grpc.aio.ServerInterceptor):
             logger.exception("%s failed", method)
             await abort(context, internal("CALL_FAILED", "the server failed at this call; its log says how"))
         finally:
-            self._calls[service] -= 1
+            self._calls[counted] -= 1
 
     async def _message(self, context: grpc.aio.ServicerContext, parse: Parse, kind: Any) -> Any:
         try:

@@ -51,7 +51,7 @@ MAX_REQUEST_BYTES = 16 << 20
 SPARE_CALLS = 64
 """Calls of InferenceService beyond the requests that the engine takes"""
 OTHER_CALLS = 1024
-"""Calls of any other service"""
+"""Calls of a method of any other service"""
 PING_SECONDS = 1.0
 """A client may ask as often whether the server is there"""
 PING_TIMEOUT_SECONDS = 10.0
@@ -144,6 +144,7 @@ class Server:
             self.session.sink,
             tick,
         )
+        await _in_daemon_thread(self.session.model.tokenizer.prepare)
         engine = await _in_daemon_thread(build_engine, *build)
         engine.start()
         self.session.engine = engine

@@ -191,6 +191,25 @@ def interrupted(out: Path, at: int, monkeypatch: pytest.MonkeyPatch, *more: str,
     return out
 
 
+def test_a_run_that_is_stopped_while_it_is_evaluated_has_all_its_steps(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation reads all held-out text, for minutes: Ctrl-C there threw away what had been trained since the
+    checkpoint before."""
+    out = tmp_path / "run"
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop._Run._final_heldout", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(out, "--checkpoint-every", "1000")
+    assert newest_checkpoint(out) == STEPS
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert_same_run(out, undisturbed)
+
+
 def test_a_lengthened_run_is_the_longer_run(tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, and after another stop too: a warmup-stable-decay schedule has no length until it decays."""
     out = interrupted(tmp_path / "run", 11, monkeypatch, steps=14)

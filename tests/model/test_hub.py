@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -123,6 +124,23 @@ def test_an_adapter_of_a_name_finds_its_base_in_the_cache(cache: Path, mesh: Mes
     assert open_folder(adapter(folder, "elsewhere")).path == elsewhere  # from where the command runs
     write_folder(folder / "elsewhere", "llama3", rms_norm_eps=0.5)
     assert open_folder(folder).config.norm_eps == 0.5  # beside the adapter
+
+
+def test_an_adapter_of_a_revision_is_not_laid_over_another(cache: Path) -> None:
+    """The base model's maker may have published another since; PEFT says which one an adapter was trained on."""
+    main, other = put(cache, "Org/Name", "llama3"), "f" * 40
+    for revision in (other, "v1"):
+        with pytest.raises(ConfigError, match=f"Org/Name at revision {revision}: there is no such folder.*--base"):
+            open_folder(adapter(Path("adapter"), "Org/Name", revision=revision))
+    older = shutil.copytree(main, main.parent / other)
+    (cache / "models--Org--Name" / "refs" / "v1").write_text(other)
+    for revision in (other, "v1"):
+        assert open_folder(adapter(Path("adapter"), "Org/Name", revision=revision)).path == older
+    for revision in ("main", "", None):
+        assert open_folder(adapter(Path("adapter"), "Org/Name", revision=revision)).path == main
+    for revision in (7, "../../other", "/tmp"):
+        with pytest.raises(ConfigError, match=r"revision=.* must name a branch"):
+            open_folder(adapter(Path("adapter"), "Org/Name", revision=revision))
 
 
 def test_a_base_that_is_none(cache: Path) -> None:

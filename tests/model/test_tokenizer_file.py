@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Inner
 
+from model import tokenizer_trial
 from model.config import ConfigError
 from model.tokenizer import TextError, Tokenizer
 from model.tokenizer_file import KNOWN_PATTERNS, examine
@@ -223,6 +226,37 @@ def test_a_pattern_nobody_knows_is_tried_out_and_taken(tmp_path: Path) -> None:
     )
     tokenizer = Tokenizer.load(saved(tmp_path, inner))
     assert tokenizer.decode(tokenizer.encode("ab12")) == " ab 12", "a space before each piece, as asked"
+
+
+def test_what_lies_where_the_command_runs_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many have a folder called model: it was imported in place of ours, and a trial that never ran found nothing."""
+    (tmp_path / "model").mkdir()
+    for name in ("__init__.py", "tokenizer_trial.py"):
+        (tmp_path / "model" / name).write_text("raise SystemExit(0)")
+    inner = byte_level()
+    split("(a+)+$")(inner)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="a regular expression in it takes time"):
+        Tokenizer.load(saved(tmp_path, inner))
+
+
+@pytest.mark.parametrize("address_space", ["unlimited", 4 << 20])
+def test_a_trial_runs_within_the_limits_that_it_is_given(address_space: object, tmp_path: Path) -> None:
+    """Under ulimit -v, in KiB, it couldn't set its own limit, and was taken for one that found nothing."""
+    inner = byte_level()
+    split("a+")(inner)
+    words = [sys.executable, "-P", tokenizer_trial.__file__, str(saved(tmp_path, inner)), "8"]
+    command = ["sh", "-c", f'ulimit -v {address_space}; exec "$@"', "sh", *words]
+    done = subprocess.run(command, input='["a+"]', capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_trial_that_cannot_run_is_no_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_trial, "__file__", str(tmp_path / "gone.py"))
+    inner = byte_level()
+    split("a+")(inner)
+    with pytest.raises(ConfigError, match=r"can't be tried out: .*gone.py"):
+        Tokenizer.load(saved(tmp_path, inner))
 
 
 def test_limits_hold_for_every_text() -> None:

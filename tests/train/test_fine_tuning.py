@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from train.data import TokenFile, TrainingData
 from train.loop import train
 from train.metrics import read_metrics
 from train.optimizer import build_optimizer
+from train.resume import load_saved, save_settings
 from train.step import Trainer
 
 STEPS, KILLED_AFTER = 12, 6
@@ -277,3 +279,30 @@ def test_a_field_that_is_ignored_stays_so(room: Path, tmp_path: Path, capsys: py
     assert convert(back) == 2
     assert convert([*back, "--ignore-field", "attention_magic"]) == 0
     assert json.loads((tmp_path / "back" / "config.json").read_text())["attention_magic"] == 3
+
+
+def test_a_run_goes_on_from_the_model_that_its_name_stood_for(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer version that comes into the cache meanwhile is another model, and --resume asks nobody for one."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository, out = tmp_path / "hub" / "models--Org--Name", tmp_path / "out"
+    snapshot = repository / "snapshots" / "first"
+    shutil.copytree(room / "model", snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("first")
+    sizes = ("--steps", "1", "--batch", "2", "--text.seq", "32", "--text.heldout-fraction", "0.2", "--mesh", "dp=1")
+    assert main(["--init", "Org/Name", str(room / "chats.jsonl"), "--out", str(out), *sizes]) == 0
+    assert load_saved(out).init == snapshot
+    save_settings(dataclasses.replace(load_saved(out), download=True), out)
+    assert not parse(["--resume", "--out", str(out)]).download
+    assert parse(["--resume", "--download", "--out", str(out)]).download
+
+
+def test_a_flag_may_be_spelt_with_either_line(room: Path, tmp_path: Path) -> None:
+    """The command line takes both; what is looked for before it is read must, too."""
+    shutil.copytree(room / "model", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention_magic": 3}))
+    for words in (["--ignore-field", "attention_magic"], ["--ignore_field", "attention_magic"]):
+        assert parse(["--init", str(tmp_path / "model"), "text", *words]).ignore_field == ("attention_magic",)

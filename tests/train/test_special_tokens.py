@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import Sequence
 
 from model.config import ConfigError
 from model.folder import open_folder
@@ -65,6 +66,27 @@ def test_data_is_prepared_anew_when_special_tokens_become_special(tmp_path: Path
         data, _ = prepare([str(texts)], config, tmp_path / "out", 0, start=folder)
         sizes.append(len(data.train.tokens))
     assert sizes[1] < sizes[0] == sizes[2]
+
+
+def test_an_end_that_a_text_begins_with_is_not_its_own(tmp_path: Path) -> None:
+    """Two documents would run into one another, and nothing teach where the first ends."""
+    inner = Tokenizer.train(["a b"], 300)._inner
+    inner.post_processor = Sequence([])
+    tokenizer = Tokenizer(inner)
+    texts = [f"{END_OF_TEXT}a", "b", f"a{END_OF_TEXT}"]
+    ids = [example.ids for example in Pretraining(tokenizer, True)([Document(text, text) for text in texts])]
+    assert [row[-1] for row in ids] == [tokenizer.eos_id] * 3
+    assert [row.count(tokenizer.eos_id) for row in ids] == [2, 1, 1]
+
+
+def test_data_is_prepared_anew_when_a_word_becomes_a_token(tmp_path: Path) -> None:
+    """tokenizer_config.json may declare tokens: it isn't in tokenizer.json that a folder's tokens changed."""
+    folder = write_chat_model(tmp_path / "model")
+    before = FineTuning(open_folder(folder)).stamp
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": ["a"]}))
+    after = FineTuning(open_folder(folder)).stamp
+    assert before != after and FineTuning(open_folder(folder)).stamp == after
 
 
 def test_a_text_that_the_tokenizer_gives_up_on_is_named(tmp_path: Path) -> None:

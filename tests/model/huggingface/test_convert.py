@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from model.huggingface.load import load_params
 from model.sharding import MeshShape, build_mesh
 from model.transformer import Params, abstract_params, stack_blocks, stacked
 from tests.model.huggingface.folders import write_folder
+from tests.model.test_hub import adapter as write_adapter
 from tests.parity.families import golden, others_slow, published
 from tests.support import TINY, forward, on_host, random_params, relative_error
 
@@ -129,6 +131,50 @@ def test_all_that_others_read_beside_weights_goes_along(tmp_path: Path) -> None:
     assert files == {*COMPANIONS, "linked.model", *own}
     for name in COMPANIONS:
         assert (back / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_ours_written_anew_stays_what_it_was_made_from(tmp_path: Path) -> None:
+    """Without the published config.json a model that is quantized, say, forgets what ends its texts and its family."""
+    source = write_folder(tmp_path / "source", "llama3", dtype=ml_dtypes.bfloat16, eos_token_id=[5, 7])
+    ours, again, back = tmp_path / "ours", tmp_path / "again", tmp_path / "back"
+    assert main(["convert", str(source), str(ours)]) == 0
+    assert main(["convert", str(ours), str(again), "--to", "isthmus"]) == 0
+    assert main(["convert", str(again), str(back)]) == 0
+    assert open_folder(again).tokenizer.eos_ids == open_folder(source).tokenizer.eos_ids == {5, 7}
+    assert_same_bits(tensors_of(back), tensors_of(source))
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "isthmus"])
+def test_a_merged_adapter_speaks_as_the_adapter_does(kind: str, tmp_path: Path) -> None:
+    """An adapter brings the template that it was trained with: under its base model's a merged one answers worse."""
+    base = write_folder(tmp_path / "base", "llama3")
+    (base / "chat_template.jinja").write_text("base {{ messages[0].content }}")
+    tuned = write_adapter(tmp_path / "tuned", str(base))
+    (tuned / "chat_template.jinja").write_text("tuned {{ messages[0].content }}")
+    (tuned / "tokenizer_config.json").write_text("{}")
+    assert main(["convert", str(tuned), str(tmp_path / "merged"), "--to", kind]) == 0
+    chat = open_folder(tmp_path / "merged").chat
+    assert chat is not None and chat.render([{"role": "user", "content": "hi"}]) == "tuned hi"
+
+
+def test_a_model_on_a_read_only_disk_is_read(tmp_path: Path) -> None:
+    """Mounted into a container, of either kind: nothing may be written beside it, no lock and no folder."""
+    source, ours, disk = write_folder(tmp_path / "source", "llama3"), tmp_path / "ours", tmp_path / "disk"
+    assert main(["convert", str(source), str(ours)]) == 0
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        for folder in (source, ours):
+            shutil.copytree(folder, disk / folder.name)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for name in ("source", "ours"):
+            assert main(["convert", str(disk / name), str(tmp_path / f"of {name}")]) == 0
+        assert_same_bits(tensors_of(tmp_path / "of ours"), tensors_of(source))
+        assert main(["convert", str(source), str(disk / "new")]) == 2
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,14 @@ def test_beyond_loopback_it_needs_a_token_and_tls_or_insecure(model_folder: Path
             ServeConfig(model=model_folder, host=host, **fields).validate()
         ServeConfig(model=model_folder, host=host, insecure=True, **fields).validate()
     ServeConfig(model=model_folder, host=host, auth_token_file=token_file, **tls).validate()
+
+
+@pytest.mark.parametrize("field", ["stall_seconds", "keepalive_seconds"])
+@pytest.mark.parametrize("seconds", [0.5, math.inf, math.nan, 1e7])
+def test_seconds_that_grpc_cannot_count_are_named(model_folder: Path, field: str, seconds: float) -> None:
+    """An infinite one, to turn pings off, was a traceback."""
+    with pytest.raises(ConfigError, match=f"{field}=.* must be 1 to 1000000"):
+        ServeConfig(model=model_folder, **{field: seconds}).validate()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "[::1]", "localhost"])

@@ -20,7 +20,7 @@ from isthmus import Client, generate_request
 from isthmus.client import bearer
 from isthmus.v1 import control_pb2, inference_pb2_grpc
 from isthmus.v1 import inference_pb2 as pb
-from model.tokenizer import TextStream
+from model.text_stream import TextStream
 from serve.api.logs import A_MINUTE, Bounded
 from serve.api.server import MAX_REQUEST_BYTES, SERVICES, SPARE_CALLS
 from serve.api.wire import MAX_FIELDS, MAX_NUMBERS_BYTES, MAX_TEXT_BYTES, check_wire
@@ -124,7 +124,7 @@ def test_an_error_of_a_service_is_told_without_its_traceback(
         def ByteSize(self) -> int:
             raise RuntimeError("a secret")
 
-    monkeypatch.setattr(type(server.server.session.model.tokenizer), "encode", lambda *_: Broken().ByteSize())
+    monkeypatch.setattr(type(server.server.session.model.tokenizer), "encode", lambda *_, **__: Broken().ByteSize())
     error = refused(client.tokenize, "a")
     assert error.code() == grpc.StatusCode.INTERNAL and "secret" not in error.details()
     assert details(error, error_details_pb2.ErrorInfo).reason == "CALL_FAILED"
@@ -132,12 +132,13 @@ def test_an_error_of_a_service_is_told_without_its_traceback(
 
 
 def test_text_that_cannot_be_decoded_ends_one_request_alone(
-    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A tokenizer that fails at one sequence of ids must not leave its request running for nobody."""
     options = {"max_tokens": 60, "seed": 1, "ignore_eos": True}
     alone = client.generate(PROMPT, **options)
-    push, streams = TextStream.push, list[TextStream]()
+    kind = type(server.server.session.model.tokenizer.stream())
+    push, streams = kind.push, list[TextStream]()
 
     def fail_in_the_second(stream: TextStream, ids: Sequence[int]) -> str:
         if stream not in streams:
@@ -147,7 +148,7 @@ def test_text_that_cannot_be_decoded_ends_one_request_alone(
         return push(stream, ids)
 
     first = begin(client)
-    monkeypatch.setattr(TextStream, "push", fail_in_the_second)
+    monkeypatch.setattr(kind, "push", fail_in_the_second)
     assert next(first).WhichOneof("event") == "delta"
     error = refused(lambda **_: list(client.stream(PROMPT, max_tokens=LONG, ignore_eos=True)))
     assert error.code() == grpc.StatusCode.INTERNAL and "no such text" in caplog.text
@@ -166,6 +167,23 @@ def test_watching_what_is_not_there_leaves_nothing_behind(server: RunningServer,
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         watch.cancel()
     assert set(server.server._health._server_watchers) <= known | {"", *SERVICES}
+
+
+def test_who_watches_health_takes_no_place_from_who_asks(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may watch for as long as they like; an orchestrator that gets no answer ends the server."""
+    monkeypatch.setattr("serve.api.server.OTHER_CALLS", 3)
+    server = start_server(load=False)
+    with server.client() as client:
+        stub = health_pb2_grpc.HealthStub(client.channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE) for _ in range(3)]
+        assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 3
+        with pytest.raises(grpc.RpcError, match=r"3 calls of /grpc.health.v1.Health/Watch are open already"):
+            next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE))
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status
+        for watch in watches:
+            watch.cancel()
 
 
 def test_the_log_is_bounded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from benchmarks.load import Target, run_load, server_facts
+from benchmarks.workload import PlannedRequest
 from isthmus import Client
 from model.config import ConfigError
 from serve.api.config import ServeConfig
@@ -81,6 +84,14 @@ def test_the_command_line_talks_tls(encrypted: RunningServer, pair: Pair, token_
     done = subprocess.run(words, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(PROMPT) and len(done.stdout) > len(PROMPT) + 1
+
+
+def test_the_benchmark_talks_tls(encrypted: RunningServer, pair: Pair) -> None:
+    """A server beyond loopback, which `isthmus bench serve --address` is for, has it."""
+    target = Target(encrypted.address, TOKEN, str(pair.cert), timeout=PATIENCE)
+    assert asyncio.run(server_facts(target))["context_length"] == encrypted.engine.config.context_length
+    answer = asyncio.run(run_load(target, [PlannedRequest(0.0, [5, 6, 7], 3, 1)]))
+    assert [(outcome["error"], outcome["tokens"]) for outcome in answer["outcomes"]] == [(None, 3)]
 
 
 def test_a_certificate_and_its_key_go_together(model_folder: Path, pair: Pair, folder: Path) -> None:
