@@ -244,14 +244,13 @@ def test_a_limit_is_what_it_says(case: Any) -> None:
 
 
 def test_values_inside_values_are_counted() -> None:
-    """A mapping of 10 kB can take as long to parse as a text of 10 MB; its entries are 4 fields each."""
+    """Short turns in a row take far longer to parse than a long one; each is a field, and has two."""
     request = pb.GenerateRequest()
-    arguments = request.messages.template_arguments
-    fit = MAX_FIELDS // 4 - 1
-    arguments.update({"a": {f"{i}": i for i in range(fit - 2)}})
+    turns = request.messages.messages
+    turns.extend([pb.ChatMessage(role="a", content="b")] * ((MAX_FIELDS - 1) // 3))
     check_wire(request.SerializeToString(), request.DESCRIPTOR)
-    arguments.update({"b": {f"{i}": i for i in range(8)}})
-    with pytest.raises(InvalidRequest, match=r"messages\.template_arguments"):
+    turns.add(role="a", content="b")
+    with pytest.raises(InvalidRequest, match=r"messages\.messages"):
         check_wire(request.SerializeToString(), request.DESCRIPTOR)
 
 
