@@ -254,6 +254,23 @@ def test_values_inside_values_are_counted() -> None:
         check_wire(request.SerializeToString(), request.DESCRIPTOR)
 
 
+def test_what_comes_before_a_broken_end_is_counted() -> None:
+    """The parser reads it before it finds the end: a last byte that is wrong must not lift the limit."""
+    request = pb.GenerateRequest()
+    request.messages.messages.extend([pb.ChatMessage()] * (MAX_FIELDS + 1))
+    for broken in (b"\xff", b"\x12\x05a"):
+        with pytest.raises(InvalidRequest, match=r"messages"):
+            check_wire(request.SerializeToString() + broken, request.DESCRIPTOR)
+        check_wire(broken, request.DESCRIPTOR)
+
+
+def test_a_field_that_nobody_knows_is_named_by_its_message() -> None:
+    data = b"\x7a\x81\x80\x80\x02" + b"a" * (MAX_TEXT_BYTES + 1)  # field 15
+    with pytest.raises(InvalidRequest) as error:
+        check_wire(data, pb.GenerateRequest.DESCRIPTOR)
+    assert error.value.field == "GenerateRequest"
+
+
 def test_above_four_mebibytes_the_field_is_named(client: Client) -> None:
     """gRPC's own limit is 4 MiB, and says nothing of what was too long."""
     for size in (MAX_TEXT_BYTES + 1, 3 * MAX_TEXT_BYTES):
