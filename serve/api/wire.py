@@ -4,6 +4,7 @@ bytes."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -17,6 +18,8 @@ MAX_NUMBERS_BYTES = 2 << 20
 MAX_FIELDS = 1 << 15
 """Fields that a message may have, those of the messages in it included: at most about 10 ms of parsing"""
 
+_Span = tuple[int, int, Any, str]
+"""From, to, the Descriptor of the message there, and the name of its field"""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 _OUTER = "GenerateStreamRequest"
@@ -28,35 +31,51 @@ def check_wire(data: bytes, message_type: Any) -> None:
 
     message_type: its Descriptor. What isn't a message at all is left for the parser to say.
     """
-    count, sizes = 0, Counter[str]()
-    todo = [(0, len(data), message_type, "")]
+    sizes = Counter[str]()
+    todo: list[_Span] = [(0, len(data), message_type, "")]
+    count = 0
+    while todo:
+        span = todo.pop()
+        for _ in _fields(data, span, sizes, todo):
+            count += 1
+            if count > MAX_FIELDS:
+                raise InvalidRequest(
+                    span[3] or message_type.name, f"has more than {MAX_FIELDS} values and messages in it"
+                )
+
+
+def _fields(data: bytes, span: _Span, sizes: Counter[str], todo: list[_Span]) -> Iterator[None]:
+    """A message's fields as far as the parser would read them; the messages in it are put upon `todo`."""
+    at, end, kind, name = span
     try:
-        while todo:
-            at, end, kind, name = todo.pop()
-            while at < end:
-                count += 1
-                if count > MAX_FIELDS:
-                    raise InvalidRequest(name or kind.name, f"has more than {MAX_FIELDS} values and messages in it")
-                tag, at = _varint(data, at)
-                wire = tag & 7
-                if wire == _BYTES:
-                    size, at = _varint(data, at)
-                    field = kind.fields_by_number.get(tag >> 3) if kind is not None else None
-                    inner = name if field is None or kind.name == _OUTER else f"{name}.{field.name}".lstrip(".")
-                    if field is not None and field.message_type is not None:
-                        todo.append((at, min(at + size, end), field.message_type, inner))
-                    else:
-                        sizes[inner] += size
-                        most = MAX_TEXT_BYTES if field is None or field.type in _TEXT else MAX_NUMBERS_BYTES
-                        if sizes[inner] > most:
-                            raise InvalidRequest(inner, f"has {sizes[inner]} bytes; at most {most} are taken")
-                    at += size
-                elif wire == _VARINT:
-                    _, at = _varint(data, at)
+        while at < end:
+            yield
+            tag, at = _varint(data, at)
+            wire = tag & 7
+            if wire == _VARINT:
+                _, at = _varint(data, at)
+            elif wire == _BYTES:
+                size, at = _varint(data, at)
+                if at + size > end:
+                    return
+                field = kind.fields_by_number.get(tag >> 3)
+                inner = name if field is None or kind.name == _OUTER else f"{name}.{field.name}".lstrip(".")
+                if field is not None and field.message_type is not None:
+                    todo.append((at, at + size, field.message_type, inner))
                 else:
-                    at += {_FIXED64: 8, _FIXED32: 4}.get(wire, 0)
+                    _add(sizes, inner, size, field, kind)
+                at += size
+            else:
+                at += {_FIXED64: 8, _FIXED32: 4}.get(wire, 0)
     except IndexError:
         return
+
+
+def _add(sizes: Counter[str], name: str, size: int, field: FieldDescriptor | None, kind: Any) -> None:
+    sizes[name] += size
+    most = MAX_TEXT_BYTES if field is None or field.type in _TEXT else MAX_NUMBERS_BYTES
+    if sizes[name] > most:
+        raise InvalidRequest(name or kind.name, f"has {sizes[name]} bytes; at most {most} are taken")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -1,16 +1,17 @@
-"""Small training runs in processes of their own, and what is left of them."""
+"""Small training runs and servers in processes of their own, and what is left of them."""
 
 from __future__ import annotations
 
 import argparse
 import fcntl
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ import pytest
 from model.checkpoint import Checkpoints, load_params
 from model.config import ModelConfig
 from model.sharding import MeshShape, build_mesh
+from model.tokenizer import END_OF_TEXT
+from tests.faults.storms import StartServing
+from tests.serve.api.harness import CHAT_TEMPLATE, ServeProcess, save_model, train_tokenizer, varied_params
 from train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -200,3 +204,27 @@ def losses(out: Path) -> list[tuple[int, str, float]]:
     """Every loss that the run wrote down, in its order: (step, kind, nats)."""
     kinds = ("loss", "heldout_loss")
     return [(row["step"], kind, row[kind]) for row in read_metrics(out) for kind in kinds if kind in row]
+
+
+def _save_chat_model(folder: Path) -> None:
+    model = save_model(folder / "model", train_tokenizer(), varied_params())
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (model / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": END_OF_TEXT}}))
+
+
+@pytest.fixture
+def serve(shared_folder: SharedFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartServing]:
+    """serve(*arguments) starts `isthmus serve` of a tiny model that chats, on one device, as a user's machine has."""
+    monkeypatch.delenv("XLA_FLAGS")
+    model = shared_folder("served", _save_chat_model) / "model"
+    common = ["--model", str(model), "--port", "0", "--compilation-cache", str(shared_folder("served-programs"))]
+    sizes = ["--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
+    started: list[ServeProcess] = []
+
+    def start(*arguments: str) -> ServeProcess:
+        started.append(ServeProcess(*common, *sizes, *arguments))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()

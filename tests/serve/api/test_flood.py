@@ -262,15 +262,31 @@ def test_a_limit_is_what_it_says(case: Any) -> None:
 
 
 def test_values_inside_values_are_counted() -> None:
-    """A mapping of 10 kB can take as long to parse as a text of 10 MB; its entries are 4 fields each."""
+    """Short turns in a row take far longer to parse than a long one; each is a field, and has two."""
     request = pb.GenerateRequest()
-    arguments = request.messages.template_arguments
-    fit = MAX_FIELDS // 4 - 1
-    arguments.update({"a": {f"{i}": i for i in range(fit - 2)}})
+    turns = request.messages.messages
+    turns.extend([pb.ChatMessage(role="a", content="b")] * ((MAX_FIELDS - 1) // 3))
     check_wire(request.SerializeToString(), request.DESCRIPTOR)
-    arguments.update({"b": {f"{i}": i for i in range(8)}})
-    with pytest.raises(InvalidRequest, match=r"messages\.template_arguments"):
+    turns.add(role="a", content="b")
+    with pytest.raises(InvalidRequest, match=r"messages\.messages"):
         check_wire(request.SerializeToString(), request.DESCRIPTOR)
+
+
+def test_what_comes_before_a_broken_end_is_counted() -> None:
+    """The parser reads it before it finds the end: a last byte that is wrong must not lift the limit."""
+    request = pb.GenerateRequest()
+    request.messages.messages.extend([pb.ChatMessage()] * (MAX_FIELDS + 1))
+    for broken in (b"\xff", b"\x12\x05a"):
+        with pytest.raises(InvalidRequest, match=r"messages"):
+            check_wire(request.SerializeToString() + broken, request.DESCRIPTOR)
+        check_wire(broken, request.DESCRIPTOR)
+
+
+def test_a_field_that_nobody_knows_is_named_by_its_message() -> None:
+    data = b"\x7a\x81\x80\x80\x02" + b"a" * (MAX_TEXT_BYTES + 1)  # field 15
+    with pytest.raises(InvalidRequest) as error:
+        check_wire(data, pb.GenerateRequest.DESCRIPTOR)
+    assert error.value.field == "GenerateRequest"
 
 
 def test_above_four_mebibytes_the_field_is_named(client: Client) -> None:
