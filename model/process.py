@@ -43,6 +43,8 @@ def _prepare() -> None:
     keep_heap()
     if has_quota():  # XLA counts the CPUs alone, and would start a thread for each
         os.environ.setdefault("NPROC", str(usable_cpus()))
+    # gRPC prints what strangers send, as it is and as often as they like. Errors reach us as exceptions too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _print_nowhere() -> None:

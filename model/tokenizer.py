@@ -26,14 +26,20 @@ NORMALIZED = 4
 class TooManyTokens(ValueError):
     """A text makes more tokens than are wanted."""
 
-    def __init__(self, count: int, most: int) -> None:
-        super().__init__(f"has {count} tokens; at most {most}")
-        self.count = count
+    def __init__(self, count: int, most: int, *, whole: bool = True) -> None:
+        """whole: whether all of the text was counted."""
+        self.count, self.counted = count, f"{count}" if whole else f"at least {count}"
+        super().__init__(f"has {self.counted} tokens; at most {most}")
 
 
 MAX_WORK = 256 << 20
 """Characters of a prompt, times what its tokenizer may make of each"""
 
+
+PART = 256 << 10
+"""Characters of a text that are encoded without knowing how many tokens they make"""
+_PER_CUT = 64
+"""Tokens that cutting a text may add, generously"""
 
 _SPECIAL = re.compile(
     r"<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>|<(?:bos|eos|start_of_turn|end_of_turn)>|</?s>|\[/?INST\]"
@@ -141,6 +147,8 @@ class Tokenizer:
         if len(text) * self._growth > MAX_WORK:
             raise TextError(f"has {len(text)} characters; this model's tokenizer takes {MAX_WORK // self._growth}")
         with _typed_errors():
+            if most is not None:
+                _count_parts(inner, text, most)
             return _ids(inner.encode_batch_fast([text], add_special_tokens=add_special_tokens), most)
 
     def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
@@ -248,6 +256,19 @@ def _typed_errors() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise TextError(f"the tokenizer gives up on it: {str(error).strip()[:200]}") from None
+
+
+def _count_parts(inner: _Tokenizer, text: str, most: int) -> None:
+    """Raises TooManyTokens if a long text has far more than `most`, part by part: encoded as a whole, each of them
+    would take some 250 bytes, and of 4 MB of text that is a gigabyte."""
+    if len(text) <= PART:
+        return
+    count = 0
+    for start in range(0, len(text), PART):
+        (part,) = inner.encode_batch_fast([text[start : start + PART]], add_special_tokens=False)
+        count += max(0, len(part) - _PER_CUT)
+        if count > most:
+            raise TooManyTokens(count, most, whole=False)
 
 
 def _ids(encoded: Sequence[Encoding], most: int | None) -> list[int]:

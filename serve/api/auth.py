@@ -7,6 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
+from google.rpc import code_pb2
+
+from serve.api.errors import abort, plain
 
 _OPEN = "/grpc.health.v1.Health/"
 
@@ -37,7 +40,7 @@ def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     """A handler that only refuses, without reading a message: to the client it looks the same for every kind."""
 
     async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: a valid bearer token is needed")
+        await abort(context, plain(code_pb2.UNAUTHENTICATED, "authorization: a valid bearer token is needed"))
 
     if handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(refuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import NoReturn
 
 import grpc
@@ -81,6 +82,9 @@ def status_of(error: InvalidRequest | EngineError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:
-    """Ends the call with `status` and its details."""
-    await context.abort_with_status(rpc_status.to_status(status))
+    """Ends the call with `status` and its details, or, where nobody is there any more to be told, as cancelled."""
+    try:
+        await context.abort_with_status(rpc_status.to_status(status))
+    except grpc.aio.InternalError:
+        raise asyncio.CancelledError from None
     raise AssertionError("abort returns by raising")

@@ -94,7 +94,9 @@ class Gate(grpc.aio.ServerInterceptor):
         self._calls[counted] += 1
         try:
             yield
-        except grpc.aio.BaseError:  # aborted, or the client has gone
+        except grpc.aio.InternalError:  # the client has gone, and gRPC would log that
+            raise asyncio.CancelledError from None
+        except grpc.aio.BaseError:  # aborted
             raise
         except EngineError as error:
             await abort(context, status_of(error))

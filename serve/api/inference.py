@@ -99,9 +99,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         except InvalidRequest as error:
             await abort(context, status_of(error))
         queue = await self._session.submit(ours, context)
+        self._session.answering += 1
         try:
             yield ours, queue
         finally:
+            self._session.answering -= 1
             engine.cancel(ours)
 
     async def _pieces(

@@ -183,15 +183,15 @@ class Server:
         return await self.stop() and alive
 
     async def stop(self) -> bool:
-        """Health NOT_SERVING and nothing new at once; what is in flight has drain_seconds to finish. Whether the engine
-        has ended: one that hangs is left behind."""
+        """Health NOT_SERVING and nothing new at once; what is in flight has drain_seconds to be answered. Whether the
+        engine has ended: one that hangs is left behind."""
         await self._health.enter_graceful_shutdown()
         ended = True
         engine = self.session.engine
         if engine is not None:
             engine.drain()
             deadline = asyncio.get_running_loop().time() + self.config.drain_seconds
-            while engine.in_flight and engine.alive and asyncio.get_running_loop().time() < deadline:
+            while self._drains(engine) and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(POLL_SECONDS)
             ended = await asyncio.to_thread(engine.close, CLOSE_SECONDS)  # what is left is told UNAVAILABLE
         if self._watching is not None:
@@ -199,6 +199,10 @@ class Server:
         self.session.close()
         await self._server.stop(CANCEL_GRACE_SECONDS)
         return ended
+
+    def _drains(self, engine: Engine) -> bool:
+        """Whether a request is in flight, or the answer to one still on its way to a client that reads slowly."""
+        return engine.alive and (engine.in_flight > 0 or self.session.answering > 0)
 
     async def _set_health(self, status: int) -> None:
         for name in ("", *SERVICES):

@@ -26,6 +26,8 @@ class Session:
         """For prompts"""
         self.tokenizing = Workers()
         """For Tokenize and Detokenize, whose texts may be longer than any prompt and must not hold up those"""
+        self.answering = 0
+        """Calls whose request the engine has taken, until their last word is out"""
         self.report_cached = config.report_cached_tokens
         self._stall_seconds = config.stall_seconds
         self._loop = loop

@@ -136,12 +136,12 @@ def _encoded(
     try:
         return encode(text, context_length - 1)
     except TooManyTokens as error:
-        raise _too_long(field, error.count, context_length) from None
+        raise _too_long(field, error.counted, context_length) from None
     except TextError as error:
         raise InvalidRequest(field, str(error)) from None
 
 
-def _too_long(field: str, tokens: int, context_length: int) -> InvalidRequest:
+def _too_long(field: str, tokens: int | str, context_length: int) -> InvalidRequest:
     return InvalidRequest(field, f"has {tokens} tokens; the context of {context_length} needs room for one more")
 
 

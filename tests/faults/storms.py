@@ -53,8 +53,9 @@ OnEvent = Callable[[Any, int], Awaitable[None]]
 class Caller:
     """A connection of its own."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+    def __init__(self, address: str, *options: tuple[str, int]) -> None:
+        options = ("grpc.use_local_subchannel_pool", 1), *options
+        self.channel = grpc.aio.insecure_channel(address, options=options)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self._control = control_pb2_grpc.ControlServiceStub(self.channel)
 
@@ -115,13 +116,13 @@ async def ended(call: Any) -> End:
 
 
 def requests(rng: random.Random, count: int, longest: int) -> list[pb.GenerateRequest]:
-    """Greedy and sampled ones, with prompts of which many begin alike; up to `longest` tokens, those of the prompt
-    included."""
-    beginnings = [[rng.randrange(1, 256) for _ in range(rng.choice([16, 40, 64, 130]))] for _ in range(6)]
+    """Greedy and sampled ones; up to `longest` tokens, those of the prompt included. Many prompts begin alike, and many
+    have the same pages behind different ones."""
+    blocks = [rng.choices(range(1, 256), k=32) for _ in range(4)]
     made = []
     for index in range(count):
-        beginning = rng.choice(beginnings)[: rng.choice([8, 32, 64, 200])]
-        prompt = [*beginning, *(rng.randrange(1, 256) for _ in range(rng.randrange(1, 40)))]
+        beginning = [token for block in rng.choices(blocks, k=rng.randrange(5)) for token in block]
+        prompt = [*beginning[: rng.choice([40, 80, 130])], *rng.choices(range(1, 256), k=rng.randrange(1, 40))]
         sampling: dict[str, Any] = {"temperature": 0}
         if index % 3:
             sampling = {

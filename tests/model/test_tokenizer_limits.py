@@ -92,6 +92,24 @@ def test_too_many_tokens_are_counted_and_not_made_a_list(byte_level: Tokenizer) 
 
 
 @pytest.mark.parametrize("build", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_a_long_text_is_refused_for_its_tokens_alone(
+    build: typing.Callable[[], Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is counted in parts, because a token takes some 250 bytes until it is an id: 4 MB made a gigabyte. What fits
+    is taken to the last token, and encoded whole."""
+    tokenizer = build()
+    text = TEXT[:6000]
+    ids = tokenizer.encode(text)
+    monkeypatch.setattr("model.tokenizer.PART", 1000)
+    assert tokenizer.encode(text, len(ids)) == ids
+    with pytest.raises(TooManyTokens, match=f"has {len(ids)} tokens"):
+        tokenizer.encode(text, len(ids) - 1)
+    with pytest.raises(TooManyTokens, match="has at least") as error:
+        tokenizer.encode(text, len(ids) // 4)
+    assert len(ids) // 4 < error.value.count <= len(ids)
+
+
+@pytest.mark.parametrize("build", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_a_text_is_no_longer_than_its_tokens_spell(build: typing.Callable[[], Tokenizer]) -> None:
     """The answer's size is bounded before it is made."""
     tokenizer, rng = build(), np.random.default_rng(0)

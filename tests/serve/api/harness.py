@@ -247,6 +247,7 @@ class ServeProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="backslashreplace",
             env={**os.environ, "COLUMNS": "1000"},
         )
         self.printed = ""
