@@ -120,6 +120,7 @@ def stalling(model_folder: Path, cache_folder: Path) -> Iterator[Callable[..., S
 def _hang(client: Client) -> Any:
     events = client.stream(PROMPT, max_tokens=2)
     assert next(events).WhichOneof("event") == "started"
+    wait_for(lambda: client.load().running == 1, "its first step")  # else a shutdown may still come before it
     return events
 
 
