@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -109,3 +112,14 @@ def next_tokens(config: ModelConfig, params: Params, sequences: list[list[int]],
     for row, sequence in enumerate(sequences):
         tokens[row, : len(sequence)] = sequence
     return forward(config, params, tokens)[..., :vocab].argmax(axis=-1)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can grow past `size` bytes: what a quota or a full disk does, without being root."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)

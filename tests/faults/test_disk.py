@@ -7,8 +7,6 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 
 from model.checkpoint import Checkpoints
 from tests.faults.conftest import NETWORK, losses, newest_checkpoint, parameters_hash
+from tests.support import largest_file
 from train.cli import main
 from train.data import TrainingData
 from train.metrics import read_metrics
@@ -47,17 +46,6 @@ def assert_same_run(out: Path, reference: Path) -> None:
     assert losses(out) == losses(reference)
     assert [row.get("lr") for row in read_metrics(out)] == [row.get("lr") for row in read_metrics(reference)]
     assert parameters_hash(out) == parameters_hash(reference)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file can grow past `size` bytes: what a quota or a full disk does, without being root."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def said(capfd: pytest.CaptureFixture[str]) -> list[str]:

@@ -32,7 +32,7 @@ from tests.model.huggingface.folders import write_folder
 from tests.parity.families import load
 from tests.parity.test_portable import PLATFORMS, export_flat
 from tests.serve.engine.harness import Arrival, play
-from tests.support import TINY, forward, random_params
+from tests.support import TINY, forward, largest_file, random_params
 from train.step import packed_attention
 
 GREEDY = SamplingParams(temperature=0)
@@ -262,14 +262,9 @@ def test_the_gate_keeps_the_original_on_disk_and_its_figures(mesh: Mesh, tmp_pat
 
 def test_a_disk_without_room_for_the_gate_is_said(tmp_path: Path) -> None:
     """Before anything is quantized."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
-        with (
-            pytest.raises(ConfigError, match=r"windows: .* GB so far, don't fit"),
-            spilled((np.zeros((100, 100)) for _ in range(9)), tmp_path),
-        ):
-            raise AssertionError("they fitted")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        largest_file(100_000),
+        pytest.raises(ConfigError, match=r"windows: .* GB so far, don't fit"),
+        spilled((np.zeros((100, 100)) for _ in range(9)), tmp_path),
+    ):
+        raise AssertionError("they fitted")

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 
+from tests.support import largest_file
 from train.metrics import MetricsLog, read_metrics
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file can grow past `size` bytes, as with a quota."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_rows_wait_for_a_disk_and_come_whole(tmp_path: Path) -> None:
@@ -35,7 +22,7 @@ def test_rows_wait_for_a_disk_and_come_whole(tmp_path: Path) -> None:
     for step in range(1, 4):
         log.write(step, loss=1 / step)
     size = (tmp_path / "metrics.jsonl").stat().st_size
-    with full_disk(size + 10):
+    with largest_file(size + 10):
         for step in range(4, 9):
             log.write(step, loss=1 / step)
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
@@ -51,7 +38,7 @@ def test_rows_that_never_found_room_are_counted(tmp_path: Path) -> None:
     said: list[str] = []
     log = MetricsLog(tmp_path, 0, said.append)
     log.write(1, loss=1.0)
-    with full_disk(40):
+    with largest_file(40):
         for step in range(2, 400):  # more than TensorBoard's buffer holds
             log.write(step, loss=1.0, grad_norm=2.0, lr=3.0)
         log.close()

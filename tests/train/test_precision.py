@@ -31,8 +31,7 @@ def test_training_multiplies_by_the_weights_that_serving_reads(scan: bool, mesh:
     trained = multiplied(config, stack_blocks(plain) if scan else plain)
     served = serving_layout(config, mesh, "bfloat16")(stack_blocks(plain))
     jax.tree.map(np.testing.assert_array_equal, on_host(trained), on_host(served))
-    kernel = jax.tree.leaves(trained["blocks"])[-1]
-    assert kernel.dtype == jnp.bfloat16 or any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(trained))
+    assert trained["embedding"].dtype == jnp.bfloat16 and trained["norm"]["scale"].dtype == jnp.float32
 
 
 def test_float32_is_not_rounded(mesh: Mesh) -> None:
@@ -61,10 +60,8 @@ def test_products_of_the_gradient_have_two_bfloat16_operands() -> None:
     """A float32 operand would make each of them a float32 product, at half of the speed or less."""
     x, weight = jnp.ones((8, 4), jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16)
     program = jax.make_jaxpr(jax.grad(lambda x, w: linear(x, w, (3,)).sum(), (0, 1)))(x, weight)
-    products = [line for line in str(program).splitlines() if "dot_general" in line]
-    assert len(products) >= 2 and "f32[8,3] " not in "".join(line.split("dot_general")[1] for line in products)
     operands = [eqn.invars for eqn in _equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
-    assert {str(v.aval.dtype) for pair in operands for v in pair} == {"bfloat16"}
+    assert len(operands) >= 2 and {str(v.aval.dtype) for pair in operands for v in pair} == {"bfloat16"}
 
 
 def _equations(jaxpr: jax.extend.core.Jaxpr) -> list:

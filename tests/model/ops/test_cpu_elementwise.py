@@ -65,6 +65,17 @@ def test_a_norm_is_the_exact_one(shape: tuple[int, ...], size: int, dtype: np.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_norm_is_rounded_once_to_the_type_that_is_asked_for(size: int, source: np.dtype, dtype: np.dtype) -> None:
+    """The stream is float32, and what a layer reads of it bfloat16: rounded before as well, it would be off by more."""
+    rng = np.random.default_rng(size)
+    x, scale = random(rng, 5, size, dtype=source), random(rng, size, dtype=DTYPES[0])
+    got = with_kernels(lambda x, scale: rms_norm(x, scale, 1e-5, 1.0, dtype), x, scale)
+    assert_near(got, exact_norm(x, scale, 1e-5, 1.0), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_norm_of_extremes(dtype: np.dtype) -> None:
     """Zeros, which padding is, stay zeros; what is tiny or large is scaled; a row that is no number stays alone."""
     x = np.ones((6, 40), dtype)
