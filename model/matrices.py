@@ -122,7 +122,7 @@ def pack_params(config: ModelConfig, params: Params) -> Params:
 def _layout(path: Path, weight: Weight, inputs: int) -> tuple:
     """What matrices of one stack have in common."""
     if isinstance(weight, Quantized):
-        return (weight.bits, weight.group, inputs, *weight.integers_shape)
+        return (weight.bits, weight.group, weight.rotated, weight.scales.dtype, inputs, weight.outputs)
     assert not isinstance(weight, Packed), "packed already"
     return (weight.dtype, inputs, weight.size, path == ("embedding",))
 

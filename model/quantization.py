@@ -16,16 +16,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model.config import ConfigError, ModelConfig
 from model.matrices import as_matrix, matrix_inputs, replace_matrices
 from model.ops.linear import Weight
-from model.ops.quantized import Bits, Quantized, quantize
+from model.ops.quantized import Bits, Quantized, quantize, shapes
 from model.ops.rounding import narrowed
 from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
 
 SCHEMES: dict[str, tuple[str, ...]] = {
     "none": (),
     "int8": (".*=int8",),
-    "int4": ("embedding|head=int8", ".*=int4:64"),
+    "int6": ("embedding|head=int8", ".*=int6"),
+    "int5": ("embedding|head=int8", ".*=int5"),
+    "int4": ("embedding|head=int8", ".*=int4"),
 }
 """Rules by a name of their own. Embedding and head matter most, and are a small part."""
+
+_GROUPS: dict[str, int] = {"int8": 128, "int6": 64, "int5": 64, "int4": 32}
+"""Unless a rule says otherwise"""
+_SIZES = ("32", "64", "128", "256")
 
 _PARTS = ("integers", "scales")
 """What a matrix of integers is made of in a checkpoint"""
@@ -34,23 +40,31 @@ _PARTS = ("integers", "scales")
 class Format(NamedTuple):
     bits: Bits
     group: int
-    """Of int4: inputs that share a scale"""
+    """Inputs that share a scale"""
+    rotated: bool = True
+    """See Quantized"""
 
 
 def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
-    """Reads "REGEX=int8", "REGEX=int4", "REGEX=int4:GROUP" or "REGEX=none". Raises ConfigError."""
+    """Reads "REGEX=none", or "REGEX=int8", int6, int5 or int4, of which may follow a group's size and "plain", which is
+    not rotated: "REGEX=int4:64", "REGEX=int8:32:plain". Raises ConfigError."""
     pattern, _, name = rule.rpartition("=")
-    kind, _, group = name.partition(":")
-    formats = {"none": None, "int8": Format(8, 0), "int4": Format(4, 64)}
-    if not pattern or kind not in formats or (group and kind != "int4"):
-        raise ConfigError(f"quantize: {rule!r} must be REGEX=int8, REGEX=int4, REGEX=int4:GROUP or REGEX=none")
-    if group and group not in ("32", "64", "128"):
-        raise ConfigError(f"quantize: {rule!r}: a group has 32, 64 or 128 numbers")
+    kind, *options = name.split(":")
+    plain = options[-1:] == ["plain"]
+    sizes = options[:-1] if plain else options
+    if not pattern or kind not in (*_GROUPS, "none") or len(sizes) > 1 or (options and kind == "none"):
+        raise ConfigError(f"quantize: {rule!r} must be REGEX=none, or REGEX=KIND, REGEX=KIND:GROUP or "
+                          f"REGEX=KIND:GROUP:plain, with a KIND of {', '.join(_GROUPS)}")  # fmt: skip
+    if sizes and sizes[0] not in _SIZES:
+        raise ConfigError(f"quantize: {rule!r}: a group has {', '.join(_SIZES)} numbers")
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"quantize: {rule!r} has no regular expression before the =: {error}") from None
-    return compiled, Format(4, int(group)) if group else formats[kind]
+    if kind == "none":
+        return compiled, None
+    bits = cast(Bits, int(kind.removeprefix("int")))
+    return compiled, Format(bits, int(sizes[0]) if sizes else _GROUPS[kind], not plain)
 
 
 def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], Format]:
@@ -105,20 +119,21 @@ def quantizer(config: ModelConfig, rules: Sequence[str]) -> Callable[[tuple[str,
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(weight: jax.Array, path: tuple[str, ...], inputs: int, wanted: Format) -> Quantized:
-    return quantize(as_matrix(path, weight, inputs), *wanted)
+    return quantize(as_matrix(path, weight, inputs), wanted.bits, wanted.group, rotated=wanted.rotated)
 
 
 def weight_bytes(config: ModelConfig, rules: Sequence[str]) -> int:
     """Bytes of the parameters as serving keeps them, all devices together."""
     unstacked = abstract_params(_unstacked(config))
-    wanted = formats(config, rules)
+    wanted, inputs = formats(config, rules), matrix_inputs(config)
     total = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(unstacked)[0]:
-        chosen = wanted.get(tuple(entry.key for entry in path))
-        bits: float = jnp.dtype(kept_dtype(path, config.dtype)).itemsize * 8
-        if chosen is not None:
-            bits = 8 if chosen.bits == 8 else 4 + 16 / chosen.group  # a scale a column is nothing
-        total += math.ceil(math.prod(leaf.shape) * bits / 8)
+        name, numbers = tuple(entry.key for entry in path), math.prod(leaf.shape)
+        if (chosen := wanted.get(name)) is None:
+            total += numbers * jnp.dtype(kept_dtype(path, config.dtype)).itemsize
+        else:
+            values, scales = shapes(chosen.bits, chosen.group, inputs[name], numbers // inputs[name])
+            total += math.prod(values) + 2 * math.prod(scales)
     return total
 
 
@@ -138,16 +153,18 @@ def to_arrays(params: Params) -> Params:
     return cast(Params, jax.tree.map(change, params, is_leaf=lambda node: isinstance(node, Quantized)))
 
 
-def from_arrays(params: Params) -> Params:
-    """The inverse of to_arrays."""
+def from_arrays(config: ModelConfig, params: Params) -> Params:
+    """The inverse of to_arrays: config.quantization says what the arrays are. params: unstacked."""
+    wanted = formats(config, config.quantization)
 
-    def is_integers(node: Any) -> bool:
-        return isinstance(node, dict) and set(node) == set(_PARTS)
+    def change(path: tuple[str, ...], weight: Any, inputs: int) -> Weight:
+        if path not in wanted:
+            return cast(Weight, weight)
+        bits, group, rotated = wanted[path]
+        return Quantized(weight["integers"], weight["scales"], bits, inputs, group, rotated)
 
-    def change(node: Any) -> Any:
-        return Quantized(*(node[part] for part in _PARTS)) if is_integers(node) else node
-
-    return cast(Params, jax.tree.map(change, params, is_leaf=is_integers))
+    replace_matrices(config, params, change)
+    return params
 
 
 def is_part(path: tuple[Any, ...]) -> bool:
@@ -171,7 +188,7 @@ def abstract_stored(config: ModelConfig, mesh: Mesh) -> Params:
 
         def change(path: tuple[str, ...], weight: Weight, inputs: int) -> Weight:
             assert isinstance(weight, jax.Array)
-            return quantize(as_matrix(path, weight, inputs), *wanted[path]) if path in wanted else weight
+            return _quantize(weight, path, inputs, wanted[path]) if path in wanted else weight
 
         replace_matrices(config, params, change)
 
@@ -199,4 +216,4 @@ def restored(config: ModelConfig, params: Params, dtype: str | None) -> Params:
         return leaf if is_part(path) else narrowed(leaf, kept_dtype(path, dtype))
 
     params = jax.tree_util.tree_map_with_path(cast_leaf, params)
-    return from_arrays(unstack_blocks(params))
+    return from_arrays(config, unstack_blocks(params))

@@ -6,12 +6,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from model.ops.cpu.packed import Packed, multiply
 from model.ops.quantized import Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Observed:
+    """A matrix whose inputs are to be known: the gradient of anything with respect to `moments` is the sum over the rows
+    x that it multiplied of x.T @ x, whatever that thing is. It costs what computing the inputs does: nothing else
+    of the gradient is needed, and XLA drops it."""
+
+    weight: jax.Array
+    moments: jax.Array
+    """Zeros, float32[inputs, inputs]"""
+
 
 Weight = jax.Array | Quantized | Packed
 
@@ -46,17 +60,35 @@ def linears(
     ]
 
 
-def _product(x: jax.Array, weight: Weight) -> jax.Array:
+def _product(x: jax.Array, weight: Weight | Observed) -> jax.Array:
     """float32[rows, outputs] of x[rows, inputs]."""
     match weight:
         case Packed():
             return multiply(x, [weight])[0]
         case Quantized():
             return multiply_quantized(x, weight)
+        case Observed():
+            return _product(_observe(x, weight.moments), weight.weight)
         case _:
             # A product of two matrices: with more axes, XLA transposes the weight gradient's operands before its
             # product.
             return _matmul(x, weight.reshape(x.shape[1], -1).astype(x.dtype))
+
+
+@jax.custom_vjp
+def _observe(x: jax.Array, moments: jax.Array) -> jax.Array:
+    return x
+
+
+def _observe_forward(x: jax.Array, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, x
+
+
+def _observe_backward(x: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cotangent, jnp.matmul(x.T, x, preferred_element_type=jnp.float32)
+
+
+_observe.defvjp(_observe_forward, _observe_backward)
 
 
 @jax.custom_vjp
@@ -83,7 +115,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 def multiply_quantized(x: jax.Array, weight: Quantized) -> jax.Array:
     """float32[rows, outputs], the integers turned back to x's dtype first: x itself is never rounded here."""
-    matrix = weight.dequantize(x.shape[1]).astype(x.dtype)
+    matrix = weight.dequantize().astype(x.dtype)
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 
 
@@ -96,8 +128,8 @@ def lookup(table: Weight, tokens: jax.Array, dim: int, dtype: str) -> jax.Array:
         case Packed():
             return table.columns(tokens).astype(dtype)
         case Quantized():
-            known = (tokens >= 0) & (tokens < table.values.shape[1])
-            return jnp.where(known[..., None], table.columns(jnp.where(known, tokens, 0), dim), 0).astype(dtype)
+            known = (tokens >= 0) & (tokens < table.outputs)
+            return jnp.where(known[..., None], table.columns(jnp.where(known, tokens, 0)), 0).astype(dtype)
         case _:
             # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole
             # ones.

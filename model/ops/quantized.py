@@ -1,15 +1,19 @@
-"""Matrices of int8 or int4 numbers. What they mean, in jnp: every backend can run it."""
+"""Matrices of integers of 8 bits or fewer. What they mean, in jnp: every backend can run it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Bits = Literal[8, 4]
+Bits = Literal[8, 6, 5, 4]
+RUN = 32
+"""Inputs whose integers are kept together"""
 
 
 @jax.tree_util.register_dataclass
@@ -17,69 +21,180 @@ Bits = Literal[8, 4]
 class Quantized:
     """A matrix [inputs, outputs] whose numbers are small integers times a scale.
 
-    int8: one scale an output. int4: one scale an output for every group of inputs; two numbers a byte along the
-    inputs, the even one in the low half, each 8 too large. Inputs that don't fill a group are padded with zeros.
+    Of each output, every `group` inputs share a scale; the last group may be shorter. If `rotated`, the integers are
+    those of the matrix with each `block` of its inputs turned by a Hadamard matrix: outliers are spread over the block, so
+    that the scale fits all of it, and so are those of the activations that are multiplied by it.
     """
 
     values: jax.Array
-    """int8[inputs, outputs], or uint8[padded inputs / 2, outputs]"""
+    """uint8[runs * 4 * bits, outputs]: for every 32 inputs, the last of them filled up with zeros, 4 * bits rows.
+
+    An integer is kept with 2^(bits - 1) added. Of 8 bits, a row is an input. Of fewer, 16 rows hold the low four bits: row
+    4 * a + b has input 8 * a + b in its low half and input 8 * a + b + 4 in its high half. The other rows hold the bits
+    above: of input 4 * c + d, bit c of row d (5 bits), or bits 2 * (c % 4) and one more of row 4 * (c // 4) + d (6 bits).
+    """
     scales: jax.Array
-    """float32[1, outputs], or bfloat16[groups, outputs]"""
+    """bfloat16 or float16[groups, outputs]"""
+    bits: Bits = field(metadata={"static": True})
+    inputs: int = field(metadata={"static": True})
+    group: int = field(metadata={"static": True})
+    """A multiple of 32"""
+    rotated: bool = field(default=False, metadata={"static": True})
 
     @property
-    def bits(self) -> Bits:
-        return 8 if self.values.dtype == jnp.int8 else 4
+    def outputs(self) -> int:
+        return self.values.shape[1]
 
     @property
-    def group(self) -> int:
-        """Inputs that share a scale."""
-        return self.values.shape[0] * (8 // self.bits) // self.scales.shape[0]
-
-    @property
-    def integers_shape(self) -> tuple[int, int]:
-        """(inputs, padding included; outputs)."""
-        return self.values.shape[0] * (8 // self.bits), self.values.shape[1]
+    def block(self) -> int:
+        """Inputs that are turned together."""
+        return block_of(self.group)
 
     def integers(self) -> jax.Array:
-        """int8[inputs, outputs], padding included."""
-        if self.bits == 8:
-            return self.values
-        low, high = self.values & 15, self.values >> 4
-        both = jnp.stack([low, high], axis=1).reshape(-1, self.values.shape[1])
-        return both.astype(jnp.int8) - 8
+        """int8[inputs, outputs]."""
+        return _integers(self.values, self.bits)[: self.inputs]
 
-    def dequantize(self, inputs: int) -> jax.Array:
+    def dequantize(self) -> jax.Array:
         """float32[inputs, outputs]."""
-        integers = self.integers()
-        groups = integers.reshape(self.scales.shape[0], -1, integers.shape[1]).astype(jnp.float32)
-        return (groups * self.scales[:, None].astype(jnp.float32)).reshape(integers.shape)[:inputs]
+        numbers = _integers(self.values, self.bits).astype(jnp.float32)
+        numbers *= jnp.repeat(self.scales.astype(jnp.float32), self.group, axis=0)[: len(numbers)]
+        return rotate(numbers, self.block, self.inputs) if self.rotated else numbers[: self.inputs]
 
-    def columns(self, indices: jax.Array, inputs: int) -> jax.Array:
+    def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]: some of the columns, without the others being dequantized."""
         flat = indices.reshape(-1)
-        some = Quantized(self.values[:, flat], self.scales[:, flat])
-        return some.dequantize(inputs).T.reshape(*indices.shape, inputs)
+        some = Quantized(
+            self.values[:, flat], self.scales[:, flat], self.bits, self.inputs, self.group, rotated=self.rotated
+        )
+        return some.dequantize().T.reshape(*indices.shape, self.inputs)
 
 
-def quantize(matrix: jax.Array, bits: Bits, group: int = 64) -> Quantized:
-    """The nearest integers to matrix[inputs, outputs] over scales that take its largest numbers to 127 or 7.
+def block_of(group: int) -> int:
+    """Inputs that are turned together, and those that share a scale when activations are rounded to int8: 64, or 32 where
+    groups don't divide by that."""
+    return 64 if group % 64 == 0 else 32
 
-    Symmetric round-to-nearest (Dettmers et al. 2022, arXiv 2208.07339, without its outliers). group: of int4, a
-    multiple of 32.
-    """
-    matrix = matrix.astype(jnp.float32)
+
+def runs_of(inputs: int, group: int) -> int:
+    """Runs of 32 that a column's inputs take, filled up to whole blocks."""
+    block = block_of(group)
+    return math.ceil(inputs / block) * (block // RUN)
+
+
+def shapes(bits: Bits, group: int, inputs: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of a Quantized's values and scales."""
+    return (runs_of(inputs, group) * 4 * bits, outputs), (math.ceil(inputs / group), outputs)
+
+
+@cache
+def _hadamard(size: int) -> np.ndarray:
+    """float32[size, size] of 1 and -1 (Sylvester's); its square is size times the identity."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+def rotate(matrix: jax.Array, block: int, inputs: int) -> jax.Array:
+    """float32[inputs, outputs] of float32[padded inputs, outputs]: each block of the inputs times a Hadamard matrix."""
+    blocks = matrix.reshape(-1, block, matrix.shape[1])
+    turned = jnp.einsum("ij,bjo->bio", _hadamard(block), blocks, precision=jax.lax.Precision.HIGHEST)
+    return turned.reshape(matrix.shape)[:inputs]
+
+
+def _integers(values: jax.Array, bits: int) -> jax.Array:
+    """int8[padded inputs, outputs] of a Quantized's values."""
+    outputs = values.shape[1]
     if bits == 8:
-        scales = jnp.abs(matrix).max(axis=0, keepdims=True) / 127
-        return Quantized(_nearest(matrix, scales, 127).astype(jnp.int8), scales)
-    assert group % 32 == 0, group
+        return jax.lax.bitcast_convert_type(values ^ 128, jnp.int8)
+    rows = values.reshape(-1, 4 * bits, outputs)
+    low = rows[:, :16].reshape(-1, 4, 1, 4, outputs)
+    numbers = jnp.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 8, 4, outputs)
+    if bits > 4:
+        each = bits - 4
+        high = rows[:, 16:].reshape(-1, each, 1, 4, outputs)
+        shifts = jnp.arange(0, 8, each, dtype=jnp.uint8)[:, None, None]
+        numbers |= ((high >> shifts) & (2**each - 1)).reshape(numbers.shape) << 4
+    return numbers.reshape(-1, outputs).astype(jnp.int8) - jnp.int8(2 ** (bits - 1))
+
+
+def from_integers(integers: jax.Array, scales: jax.Array, bits: Bits, group: int) -> Quantized:
+    """The matrix of int8[inputs, outputs] within -2^(bits - 1) and 2^(bits - 1) - 1, and scales, bfloat16 or
+    float16[groups, outputs], as they are."""
+    inputs = len(integers)
+    padded = jnp.pad(integers, ((0, runs_of(inputs, group) * RUN - inputs), (0, 0)))
+    return Quantized(as_bytes(padded, bits), scales, bits, inputs, group)
+
+
+def as_bytes(integers: jax.Array, bits: Bits) -> jax.Array:
+    """The inverse of _integers."""
+    outputs = integers.shape[1]
+    numbers = (integers.astype(jnp.int16) + 2 ** (bits - 1)).astype(jnp.uint8)
+    if bits != 8:
+        fours = numbers.reshape(-1, 4, 2, 4, outputs)
+        rows = ((fours[:, :, 0] & 15) | fours[:, :, 1] << 4).reshape(-1, 16, outputs)
+        if bits > 4:
+            each = bits - 4
+            shifts = jnp.arange(0, 8, each, dtype=jnp.uint8)[:, None, None]
+            above = (numbers >> 4).reshape(-1, each, 8 // each, 4, outputs) << shifts
+            rows = jnp.concatenate([rows, above.sum(axis=2, dtype=jnp.uint8).reshape(-1, 4 * each, outputs)], axis=1)
+        numbers = rows.reshape(-1, outputs)
+    return numbers
+
+
+def quantize(
+    matrix: jax.Array, bits: Bits, group: int, *, rotated: bool = True, importance: jax.Array | None = None
+) -> Quantized:
+    """matrix[inputs, outputs] as integers, to the nearest over scales that `best_scales` finds.
+
+    importance: float32[inputs], how much an error of a rotated input counts; None is 1 for each.
+    """
     inputs, outputs = matrix.shape
-    groups = math.ceil(inputs / group)
-    matrix = jnp.pad(matrix, ((0, groups * group - inputs), (0, 0))).reshape(groups, group, outputs)
-    scales = (jnp.abs(matrix).max(axis=1) / 7).astype(jnp.bfloat16)
-    integers = _nearest(matrix, scales[:, None].astype(jnp.float32), 7).reshape(groups * group, outputs) + 8
-    pairs = integers.astype(jnp.uint8).reshape(-1, 2, outputs)
-    return Quantized(pairs[:, 0] | pairs[:, 1] << 4, scales)
+    matrix = turned(matrix, group, rotated=rotated)
+    padding = math.ceil(inputs / group) * group - len(matrix)
+    weights = jnp.ones(len(matrix)) if importance is None else importance
+    groups = jnp.pad(matrix, ((0, padding), (0, 0))).reshape(-1, group, outputs)
+    scales = jax.lax.map(
+        lambda each: best_scales(each[0], each[1], bits), (groups, jnp.pad(weights, (0, padding)).reshape(-1, group))
+    )
+    integers = nearest(groups, scales[:, None], bits).reshape(-1, outputs)[: len(matrix)]
+    return Quantized(as_bytes(integers, bits), scales, bits, inputs, group, rotated)
 
 
-def _nearest(matrix: jax.Array, scales: jax.Array, limit: int) -> jax.Array:
-    return jnp.clip(jnp.round(matrix / jnp.where(scales == 0, 1, scales)), -limit, limit)
+def turned(matrix: jax.Array, group: int, *, rotated: bool) -> jax.Array:
+    """float32[padded inputs, outputs]: what a Quantized's integers times their scales are to come near to."""
+    inputs, block = len(matrix), block_of(group)
+    padded = jnp.pad(matrix.astype(jnp.float32), ((0, -inputs % block), (0, 0)))
+    return rotate(padded, block, len(padded)) / block if rotated else padded
+
+
+def best_scales(numbers: jax.Array, importance: jax.Array, bits: Bits) -> jax.Array:
+    """bfloat16[outputs]: the scales that numbers[group, outputs] are nearest to integers over.
+
+    8 bits: what takes the largest number to 127. Fewer: of 11 that take the largest to the end of the range on its own side
+    or beyond, each fitted by least squares to the integers that it gives, the one with the least error; an error counts
+    by importance[group].
+    """
+    if bits == 8:
+        return (jnp.abs(numbers).max(axis=0) / 127).astype(jnp.bfloat16)
+    largest = jnp.take_along_axis(numbers, jnp.abs(numbers).argmax(axis=0)[None], axis=0)[0]
+    weights = importance[:, None]
+
+    def attempt(share: jax.Array) -> tuple[jax.Array, jax.Array]:
+        integers = nearest(numbers, (largest * share).astype(jnp.bfloat16), bits).astype(jnp.float32)
+        square = (weights * integers**2).sum(axis=0)
+        fitted = (weights * numbers * integers).sum(axis=0) / jnp.where(square == 0, 1, square)
+        scale = fitted.astype(jnp.bfloat16)
+        error = numbers - nearest(numbers, scale, bits) * scale.astype(jnp.float32)
+        return scale, (weights * error**2).sum(axis=0)
+
+    scales, errors = jax.lax.map(attempt, jnp.linspace(0.65, 1.1, 11) / -(2 ** (bits - 1)))
+    return jnp.take_along_axis(scales, errors.argmin(axis=0)[None], axis=0)[0]
+
+
+def nearest(numbers: jax.Array, scales: jax.Array, bits: Bits) -> jax.Array:
+    """int8, numbers over scales."""
+    scales = scales.astype(jnp.float32)
+    most = 2 ** (bits - 1) - 1
+    least = -127 if bits == 8 else -most - 1
+    return jnp.clip(jnp.round(numbers / jnp.where(scales == 0, 1, scales)), least, most).astype(jnp.int8)

@@ -36,6 +36,8 @@ HANDLERS = (
     "linear_float32",
     "linear_bfloat16",
     "linear_int8",
+    "linear_int6",
+    "linear_int5",
     "linear_int4",
     "paged_attention",
     "rms_norm",

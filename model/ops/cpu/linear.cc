@@ -1,5 +1,5 @@
 // y[row, n] = sum over k of x[row, k] * w[k, n], for weights laid out by model/ops/cpu/packed.py: panels of 16 columns, each
-// a sequence of lines of 64 bytes, 4 bytes a column: 1 float32, 2 bfloat16, 4 int8 or 8 int4 along k.
+// a sequence of lines of 64 bytes, 4 bytes a column: 1 float32 or 2 bfloat16 along k, or integers' bits.
 //
 // A row is multiplied in one order of k by one accumulator a column, however many rows there are and however they are
 // tiled, so its result depends on that row alone.
@@ -29,14 +29,6 @@ constexpr int64_t kBlockBytes = kLanes == 16 ? 256 << 10 : 128 << 10;
 
 // ---- the kernel: `MR` rows by `NB` panels
 
-// Keeps additions to a sum in the order they are written: moved apart, their operands don't fit into 16 registers.
-template <class V>
-inline void pin(V& sum) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  asm("" : "+x"(sum));
-#endif
-}
-
 // Weights that are wanted soon: each line that is multiplied asks for `step` bytes of them in each panel, and after `turn`
 // lines goes on `jump` bytes further.
 struct Ahead {
@@ -60,10 +52,7 @@ inline void multiply(const uint32_t* x, const uint8_t* w, int64_t panel_bytes, i
 #pragma GCC unroll 16
       for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
-        for (int j = 0; j < NB * kVectors; j++) {
-          sums[m][j] = F::add(sums[m][j], x[p * MR + m], parts[j]);
-          if constexpr (std::is_same_v<F, Int8>) pin(sums[m][j]);
-        }
+        for (int j = 0; j < NB * kVectors; j++) sums[m][j] = F::add(sums[m][j], x[p * MR + m], parts[j]);
     }
   }
 }
@@ -96,10 +85,10 @@ struct Out {
 
 struct Weights {
   const uint8_t* lines;
-  const void* scales = nullptr;  // int8: float32[padded outputs]; int4: bfloat16[panels, groups, 16]
-  const int32_t* sums = nullptr;  // int8: int32[padded outputs], of each column
-  int64_t padded = 0;             // outputs
-  int64_t group = 0;              // of int4, numbers along k
+  const uint16_t* scales = nullptr;  // of integers: [panels, groups, 16]
+  bool half = false;                 // scales are float16, not bfloat16
+  int64_t padded = 0;                // outputs
+  int64_t groups = 0, group = 0;     // of integers: runs that share a scale, perhaps fewer in the last
 };
 
 // The lines [first_line, last_line) of panels.
@@ -121,115 +110,104 @@ inline void resume(const Block& block, int64_t first, int64_t panel, Sum (&sums)
     for (int j = 0; j < N; j++) sums[m][j] = block.first_line ? load<Sum>(block.at(first + m, panel, j)) : Sum{};
 }
 
+// Writes a tile's sums out, or keeps them for the block that follows.
+template <int MR, int N>
+inline void finish(const Rows& rows, int64_t first, const Block& block, int64_t panel, const Out& out,
+                   const Floats (&sums)[MR][N]) {
+  for (int m = 0; m < MR; m++)
+    for (int j = 0; j < N; j++)
+      if (block.last_line == rows.lines)
+        out.put(rows.places[first + m], panel * kPanel + j * kLanes, sums[m][j]);
+      else
+        store(block.at(first + m, panel, j), sums[m][j]);
+}
+
 template <class F, int MR, int NB>
 void tile(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
   typename F::Sum sums[MR][NB * kVectors];
   const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index);
   resume(block, first, panel, sums);
-  multiply<F, MR, NB>(rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts,
+  multiply<F, MR, NB>(rows.words.get() + first * rows.width + block.first_line * MR * F::kParts,
                       w.lines + panel * panel_bytes + block.first_line * kLine, panel_bytes,
                       block.last_line - block.first_line, ahead, sums);
-  if (block.last_line < rows.lines) {
-    for (int m = 0; m < MR; m++)
-      for (int j = 0; j < NB * kVectors; j++) store(block.at(first + m, panel, j), sums[m][j]);
-    return;
-  }
-  for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NB * kVectors; j++) {
-      int64_t column = panel * kPanel + j * kLanes;
-      Floats value;
-      if constexpr (std::is_same_v<F, Int8>) {
-        Ints sum = sums[m][j] - F::kOffset * load<Ints>(w.sums + column);
-        value = to_floats(sum) * load<Floats>((const float*)w.scales + column) * splat(rows.scales[first + m]);
-      } else {
-        value = sums[m][j];
-      }
-      out.put(rows.places[first + m], column, value);
-    }
+  finish(rows, first, block, panel, out, sums);
 }
 
+// Integers: exact sums over a run, then floats.
 template <class F, int MR, int NB>
-void tile4(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead,
-           const Out& out) {
-  constexpr int kLines = F::kRun / F::kNumbers;
-  static_assert(kBlockLines % kLines == 0);
+void tile_integers(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead,
+                   const Out& out) {
+  constexpr int kWords = F::kRun / 4;
   Floats totals[MR][NB * kVectors];
-  const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index), runs = rows.lines / kLines;
-  const int64_t first_run = block.first_line / kLines, last_run = block.last_line / kLines;
+  const int64_t panel_bytes = rows.lines * kLine, first = rows.first(index);
+  const int64_t first_run = block.first_line / F::kLines, last_run = block.last_line / F::kLines;
   resume(block, first, panel, totals);
-  const uint32_t* x = rows.words.get() + (first * rows.lines + block.first_line * MR) * F::kParts;
-  const float* x_scales = rows.scales.get() + first * runs + first_run * MR;
-  const uint32_t* starts = rows.starts.get() + first * runs + first_run * MR;
+  const uint32_t* x = rows.words.get() + first * rows.width + first_run * MR * kWords * F::kParts;
+  const float* x_scales = rows.scales.get() + first * rows.runs + first_run * MR;
+  const uint32_t* starts = rows.starts.get() + first * rows.runs + first_run * MR;
   const uint8_t* line = w.lines + panel * panel_bytes + block.first_line * kLine;
-  const int64_t group_runs = w.group / F::kRun, panel_scales = runs / group_runs * kPanel;
-  const uint16_t* scales = (const uint16_t*)w.scales + panel * panel_scales + first_run / group_runs * kPanel;
-  int64_t left = group_runs - first_run % group_runs;  // runs of the group
+  const int64_t panel_scales = w.groups * kPanel;
+  const uint16_t* scales = w.scales + panel * panel_scales + first_run / w.group * kPanel;
+  int64_t left = w.group - first_run % w.group;  // runs of the group
   for (int64_t run = first_run; run < last_run; run++, x_scales += MR, starts += MR) {
-    RunSum sums[MR][NB * kVectors];
+    typename F::Sum sums[MR][NB * kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
-      for (int j = 0; j < NB * kVectors; j++) sums[m][j] = (RunSum)splat(starts[m]);
+      for (int j = 0; j < NB * kVectors; j++) sums[m][j] = (typename F::Sum)splat(starts[m]);
 #pragma GCC unroll 2
-    for (int l = 0; l < kLines; l++, line += kLine, x += F::kParts * MR, ahead.advance()) {
-      for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes, 0, 2);
-#pragma GCC unroll 2
-      for (int p = 0; p < 2; p++) {
+    for (int half = 0; half < F::kRun / 32; half++, line += F::kBits * kLine) {
+      for (int l = 0; l < F::kBits; l++, ahead.advance())
+        for (int b = 0; b < NB; b++) __builtin_prefetch(ahead.at + b * panel_bytes, 0, 2);
+#pragma GCC unroll 8
+      for (int q = 0; q < 8; q++, x += MR * F::kParts) {
         Words parts[NB * kVectors];
 #pragma GCC unroll 16
-        for (int j = 0; j < NB * kVectors; j++) {
-          Words bytes = load<Words>(line + j / kVectors * panel_bytes + j % kVectors * (4 * kLanes));
-          parts[j] = (p == 0 ? bytes : bytes >> 4) & 0x0f0f0f0fu;
-        }
+        for (int j = 0; j < NB * kVectors; j++)
+          parts[j] = F::part(line + j / kVectors * panel_bytes + j % kVectors * (4 * kLanes), q);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; m++)
 #pragma GCC unroll 16
-          for (int j = 0; j < NB * kVectors; j++) {
-            sums[m][j] = add_nibbles(sums[m][j], x[p * MR + m], parts[j]);
-          }
+          for (int j = 0; j < NB * kVectors; j++) sums[m][j] = F::add(sums[m][j], x + m, MR, parts[j]);
       }
     }
 #pragma GCC unroll 16
     for (int j = 0; j < NB * kVectors; j++) {
       const uint16_t* at = scales + j / kVectors * panel_scales + j % kVectors * kLanes;
       __builtin_prefetch(at + NB * panel_scales, 0, 2);
-      Floats scale = load_bf16(at);
+      Floats scale = w.half ? load_f16(at) : load_bf16(at);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; m++)
-        totals[m][j] = fma(to_floats(total(sums[m][j])), scale * splat(x_scales[m]), totals[m][j]);
+        totals[m][j] = fma(to_floats(F::total(sums[m][j])), scale * splat(x_scales[m]), totals[m][j]);
     }
-    if (--left == 0) scales += kPanel, left = group_runs;
+    if (--left == 0) scales += kPanel, left = w.group;
   }
-  const bool ends = block.last_line == rows.lines;
-  for (int m = 0; m < MR; m++)
-    for (int j = 0; j < NB * kVectors; j++)
-      if (ends)
-        out.put(rows.places[first + m], panel * kPanel + j * kLanes, totals[m][j]);
-      else
-        store(block.at(first + m, panel, j), totals[m][j]);
+  finish(rows, first, block, panel, out, totals);
 }
 
 // ---- dispatch
 
 template <class F, int MR, int NB>
 void one(const Rows& rows, int index, const Weights& w, const Block& block, int64_t panel, Ahead ahead, const Out& out) {
-  if constexpr (is_int4<F>)
-    tile4<F, MR, NB>(rows, index, w, block, panel, ahead, out);
+  if constexpr (is_integers<F>)
+    tile_integers<F, MR, NB>(rows, index, w, block, panel, ahead, out);
   else
     tile<F, MR, NB>(rows, index, w, block, panel, ahead, out);
 }
 
 // Panels at a time for a tile of `mr` rows: as many sums as registers hold, for enough of them to hide an addition's latency.
+// Against integers, each sum has a total beside it.
 constexpr int kRegisters = kLanes == 16 || kLanes == 4 ? 24 : 12;
 constexpr int kPanels = 4;  // at most
+template <class F>
 constexpr int panels_for(int mr) {
-  int n = kRegisters / (mr * kVectors);
+  int n = (is_integers<F> ? kRegisters / 2 : kRegisters) / (mr * kVectors);
   return n >= kPanels ? kPanels : n >= 2 ? 2 : 1;
 }
 
 template <class F, int MR>
 void all_panels(const Rows& rows, int index, const Weights& w, const Block& block, const uint8_t* next, const Out& out) {
-  constexpr int kNB = panels_for(MR);
+  constexpr int kNB = panels_for<F>(MR);
   const int64_t panel_bytes = rows.lines * kLine, lines = block.last_line - block.first_line;
   auto ahead = [&](int64_t panel) -> Ahead {
     if (rows.tiles == 1)  // a single pass: what these panels need next, and at their end what follows them
@@ -264,8 +242,9 @@ struct Product {
 };
 
 // As many panels a chunk as L2 holds and leave every thread its share, in steps of what the smallest tile takes at a time.
+template <class F>
 void divide(Product& product, const Rows& rows, int64_t depth) {
-  const int64_t panels = product.weights.padded / kPanel, step = panels_for(rows.size(0));
+  const int64_t panels = product.weights.padded / kPanel, step = panels_for<F>(rows.size(0));
   const int64_t most = rows.tiles == 1 ? panels : kBlockBytes / (depth * kLine);
   product.width = std::max(step, std::min(most, panels / (kShare * Pool::get().threads())) / step * step);
   product.chunks = (panels + product.width - 1) / product.width;
@@ -292,7 +271,7 @@ void part(const Rows& rows, const Product& product, int64_t depth, int64_t chunk
 }
 
 template <class F, class X>
-void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<Product>& products) {
+void run(const X* x, int64_t count, int64_t inputs, int64_t lines, bool rotated, std::vector<Product>& products) {
   std::vector<int64_t> places;
   for (int64_t row = 0; row < count; row++)
     if (!is_zero(x + row * inputs, inputs))
@@ -300,10 +279,10 @@ void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<P
     else
       for (const Product& p : products) p.out.clear(row);
   if (places.empty()) return;
-  const Rows rows = pack<F>(x, std::move(places), inputs, lines);
-  const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines);
+  const Rows rows = pack<F>(x, std::move(places), inputs, lines, rotated);
+  const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines / F::kLines * F::kLines);
   int64_t chunks = 0;
-  for (Product& p : products) divide(p, rows, depth), chunks += p.chunks;
+  for (Product& p : products) divide<F>(p, rows, depth), chunks += p.chunks;
   Pool::get().run(chunks, [&](int64_t chunk) {
     size_t i = 0;
     while (chunk >= products[i].chunks) chunk -= products[i++].chunks;
@@ -319,11 +298,9 @@ void run(const X* x, int64_t count, int64_t inputs, int64_t lines, std::vector<P
 
 using Index = ffi::BufferR0<ffi::S32>;
 using Stack = ffi::Buffer<ffi::U8, 4>;
-using Int4Scales = ffi::Buffer<ffi::BF16, 4>;
-
 // Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py.
 template <class F>
-ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int64_t lines) {
+ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int64_t lines, int64_t group) {
   auto fail = [](const char* what) { return ffi::Unexpected(ffi::Error::InvalidArgument(what)); };
   auto index = arguments.get<Index>(at);
   auto stack = arguments.get<Stack>(at + 1);
@@ -334,44 +311,34 @@ ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int6
   if (matrix < 0 || matrix >= matrices) return fail("linear: weights have fewer matrices than the index says");
   Weights w{stack->typed_data() + matrix * panels * lines * kLine};
   w.padded = panels * kPanel;
-  if constexpr (std::is_same_v<F, Int8>) {
-    auto scales = arguments.get<ffi::Buffer<ffi::F32, 2>>(at + 2);
-    auto sums = arguments.get<ffi::Buffer<ffi::S32, 2>>(at + 3);
-    auto right = [&](const auto& extra) {
-      return extra && extra->dimensions()[0] == matrices && extra->dimensions()[1] == w.padded;
+  if constexpr (is_integers<F>) {
+    const int64_t runs = lines / F::kLines;
+    w.group = group / F::kRun, w.groups = (runs + w.group - 1) / w.group;
+    auto scales = arguments.get<ffi::AnyBuffer>(at + 2);
+    auto right = [&](auto size) {
+      return size.size() == 4 && size[0] == matrices && size[1] == panels && size[2] == w.groups && size[3] == kPanel;
     };
-    if (!right(scales) || !right(sums)) return fail("linear: int8 weights need a float32 scale and an int32 sum a column");
-    w.scales = scales->typed_data() + matrix * w.padded, w.sums = sums->typed_data() + matrix * w.padded;
-  } else if constexpr (is_int4<F>) {
-    auto scales = arguments.get<Int4Scales>(at + 2);
-    const int64_t numbers = lines * F::kNumbers;
-    if (!scales || scales->dimensions()[0] != matrices || scales->dimensions()[1] != panels ||
-        scales->dimensions()[3] != kPanel || scales->dimensions()[2] < 1 ||
-        numbers % (scales->dimensions()[2] * F::kRun))
-      return fail(
-          "linear: int4 weights need bfloat16 scales [matrices, panels, groups, 16] of groups that are multiples of 32");
-    const int64_t groups = scales->dimensions()[2];
-    w.scales = (const uint16_t*)scales->untyped_data() + matrix * panels * groups * kPanel, w.group = numbers / groups;
+    if (!scales || !right(scales->dimensions()))
+      return fail("linear: integers need scales [matrices, panels, groups, 16]");
+    w.half = scales->element_type() == ffi::F16;
+    if (!w.half && scales->element_type() != ffi::BF16) return fail("linear: scales must be bfloat16 or float16");
+    w.scales = (const uint16_t*)scales->untyped_data() + matrix * panels * w.groups * kPanel;
   }
   return w;
 }
 
-template <class F>
-constexpr size_t kArguments = std::is_same_v<F, Int8> ? 4 : is_int4<F> ? 3 : 2;
-
 template <class F, class X>
-ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, ffi::RemainingArgs arguments,
-                        ffi::RemainingRets results) {
-  REQUIRE(arguments.size() == results.size() * kArguments<F>, "expected one result a weight");
+ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, int64_t group, bool rotated,
+                        ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  constexpr size_t kArguments = is_integers<F> ? 3 : 2;
+  REQUIRE(arguments.size() == results.size() * kArguments, "expected one result a weight");
   auto first = arguments.get<Stack>(1);
   REQUIRE(first, "weights must be uint8[matrices, panels, lines, 64]");
   const int64_t lines = first->dimensions()[2];
-  REQUIRE(inputs <= lines * F::kNumbers && (is_int4<F> || inputs > (lines - 1) * F::kNumbers),
-          "weights have other inputs than x");
-  if constexpr (std::is_same_v<F, Int8>) REQUIRE(inputs <= 1 << 17, "int8 weights have at most 131072 inputs");
+  REQUIRE(lines == (inputs + F::kRun - 1) / F::kRun * F::kLines, "weights have other inputs than x");
   std::vector<Product> products;
   for (size_t i = 0; i < results.size(); i++) {
-    auto weights = read_weights<F>(arguments, i * kArguments<F>, lines);
+    auto weights = read_weights<F>(arguments, i * kArguments, lines, group);
     if (!weights) return weights.error();
     auto y = results.get<ffi::AnyBuffer>(i);
     REQUIRE(y && (*y)->dimensions().size() == 2 && (*y)->dimensions()[0] == rows, "a result must be [rows, outputs]");
@@ -381,35 +348,39 @@ ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, ffi::Remaining
     REQUIRE(weights->padded == (outputs + kPanel - 1) / kPanel * kPanel, "weights have other outputs than the result");
     if (outputs) products.push_back({*weights, Out{(*y)->untyped_data(), bf16, outputs}});
   }
-  if (rows && !products.empty()) run<F>(x, rows, inputs, lines, products);
+  if (rows && !products.empty()) run<F>(x, rows, inputs, lines, rotated, products);
   return ffi::Error::Success();
 }
 
 template <class F, class Same>
-ffi::Error linear(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+ffi::Error linear(ffi::AnyBuffer x, int64_t group, bool rotated, ffi::RemainingArgs arguments,
+                  ffi::RemainingRets results) {
   REQUIRE(x.dimensions().size() == 2 && results.size() > 0, "x must be a matrix");
   const int64_t rows = x.dimensions()[0], inputs = x.dimensions()[1];
-  if (x.element_type() == ffi::F32) return multiply_all<F>(x.typed_data<float>(), rows, inputs, arguments, results);
+  if (x.element_type() == ffi::F32)
+    return multiply_all<F>(x.typed_data<float>(), rows, inputs, group, rotated, arguments, results);
   REQUIRE(x.element_type() == ffi::BF16, "x must be float32 or bfloat16");
-  return multiply_all<Same>((const uint16_t*)x.untyped_data(), rows, inputs, arguments, results);
+  return multiply_all<Same>((const uint16_t*)x.untyped_data(), rows, inputs, group, rotated, arguments, results);
 }
 
-// A run of 64 numbers of x shares a scale where every weight's group is a multiple of that.
-ffi::Error int4(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
-  bool wide = true;
-  for (size_t at = 0; at + 2 < arguments.size(); at += 3) {
-    auto lines = arguments.get<Stack>(at + 1);
-    auto scales = arguments.get<Int4Scales>(at + 2);
-    REQUIRE(lines && scales && scales->dimensions()[2] > 0, "int4 weights need lines and bfloat16 scales");
-    wide = wide && lines->dimensions()[2] * 8 / scales->dimensions()[2] % 64 == 0;
-  }
-  return wide ? linear<Int4<64>, Int4<64>>(x, arguments, results) : linear<Int4<32>, Int4<32>>(x, arguments, results);
+template <class F, class Same>
+ffi::Error floats(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results) {
+  return linear<F, Same>(x, 0, false, arguments, results);
+}
+
+// group: inputs that share a scale; a run of 64 numbers of x does where that is a multiple of 64.
+template <int Bits>
+ffi::Error integers(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t group,
+                    bool rotated) {
+  REQUIRE(group > 0 && group % 32 == 0, "a group must be a multiple of 32 inputs");
+  if (group % 64 == 0) return linear<Integers<Bits, 64>, Integers<Bits, 64>>(x, group, rotated, arguments, results);
+  return linear<Integers<Bits, 32>, Integers<Bits, 32>>(x, group, rotated, arguments, results);
 }
 
 auto binding() { return ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets(); }
-constexpr auto float32 = linear<Float32, Float32>;
-constexpr auto bfloat16 = linear<Bfloat16, Bfloat16Pairs>;
-constexpr auto int8 = linear<Int8, Int8>;
+auto integers_binding() { return binding().Attr<int64_t>("group").Attr<bool>("rotated"); }
+constexpr auto float32 = floats<Float32, Float32>;
+constexpr auto bfloat16 = floats<Bfloat16, Bfloat16Pairs>;
 
 }  // namespace
 }  // namespace isthmus
@@ -417,5 +388,7 @@ constexpr auto int8 = linear<Int8, Int8>;
 using namespace isthmus;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_float32, float32, binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_bfloat16, bfloat16, binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int8, int8, binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int4, int4, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int8, integers<8>, integers_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int6, integers<6>, integers_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int5, integers<5>, integers_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(linear_int4, integers<4>, integers_binding());

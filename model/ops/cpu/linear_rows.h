@@ -15,13 +15,13 @@ namespace isthmus {
 
 constexpr int kRows = kLanes == 16 ? 12 : 6;  // of a tile, at most: half as many as there are registers for sums
 
-// Numbers of one row as the kernel reads them: `kParts` words a line, and a scale, or for int4 a scale and the
-// start of its sum for every run.
+// Numbers of rows as the kernel reads them: `words` words a row, and against integers a scale and the start of the sum for
+// every one of its runs.
 struct Rows {
-  int64_t rows, inputs, lines;
+  int64_t rows, inputs, lines, width, runs;
   int tiles;
   std::vector<int64_t> places;  // of each row in x and y: rows of zeros, which padding is, are left out
-  std::unique_ptr<uint32_t[]> words;
+  std::unique_ptr<uint32_t[]> words;  // `width` a row
   std::unique_ptr<float[]> scales;
   std::unique_ptr<uint32_t[]> starts;
 
@@ -36,86 +36,90 @@ inline uint32_t bits(float x) {
 }
 inline uint32_t bits(uint16_t x) { return x; }
 
-// The largest |x| of [first, last), or NaN when one of them is not finite.
-template <class X>
-float largest(const X* x, int64_t first, int64_t last) {
+// The largest |x| of some multiple of kLanes, or NaN when one of them is not finite.
+inline float largest(const float* x, int64_t size) {
   Floats tops = {}, probes = {};
-  int64_t i = first;
-  for (; i + kLanes <= last; i += kLanes) {
-    Floats value = numbers(x + i);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    Floats value = load<Floats>(x + i);
     tops = max(tops, (Floats)((Words)value & 0x7fffffffu));
     probes += value * splat(0.f);  // NaN once a number is not finite
   }
-  float top = largest(tops), probe = sum(probes);
-  for (; i < last; i++) {
-    top = std::max(top, std::fabs(number(x, i)));
-    probe += number(x, i) * 0;
-  }
-  return top + probe;
+  return largest(tops) + sum(probes);
 }
 
-// Puts round(x * 127 / top) of [first, last) into `to`, and the factor that undoes it into `scale`.
-template <class X>
-void quantize(const X* x, int64_t first, int64_t last, int8_t* to, float* scale) {
-  const float top = largest(x, first, last), inverse = 127.f / top;
+// Each number of a run turns into a sum of all, with signs: the run times a Hadamard matrix, so that a single large one
+// doesn't take the scale from the others. Weights that are kept so too make the products what they were (as QuaRot does with
+// whole rows: Ashkboos et al. 2024, arXiv 2404.00456).
+template <int Run>
+void rotate(float* x) {
+  for (int half = 1; half < Run; half *= 2)
+    for (int i = 0; i < Run; i += 2 * half)
+      for (int k = i; k < i + half; k++) {
+        const float a = x[k], b = x[k + half];
+        x[k] = a + b, x[k + half] = a - b;
+      }
+}
+
+// Puts round(x * 127 / top) of a run into `to`, and the factor that undoes it into `scale`.
+template <int Run>
+void quantize(const float* x, int8_t* to, float* scale) {
+  const float top = largest(x, Run), inverse = 127.f / top;
   *scale = top / 127.f;  // NaN for a row that isn't finite: so is its result
   if (!(top > 0) || !std::isfinite(inverse)) {
-    std::fill(to + first, to + std::max(first, last), int8_t(0));
+    std::fill(to, to + Run, int8_t(0));
     return;
   }
   const float nearest = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
-  int64_t i = first;
-  for (; i + kLanes <= last; i += kLanes) {
-    Ints rounded = (Ints)(numbers(x + i) * splat(inverse) + splat(nearest)) & 0xff;
+  for (int i = 0; i < Run; i += kLanes) {
+    Ints rounded = (Ints)(load<Floats>(x + i) * splat(inverse) + splat(nearest)) & 0xff;
     store(to + i, __builtin_convertvector(rounded, SmallBytes));
   }
-  for (; i < last; i++) to[i] = int8_t(std::lrintf(number(x, i) * inverse));
 }
 
-// What a sum of (nibble - 8) * x starts with, as the bits of a lane of RunSum.
-inline uint32_t start_of(const int8_t* x, int run) {
+// What a sum of (weight - offset) * x starts with, as the bits of a lane of the sum.
+template <class F>
+uint32_t start_of(const int8_t* x) {
   int all = 0, odd = 0;
-  for (int i = 0; i < run; i++) all += x[i];
-  if (sizeof(RunSum{}[0]) == 4) return uint32_t(-8 * all);
-  for (int i = 2; i < run; i += 4) odd += x[i] + x[i + 1];  // shorts: the pairs that are added to the high ones
+  for (int i = 0; i < F::kRun; i++) all += x[i];
+  if (sizeof(typename F::Sum{}[0]) == 4) return uint32_t(-F::kOffset * all);
+  for (int i = 2; i < F::kRun; i += 4) odd += x[i] + x[i + 1];  // shorts: the pairs that are added to the high ones
   return uint32_t(uint16_t(-8 * (all - odd))) | uint32_t(uint16_t(-8 * odd)) << 16;
 }
 
 template <class F, class X>
-void pack_row(Rows& rows, const X* x, int64_t row, int tile) {
+void pack_integers(Rows& rows, const X* x, int64_t row, int tile, bool rotated) {
+  constexpr int kRun = F::kRun;
   const int64_t first = rows.first(tile), m = row - first, size = rows.size(tile);
-  uint32_t* to = rows.words.get() + first * rows.lines * F::kParts + m;
-  const int64_t inputs = rows.inputs;
-  if constexpr (std::is_same_v<F, Int8> || is_int4<F>) {
-    thread_local std::vector<int8_t> bytes;
-    bytes.assign(rows.lines * F::kNumbers, 0);
-    if constexpr (std::is_same_v<F, Int8>) {
-      quantize(x, 0, inputs, bytes.data(), &rows.scales[row]);
-      for (int64_t line = 0; line < rows.lines; line++) {
-        const int8_t* b = bytes.data() + 4 * line;
-        if constexpr (F::kParts == 2) {
-          to[(2 * line) * size] = uint16_t(int16_t(b[0])) | uint32_t(uint16_t(int16_t(b[2]))) << 16;
-          to[(2 * line + 1) * size] = uint16_t(int16_t(b[1])) | uint32_t(uint16_t(int16_t(b[3]))) << 16;
-        } else {
-          static_assert(F::kOffset == 0 || F::kOffset == 128);
-          uint32_t word;
-          std::memcpy(&word, b, 4);
-          to[line * size] = word ^ F::kOffset * 0x01010101u;
-        }
+  uint32_t* to = rows.words.get() + first * rows.width + m;
+  for (int64_t run = 0; run < rows.runs; run++) {
+    const int64_t begin = run * kRun, count = std::min<int64_t>(kRun, rows.inputs - begin);
+    const int64_t at = first * rows.runs + run * size + m;
+    alignas(64) float numbers_of_run[kRun] = {};
+    alignas(64) int8_t bytes[kRun];
+    for (int64_t i = 0; i < count; i++) numbers_of_run[i] = number(x, begin + i);
+    if (rotated) rotate<kRun>(numbers_of_run);
+    quantize<kRun>(numbers_of_run, bytes, &rows.scales[at]);
+    rows.starts[at] = start_of<F>(bytes);
+    for (int i = 0; i < kRun; i += 4) {
+      const int8_t* b = bytes + i;
+      if constexpr (F::kParts == 2) {
+        *to = uint16_t(int16_t(b[0])) | uint32_t(uint16_t(int16_t(b[2]))) << 16, to += size;
+        *to = uint16_t(int16_t(b[1])) | uint32_t(uint16_t(int16_t(b[3]))) << 16, to += size;
+      } else {
+        std::memcpy(to, b, 4), to += size;
       }
-    } else {
-      const int64_t runs = rows.lines * F::kNumbers / F::kRun;
-      for (int64_t run = 0; run < runs; run++) {
-        int64_t begin = run * F::kRun, at = first * runs + run * size + m;
-        quantize(x, begin, std::min(inputs, begin + F::kRun), bytes.data(), &rows.scales[at]);
-        rows.starts[at] = start_of(bytes.data() + begin, F::kRun);
-      }
-      for (int64_t i = 0; i < 2 * rows.lines; i++) std::memcpy(to + i * size, bytes.data() + 4 * i, 4);
     }
-  } else if constexpr (F::kParts == F::kNumbers) {
-    for (int64_t k = 0; k < rows.lines * F::kNumbers; k++) to[k * size] = k < inputs ? bits(number(x, k)) : 0;
+  }
+}
+
+template <class F, class X>
+void pack_floats(Rows& rows, const X* x, int64_t row, int tile) {
+  const int64_t first = rows.first(tile), m = row - first, size = rows.size(tile), inputs = rows.inputs;
+  uint32_t* to = rows.words.get() + first * rows.width + m;
+  if constexpr (F::kParts == F::kRun) {
+    for (int64_t k = 0; k < rows.width; k++) to[k * size] = k < inputs ? bits(number(x, k)) : 0;
   } else {
-    static_assert(F::kNumbers == 2);
+    static_assert(F::kRun == 2);
     auto half = [](X number) -> uint32_t {
       if constexpr (std::is_same_v<X, uint16_t>) return number;
       else return to_bf16(number);
@@ -134,18 +138,26 @@ bool is_zero(const X* x, int64_t size) {
 }
 
 template <class F, class X>
-Rows pack(const X* x, std::vector<int64_t> places, int64_t inputs, int64_t lines) {
+Rows pack(const X* x, std::vector<int64_t> places, int64_t inputs, int64_t lines, bool rotated) {
   const int64_t count = int64_t(places.size());
-  Rows rows{count, inputs, lines, int((count + kRows - 1) / kRows), std::move(places), nullptr, nullptr, nullptr};
-  rows.words.reset(new uint32_t[count * lines * F::kParts]);
-  if constexpr (std::is_same_v<F, Int8>) rows.scales.reset(new float[count]);
-  if constexpr (is_int4<F>) {
-    rows.scales.reset(new float[count * lines * F::kNumbers / F::kRun]);
-    rows.starts.reset(new uint32_t[count * lines * F::kNumbers / F::kRun]);
+  Rows rows{count, inputs, lines};
+  rows.tiles = int((count + kRows - 1) / kRows), rows.places = std::move(places);
+  if constexpr (is_integers<F>) {
+    rows.runs = lines / F::kLines, rows.width = rows.runs * F::kRun / 4 * F::kParts;
+    rows.scales.reset(new float[count * rows.runs]);
+    rows.starts.reset(new uint32_t[count * rows.runs]);
+  } else {
+    rows.width = lines * F::kParts;
   }
+  rows.words.reset(new uint32_t[count * rows.width]);
   auto task = [&](int64_t tile) {
-    for (int64_t row = rows.first(int(tile)); row < rows.first(int(tile) + 1); row++)
-      pack_row<F>(rows, x + rows.places[row] * inputs, row, int(tile));
+    for (int64_t row = rows.first(int(tile)); row < rows.first(int(tile) + 1); row++) {
+      const X* from = x + rows.places[row] * inputs;
+      if constexpr (is_integers<F>)
+        pack_integers<F>(rows, from, row, int(tile), rotated);
+      else
+        pack_floats<F>(rows, from, row, int(tile));
+    }
   };
   if (count * inputs < 1 << 13)
     for (int tile = 0; tile < rows.tiles; tile++) task(tile);

@@ -51,20 +51,6 @@ void pack_panel(const Matrix<T>& m, int64_t panel, int64_t lines, T* to) {
   }
 }
 
-// Bytes of two nibbles along the inputs, k in the low half: to bytes with k + 4 beside k.
-void pack_nibbles(const Matrix<uint8_t>& m, int64_t panel, int64_t lines, uint8_t* to) {
-  const int64_t first = panel * kPanel, columns = std::min(kPanel, m.outputs - first);
-  std::memset(to, 0, lines * kLine);
-  for (int64_t line = 0; line < lines; line++)
-    for (int64_t c = 0; c < columns; c++) {
-      const uint8_t* from = m.at + 4 * line * m.k_step + (first + c) * m.n_step;
-      uint8_t r[4] = {from[0], from[m.k_step], from[2 * m.k_step], from[3 * m.k_step]};
-      uint8_t* quad = to + line * kLine + 4 * c;
-      quad[0] = (r[0] & 15) | r[2] << 4, quad[1] = r[0] >> 4 | (r[2] & 0xf0);
-      quad[2] = (r[1] & 15) | r[3] << 4, quad[3] = r[1] >> 4 | (r[3] & 0xf0);
-    }
-}
-
 #define REQUIRE(condition, message) \
   if (!(condition)) return ffi::Error::InvalidArgument("pack: " message)
 
@@ -84,20 +70,17 @@ ffi::Error pack(ffi::AnyBuffer matrix, Stack stack, ffi::BufferR0<ffi::S32> inde
   const int64_t numbers = matrix.element_type() == ffi::F32 ? 1 : matrix.element_type() == ffi::BF16 ? 2 : 4;
   REQUIRE(panels == (outputs + kPanel - 1) / kPanel && lines == (inputs + numbers - 1) / numbers,
           "the result has another size than the matrix");
-  REQUIRE(matrix.element_type() != ffi::U8 || inputs % 4 == 0, "int4 needs a multiple of 8 inputs");
   uint8_t* to = out->typed_data() + place * panels * lines * kLine;
-  auto each = [&](auto* from, auto panel_of) {
-    using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+  auto each = [&]<class T>(const T* from) {
     Matrix<T> m{from, inputs, outputs, k_step, n_step};
-    Pool::get().run(panels, [&](int64_t panel) { panel_of(m, panel, lines, (T*)(to + panel * lines * kLine)); });
+    Pool::get().run(panels, [&](int64_t panel) { pack_panel(m, panel, lines, (T*)(to + panel * lines * kLine)); });
   };
   const void* data = matrix.untyped_data();
   switch (matrix.element_type()) {
-    case ffi::F32: each((const uint32_t*)data, pack_panel<uint32_t>); break;
-    case ffi::BF16: each((const uint16_t*)data, pack_panel<uint16_t>); break;
-    case ffi::S8: each((const uint8_t*)data, pack_panel<uint8_t>); break;
-    case ffi::U8: each((const uint8_t*)data, pack_nibbles); break;
-    default: return ffi::Error::InvalidArgument("pack: expected float32, bfloat16, int8, or int4 in bytes");
+    case ffi::F32: each((const uint32_t*)data); break;
+    case ffi::BF16: each((const uint16_t*)data); break;
+    case ffi::U8: each((const uint8_t*)data); break;
+    default: return ffi::Error::InvalidArgument("pack: expected float32, bfloat16, or integers in bytes");
   }
   return ffi::Error::Success();
 }

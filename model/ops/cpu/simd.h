@@ -87,6 +87,37 @@ inline HalfWords narrow(Words x) {
 // kLanes bfloat16 numbers.
 inline Floats load_bf16(const void* from) { return (Floats)(widen(load<HalfWords>(from)) << 16); }
 
+// kLanes float16 numbers, subnormal ones too, whatever the thread does with those of float32.
+inline Floats load_f16(const void* from) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Floats)_mm512_cvtph_ps((__m256i)load<HalfWords>(from));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)load<HalfWords>(from));
+#else
+  Words bits = widen(load<HalfWords>(from)), size = bits & 0x7fff;
+  Words tiny = (Words)(to_floats((Ints)size) * splat(0x1p-24f)), normal = (size << 13) + (112u << 23);
+  return (Floats)((size < 0x400 ? tiny : normal) | (bits & 0x8000) << 16);
+#endif
+}
+
+#if defined(__AVX2__)
+// Products of 16-bit numbers, added in pairs; of unsigned and signed bytes, which must not come to more than 16 bits.
+inline Ints madd(Words a, Words b) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#else
+  return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+inline Shorts maddubs(Words a, Words b) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Shorts)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#else
+  return (Shorts)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+#endif
+
 // To nearest even; NaN stays NaN.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
