@@ -25,14 +25,13 @@ def quantize_by_moments(
     Inputs are rounded one after the other, and what each loses is taken on by those that follow, as far as they vary
     together. Scales are those of `best_scales` for what a group has become by then.
     """
-    inputs = len(matrix)
-    factor = _factor(np.asarray(_turned_moments(moments, group, rotated)))
-    integers, scales = _feed_errors(turned(matrix, group, rotated=rotated), jnp.asarray(factor), bits, group)
+    inputs, block = len(matrix), block_of(bits, group)
+    factor = _factor(np.asarray(_turned_moments(moments, block, rotated)))
+    integers, scales = _feed_errors(turned(matrix, block, rotated=rotated), jnp.asarray(factor), bits, group)
     return Quantized(as_bytes(integers, bits), scales, bits, inputs, group, rotated)
 
 
-def _turned_moments(moments: jax.Array, group: int, rotated: bool) -> jax.Array:
-    block = block_of(group)
+def _turned_moments(moments: jax.Array, block: int, rotated: bool) -> jax.Array:
     padding = -len(moments) % block
     moments = jnp.pad(moments, ((0, padding), (0, padding)))
     if rotated:

@@ -25,12 +25,12 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int8": (".*=int8",),
     "int6": ("embedding|head=int8", ".*=int6"),
     "int5": ("embedding|head=int8", ".*=int5"),
-    "int4": ("embedding|head=int8", ".*=int4"),
+    "int4": ("embedding|head=int8", ".*attention/value/.*=int6", ".*=int4"),
 }
-"""Rules by a name of their own. Embedding and head matter most, and are a small part."""
+"""Rules by a name of their own. Embedding, head and values matter most for what they take."""
 
-_GROUPS: dict[str, int] = {"int8": 128, "int6": 64, "int5": 64, "int4": 32}
-"""Unless a rule says otherwise"""
+_GROUPS: dict[str, int] = {"int8": 128, "int6": 64, "int5": 64, "int4": 64}
+"""At most, unless a rule says otherwise: half or a quarter of it where that leaves less of the last group empty"""
 _SIZES = ("32", "64", "128", "256")
 
 _PARTS = ("integers", "scales")
@@ -43,6 +43,14 @@ class Format(NamedTuple):
     """Inputs that share a scale"""
     rotated: bool = True
     """See Quantized"""
+    fixed: bool = True
+    """Whether the group is to be what it is, however many inputs there are"""
+
+    def fitted(self, inputs: int) -> Format:
+        """With a fixed group: the largest half or quarter of this one that fills up inputs by a thirtieth at most."""
+        groups = [self.group] if self.fixed else [group for group in (self.group, self.group // 2, 32) if group >= 32]
+        filled = [group for group in groups if -inputs % group * 30 <= inputs]
+        return self._replace(group=filled[0] if filled else groups[-1], fixed=True)
 
 
 def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
@@ -64,7 +72,7 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     if kind == "none":
         return compiled, None
     bits = cast(Bits, int(kind.removeprefix("int")))
-    return compiled, Format(bits, int(sizes[0]) if sizes else _GROUPS[kind], not plain)
+    return compiled, Format(bits, int(sizes[0]) if sizes else _GROUPS[kind], not plain, bool(sizes))
 
 
 def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], Format]:
@@ -76,14 +84,14 @@ def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], 
     """
     parsed = [parse_rule(rule) for rule in rules]
     found, used = {}, set()
-    for path in matrix_inputs(config):
+    for path, inputs in matrix_inputs(config).items():
         name = "/".join(path)
         index = next((i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(name)), None)
         if index is None or "router" in path:
             continue
         used.add(index)
         if (chosen := parsed[index][1]) is not None:
-            found[path] = chosen
+            found[path] = chosen.fitted(inputs)
     if rules and not used:
         raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {name}")
     return found
@@ -160,8 +168,9 @@ def from_arrays(config: ModelConfig, params: Params) -> Params:
     def change(path: tuple[str, ...], weight: Any, inputs: int) -> Weight:
         if path not in wanted:
             return cast(Weight, weight)
-        bits, group, rotated = wanted[path]
-        return Quantized(weight["integers"], weight["scales"], bits, inputs, group, rotated)
+        integers, scales = (weight[part] for part in _PARTS)
+        chosen = wanted[path]
+        return Quantized(integers, scales, chosen.bits, inputs, chosen.group, chosen.rotated)
 
     replace_matrices(config, params, change)
     return params

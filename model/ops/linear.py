@@ -18,9 +18,9 @@ from model.ops.quantized import Quantized
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Observed:
-    """A matrix whose inputs are to be known: the gradient of anything with respect to `moments` is the sum over the rows
-    x that it multiplied of x.T @ x, whatever that thing is. It costs what computing the inputs does: nothing else
-    of the gradient is needed, and XLA drops it."""
+    """A matrix whose inputs are to be known: the gradient with respect to `moments`, of anything, is the sum of x.T @ x
+    over the rows x that it multiplied. It costs what computing the inputs does: nothing else of the gradient is needed,
+    and XLA drops it."""
 
     weight: jax.Array
     moments: jax.Array

@@ -22,16 +22,17 @@ class Quantized:
     """A matrix [inputs, outputs] whose numbers are small integers times a scale.
 
     Of each output, every `group` inputs share a scale; the last group may be shorter. If `rotated`, the integers are
-    those of the matrix with each `block` of its inputs turned by a Hadamard matrix: outliers are spread over the block, so
-    that the scale fits all of it, and so are those of the activations that are multiplied by it.
+    those of the matrix with each `block` of its inputs turned by a Hadamard matrix: outliers are spread over the block,
+    so that the scale fits all of it, and so are those of the activations that are multiplied by it (as QuaRot does with
+    whole rows: Ashkboos et al. 2024, arXiv 2404.00456).
     """
 
     values: jax.Array
     """uint8[runs * 4 * bits, outputs]: for every 32 inputs, the last of them filled up with zeros, 4 * bits rows.
 
-    An integer is kept with 2^(bits - 1) added. Of 8 bits, a row is an input. Of fewer, 16 rows hold the low four bits: row
-    4 * a + b has input 8 * a + b in its low half and input 8 * a + b + 4 in its high half. The other rows hold the bits
-    above: of input 4 * c + d, bit c of row d (5 bits), or bits 2 * (c % 4) and one more of row 4 * (c // 4) + d (6 bits).
+    An integer is kept with 2^(bits - 1) added. Of 8 bits, a row is an input. Of fewer, 16 rows hold the low four bits:
+    row 4 * a + b has input 8 * a + b in its low half and input 8 * a + b + 4 in its high half. The other rows hold the
+    bits above: of input 4 * c + d, bit c of row d (5 bits), or two bits from 2 * (c % 4) of row 4 * (c // 4) + d (6).
     """
     scales: jax.Array
     """bfloat16 or float16[groups, outputs]"""
@@ -48,7 +49,7 @@ class Quantized:
     @property
     def block(self) -> int:
         """Inputs that are turned together."""
-        return block_of(self.group)
+        return block_of(self.bits, self.group)
 
     def integers(self) -> jax.Array:
         """int8[inputs, outputs]."""
@@ -69,21 +70,21 @@ class Quantized:
         return some.dequantize().T.reshape(*indices.shape, self.inputs)
 
 
-def block_of(group: int) -> int:
-    """Inputs that are turned together, and those that share a scale when activations are rounded to int8: 64, or 32 where
-    groups don't divide by that."""
-    return 64 if group % 64 == 0 else 32
+def block_of(bits: Bits, group: int) -> int:
+    """Inputs that are turned together, which also share a scale when activations are rounded to int8: 64, of 8 bits 128,
+    or what groups divide by."""
+    return math.gcd(group, 128 if bits == 8 else 64)
 
 
-def runs_of(inputs: int, group: int) -> int:
+def runs_of(inputs: int, bits: Bits, group: int) -> int:
     """Runs of 32 that a column's inputs take, filled up to whole blocks."""
-    block = block_of(group)
+    block = block_of(bits, group)
     return math.ceil(inputs / block) * (block // RUN)
 
 
 def shapes(bits: Bits, group: int, inputs: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of a Quantized's values and scales."""
-    return (runs_of(inputs, group) * 4 * bits, outputs), (math.ceil(inputs / group), outputs)
+    return (runs_of(inputs, bits, group) * 4 * bits, outputs), (math.ceil(inputs / group), outputs)
 
 
 @cache
@@ -122,7 +123,7 @@ def from_integers(integers: jax.Array, scales: jax.Array, bits: Bits, group: int
     """The matrix of int8[inputs, outputs] within -2^(bits - 1) and 2^(bits - 1) - 1, and scales, bfloat16 or
     float16[groups, outputs], as they are."""
     inputs = len(integers)
-    padded = jnp.pad(integers, ((0, runs_of(inputs, group) * RUN - inputs), (0, 0)))
+    padded = jnp.pad(integers, ((0, runs_of(inputs, bits, group) * RUN - inputs), (0, 0)))
     return Quantized(as_bytes(padded, bits), scales, bits, inputs, group)
 
 
@@ -150,7 +151,7 @@ def quantize(
     importance: float32[inputs], how much an error of a rotated input counts; None is 1 for each.
     """
     inputs, outputs = matrix.shape
-    matrix = turned(matrix, group, rotated=rotated)
+    matrix = turned(matrix, block_of(bits, group), rotated=rotated)
     padding = math.ceil(inputs / group) * group - len(matrix)
     weights = jnp.ones(len(matrix)) if importance is None else importance
     groups = jnp.pad(matrix, ((0, padding), (0, 0))).reshape(-1, group, outputs)
@@ -161,9 +162,9 @@ def quantize(
     return Quantized(as_bytes(integers, bits), scales, bits, inputs, group, rotated)
 
 
-def turned(matrix: jax.Array, group: int, *, rotated: bool) -> jax.Array:
+def turned(matrix: jax.Array, block: int, *, rotated: bool) -> jax.Array:
     """float32[padded inputs, outputs]: what a Quantized's integers times their scales are to come near to."""
-    inputs, block = len(matrix), block_of(group)
+    inputs = len(matrix)
     padded = jnp.pad(matrix.astype(jnp.float32), ((0, -inputs % block), (0, 0)))
     return rotate(padded, block, len(padded)) / block if rotated else padded
 
@@ -171,9 +172,9 @@ def turned(matrix: jax.Array, group: int, *, rotated: bool) -> jax.Array:
 def best_scales(numbers: jax.Array, importance: jax.Array, bits: Bits) -> jax.Array:
     """bfloat16[outputs]: the scales that numbers[group, outputs] are nearest to integers over.
 
-    8 bits: what takes the largest number to 127. Fewer: of 11 that take the largest to the end of the range on its own side
-    or beyond, each fitted by least squares to the integers that it gives, the one with the least error; an error counts
-    by importance[group].
+    8 bits: what takes the largest number to 127. Fewer: of 11 that take the largest to the end of the range on its own
+    side or beyond, each fitted by least squares to the integers that it gives, the one with the least error; an error
+    counts by importance[group].
     """
     if bits == 8:
         return (jnp.abs(numbers).max(axis=0) / 127).astype(jnp.bfloat16)

@@ -196,12 +196,11 @@ void one(const Rows& rows, int index, const Weights& w, const Block& block, int6
 }
 
 // Panels at a time for a tile of `mr` rows: as many sums as registers hold, for enough of them to hide an addition's latency.
-// Against integers, each sum has a total beside it.
 constexpr int kRegisters = kLanes == 16 || kLanes == 4 ? 24 : 12;
 constexpr int kPanels = 4;  // at most
 template <class F>
 constexpr int panels_for(int mr) {
-  int n = (is_integers<F> ? kRegisters / 2 : kRegisters) / (mr * kVectors);
+  int n = kRegisters / (mr * kVectors);
   return n >= kPanels ? kPanels : n >= 2 ? 2 : 1;
 }
 
@@ -368,11 +367,14 @@ ffi::Error floats(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::Remaining
   return linear<F, Same>(x, 0, false, arguments, results);
 }
 
-// group: inputs that share a scale; a run of 64 numbers of x does where that is a multiple of 64.
+// group: inputs of a weight that share a scale. As many numbers of x do, in a run of 32, 64 or, of int8, 128.
 template <int Bits>
 ffi::Error integers(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t group,
                     bool rotated) {
   REQUIRE(group > 0 && group % 32 == 0, "a group must be a multiple of 32 inputs");
+  if constexpr (Bits == 8)
+    if (group % 128 == 0)
+      return linear<Integers<Bits, 128>, Integers<Bits, 128>>(x, group, rotated, arguments, results);
   if (group % 64 == 0) return linear<Integers<Bits, 64>, Integers<Bits, 64>>(x, group, rotated, arguments, results);
   return linear<Integers<Bits, 32>, Integers<Bits, 32>>(x, group, rotated, arguments, results);
 }

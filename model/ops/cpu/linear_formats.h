@@ -46,7 +46,7 @@ using Bfloat16Pairs = Bfloat16;
 // sum with -kOffset times the sum of x.
 template <int Bits, int Run>
 struct Integers {
-  static_assert((Bits == 4 || Bits == 5 || Bits == 6 || Bits == 8) && (Run == 32 || Run == 64));
+  static_assert((Bits == 4 || Bits == 5 || Bits == 6 || Bits == 8) && (Run == 32 || Run == 64 || (Run == 128 && Bits == 8)));
   static constexpr int kBits = Bits, kRun = Run, kLines = Bits * Run / 32;
 #if defined(__ARM_FEATURE_DOTPROD)
   static constexpr int kOffset = Bits == 8 ? 0 : 1 << (Bits - 1);
@@ -54,7 +54,7 @@ struct Integers {
   static constexpr int kOffset = 1 << (Bits - 1);
 #endif
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-  // Two products a 16-bit lane hold what a run of nibbles comes to: at most 32 * 8 * 127. Bytes are multiplied as shorts.
+  // Two products a 16-bit lane hold what a run of 64 nibbles comes to: at most 32 * 8 * 127. Bytes are multiplied as shorts.
   static constexpr int kParts = Bits == 8 ? 2 : 1;
   using Sum = std::conditional_t<Bits == 4, Shorts, Ints>;
 #else

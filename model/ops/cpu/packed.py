@@ -1,8 +1,8 @@
 """Matrices in the layout that linear.cc multiplies by: made once, when a model is loaded.
 
-A panel holds 16 columns; a line of it, 64 bytes, holds 4 bytes of each: 1 float32 or 2 bfloat16 along the inputs, or four
-rows of the bytes that integers are kept in (model/ops/quantized.py), so that a product needs no rearrangement whatever the
-width of the machine's vectors.
+A panel holds 16 columns; a line of it, 64 bytes, holds 4 bytes of each: 1 float32 or 2 bfloat16 along the inputs, or
+four rows of the bytes that integers are kept in (model/ops/quantized.py), so that a product needs no rearrangement
+whatever the width of the machine's vectors.
 """
 
 from __future__ import annotations

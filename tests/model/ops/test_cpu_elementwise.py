@@ -23,8 +23,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), BFLOAT16]
 SIZES = (1, 3, 7, 8, 15, 16, 17, 64, 100, 768, 2050)
 ROUNDING = {DTYPES[0]: 2e-6, BFLOAT16: 2.0**-8 * 1.001}
-"""Relative: of float32, what a sum of 2,050 squares loses in plain C++'s four lanes, 512 additions each; of bfloat16, one
-rounding"""
+"""Relative: of float32, what a sum of 2,050 squares loses in plain C++'s four lanes, 512 additions each; of bfloat16,
+one rounding"""
 
 
 def with_kernels(run: Callable[..., Any], *arguments: Any) -> Any:

@@ -3,8 +3,9 @@ result is its own, to the bit."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import pytest
 from model.ops.cpu.packed import Packed, multiply, put, stack_like
 from model.ops.cpu.packed import pack as pack_eagerly
 from model.ops.linear import linears
-from model.ops.quantized import Quantized
+from model.ops.quantized import Bits, Quantized, as_bytes, shapes
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -23,7 +24,9 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALF_ULP = 2.0**-24
 SUBNORMAL = 2.0**-125
 """What is this small may count as zero on the way"""
-KINDS = ("float32", "bfloat16", "int8", "int4-32", "int4-64", "int4-128")
+KINDS = ("float32", "bfloat16", "int8-32", "int8-64-float16", "int8-256-rotated", "int6-64-rotated", "int5-32-rotated")
+KINDS += ("int5-128", "int4-32-float16", "int4-128-rotated")
+"""Bits and groups, with every run that activations are rounded by"""
 SIZES = (
     *((1, 1), (1, 17), (2, 1), (3, 5), (7, 16), (8, 15), (15, 33), (31, 4), (32, 48), (33, 31), (63, 65), (65, 2)),
     *((96, 130), (127, 100), (129, 130), (1025, 40), (2051, 70), (2500, 37), (4200, 20), (8300, 18)),
@@ -38,37 +41,67 @@ def random_x(rng: np.random.Generator, rows: int, inputs: int, dtype: Any = np.f
 
 
 def random_weight(rng: np.random.Generator, kind: str, inputs: int, outputs: int) -> jax.Array | Quantized:
-    match kind.split("-"):
-        case ["int8"]:
-            values = rng.integers(-127, 128, (inputs, outputs), np.int8)
-            return Quantized(jnp.asarray(values), jnp.asarray(rng.uniform(0, 0.01, (1, outputs)), jnp.float32))
-        case ["int4", group]:
-            groups = math.ceil(inputs / int(group))
-            values = rng.integers(0, 256, (groups * int(group) // 2, outputs), np.uint8)
-            scales = rng.uniform(0, 0.1, (groups, outputs)).astype(BFLOAT16)
-            return Quantized(jnp.asarray(values), jnp.asarray(scales))
-    return jnp.asarray(rng.normal(size=(inputs, outputs)).astype(np.dtype(kind)))
+    if not kind.startswith("int"):
+        return jnp.asarray(rng.normal(size=(inputs, outputs)).astype(np.dtype(kind)))
+    name, size, *options = kind.split("-")
+    bits, group = cast(Bits, int(name[3:])), int(size)
+    (rows, _), groups = shapes(bits, group, inputs, outputs)
+    integers = np.zeros((rows // bits * 8, outputs), np.int8)  # padding is zero
+    integers[:inputs] = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (inputs, outputs), np.int8)
+    scales = rng.uniform(0, 0.001 if "rotated" in options else 0.1, groups).astype(
+        np.float16 if "float16" in options else BFLOAT16
+    )
+    values = as_bytes(jnp.asarray(integers), bits)
+    return Quantized(values, jnp.asarray(scales), bits, inputs, group, "rotated" in options)
 
 
 def packed(rng: np.random.Generator, kind: str, inputs: int, outputs: int) -> Packed:
     return pack(random_weight(rng, kind, inputs, outputs), inputs)
 
 
+def hadamard(size: int) -> np.ndarray:
+    """1 and -1 by the parity of the bits that a row's and a column's number share."""
+    each = np.arange(size)
+    return 1 - 2 * (np.bitwise_count(each[:, None] & each) & 1).astype(np.int64)
+
+
+def block_of(weight: Quantized) -> int:
+    return next(size for size in ((128, 64, 32) if weight.bits == 8 else (64, 32)) if weight.group % size == 0)
+
+
 def integers_of(weight: Quantized) -> np.ndarray:
-    """int64[inputs, outputs], padding included."""
-    values = np.asarray(weight.values)
-    if weight.bits == 8:
-        return values.astype(np.int64)
-    return np.stack([values & 15, values >> 4], axis=1).reshape(-1, values.shape[1]).astype(np.int64) - 8
+    """int64[padded inputs, outputs], read off the documented layout one by one."""
+    rows, bits = np.asarray(weight.values, np.int64), weight.bits
+    result = np.zeros((len(rows) // bits * 8, rows.shape[1]), np.int64)
+    for k in range(len(result)):
+        run, q, d = rows[k // 32 * 4 * bits :], k % 32 // 4, k % 4
+        if bits == 8:
+            result[k] = run[k % 32]
+            continue
+        result[k] = run[q // 2 * 4 + d] >> q % 2 * 4 & 15
+        if bits == 5:
+            result[k] |= (run[16 + d] >> q & 1) << 4
+        if bits == 6:
+            result[k] |= (run[16 + q // 4 * 4 + d] >> q % 4 * 2 & 3) << 4
+    return result - 2 ** (bits - 1)
+
+
+def scales_of(weight: Quantized) -> np.ndarray:
+    """float64[padded inputs, outputs]."""
+    integers = integers_of(weight)
+    return np.repeat(np.asarray(weight.scales, np.float64), weight.group, axis=0)[: len(integers)]
 
 
 def columns_of(weight: jax.Array | Quantized, inputs: int) -> np.ndarray:
-    """float32[outputs, inputs]."""
-    if isinstance(weight, Quantized):
-        scales = np.repeat(np.asarray(weight.scales, np.float32), weight.group, axis=0)
-        matrix = integers_of(weight).astype(np.float32) * scales
-    else:
-        matrix = np.asarray(weight, np.float32)
+    """float64[outputs, inputs]."""
+    if not isinstance(weight, Quantized):
+        return np.ascontiguousarray(np.asarray(weight, np.float64).T)
+    matrix = integers_of(weight) * scales_of(weight)
+    if weight.rotated:
+        block = block_of(weight)
+        matrix = np.einsum("ij,bjo->bio", hadamard(block), matrix.reshape(-1, block, matrix.shape[1])).reshape(
+            matrix.shape
+        )
     return np.ascontiguousarray(matrix[:inputs].T)
 
 
@@ -78,6 +111,13 @@ def product(x: np.ndarray | jax.Array, weight: Packed) -> np.ndarray:
 
 def columns(weight: Packed, indices: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(Packed.columns)(weight, jnp.asarray(indices)))
+
+
+def assert_near_columns(got: np.ndarray, weight: jax.Array | Quantized, indices: np.ndarray) -> None:
+    """One rounding of each number; turned ones are sums of a block's."""
+    want = columns_of(weight, got.shape[1])[indices]
+    rotated = isinstance(weight, Quantized) and weight.rotated
+    np.testing.assert_allclose(got, want, rtol=0 if rotated else HALF_ULP, atol=1e-4 if rotated else 0)
 
 
 def assert_same_bits(got: np.ndarray, want: np.ndarray) -> None:
@@ -101,21 +141,24 @@ def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(tiny, 0, np.rint(x * inverse)).astype(np.int64), top / np.float32(127)
 
 
-def exact_int8(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.ndarray]:
-    integers, scales = rounded(x)
-    products = integers @ integers_of(weight)
-    want = products * np.asarray(weight.scales, np.float64) * scales
-    return want, 4 * HALF_ULP * np.abs(want) + SUBNORMAL
+def turned(x: np.ndarray) -> np.ndarray:
+    """x[..., run] times a Hadamard matrix, each sum in float32 and in the kernel's order."""
+    size = x.shape[-1]
+    half = 1
+    while half < size:
+        pairs = x.reshape(*x.shape[:-1], size // (2 * half), 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        x = np.stack([low + high, low - high], axis=-2).reshape(x.shape)
+        half *= 2
+    return x
 
 
-def exact_int4(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.ndarray]:
-    run = 64 if weight.group % 64 == 0 else 32
-    matrix = integers_of(weight)
-    x = np.pad(x, ((0, 0), (0, len(matrix) - x.shape[1])))
-    integers, scales = rounded(x.reshape(len(x), len(matrix) // run, run))
+def exact_integers(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.ndarray]:
+    run, matrix = block_of(weight), integers_of(weight)
+    padded = np.pad(x, ((0, 0), (0, len(matrix) - x.shape[1]))).reshape(len(x), len(matrix) // run, run)
+    integers, scales = rounded(turned(padded) if weight.rotated else padded)
     products = np.einsum("ngk,gko->ngo", integers, matrix.reshape(-1, run, matrix.shape[1]))
-    weight_scales = np.repeat(np.asarray(weight.scales, np.float64), weight.group // run, axis=0)
-    terms = products * weight_scales * scales
+    terms = products * scales_of(weight)[::run] * scales
     return terms.sum(axis=1), HALF_ULP * (terms.shape[1] + 4) * np.abs(terms).sum(axis=1) + SUBNORMAL
 
 
@@ -125,7 +168,7 @@ def exact(x: np.ndarray, weight: jax.Array | Quantized) -> tuple[np.ndarray, np.
     Against integers x is rounded as it is said to be, so that what remains is the rounding of a few multiplications.
     """
     if isinstance(weight, Quantized):
-        return (exact_int8 if weight.bits == 8 else exact_int4)(x.astype(np.float32), weight)
+        return exact_integers(x.astype(np.float32), weight)
     return exact_floats(x.astype(np.float64), np.asarray(weight, np.float64))
 
 
@@ -190,15 +233,11 @@ def test_numbers_at_the_end_of_their_range(kind: str) -> None:
     """Where a sum of 16 bits would overflow first."""
     signs = np.random.default_rng(7).choice([-1.0, 1.0], (3, 512)).astype(np.float32)
     x = np.concatenate([signs, np.ones((1, 512), np.float32), -np.ones((1, 512), np.float32)])
-    match kind.split("-"):
-        case ["int8"]:
-            assert_right(x, Quantized(jnp.asarray(127 * x.T, jnp.int8), jnp.ones((1, 5))))
-        case ["int4", group]:
-            for byte in (0, 255):  # -8 or 7 everywhere
-                values = jnp.full((256, 20), byte, jnp.uint8)
-                assert_right(x, Quantized(values, jnp.ones((512 // int(group), 20), jnp.bfloat16)))
-        case _:
-            assert_right(x, jnp.asarray(x.T, kind))
+    weight = random_weight(np.random.default_rng(7), kind, 512, 20)
+    if not isinstance(weight, Quantized):
+        return assert_right(x, jnp.asarray(np.tile(x, (4, 1)).T, kind))
+    for byte in (0, 255):  # the least or the largest everywhere
+        assert_right(x, dataclasses.replace(weight, values=jnp.full_like(weight.values, byte)))
 
 
 # ---- rows are independent
@@ -263,11 +302,14 @@ def test_a_bfloat16_result_is_the_float32_one_rounded(kind: str) -> None:
 # ---- packing
 
 
+WITH_OTHERS = ("int4-32", "int4-128", "int8-128", "int4-128", "int4-64-rotated", "int8-256-rotated", "float32")
+
+
 def test_weights_of_other_groups_do_not_change_a_product() -> None:
     """Rules may give a layer's query int4 by 32 and its key int4 by 128 or int8: each rounds x in its own way."""
     rng = np.random.default_rng(8)
     x = jnp.asarray(random_x(rng, 5, 200))
-    weights = [packed(rng, kind, 200, 40) for kind in ("int4-32", "int4-128", "int8", "int4-128", "float32")]
+    weights = [packed(rng, kind, 200, 40) for kind in WITH_OTHERS]
     together = linears(x, [(weight, (40,)) for weight in weights])
     for weight, got in zip(weights, together, strict=True):
         assert_same_bits(np.asarray(got), product(x, weight))
@@ -280,7 +322,7 @@ def test_columns_are_what_was_packed(kind: str, inputs: int, outputs: int) -> No
     rng = np.random.default_rng(11)
     weight = random_weight(rng, kind, inputs, outputs)
     got = columns(pack(weight, inputs), np.arange(outputs))
-    assert_same_bits(got, columns_of(weight, inputs))
+    assert_near_columns(got, weight, np.arange(outputs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,7 +336,7 @@ def test_columns_that_are_not_there_are_zeros(kind: str) -> None:
     assert got.shape == (3, 3, 40)
     there = (indices >= 0) & (indices < 21)
     assert not got[~there].any()
-    assert_same_bits(got[there], columns_of(weight, 40)[indices[there]])
+    assert_near_columns(got[there], weight, indices[there])
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
