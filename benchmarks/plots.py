@@ -89,6 +89,27 @@ def plot_peers(record: Record, path: Path) -> None:
     _finish(figure, path)
 
 
+def plot_quality(record: Record, path: Path) -> None:
+    """KL divergence, on a logarithmic scale, against bytes: what lies left and below of another is better."""
+    figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
+    for color, label, is_ours in ((MEASURED, "Isthmus", True), ("#8a8a8a", "llama.cpp", False)):
+        rows = [row for row in record.figures["rows"] if row["name"].startswith("isthmus-") == is_ours]
+        at = [row["bytes"] / 1e6 for row in rows]
+        errors = [row["kl_error"] for row in rows]
+        axes.errorbar(at, [row["kl"] for row in rows], errors, fmt="o", color=color, capsize=2, label=label)
+        for x, row in zip(at, rows, strict=True):
+            name = row["name"].partition("-")[2]
+            axes.annotate(name, (x, row["kl"]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.set_yscale("log")
+    axes.set_xlabel("weights, MB")
+    axes.set_ylabel("KL divergence from float32, nats a token")
+    axes.grid(alpha=0.3, which="both")
+    axes.margins(x=0.12)
+    axes.legend(frameon=False)
+    axes.set_title(record.subject, fontsize=10)
+    _finish(figure, path)
+
+
 def _title(record: Record) -> str:
     return f"{record.subject} on {record.machine.device}, {record.machine.cores} cores, {record.machine.platform}"
 

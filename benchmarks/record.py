@@ -21,7 +21,7 @@ class Record:
     """A finished benchmark."""
 
     kind: str
-    """step, serve or train"""
+    """step, serve, quality, peers, peer-servers, train or weights"""
     subject: str
     """What was measured: the preset or the model folder's name"""
     machine: Machine

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import quality
 from benchmarks.pieces import errors, label, newest
-from benchmarks.plots import plot_peers, plot_rates, plot_steps
+from benchmarks.plots import plot_peers, plot_quality, plot_rates, plot_steps
+from benchmarks.quality import Qualities
 from benchmarks.record import Record, load_all
 from benchmarks.stacks import STACKS
 from benchmarks.statistics import median, number, percentiles
@@ -29,9 +31,11 @@ def write_report(folder: Path) -> list[Path]:
     records = load_all(folder)
     written: list[Path] = []
     sections = ["# Results", INTRODUCTION]
+    qualities = quality.known(records)
     for kind, title in (
         ("step", "Steps"),
         ("serve", "Serving"),
+        ("quality", "Quality of integers"),
         ("peers", "Beside other engines"),
         ("peer-servers", "Beside other servers"),
         ("train", "Training"),
@@ -43,7 +47,11 @@ def write_report(folder: Path) -> list[Path]:
         for record in chosen:
             plot = _plot(record, folder)
             written += [plot] if plot else []
-            sections += [f"### {record.subject}, {record.machine.platform}", _SECTIONS[kind](record), _machine(record)]
+            sections += [
+                f"### {record.subject}, {record.machine.platform}",
+                _section(record, qualities),
+                _machine(record),
+            ]
             sections += [f"![{record.stem}]({plot.name})"] if plot else []
     readme = folder / "README.md"
     readme.write_text("\n\n".join(sections) + "\n")
@@ -51,7 +59,13 @@ def write_report(folder: Path) -> list[Path]:
 
 
 INTRODUCTION = """Made by `isthmus bench report` from the JSON files in this folder, which hold more: every setting, and
-the spread of every figure. `isthmus bench step`, `serve`, `peers`, `peer-servers`, `train` and `weights` write them."""
+the spread of every figure. `isthmus bench step`, `serve`, `quality`, `peers`, `peer-servers`, `train` and `weights`
+write them."""
+
+
+def _section(record: Record, qualities: Qualities) -> str:
+    compared = _COMPARED.get(record.kind)
+    return _SECTIONS[record.kind](record) if compared is None else compared(record, qualities)
 
 
 def _plot(record: Record, folder: Path) -> Path | None:
@@ -62,6 +76,8 @@ def _plot(record: Record, folder: Path) -> Path | None:
         plot_rates(record, path)
     elif record.kind in ("peers", "peer-servers"):
         plot_peers(record, path)
+    elif record.kind == "quality":
+        plot_quality(record, path)
     else:
         return None
     return path
@@ -187,7 +203,31 @@ def _weights(record: Record) -> str:
     )
 
 
-def _ratios(record: Record) -> str:
+def _quality(record: Record) -> str:
+    figures = record.figures
+    count = figures["windows"] * (figures["n_ctx"] - 1 - figures["n_ctx"] // 2)
+    rows = figures["rows"]
+    parts = [
+        f"KL divergence from llama.cpp's float32 predictions, nats a token, over {count:,} tokens: the second halves "
+        f"of {figures['windows']} windows of {figures['n_ctx']}; its standard error; the share of tokens with the same "
+        "likeliest next one; perplexity beside float32's. Ours as served, activations in bfloat16, or in float32 "
+        "(-f32). Bytes of weights as they are kept, nothing else of a file.",
+        table(quality.HEAD, quality.cells(rows)),
+    ]
+    tensors = [f"- {row['name']}: {_counts(row['tensors'])}" for row in rows if row.get("tensors")]
+    if tensors:
+        parts += ["What llama.cpp's names mean for this model's sizes, tensors by type:", "\n".join(tensors)]
+    return "\n\n".join(parts)
+
+
+def _counts(tensors: dict[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in tensors.items())
+
+
+def _ratios(record: Record, qualities: Qualities) -> str:
+    def lost(found: dict[str, float], row: dict[str, Any]) -> str:
+        return " / ".join(number(found.get(row[side]), 2) for side in ("ours", "peer"))
+
     rows = [
         [
             label(row["cell"]),
@@ -197,17 +237,26 @@ def _ratios(record: Record) -> str:
             number(row["peer_rate"], 4),
             f"{row['ratio']:.2f}",
             f"{row['low']:.2f} to {row['high']:.2f} of {row['repeats']}",
+            *(lost(found, row) for found in qualities.values()),
         ]
         for row in record.figures["compared"]
     ]
-    return table(["tok/s", "weights", "Isthmus", "fastest peer", "its tok/s", "ratio", "repetitions'"], rows)
+    head = ["tok/s", "weights", "Isthmus", "fastest peer", "its tok/s", "ratio", "repetitions'"]
+    return table([*head, *(f"KL, {model}: ours / its" for model in qualities)], rows)
 
 
-def _rates(pieces: Sequence[dict[str, Any]]) -> str:
+def _rates(pieces: Sequence[dict[str, Any]], qualities: Qualities) -> str:
     found = newest(pieces)
     names = [name for name in STACKS if any(name in rates for rates in found.values())]
-    rows = [[n, *(number(median(rates[n]), 4) if n in rates else "" for rates in found.values())] for n in names]
-    return table(["", *map(label, found)], rows)
+    rows = [
+        [
+            name,
+            *(number(median(rates[name]), 4) if name in rates else "" for rates in found.values()),
+            *(number(lost.get(name), 2) for lost in qualities.values()),
+        ]
+        for name in names
+    ]
+    return table(["", *map(label, found), *(f"KL, {model}" for model in qualities)], rows)
 
 
 def _run_facts(pieces: Sequence[dict[str, Any]]) -> str:
@@ -226,13 +275,18 @@ def _run_facts(pieces: Sequence[dict[str, Any]]) -> str:
     return text + ("\n\nDid not run:\n\n" + "\n".join(failed) if failed else "")
 
 
-def _peers(record: Record) -> str:
+def _measured(qualities: Qualities) -> str:
+    return " KL: what the same weights cost real models, above." if qualities else ""
+
+
+def _peers(record: Record, qualities: Qualities) -> str:
     pieces = record.figures["pieces"]
     parts = [
         "Engine against engine: the same model and prompts, greedy, in turns. Medians; the ratio is to the fastest "
-        "that stores weights in as many bits; float32 of vLLM and transformers counts with the 16 bits.",
-        _ratios(record),
-        _rates(pieces),
+        "that stores weights in as many bits; float32 of vLLM and transformers counts with the 16 bits."
+        + _measured(qualities),
+        _ratios(record, qualities),
+        _rates(pieces, qualities),
     ]
     shares = {cell: found for cell, found in newest(pieces, "shares").items() if found}
     if shares:
@@ -245,12 +299,13 @@ def _peers(record: Record) -> str:
     return "\n\n".join([*parts, _run_facts(pieces)])
 
 
-def _peer_servers(record: Record) -> str:
+def _peer_servers(record: Record, qualities: Qualities) -> str:
     pieces = record.figures["pieces"]
     parts = [
         "Server against server: the same requests of 16 to 256 tokens and completions of 16 to 96, streamed, greedy, "
-        "without prefix caches; Poisson arrivals, or so many streams always in flight. Completed tokens a second.",
-        _ratios(record),
+        "without prefix caches; Poisson arrivals, or so many streams always in flight. Completed tokens a second."
+        + _measured(qualities),
+        _ratios(record, qualities),
         table(LATENCY_HEAD, latency_rows(pieces)),
         "\n".join(f"- {line}" for piece in pieces for line in (*engine_lines(piece), start_line(piece))),
         _run_facts(pieces),
@@ -258,11 +313,13 @@ def _peer_servers(record: Record) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-_SECTIONS = {
+_COMPARED = {"peers": _peers, "peer-servers": _peer_servers}
+"""With what the compared stacks' integers cost"""
+
+_SECTIONS: dict[str, Callable[[Record], str]] = {
     "step": _steps,
     "serve": _serving,
-    "peers": _peers,
-    "peer-servers": _peer_servers,
+    "quality": _quality,
     "train": _training,
     "weights": _weights,
 }

@@ -48,6 +48,7 @@ STACKS = {
         Stack("llama", "f16", "float16", "16 bits", 2),
         Stack("llama", "q8_0", "q8_0", "8 bits", 34 / 32),
         Stack("llama", "q4_0", "q4_0", "4 bits", 18 / 32),
+        Stack("llama", "q4_K_M", "q4_K_M", "4 bits", 144 / 256),
         Stack("vllm", "bf16", "bfloat16", "16 bits", 2),
         Stack("vllm", "f32", "float32", "16 bits", 4),
         Stack("transformers", "bf16", "bfloat16", "16 bits", 2),

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from benchmarks import report, serve, step, train, versus, versus_serve, weights
+from benchmarks import quality, report, serve, step, train, versus, versus_serve, weights
 from benchmarks.child import BenchError
 from benchmarks.record import Record, results_folder
 from model.checkpoint import CheckpointError
@@ -28,6 +28,7 @@ examples:
   isthmus bench peers --model models/125m                beside llama.cpp, vLLM and transformers (benchmarks/peers)
   isthmus bench peers --cells decode1 --merge            a part of that, added to the result
   isthmus bench peer-servers --model models/125m         their servers and ours, under the same requests
+  isthmus bench quality --model models/mine              what integers cost it, beside llama.cpp's, in KL divergence
   isthmus bench report                                   README.md and plots from all results
 
 Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
@@ -39,6 +40,7 @@ Measurement = (
     | weights.WeightsBench
     | versus.PeersBench
     | versus_serve.PeerServersBench
+    | quality.QualityBench
 )
 Command = (
     Annotated[step.StepBench, tyro.conf.subcommand("step")]
@@ -47,6 +49,7 @@ Command = (
     | Annotated[weights.WeightsBench, tyro.conf.subcommand("weights")]
     | Annotated[versus.PeersBench, tyro.conf.subcommand("peers")]
     | Annotated[versus_serve.PeerServersBench, tyro.conf.subcommand("peer-servers")]
+    | Annotated[quality.QualityBench, tyro.conf.subcommand("quality")]
     | Annotated[report.ReportConfig, tyro.conf.subcommand("report")]
 )
 
@@ -73,6 +76,9 @@ def _measure(command: Measurement, console: Console) -> None:
         case versus_serve.PeerServersBench():
             record = versus_serve.run(command, console)
             versus_serve.show(record, console)
+        case quality.QualityBench():
+            record = quality.run(command, console)
+            quality.show(record, console)
     console.print(f"saved {record.save(results_folder(command.out))}", highlight=False)
 
 

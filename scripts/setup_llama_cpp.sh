@@ -30,5 +30,5 @@ cmake -S "$source" -B "$dir/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NA
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF >"$dir/cmake.log"
 cmake --build "$dir/build" -j "${JOBS:-2}" \
-    --target llama-bench llama-batched-bench llama-server llama-quantize >"$dir/build.log"
+    --target llama-bench llama-batched-bench llama-completion llama-perplexity llama-quantize llama-server >"$dir/build.log"
 ln -sfn build/bin "$dir/bin"

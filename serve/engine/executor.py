@@ -22,7 +22,7 @@ from model.ops.backend import use_cpu_kernels
 from model.ops.cpu import library
 from model.ops.cpu.memory import allocate
 from model.sharding import named_sharding, use_mesh
-from model.transformer import Params, abstract_params, bind
+from model.transformer import Params, Transformer, abstract_params, bind
 from serve.engine.config import Bucket, EngineConfig
 from serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
 from serve.engine.sampling import sample
@@ -73,6 +73,18 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) ->
     return attend
 
 
+def forward(
+    model: Transformer, engine: EngineConfig, bucket: Bucket, kernels: bool, cache: Cache, arrays: PlanArrays
+) -> tuple[jax.Array, Cache]:
+    """Hidden states [tokens, dim] of a step's tokens, all of them known, and the cache with their keys and values."""
+    # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
+    tokens = jnp.where(arrays.positions < 0, model.config.vocab_size, arrays.tokens)
+    attend = paged_attention(engine, bucket, arrays)
+    long = arrays.long[sequence_of_token(bucket)] > 0
+    with use_cpu_kernels(kernels):
+        return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+
+
 def engine_step(
     model_config: ModelConfig,
     engine: EngineConfig,
@@ -93,13 +105,8 @@ def engine_step(
     singles = arrays.tokens[: bucket.rows]
     singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
-    # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
-    tokens = jnp.where(arrays.positions < 0, model_config.vocab_size, tokens)
     model = bind(model_config, place_matrices(params))
-    attend = paged_attention(engine, bucket, arrays)
-    long = arrays.long[sequence_of_token(bucket)] > 0
-    with use_cpu_kernels(kernels):
-        hidden, cache = model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+    hidden, cache = forward(model, engine, bucket, kernels, cache, arrays._replace(tokens=tokens))
     logits = model.logits(hidden[arrays.sample_token])
     logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
     as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)

@@ -1,0 +1,148 @@
+"""llama.cpp's llama-perplexity: a model's predictions of a text in a file, and how far a quantized one's are from them.
+
+The file (`--kl-divergence-base`, read off tools/perplexity/perplexity.cpp of llama.cpp 0c1e57098), little-endian:
+"_logits_", uint32 n_ctx, int32 vocabulary, int32 windows, int32[windows, n_ctx] tokens; then for each window, and in it
+for each token but the last from n_ctx / 2 on, the distribution of the token after it: float32 scale, float32 least, and
+uint16[vocabulary, made even] q, log-probabilities being scale * q + least. What is 16 nats or more below the likeliest
+token is 0.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.child import BenchError
+from model.config import ConfigError
+
+MAGIC = b"_logits_"
+HEADER = len(MAGIC) + 12
+LEAST_LOG_PROBABILITY = -16.0
+"""Of a token that counts for the divergence"""
+
+
+@dataclass(frozen=True)
+class BaseLogits:
+    """Such a file, read where it lies."""
+
+    path: Path
+    n_ctx: int
+    vocab: int
+    windows: int
+
+    @classmethod
+    def open(cls, path: Path) -> BaseLogits:
+        """Raises ConfigError for what is no such file, or only a part of one."""
+        try:
+            with path.open("rb") as file:
+                header = file.read(HEADER)
+            size = path.stat().st_size
+        except OSError as error:
+            raise ConfigError(f"base: {path} can't be read: {error.strerror}") from None
+        if len(header) < HEADER or not header.startswith(MAGIC):
+            raise ConfigError(f"base: {path} is no file of llama-perplexity's --kl-divergence-base")
+        n_ctx, vocab, windows = map(int, np.frombuffer(header, "<i4", 3, len(MAGIC)))
+        found = cls(path, n_ctx, vocab, windows)
+        if min(n_ctx - 3, vocab, windows) < 1 or size != found._start + windows * found.predicted * found._words * 2:
+            raise ConfigError(f"base: {path} was not written to its end; write it again")
+        return found
+
+    @property
+    def first(self) -> int:
+        """The first position of a window whose next token is predicted."""
+        return self.n_ctx // 2
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of a window that are predicted."""
+        return self.n_ctx - 1 - self.first
+
+    @property
+    def _words(self) -> int:
+        return 4 + self.vocab + self.vocab % 2
+
+    @property
+    def _start(self) -> int:
+        return HEADER + 4 * self.windows * self.n_ctx
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """int32[windows, n_ctx], as the text has them: a model that wants a text to begin with a token of its own gets
+        that in the place of each window's first."""
+        flat = np.fromfile(self.path, "<i4", self.windows * self.n_ctx, offset=HEADER)
+        return flat.reshape(self.windows, self.n_ctx)
+
+    def targets(self, window: int) -> np.ndarray:
+        """int32[predicted]: the tokens that are."""
+        return self.tokens[window, self.first + 1 :]
+
+    def log_probabilities(self, window: int) -> np.ndarray:
+        """float32[predicted, vocab]."""
+        count = self.predicted * self._words
+        flat = np.fromfile(self.path, "<u2", count, offset=self._start + window * count * 2)
+        words = flat.reshape(self.predicted, self._words)
+        scale, least = np.ascontiguousarray(words[:, :4]).view("<f4").T
+        return words[:, 4 : 4 + self.vocab] * scale[:, None] + least[:, None]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far predictions are from those of a file, over all tokens that are predicted."""
+
+    tokens: int
+    kl: float
+    """Mean KL divergence from the file's distributions, nats a token"""
+    kl_error: float
+    """Its standard error, tokens taken as independent, as llama.cpp does"""
+    top1: float
+    """Share of tokens where both have the same likeliest next one"""
+    perplexity: float
+    base_perplexity: float
+
+    @property
+    def ratio(self) -> float:
+        return self.perplexity / self.base_perplexity
+
+
+def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n_ctx: int, threads: int) -> None:
+    """Writes the predictions of a GGUF file of a text, with a float32 cache. Raises BenchError."""
+    partial = path.with_name(path.name + ".partial")
+    arguments = ["-f", str(text), "--chunks", str(windows), "-ctk", "f32", "-ctv", "f32"]
+    _run(llama, model, n_ctx, threads, [*arguments, "--kl-divergence-base", str(partial)])
+    partial.rename(path)
+
+
+def divergence(llama: Path, model: Path, base: BaseLogits, threads: int) -> Divergence:
+    """Of a GGUF file, as llama.cpp runs it by default. Raises BenchError."""
+    arguments = ["--kl-divergence", "--kl-divergence-base", str(base.path)]
+    return parse(_run(llama, model, base.n_ctx, threads, arguments), base.windows * base.predicted)
+
+
+def _run(llama: Path, model: Path, n_ctx: int, threads: int, arguments: list[str]) -> str:
+    program = llama / "bin" / "llama-perplexity"
+    size = ["-c", str(n_ctx), "-b", str(n_ctx), "-t", str(threads)]
+    try:
+        done = subprocess.run([str(program), "-m", str(model), *size, *arguments], capture_output=True, text=True)
+    except OSError as error:
+        raise BenchError(f"{program} can't be run: {error.strerror}; `make peers-llama` builds it") from None
+    if done.returncode:
+        raise BenchError(f"llama-perplexity -m {model} failed:\n" + "\n".join(done.stderr.splitlines()[-5:]))
+    return done.stdout
+
+
+def parse(output: str, tokens: int) -> Divergence:
+    """What llama-perplexity --kl-divergence says at its end. Raises BenchError when it doesn't."""
+
+    def figures(name: str) -> tuple[float, float]:
+        found = re.search(rf"^{re.escape(name)}\s*:\s*(\S+) ± +([^\s%]+)", output, re.MULTILINE)
+        if found is None:
+            raise BenchError(f"llama-perplexity said nothing of {name!r}: {output[-300:]!r}")
+        return float(found[1]), float(found[2])
+
+    (kl, error), (same, _) = figures("Mean    KLD"), figures("Same top p")
+    return Divergence(tokens, kl, error, same / 100, figures("Mean PPL(Q)")[0], figures("Mean PPL(base)")[0])

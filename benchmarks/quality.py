@@ -1,0 +1,226 @@
+"""`isthmus bench quality`: what integers cost a model, ours and llama.cpp's, on the same text beside the same float32
+predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import corpus
+from benchmarks.child import BenchError
+from benchmarks.machine import describe
+from benchmarks.perplexity import BaseLogits, Divergence, divergence, write_base
+from benchmarks.progress import progress_bar
+from benchmarks.record import Record, results_folder
+from benchmarks.served import measure
+from benchmarks.statistics import number
+from model.cleaning import temporary_folder
+from model.config import ConfigError
+from model.folder import open_folder
+from model.resources import usable_cpus
+
+KIND = "quality"
+"""Of the record"""
+
+Qualities = dict[str, dict[str, float]]
+"""KL divergence by model and stack, in nats a token"""
+
+
+@dataclass(frozen=True)
+class QualityBench:
+    """How far a quantized model's predictions are from the float32 model's, ours beside llama.cpp's.
+
+    llama-perplexity predicts a text with the F32 file, in windows of which the second half counts, and compares each of
+    its own types with that. Ours is compared with the same predictions, by the same definition, as `isthmus serve`
+    computes: its cache, its kernels and its integers.
+    """
+
+    model: Path = Path("models/125m")
+    """A published folder, of a trained model: the figures of random weights mean nothing"""
+    kinds: tuple[str, ...] = ("none", "int8", "int4")
+    """Of ours: what `isthmus serve --quantize` takes"""
+    folders: tuple[str, ...] = ()
+    """NAME=FOLDER: the same model as `isthmus convert --quantize` wrote it, and what the table calls it"""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
+    """Of ours: of activations and what is no integer; each kind is measured in each"""
+    cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
+    """Of our keys and values; llama.cpp's are float16"""
+    types: tuple[str, ...] = ("bf16", "q8_0", "q6_K", "q5_K_M", "q4_K_M", "q4_K_S", "q4_0")
+    """Of llama.cpp's"""
+    peer: Path = Path(".peers-llama")
+    """The folder with llama.cpp's bin"""
+    gguf: Path | None = None
+    """Where make_gguf.py put the model's files, f32 among them; default: beside the folder"""
+    text: Path | None = None
+    """A file; default: half of a text that Python brings (benchmarks/corpus.py), the half that nobody calibrates on"""
+    windows: int = 24
+    n_ctx: int = 512
+    """Tokens of a window"""
+    base: Path | None = None
+    """A file of llama-perplexity's, with the F32 predictions: taken as it is where it exists, else kept there"""
+    merge: bool = False
+    """Keep the rows of the result's file that are not measured now; else replace it"""
+    out: Path | None = None
+    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
+
+    def validate(self) -> None:
+        """Raises ConfigError naming the field."""
+        for name, least in (("windows", 1), ("n_ctx", 8)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not (self.model / "config.json").is_file():
+            raise ConfigError(f"model: {self.model} is not a published model's folder")
+        if not (self.kinds or self.folders or self.types):
+            raise ConfigError("kinds, folders and types: nothing to measure")
+        if not self.dtypes:
+            raise ConfigError("dtypes must name at least one")
+        for given in self.folders:
+            name, _, path = given.partition("=")
+            if not name or not path:
+                raise ConfigError(f"folders: {given!r} must be NAME=FOLDER")
+
+    def file(self, kind: str) -> Path:
+        """Of the model in one of llama.cpp's types. Raises BenchError when it isn't there."""
+        model = self.model.resolve()
+        path = (self.gguf or model.parent) / f"{model.name}-{kind}.gguf"
+        if not path.is_file():
+            raise BenchError(f"{path} does not exist: make_gguf.py {self.peer} {self.model} {kind} makes it")
+        return path
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One of our rows."""
+
+    kind: str
+    dtype: Literal["float32", "bfloat16"]
+    folder: Path
+    quantize: str
+
+    @property
+    def name(self) -> str:
+        """As the stacks of the other benchmarks are called, which run in bfloat16."""
+        kind = {"none": {"bfloat16": "bf16", "float32": "f32"}[self.dtype]}.get(self.kind, self.kind)
+        return f"isthmus-{kind}" + ("-f32" if self.dtype == "float32" and self.kind != "none" else "")
+
+
+def ours(bench: QualityBench) -> list[Ours]:
+    """Our rows, in their order."""
+    found = [(kind, bench.model, kind) for kind in bench.kinds]
+    found += [(name, Path(path), "none") for name, _, path in (given.partition("=") for given in bench.folders)]
+    return [Ours(kind, dtype, folder, quantize) for kind, folder, quantize in found for dtype in bench.dtypes]
+
+
+def run(bench: QualityBench, console: Console) -> Record:
+    """Raises ConfigError, BenchError."""
+    bench.validate()
+    open_folder(bench.model)
+    machine = describe()
+    files = {kind: bench.file(kind) for kind in bench.types}
+    with temporary_folder("isthmus-bench-") as folder:
+        text = bench.text or corpus.write(folder)["evaluation"]
+        base = _base(bench, text, folder, console)
+        rows = list(_rows(bench, base, files, console))
+        facts = {"text": "corpus" if bench.text is None else str(bench.text), "sha256": _sha256(base)}
+    record = Record(
+        KIND,
+        bench.model.resolve().name,
+        machine,
+        dataclasses.asdict(bench),
+        {"python": platform.python_version(), "windows": base.windows, "n_ctx": base.n_ctx, **facts, "rows": rows},
+    )
+    return _merged(record, results_folder(bench.out)) if bench.merge else record
+
+
+def _base(bench: QualityBench, text: Path, folder: Path, console: Console) -> BaseLogits:
+    path = bench.base or folder / "base.bin"
+    if not path.is_file():
+        source = bench.file("f32")
+        console.print(f"llama-perplexity: predicting with {source}", highlight=False)
+        write_base(bench.peer, source, text, path, bench.windows, bench.n_ctx, usable_cpus())
+    return BaseLogits.open(path)
+
+
+def _sha256(base: BaseLogits) -> str:
+    """Of the tokens: the same where the same text was read by the same tokenizer."""
+    return hashlib.sha256(base.tokens.tobytes()).hexdigest()
+
+
+def _rows(bench: QualityBench, base: BaseLogits, files: dict[str, Path], console: Console) -> Iterator[dict[str, Any]]:
+    """Each is printed as soon as it is known: a run that is stopped has not been for nothing."""
+    for kind, path in files.items():
+        size, tensors = stored(path)
+        found = divergence(bench.peer, path, base, usable_cpus())
+        yield _row(f"llama-{kind}", found, {"bytes": size, "tensors": tensors}, console)
+    for each in ours(bench):
+        with progress_bar(console, each.name, base.windows) as tick:
+            quality = measure(each.folder, each.quantize, each.dtype, bench.cache_dtype, base.path, tick)
+        yield _row(each.name, quality, {"dtype": each.dtype, "cache_dtype": bench.cache_dtype}, console)
+
+
+def _row(name: str, found: Divergence, facts: dict[str, Any], console: Console) -> dict[str, Any]:
+    console.print(f"{name}: KL {number(found.kl)} ± {number(found.kl_error, 2)}", highlight=False)
+    return {"name": name, **dataclasses.asdict(found), "ratio": found.ratio, **facts}
+
+
+def stored(path: Path) -> tuple[int, dict[str, int]]:
+    """Bytes of a GGUF file's tensors, and how many have which type."""
+    import gguf
+
+    tensors = gguf.GGUFReader(path).tensors
+    return sum(int(tensor.n_bytes) for tensor in tensors), dict(Counter(t.tensor_type.name for t in tensors))
+
+
+def _merged(record: Record, folder: Path) -> Record:
+    """`record`, with the rows of the file that it would replace which it has not measured. Raises ConfigError when
+    those are of another text."""
+    path = folder / f"{record.stem}.json"
+    if not path.is_file():
+        return record
+    before = Record.load(path).figures
+    for name in ("sha256", "windows", "n_ctx"):
+        if before[name] != record.figures[name]:
+            raise ConfigError(f"merge: {path} was measured on another text: {name} differs")
+    rows = {row["name"]: row for row in (*before["rows"], *record.figures["rows"])}
+    return dataclasses.replace(record, figures={**record.figures, "rows": list(rows.values())})
+
+
+HEAD = ("", "MB", "KL", "±", "top-1", "perplexity")
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The table of HEAD, fewest bytes first."""
+    return [
+        [
+            row["name"],
+            f"{row['bytes'] / 1e6:,.1f}",
+            number(row["kl"]),
+            number(row["kl_error"], 2),
+            f"{row['top1']:.1%}",
+            f"{row['ratio'] - 1:+.2%}",
+        ]
+        for row in sorted(rows, key=lambda row: row["bytes"])
+    ]
+
+
+def show(record: Record, console: Console) -> None:
+    """Prints the record as a table."""
+    figures = record.figures
+    table = Table(*HEAD, title=f"{record.subject}: beside float32, {figures['windows']} windows of {figures['n_ctx']}")
+    for row in cells(figures["rows"]):
+        table.add_row(*row)
+    console.print(table)
+
+
+def known(records: Sequence[Record]) -> Qualities:
+    """What was measured of the stacks that other benchmarks time, models in the order of `records`."""
+    return {r.subject: {row["name"]: row["kl"] for row in r.figures["rows"]} for r in records if r.kind == KIND}
