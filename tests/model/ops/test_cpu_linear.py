@@ -159,7 +159,8 @@ def exact_integers(x: np.ndarray, weight: Quantized) -> tuple[np.ndarray, np.nda
     integers, scales = rounded(turned(padded) if weight.rotated else padded)
     products = np.einsum("ngk,gko->ngo", integers, matrix.reshape(-1, run, matrix.shape[1]))
     terms = products * scales_of(weight)[::run] * scales
-    return terms.sum(axis=1), HALF_ULP * (terms.shape[1] + 4) * np.abs(terms).sum(axis=1) + SUBNORMAL
+    tiny = SUBNORMAL * (run if weight.rotated else 1)  # of a run's numbers each may count as zero
+    return terms.sum(axis=1), HALF_ULP * (terms.shape[1] + 4) * np.abs(terms).sum(axis=1) + tiny
 
 
 def exact(x: np.ndarray, weight: jax.Array | Quantized) -> tuple[np.ndarray, np.ndarray]:

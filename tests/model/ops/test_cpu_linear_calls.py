@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 
-def call(target: str, out: Sequence[tuple[tuple[int, ...], Any]], *arguments: jax.Array, **attributes: Any) -> None:
+def call(target: str, out: Sequence[tuple[tuple[int, ...], Any]], *arguments: jax.Array, group: int = 32) -> None:
+    attributes = {"group": np.int64(group), "rotated": False} if target in INTEGERS else {}
     results = tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out)
     jax.block_until_ready(jax.ffi.ffi_call(f"isthmus_{target}", results)(*arguments, **attributes))
 
@@ -35,14 +37,18 @@ def lines(panels: int, count: int) -> jax.Array:
 
 OUT = [((3, 20), jnp.float32)]
 LAST = jnp.int32(MATRICES - 1)
-SUMS = zeros(MATRICES, 32, dtype=jnp.int32)
 SCALES = zeros(MATRICES, 2, 1, 16, dtype=jnp.bfloat16)
 RIGHT: dict[str, tuple[jax.Array, ...]] = {
     "linear_float32": (zeros(3, 8), LAST, lines(2, 8)),
     "linear_bfloat16": (zeros(3, 8), LAST, lines(2, 4)),
-    "linear_int8": (zeros(3, 8), LAST, lines(2, 2), zeros(MATRICES, 32), SUMS),
+    "linear_int8": (zeros(3, 8), LAST, lines(2, 8), SCALES),
+    "linear_int6": (zeros(3, 8), LAST, lines(2, 6), SCALES.astype(jnp.float16)),
+    "linear_int5": (zeros(3, 8), LAST, lines(2, 5), SCALES),
     "linear_int4": (zeros(3, 8), LAST, lines(2, 4), SCALES),
 }
+
+
+INTEGERS = [target for target in RIGHT if target.startswith("linear_int")]
 
 
 def replaced(target: str, index: int, argument: jax.Array) -> tuple[jax.Array, ...]:
@@ -109,28 +115,30 @@ def test_a_wrong_result_is_an_error(target: str, out: list[tuple[tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    "target, index, argument",
+    "scales",
     [
-        ("linear_int8", 3, zeros(MATRICES, 20)),
-        ("linear_int8", 3, zeros(MATRICES - 1, 32)),
-        ("linear_int8", 3, zeros(MATRICES, 32, dtype=jnp.bfloat16)),
-        ("linear_int8", 4, zeros(MATRICES, 32)),
-        ("linear_int8", 4, zeros(MATRICES, 16, dtype=jnp.int32)),
-        ("linear_int8", 4, zeros(MATRICES - 1, 32, dtype=jnp.int32)),
-        ("linear_int8", 4, zeros(32, dtype=jnp.int32)),
-        ("linear_int4", 3, zeros(MATRICES, 2, 1, 10, dtype=jnp.bfloat16)),
-        ("linear_int4", 3, zeros(MATRICES, 1, 1, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 3, zeros(MATRICES - 1, 2, 1, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 3, zeros(MATRICES, 2, 0, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 3, zeros(MATRICES, 2, 2, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 3, zeros(MATRICES, 2, 16, dtype=jnp.bfloat16)),
-        ("linear_int4", 3, zeros(MATRICES, 2, 1, 16)),
+        zeros(MATRICES, 2, 1, 10, dtype=jnp.bfloat16),
+        zeros(MATRICES, 1, 1, 16, dtype=jnp.bfloat16),
+        zeros(MATRICES - 1, 2, 1, 16, dtype=jnp.bfloat16),
+        zeros(MATRICES, 2, 0, 16, dtype=jnp.bfloat16),
+        zeros(MATRICES, 2, 2, 16, dtype=jnp.bfloat16),
+        zeros(MATRICES, 2, 16, dtype=jnp.bfloat16),
+        zeros(MATRICES, 2, 1, 16),
     ],
 )
-def test_wrong_scales_are_an_error(target: str, index: int, argument: jax.Array) -> None:
+@pytest.mark.parametrize("target", INTEGERS)
+def test_wrong_scales_are_an_error(target: str, scales: jax.Array) -> None:
     """As above, for what integers have beside their lines."""
     with pytest.raises(REFUSED, match="linear:"):
-        call(target, OUT, *replaced(target, index, argument))
+        call(target, OUT, *replaced(target, 3, scales))
+
+
+@pytest.mark.parametrize("group", [-32, 0, 31, 48, 64])
+@pytest.mark.parametrize("target", INTEGERS)
+def test_a_wrong_group_is_an_error(target: str, group: int) -> None:
+    """As above, for how many inputs share a scale: none, no whole run of 32, or more than the lines are made for."""
+    with pytest.raises(REFUSED, match="linear:"):
+        call(target, OUT, *RIGHT[target], group=group)
 
 
 @pytest.mark.parametrize("target", RIGHT)
@@ -151,11 +159,11 @@ def test_weights_of_other_inputs_are_an_error(target: str) -> None:
         (zeros(20), 2, 8, 64),
         (zeros(8, 20, dtype=jnp.int32), 2, 8, 64),
         (zeros(8, 20, dtype=jnp.float16), 2, 4, 64),
-        (zeros(5, 20, dtype=jnp.uint8), 2, 2, 64),
+        (zeros(5, 20, dtype=jnp.uint8), 2, 1, 64),
     ],
 )
 def test_a_wrong_call_of_packing_is_an_error(matrix: jax.Array, panels: int, count: int, width: int) -> None:
-    """As above, for packing; bytes of two numbers come in fours, as a line needs them."""
+    """As above, for packing."""
     pack_into(zeros(1, 2, 8, 64, dtype=jnp.uint8), zeros(8, 20))  # the right one
     with pytest.raises(REFUSED, match="pack:"):
         pack_into(zeros(MATRICES, panels, count, width, dtype=jnp.uint8), matrix)

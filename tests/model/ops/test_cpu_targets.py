@@ -55,7 +55,7 @@ def test_it_compiles(machine: str, target: str, tmp_path: Path) -> None:
         compile_source(machine, target, "-c", str(source), "-o", str(tmp_path / f"{source.stem}.o"))
 
 
-@pytest.mark.parametrize("source", ["attention.cc", "linear.cc"])
+@pytest.mark.parametrize("source", ["attention.cc", "linear.cc", "linear_int8.cc"])
 def test_the_compiler_keeps_what_is_asked_for_early(source: str, tmp_path: Path) -> None:
     """gcc drops calls of a function that only prefetches: nothing would be wrong, but rows would wait for memory."""
     assembly = tmp_path / "kernel.s"

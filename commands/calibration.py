@@ -1,0 +1,95 @@
+"""Integers chosen for what a model's matrices really meet: its own activations over some text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig
+from model.gptq import quantize_by_moments
+from model.matrices import Path, as_matrix, matrix_inputs, replace_matrices
+from model.ops.linear import Observed, Weight
+from model.quantization import Format, formats, quantize_params
+from model.transformer import Params, bind
+from train.step import packed_attention
+
+MOMENTS_BYTES = 1 << 30
+"""Of second moments that are summed at a time: those of more matrices take the text once more"""
+
+
+def quantize_on_text(
+    config: ModelConfig,
+    params: Params,
+    rules: Sequence[str],
+    texts: np.ndarray,
+    tick: Callable[[int], None] = lambda matrices: None,
+) -> None:
+    """Turns matrices into integers as model/gptq.py does, in place. params: unstacked, of a network that computes in
+    float32 or bfloat16; texts: int32[windows, tokens]; tick(matrices) after some are done.
+
+    Layers come in order, so that those behind meet what is lost before them. The embedding is rounded to the nearest:
+    it is looked up as well.
+    """
+    wanted = formats(config, rules)
+    for paths in _parts(config, wanted):
+        moments = _moments(config, params, paths, texts)
+
+        def change(path: Path, weight: Weight, inputs: int, moments: dict[Path, jax.Array] = moments) -> Weight:
+            if path not in moments:
+                return weight
+            assert isinstance(weight, jax.Array)
+            bits, group, rotated, _ = wanted[path]
+            matrix = as_matrix(path, weight, inputs)
+            changed = quantize_by_moments(matrix, moments.pop(path), bits, group, rotated=rotated)
+            return jax.block_until_ready(changed)
+
+        replace_matrices(config, params, change)
+        tick(len(paths))
+    quantize_params(config, params, rules)
+
+
+def _parts(config: ModelConfig, wanted: dict[Path, Format]) -> Iterator[list[Path]]:
+    """Matrices whose moments are summed at a time, in the order in which a token meets them."""
+    inputs = matrix_inputs(config)
+    in_order = sorted((path for path in wanted if path != ("embedding",)), key=lambda path: _place(path))
+    part: list[Path] = []
+    for path in in_order:
+        if part and sum(4 * inputs[each] ** 2 for each in (*part, path)) > MOMENTS_BYTES:
+            yield part
+            part = []
+        part.append(path)
+    if part:
+        yield part
+
+
+def _place(path: Path) -> tuple[float, Path]:
+    return (int(path[1]) if path[0] == "blocks" else float("inf"), path)
+
+
+def _moments(config: ModelConfig, params: Params, paths: Sequence[Path], texts: np.ndarray) -> dict[Path, jax.Array]:
+    """float32[inputs, inputs] of each path: the sum over all tokens of x.T @ x."""
+    inputs = matrix_inputs(config)
+
+    def observed(moments: dict[Path, jax.Array], params: Params, tokens: jax.Array) -> jax.Array:
+        watched: Params = jax.tree.map(lambda leaf: leaf, params, is_leaf=lambda node: not isinstance(node, dict))
+
+        def watch(path: Path, weight: Weight, inputs: int) -> Weight:
+            return Observed(weight, moments[path]) if path in moments else weight  # type: ignore[return-value]
+
+        replace_matrices(config, watched, watch)
+        model = bind(config, watched)
+        attend = packed_attention(jnp.zeros((1, len(tokens)), jnp.int32))
+        hidden, _ = model(tokens[None], jnp.arange(len(tokens))[None], attend, None)
+        return model.logits(hidden).sum()
+
+    @jax.jit
+    def add(total: dict[Path, jax.Array], params: Params, tokens: jax.Array) -> dict[Path, jax.Array]:
+        return jax.tree.map(jnp.add, total, jax.grad(observed)(total, params, tokens))
+
+    total = {path: jnp.zeros((inputs[path], inputs[path]), jnp.float32) for path in paths}
+    for tokens in texts:
+        total = add(total, params, tokens)
+    return jax.block_until_ready(total)
