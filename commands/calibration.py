@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def quantize_on_text(
 def _parts(config: ModelConfig, wanted: dict[Path, Format]) -> Iterator[list[Path]]:
     """Matrices whose moments are summed at a time, in the order in which a token meets them."""
     inputs = matrix_inputs(config)
-    in_order = sorted((path for path in wanted if path != ("embedding",)), key=lambda path: _place(path))
+    in_order = sorted((path for path in wanted if path != ("embedding",)), key=_place)
     part: list[Path] = []
     for path in in_order:
         if part and sum(4 * inputs[each] ** 2 for each in (*part, path)) > MOMENTS_BYTES:
@@ -77,7 +78,7 @@ def _moments(config: ModelConfig, params: Params, paths: Sequence[Path], texts: 
         watched: Params = jax.tree.map(lambda leaf: leaf, params, is_leaf=lambda node: not isinstance(node, dict))
 
         def watch(path: Path, weight: Weight, inputs: int) -> Weight:
-            return Observed(weight, moments[path]) if path in moments else weight  # type: ignore[return-value]
+            return cast(Weight, Observed(cast(jax.Array, weight), moments[path])) if path in moments else weight
 
         replace_matrices(config, watched, watch)
         model = bind(config, watched)
