@@ -71,8 +71,8 @@ class Quantized:
 
 
 def block_of(bits: Bits, group: int) -> int:
-    """Inputs that are turned together, and that share a scale where activations are rounded to int8: 64, of 8 bits 128, or
-    what groups divide by."""
+    """Inputs that are turned together, and that share a scale where activations are rounded to int8: 64, of 8 bits
+    128, or what groups divide by."""
     return math.gcd(group, 128 if bits == 8 else 64)
 
 
