@@ -96,7 +96,7 @@ def _measure(config: WeightsBench, folder: Path, subject: str, console: Console)
             _drop(files, config.warm)
             with HostMemory() as host:
                 start = time.perf_counter()
-                params = load_params(folder, family, model, mesh, config.dtype)
+                params = load_params(TensorFiles(folder), family, model, mesh, config.dtype)
                 loaded.append(time.perf_counter() - start)
             kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
             # On CPU the model's own arrays are host memory, too.

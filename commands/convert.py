@@ -17,7 +17,7 @@ from rich.console import Console
 
 from commands.quality import WINDOW, QualityError, compare, predictions, spilled, windows
 from model.checkpoint import CheckpointError, Checkpoints
-from model.cleaning import cleaning, remove
+from model.cleaning import cleaning, remove, temporary_folder
 from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig
 from model.files import present, read_json
@@ -26,7 +26,6 @@ from model.hub import FolderOptions
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
-from model.huggingface.files import TensorFiles
 from model.matrices import pack_params, place_matrices
 from model.ops.cpu import library
 from model.progress import Stages, stages
@@ -44,6 +43,7 @@ examples:
   isthmus convert runs/mine exported               # a trained model, for transformers and all who read its layout
   isthmus convert runs/adapter merged              # a LoRA adapter, merged into its base model
   isthmus convert Llama-3.2-1B llama --to isthmus  # a published folder; serving and --init read it as it is, too
+  isthmus convert runs/mine mine.gguf --gguf q8_0  # one file, for llama.cpp
   isthmus convert Llama-3.2-1B small --quantize int4 --text prose.txt  # matrices of integers, and what that costs
 
 TARGET must not exist. It appears when all of it is written."""
@@ -64,6 +64,8 @@ class ConvertConfig:
     """Of the tensors written in Hugging Face's layout; source is what they were published in, else float32"""
     max_shard_gb: float = 5.0
     """Most of a file, in GB; more weights go into several, with an index"""
+    gguf: Literal["none", "f32", "f16", "bf16", "q8_0", "q4_0"] = "none"
+    """Write one GGUF file, for llama.cpp, with matrices of this kind"""
     quantize: str = "none"
     """int8 (a scale a column), int4 (a scale for 64 numbers of a column; embedding and head are int8), or rules of
     one's own, joined by commas, the first that matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
@@ -88,12 +90,17 @@ def convert(config: ConvertConfig, console: Console) -> None:
     for warning in folder.warnings:
         console.print(warning, style="yellow", markup=False)
     if config.quantize != "none":
+        if config.gguf != "none":
+            raise ConfigError("gguf: it has kinds of integers of its own; leave out --quantize")
         return _quantize(config, folder, console)
     kind = config.to
     if folder.config.quantization:
         raise ConfigError(f"{config.source} is quantized: convert the model that it was made from")
     if kind == "auto":
         kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
+    if config.gguf != "none":
+        _to_gguf(config, folder, console)
+        return _report(config, folder, console)
     with _appearing(config.target) as partial, stages(console) as shown:
         if kind == "huggingface":
             _to_huggingface(config, folder, partial, shown)
@@ -120,7 +127,8 @@ def _appearing(target: Path) -> Iterator[Path]:
 
 
 def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
-    size = sum(path.stat().st_size for path in config.target.rglob("*") if path.is_file())
+    files = [config.target] if config.target.is_file() else config.target.rglob("*")
+    size = sum(path.stat().st_size for path in files if path.is_file())
     console.print(
         f"{config.target}: {folder.config.parameters / 1e6:.1f}M parameters, {size / 1e9:.2f} GB", highlight=False
     )
@@ -144,6 +152,23 @@ def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, sh
         _describe_tokenizer(folder.tokenizer, target)
 
 
+def _to_gguf(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
+    """All of it is written before it takes its own name."""
+    from model.gguf.export import architecture_name, write_model
+
+    family, values = _published(folder)
+    architecture_name(values["model_type"])
+    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    try:
+        with temporary_folder("isthmus-gguf-", config.target.parent) as partial, stages(console) as shown:
+            params = _read(plain, shown)
+            writing = shown.begin("writing", 4 * plain.config.parameters)
+            write_model(partial / "model", plain, values["model_type"], family, params, config.gguf, writing.advance)
+            (partial / "model").rename(config.target)
+    except OSError as error:
+        raise ConfigError(f"target: {config.target} can't be written: {error.strerror}") from None
+
+
 def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
     """The family and the config.json to write. Raises ConfigError when the network is no family's."""
     kept = folder.path / ("config.json" if folder.family is not None else PUBLISHED_CONFIG)
@@ -160,8 +185,8 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
     """See model/huggingface/export.py: stored_dtypes."""
     if wanted != "source":
         return {"": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]}
-    if folder.family is not None:
-        return stored_dtypes(TensorFiles(folder.path))
+    if folder.weights is not None:
+        return stored_dtypes(folder.weights)
     kept = folder.path / DTYPES_FILE
     return read_json(kept) if present(kept) else {"": "F32"}
 
@@ -225,9 +250,9 @@ def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Sta
     checkpoints.close()
     folder.config.save(target / "config.json")
     _copy_companions(folder, target)
-    if folder.family is not None:
+    if folder.weights is not None:
         shutil.copyfile(folder.path / "config.json", target / PUBLISHED_CONFIG)
-        (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(TensorFiles(folder.path)), indent=2) + "\n")
+        (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(folder.weights), indent=2) + "\n")
         return
     for name in (PUBLISHED_CONFIG, DTYPES_FILE):  # of the model that ours was made from
         if (folder.path / name).is_file():

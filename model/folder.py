@@ -1,5 +1,5 @@
-"""A model folder, of either kind: as `isthmus train` writes it, or as Hugging Face publishes it. Or an adapter's, in
-PEFT's layout, which names the model folder that it adapts."""
+"""A model folder, of either kind: as `isthmus train` writes it, or as Hugging Face publishes it; or a GGUF file, opened
+as the folder that it was made from. Or an adapter's folder, in PEFT's layout, which names the model that it adapts."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from model.added_tokens import declared_tokens
 from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.endings import end_ids, turn_end, unheeded_flags
-from model.files import present, read_json_if_present
-from model.hub import FolderOptions, find_folder, name_of
+from model.files import present, read_json, read_json_if_present
+from model.gguf.unpack import unpack
+from model.hub import FolderOptions, find_folder, is_gguf, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
 from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
-from model.huggingface.files import INDEX, SINGLE, TensorFiles
+from model.huggingface.files import INDEX, SINGLE, TensorFiles, WeightFiles
 from model.huggingface.load import check_size
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
@@ -59,6 +60,9 @@ class ModelFolder:
     generation: GenerationDefaults
     family: Family | None
     """Of a published folder; None is one of our own"""
+    weights: WeightFiles | None = None
+    """The tensors of a published folder, or of a GGUF file; `path` is then a folder with what else that says, which is
+    gone when the process ends"""
     adapter: Path | None = None
     """The adapter's folder, where one was opened; path is its base model's then"""
     quantize: tuple[str, ...] = ()
@@ -74,8 +78,13 @@ class ModelFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights on disk, of a published folder; 0 is not known."""
-        return TensorFiles(self.path).nbytes if self.family else 0
+        """Bytes of weights on disk, of a published model; 0 is not known."""
+        return 0 if self.weights is None else self.weights.nbytes
+
+    @property
+    def source(self) -> Path:
+        """What to open to get this model again."""
+        return self.path if self.weights is None else self.weights.folder
 
     @property
     def end_id(self) -> int | None:
@@ -112,10 +121,10 @@ class ModelFolder:
 
         if self.adapter is not None:
             params = self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
-        elif self.family is None:
+        elif self.family is None or self.weights is None:
             params = checkpoint.load_params(self.path, self.config, mesh, dtype)
         else:
-            return load.load_params(self.path, self.family, self.config, mesh, dtype, tick, change)
+            return load.load_params(self.weights, self.family, self.config, mesh, dtype, tick, change)
         if not self.config.scan_layers:
             replace_matrices(self.config, params, lambda path, weight, _: change(path, weight))
         return params
@@ -140,7 +149,8 @@ class ModelFolder:
 
 
 def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
-    """Reads all but a model's weights. path: a folder, or a name like Org/Name in the local Hugging Face cache.
+    """Reads all but a model's weights. path: a folder, a GGUF file, or a name like Org/Name in the local Hugging Face
+    cache.
 
     A folder with adapter_config.json is an adapter's, also where it holds the model that it adapts, as transformers
     takes it. Raises ConfigError when the folder is neither a model's nor an adapter's, we don't honour all it says, or
@@ -152,13 +162,13 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
         return _open_adapter(path, options)
     if options.base is not None:
         raise ConfigError(f"--base {options.base}: {path} is no adapter, and has no base model")
-    return _open_model(path, path, options)
+    return _open_model(path, options)
 
 
 def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
     where = _base_of(path, options)
-    base = _open_model(where, path if present(path / "tokenizer.json") else where, options)
+    base = _open_model(where, options, path if present(path / "tokenizer.json") else None)
     if base.config.quantization:
         raise ConfigError(f"{where} is quantized, and {path} adapts it: adapt the model that it was made from")
     if base.config.lora.rank:
@@ -190,12 +200,22 @@ def _base_of(path: Path, options: FolderOptions) -> Path:
     return base
 
 
-def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> ModelFolder:
-    fields = Fields.load(path / "config.json", options.ignore_field)
+def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | None = None) -> ModelFolder:
+    """tokenizer_folder: None is the model's own."""
+    weights: WeightFiles | None = None
+    source = path / "config.json"  # for errors
+    notes: tuple[str, ...] = ()
+    if is_gguf(path):
+        unpacked = unpack(path, options.ignore_field)
+        source, path, weights = path, unpacked.folder, unpacked.files
+        notes = (unpacked.files.summary(),)
+    fields = Fields(read_json(path / "config.json"), source, options.ignore_field)
     published = "model_type" in fields
     family, config = read_fields(fields) if published else (None, ModelConfig.load(path / "config.json"))
     if published:
-        check_size(TensorFiles(path), config)
+        weights = weights or TensorFiles(path)
+        check_size(weights, config)
+    tokenizer_folder = tokenizer_folder or path
     tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
     chat = ChatTemplate.load(path)
     if published or present(path / PUBLISHED_CONFIG):
@@ -214,8 +234,9 @@ def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> M
         chat,
         _generation(path),
         family,
+        weights,
         ignore_field=tuple(options.ignore_field),
-        warnings=(*fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
+        warnings=(*notes, *fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
     )
 
 

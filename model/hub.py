@@ -15,6 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _NOT_WANTED = ("*/*.json", "*/*.safetensors", "consolidated*")
 """The same weights in other layouts"""
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ def is_hub_name(name: str) -> bool:
 
 
 def find_folder(path: Path, *, download: bool = False, revision: str | None = None) -> Path:
-    """The folder that `path` is, or that the local Hugging Face cache has for a name like Org/Name.
+    """The folder that `path` is, or that the local Hugging Face cache has for a name like Org/Name; or a GGUF file: the
+    one that `path` is, or the only one in a folder that has no config.json.
 
     download: fetches it from the hub where the cache hasn't all of it. revision: of a name, a branch, a tag or a
     commit; None is main. Raises ConfigError, saying what `path` is instead.
     """
     if os.path.isdir(path):  # which, unlike Path.is_dir, is false for a name that no folder can have
-        _check_folder(path)
+        return _checked_folder(path)
+    if is_gguf(path):
         return path
     if present(path):
         raise ConfigError(f"{path} is {_kind_of_file(path)}")
@@ -49,6 +52,11 @@ def find_folder(path: Path, *, download: bool = False, revision: str | None = No
     if not is_hub_name(name):
         raise ConfigError(f"{shortened(name)}: there is no such folder")
     return _download(name, revision) if download else _cached(name, revision)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file that is called as GGUF files are."""
+    return path.suffix == ".gguf" and os.path.isfile(path)
 
 
 def name_of(folder: Path) -> str:
@@ -60,9 +68,9 @@ def name_of(folder: Path) -> str:
     return folder.name
 
 
-def _check_folder(path: Path) -> None:
+def _checked_folder(path: Path) -> Path:
     if present(path / "config.json") or present(path / "adapter_config.json"):
-        return
+        return path
     if path.name.startswith("models--") and present(path / "snapshots"):
         name = path.name.removeprefix("models--").replace("--", "/")
         raise ConfigError(
@@ -74,17 +82,16 @@ def _check_folder(path: Path) -> None:
         if names:
             some = ", ".join(name.removeprefix("models--").replace("--", "/") for name in names[:5])
             raise ConfigError(f"{path} is a Hugging Face cache, of several models: name one of them, as {some}")
-    if files := sorted(each.name for each in path.glob("*.gguf")):
-        raise ConfigError(f"{path} holds {files[0]}, and no config.json: {_GGUF}")
+    # Of a model that is split, the first part stands for all.
+    files = sorted(each.name for each in path.glob("*.gguf") if not _LATER_PART.search(each.name))
+    if len(files) == 1:
+        return path / files[0]
+    if files:
+        raise ConfigError(f"{path} holds several GGUF files: name one of them, as {path / files[0]}")
     raise ConfigError(f"{path} has no config.json: is it a model folder?")
 
 
-_GGUF = "GGUF is not read here; use the folder of safetensors that it was made from"
-
-
 def _kind_of_file(path: Path) -> str:
-    if path.suffix == ".gguf" and path.is_file():
-        return f"a GGUF file: {_GGUF}"
     if path.is_file():
         return f"a file; name the folder that it is in, {path.parent}"
     return "a link that leads nowhere" if path.is_symlink() else "no folder"

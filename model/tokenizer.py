@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, processors, trainers
@@ -120,6 +122,11 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         path.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+    def spec(self) -> dict[str, Any]:
+        """What its tokenizer.json says."""
+        found: dict[str, Any] = json.loads(self._inner.to_str())
+        return found
 
     def encode(self, text: str, most: int | None = None, *, parse_special: bool = False) -> list[int]:
         """Token ids, with what the tokenizer puts before a prompt.

@@ -34,19 +34,18 @@ _CASED = (
 )
 _ENDINGS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SLASHED = _ENDINGS.replace(r"[\r\n]*", r"[\r\n/]*")
-KNOWN_PATTERNS = frozenset(
-    {
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_ENDINGS}",
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_ENDINGS}",
-        _CASED.replace("{S}", "") + r"|\p{N}" + _SLASHED,
-        _CASED.replace("{S}", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}" + _SLASHED,
-        " {2,}",
-        r"\s+",
-    }
-)
+PATTERNS = {
+    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "qwen2": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{_ENDINGS}",
+    "llama3": rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{_ENDINGS}",
+    "tekken": _CASED.replace("{S}", "") + r"|\p{N}" + _SLASHED,
+    "gpt-4o": _CASED.replace("{S}", f"{_CONTRACTIONS}?") + r"|\p{N}{1,3}" + _SLASHED,
+    "spaces": " {2,}",
+    "space": r"\s+",
+}
 """Regular expressions of GPT-2, Qwen 2 and 3, Llama 3, OLMo 2, Phi 4, Mistral NeMo and gpt-oss: their time grows as the
 text does"""
+KNOWN_PATTERNS = frozenset(PATTERNS.values())
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _train(config: TrainConfig, console: Console) -> Report:
     for warning in folder.warnings if folder else ():
         console.print(warning, style="yellow", markup=False)
     if folder is not None:  # what a name in the cache stands for now: a newer version is another model
-        config = dataclasses.replace(config, init=folder.path)
+        config = dataclasses.replace(config, init=folder.source)
     if not config.resume:
         config = _fit_warmup(config, console)
     config.out.mkdir(parents=True, exist_ok=True)

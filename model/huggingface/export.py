@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.huggingface.families import FAMILIES, Family, read_fields
 from model.huggingface.fields import Fields
-from model.huggingface.files import DTYPES, INDEX, SINGLE, TensorFiles
+from model.huggingface.files import DTYPES, INDEX, SINGLE, WeightFiles
 from model.huggingface.load import Part, parts_of, path_name
 from model.ops.rounding import narrowed
 from model.transformer import Params, abstract_params
@@ -130,7 +130,7 @@ def _candidates(config: ModelConfig) -> list[dict[str, Any]]:
     ]
 
 
-def stored_dtypes(files: TensorFiles) -> dict[str, str]:
+def stored_dtypes(files: WeightFiles) -> dict[str, str]:
     """Each tensor's dtype as safetensors names it, the commonest under ""."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     dtypes = {name: names[stored.dtype] for name, stored in files.tensors.items()}
@@ -151,7 +151,7 @@ def write_weights(
 
     dtypes: as stored_dtypes gives; a float32 that came from a narrower type goes back without loss.
     """
-    targets = _targets(config, family, dtypes)
+    targets = targets_of(config, family, dtypes)
     shards = _shards({name: target.nbytes for name, target in targets.items()}, max_shard_bytes)
     leaves = jax.tree.leaves(params)
     placed: dict[str, str] = {}
@@ -159,7 +159,7 @@ def write_weights(
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in shard:
-            tensors[name] = _assemble(targets[name], leaves, config)
+            tensors[name] = assemble(targets[name], leaves, config)
             placed[name] = file
             tick(targets[name].nbytes)
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -171,11 +171,11 @@ def write_weights(
 
 def weight_bytes(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> int:
     """Bytes that write_weights will write."""
-    return sum(target.nbytes for target in _targets(config, family, dtypes).values())
+    return sum(target.nbytes for target in targets_of(config, family, dtypes).values())
 
 
-def _targets(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dict[str, Target]:
-    """Each tensor, in the order of the layers."""
+def targets_of(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dict[str, Target]:
+    """Each tensor of a published model, in the order of the layers. dtypes: as stored_dtypes gives."""
 
     def target(name: str, sources: list[Source]) -> Target:
         part = sources[0].part
@@ -221,7 +221,8 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _assemble(target: Target, leaves: list[jax.Array], config: ModelConfig) -> np.ndarray:
+def assemble(target: Target, leaves: list[jax.Array], config: ModelConfig) -> np.ndarray:
+    """A tensor of the parameters' leaves."""
     raw = np.empty(target.shape, target.dtype)
     for source in target.sources:
         piece = source.part.piece

@@ -6,9 +6,11 @@ import json
 import mmap
 import re
 import struct
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -46,8 +48,55 @@ class Stored:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
-class TensorFiles:
+class StoredTensor(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Integers(NamedTuple):
+    """A matrix of integers as it is published."""
+
+    values: np.ndarray
+    """int8[inputs, outputs]"""
+    scales: np.ndarray
+    """float16[groups, outputs]: of as many inputs in turn as there are to a group"""
+    bits: int
+    """That the integers need"""
+
+
+class WeightFiles(ABC):
+    """The tensors of a published model, by the names that Hugging Face gives them."""
+
+    folder: Path
+    """Where they lie, for errors"""
+    says: str
+    """What describes the model"""
+    tensors: Mapping[str, StoredTensor]
+
+    @abstractmethod
+    def array(self, name: str, dtype: np.dtype | None = None, *, reuse: bool = False) -> np.ndarray:
+        """A tensor: as it is stored, or, where it is stored as no numbers, in `dtype` or float32 (the default). Not to
+        be written to. reuse: it may be written over by this thread's next call."""
+
+    @abstractmethod
+    def advise(self, name: str, advice: int) -> None:
+        """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+
+class TensorFiles(WeightFiles):
     """Every tensor of a folder, by name, as arrays that read the file where they are read."""
+
+    says = "config.json"
 
     def __init__(self, folder: Path, single: str = SINGLE) -> None:
         """Raises ConfigError for a folder without safetensors, or files that are damaged or not what the index says.
@@ -72,18 +121,13 @@ class TensorFiles:
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise ConfigError(f"{self.folder / INDEX} says that {shortened(name)} is in {file}, and it isn't")
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.tensors.values())
-
-    def array(self, name: str) -> np.ndarray:
+    def array(self, name: str, dtype: np.dtype | None = None, *, reuse: bool = False) -> np.ndarray:
         """A read-only view of the file."""
         stored = self.tensors[name]
         count = int(np.prod(stored.shape, dtype=np.int64))
         return np.frombuffer(self._mapped(stored.file), stored.dtype, count, stored.start).reshape(stored.shape)
 
     def advise(self, name: str, advice: int) -> None:
-        """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
         stored = self.tensors[name]
         if stored.nbytes:
             start = stored.start // mmap.PAGESIZE * mmap.PAGESIZE

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 
 from model.config import ConfigError, ModelConfig
 from model.huggingface.families import Family
-from model.huggingface.files import TensorFiles
+from model.huggingface.files import WeightFiles
 from model.huggingface.tensors import Piece, Table, as_stored
 from model.transformer import Params, abstract_params, kept_dtype
 
@@ -85,7 +84,7 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def load_params(
-    folder: Path,
+    files: WeightFiles,
     family: Family,
     config: ModelConfig,
     mesh: Mesh,
@@ -93,7 +92,7 @@ def load_params(
     tick: Tick = lambda _: None,
     keep: Keep = lambda _, array: array,
 ) -> Params:
-    """The parameters of a published folder, sharded over `mesh`, in the layout that `config` asks for.
+    """The parameters of a published model, sharded over `mesh`, in the layout that `config` asks for.
 
     dtype: what to keep matrices in (see kept_dtype); None is float32. keep: what to keep of each as soon as it is read,
     so that a model needn't fit into memory before it is made smaller; called from several threads.
@@ -101,7 +100,6 @@ def load_params(
     Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
     that are not finite.
     """
-    files = TensorFiles(folder)
     abstract = abstract_params(config, mesh)
     flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     table = as_stored(family.table(config), files.tensors)
@@ -127,29 +125,30 @@ def load_params(
             readers.shutdown(cancel_futures=True)
 
 
-def check_size(files: TensorFiles, config: ModelConfig) -> None:
-    """Raises ConfigError where config.json speaks of more than the files hold, before anything of that size is made."""
+def check_size(files: WeightFiles, config: ModelConfig) -> None:
+    """Raises ConfigError where what describes the model speaks of more than the files hold, before anything of that
+    size is made."""
     layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if config.layers > len(layers):
-        raise ConfigError(f"{files.folder}: config.json says num_hidden_layers={config.layers}, and the files hold "
+        raise ConfigError(f"{files.folder}: {files.says} says num_hidden_layers={config.layers}, and the files hold "
                           f"{len(layers)} layers")  # fmt: skip
     held = sum(math.prod(stored.shape) for stored in files.tensors.values())
     if config.parameters > 2 * held:  # for what is nearly right, check_tensors names the tensor
         raise ConfigError(
-            f"{files.folder}: config.json makes a model of {config.parameters:,} parameters, and the files hold "
+            f"{files.folder}: {files.says} makes a model of {config.parameters:,} parameters, and the files hold "
             f"{held:,}: {_first_difference(files, config)}"
         )
 
 
-def _first_difference(files: TensorFiles, config: ModelConfig) -> str:
+def _first_difference(files: WeightFiles, config: ModelConfig) -> str:
     shape = (config.vocab_size, config.dim)
     found = files.tensors.get("model.embed_tokens.weight")
     if found is not None and found.shape != shape:
-        return f"model.embed_tokens.weight is {list(found.shape)}, and config.json makes it {list(shape)}"
+        return f"model.embed_tokens.weight is {list(found.shape)}, and {files.says} makes it {list(shape)}"
     return "one of its sizes is too large"
 
 
-def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
+def check_tensors(files: WeightFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
     """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
     wanted: set[str] = set()
     for parts in plan:
@@ -160,7 +159,7 @@ def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part |
             shape, found = part.piece.shape(part.shape, config), files.tensors[part.name].shape
             if found != shape:
                 raise ConfigError(
-                    f"{files.folder}: {part.name} has the shape {list(found)}, and config.json makes it {list(shape)}"
+                    f"{files.folder}: {part.name} has the shape {list(found)}, and {files.says} makes it {list(shape)}"
                 )
     for name in sorted(set(files.tensors) - wanted):
         if not _may_be_left(files, config, name):
@@ -173,7 +172,7 @@ def _hint(name: str) -> str:
     return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
 
 
-def _may_be_left(files: TensorFiles, config: ModelConfig, name: str) -> bool:
+def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
     if _IGNORED.search(name):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -193,7 +192,7 @@ def _may_be_left(files: TensorFiles, config: ModelConfig, name: str) -> bool:
 
 
 def _place(
-    files: TensorFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
+    files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
 ) -> jax.Array:
     """The parameter on its devices, each shard read by itself."""
     by_index: dict[tuple, list[jax.Device]] = {}
@@ -210,14 +209,14 @@ def _place(
 
 
 def _fetch(
-    files: TensorFiles, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
+    files: WeightFiles, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part of a parameter that `index` says, in `dtype`: a view, with its axes turned, of an array that has them in
     the file's order. So the host copies at memory's speed, and JAX's transfer, which turns axes best, does it once.
 
     Valid until the next call on this thread.
     """
-    lead, views, order = _select(files, config, parts, index)
+    lead, views, order = _select(files, config, parts, index, dtype, reuse=isinstance(parts, Part))
     axes = tuple(sorted(range(views[0].ndim), key=lambda axis: -views[0].strides[axis]))  # as they lie in memory
     wide = [axis for axis in axes if views[0].shape[axis] > 1]  # an axis of size 1 turns nothing in memory
     turned = wide != sorted(wide)
@@ -235,16 +234,23 @@ def _fetch(
 
 
 def _select(
-    files: TensorFiles, config: ModelConfig, parts: Part | list, index: tuple[slice, ...]
+    files: WeightFiles,
+    config: ModelConfig,
+    parts: Part | list,
+    index: tuple[slice, ...],
+    dtype: np.dtype,
+    *,
+    reuse: bool = False,
 ) -> tuple[tuple[int, ...], list[np.ndarray], np.ndarray | None]:
-    """What `index` leaves of a list of parts: the leading shape, the views of the files in it, and the order that the
-    last axis is yet to be put in. Raises ConfigError for numbers that are not finite."""
+    """What `index` leaves of a list of parts, in `dtype` if it is stored as no numbers: the leading shape, the views of
+    the files in it, and the order that the last axis is yet to be put in. Raises ConfigError for numbers that are not
+    finite."""
     if isinstance(parts, list):
-        chosen = [_select(files, config, part, index[1:]) for part in parts[index[0]]]
+        chosen = [_select(files, config, part, index[1:], dtype) for part in parts[index[0]]]
         lead, _, order = chosen[0]
         return (len(chosen), *lead), [view for _, views, _ in chosen for view in views], order
     order = parts.piece.order_of(config)
-    view = parts.piece.view(files.array(parts.name), parts.shape, config)
+    view = parts.piece.view(files.array(parts.name, dtype, reuse=reuse), parts.shape, config)
     view = view[index] if order is None else view[(*index[:-1], slice(None))]
     if not _finite(view.transpose(sorted(range(view.ndim), key=lambda axis: -view.strides[axis]))):
         raise ConfigError(f"{files.folder}: {parts.name} holds numbers that are not finite")

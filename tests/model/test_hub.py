@@ -205,6 +205,11 @@ def only_gguf(path: Path) -> Path:
     return path
 
 
+def two_gguf(path: Path) -> Path:
+    gguf(path).rename(path / "model-q8.gguf")
+    return only_gguf(path)
+
+
 def one_file(path: Path) -> Path:
     return write_folder(path / "m", "llama3") / "model.safetensors"
 
@@ -233,8 +238,9 @@ def dangling(path: Path) -> Path:
 
 
 NOT_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "GGUF": (gguf, r"model-q4\.gguf is a GGUF file: GGUF is not read here; use the folder of safetensors"),
-    "a folder of GGUF": (only_gguf, r"holds model-q4\.gguf, and no config\.json: GGUF is not read"),
+    "GGUF": (gguf, r"model-q4\.gguf: its header goes on behind its end: it is cut short, or damaged"),
+    "a folder of GGUF": (only_gguf, r"model-q4\.gguf: its header goes on behind its end"),
+    "a folder of GGUFs": (two_gguf, r"holds several GGUF files: name one of them, as .*/model-q4\.gguf"),
     "a file": (one_file, r"model\.safetensors is a file; name the folder that it is in, .*/m"),
     "a cache": (root_of_the_cache, "is a Hugging Face cache, of several models: name one of them, as Org/Name"),
     "a cache's home": (home_of_the_cache, "is a Hugging Face cache"),

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from model.config import ModelConfig
 from model.huggingface.families import Family, read_config
+from model.huggingface.files import TensorFiles
 from model.huggingface.load import load_params
 from model.transformer import Params
 from tests.parity.weights import family_tensors
@@ -55,4 +56,4 @@ def load(family: str, mesh: Mesh, **changes: Any) -> tuple[Family, ModelConfig, 
     folder = published(family)
     kind, config = read_config(folder / "config.json")
     config = dataclasses.replace(config, **changes)
-    return kind, config, load_params(folder, kind, config, mesh)
+    return kind, config, load_params(TensorFiles(folder), kind, config, mesh)

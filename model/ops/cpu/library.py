@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -203,8 +204,13 @@ def _build_somewhere() -> Library:
         raise KernelError(f"there is no folder to compile the kernels in: {error}") from None
 
 
+def function(name: str) -> Any:
+    """One of ctypes', which is called from Python, and lets other threads go on. Raises KernelError."""
+    return getattr(_register(load()), name)
+
+
 @cache
-def _register(library: Library) -> None:
+def _register(library: Library) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(library.path))
     except OSError as error:  # its file system is mounted noexec, say
@@ -212,6 +218,7 @@ def _register(library: Library) -> None:
     loaded.isthmus_use_threads(usable_cpus())
     for name in HANDLERS:
         jax.ffi.register_ffi_target(f"isthmus_{name}", jax.ffi.pycapsule(getattr(loaded, name)), platform="cpu")
+    return loaded
 
 
 def find_compiler() -> str | None:

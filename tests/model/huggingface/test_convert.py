@@ -50,7 +50,7 @@ def test_every_family_comes_back_bit_for_bit(family: str, mesh: Mesh, tmp_path: 
     """A converted model that is off by one bit in one tensor can't be told from one that was tampered with."""
     source = write_folder(tmp_path / "bf16", family, dtype=ml_dtypes.bfloat16)
     kind, config = read_config(source / "config.json")
-    params = load_params(source, kind, config, mesh)
+    params = load_params(TensorFiles(source), kind, config, mesh)
     target = tmp_path / "back"
     target.mkdir()
     write_weights(target, kind, config, params, stored_dtypes(TensorFiles(source)), 60_000)
@@ -83,7 +83,7 @@ def test_an_export_in_bfloat16_serves_the_weights_of_its_checkpoint(family: str,
     kind, config = read_config(write_folder(tmp_path / "source", family) / "config.json")
     params = random_params(config, mesh)
     write_weights(tmp_path, kind, config, params, {"": "BF16"}, 1 << 30)
-    exported = load_params(tmp_path, kind, config, mesh, "bfloat16")
+    exported = load_params(TensorFiles(tmp_path), kind, config, mesh, "bfloat16")
     served = serving_layout(config, mesh, "bfloat16")(stack_blocks(params))
     kinds = set()
 
@@ -233,9 +233,9 @@ def test_placement_over_devices_changes_no_bit(family: str, mesh: Mesh) -> None:
     """Each device reads its own part of each tensor: a wrong slice is a wrong model on some meshes only."""
     folder = published(family)
     kind, config = read_config(folder / "config.json")
-    want = on_host(load_params(folder, kind, config, mesh))
+    want = on_host(load_params(TensorFiles(folder), kind, config, mesh))
     devices = build_mesh(PLACED[family])
-    got = load_params(folder, kind, stacked(config), devices)
+    got = load_params(TensorFiles(folder), kind, stacked(config), devices)
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(stacked(config), devices))
     assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding == sharding, got, layout))
     jax.tree.map(np.testing.assert_array_equal, on_host(got), on_host(stack_blocks(want)))
@@ -245,7 +245,10 @@ def test_bfloat16_is_kept_or_widened(mesh: Mesh, tmp_path: Path) -> None:
     """Serving in bfloat16 must not pass through rounding twice; norms and routers stay float32."""
     source = write_folder(tmp_path, "qwen3_moe", dtype=ml_dtypes.bfloat16)
     kind, config = read_config(source / "config.json")
-    wide, narrow = load_params(source, kind, config, mesh), load_params(source, kind, config, mesh, "bfloat16")
+    wide, narrow = (
+        load_params(TensorFiles(source), kind, config, mesh),
+        load_params(TensorFiles(source), kind, config, mesh, "bfloat16"),
+    )
     mlp = narrow["blocks"]["1"]["mlp"]
     assert mlp["gate"]["kernel"].dtype == "bfloat16" and mlp["router"]["linear"]["kernel"].dtype == "float32"
     assert narrow["norm"]["scale"].dtype == "float32"

@@ -60,7 +60,7 @@ def test_a_mixture_of_one_expert_is_read_whole(mesh: Mesh, tmp_path: Path) -> No
     path, tensors = one_expert(tmp_path / "model", ml_dtypes.bfloat16)
     folder = open_folder(path)
     assert folder.family is not None
-    params = load_params(path, folder.family, folder.config, mesh)
+    params = load_params(TensorFiles(path), folder.family, folder.config, mesh)
     for layer in range(folder.config.layers):
         got = params["blocks"][str(layer)]["mlp"]["router"]["linear"]["kernel"]
         np.testing.assert_array_equal(got, tensors[f"model.layers.{layer}.{ROUTER}"].astype(np.float32).T)
