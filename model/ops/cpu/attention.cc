@@ -173,6 +173,7 @@ void finish(const Step& s, Query& query, float* out) {
     query.total = query.total * shrink + exp(splat(s.sinks[query.head] - top))[0];
   }
   for (int64_t d = 0; d < s.head_dim; d++) out[d] = out[d] * shrink / query.total;
+  if (s.scales) spread(out, s.head_dim);
   write(out, s.head_dim, (X*)s.out + (query.token * s.heads + query.head) * s.head_dim);
 }
 
@@ -211,9 +212,11 @@ void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t l
   scratch.zeros.assign(width, 0.f);
   scratch.turned.resize(kChunk * words);
   scratch.scores.resize(kQueries * kChunk);
-  for (int64_t i = 0; i < all; i++)
-    read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f,
-         (Q*)(scratch.q.data() + i * words));
+  for (int64_t i = 0; i < all; i++) {
+    float* q = scratch.q.data() + i * words;
+    read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f, (Q*)q);
+    if constexpr (std::is_same_v<C, int8_t>) spread(q, s.head_dim);
+  }
   const int64_t begin = first / kChunk * kChunk;
   for (int64_t head = first_head; head < last_head; head++) prefetch_chunk<C>(s, sequence, head, begin, last);
   for (int64_t chunk = begin; chunk <= last; chunk += kChunk)

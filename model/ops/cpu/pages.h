@@ -71,6 +71,30 @@ void write(const float* from, int64_t size, C* to) {
   for (; i < size; i++) put(to, i, from[i]);
 }
 
+// What attention.py calls the same, in place: x fills whole vectors, with zeros or anything after its `size` numbers.
+inline void spread(float* x, int64_t size) {
+  const int64_t block = size & -size;
+  const Floats scale = splat(1.f / std::sqrt(float(block)));
+  Ints lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  for (int64_t d = 0; d < size; d += kLanes) {
+    Floats a = load<Floats>(x + d) * scale;
+#pragma GCC unroll 4
+    for (int half = 1; half < kLanes; half *= 2) {
+      if (half >= block) break;
+      Floats b = __builtin_shuffle(a, lane ^ half);
+      a = (lane & half) ? b - a : a + b;
+    }
+    store(x + d, a);
+  }
+  for (int64_t half = kLanes; half < block; half *= 2)
+    for (int64_t first = 0; first < size; first += 2 * half)
+      for (int64_t d = first; d < first + half; d += kLanes) {
+        Floats a = load<Floats>(x + d), b = load<Floats>(x + d + half);
+        store(x + d, a + b), store(x + d + half, a - b);
+      }
+}
+
 template <class C>
 void write_vector(const float* from, int64_t size, C* cache, float* scales, int64_t slot) {
   if constexpr (std::is_same_v<C, int8_t>) {
@@ -88,7 +112,7 @@ void write_vector(const float* from, int64_t size, C* cache, float* scales, int6
 template <class X, class C>
 void write_sequence(const Step& s, int64_t sequence) {
   thread_local std::vector<float> vector;
-  vector.resize(s.head_dim);
+  vector.resize(s.padded());
   for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
     int64_t token = s.first_token(sequence) + i, position = s.positions[token];
     if (position < 0) continue;
@@ -96,6 +120,7 @@ void write_sequence(const Step& s, int64_t sequence) {
       for (int64_t part = 0; part < (s.shared ? 1 : 2); part++) {
         const X* from = (const X*)(part == 0 ? s.k : s.v) + (token * s.kv_heads + head) * s.head_dim;
         read(from, s.head_dim, 1.f, vector.data());
+        if constexpr (std::is_same_v<C, int8_t>) spread(vector.data(), s.head_dim);
         int64_t slot = s.slot(sequence, position, s.shared ? head : 2 * head + part);
         write_vector(vector.data(), s.head_dim, (C*)s.cache, s.scales, slot);
       }

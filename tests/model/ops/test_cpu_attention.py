@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from scipy.linalg import hadamard
 
 from model.ops.attention import Cache, PagedStep, Scoring, paged_step
 from model.ops.backend import use_cpu_kernels
@@ -84,8 +85,8 @@ class Case:
 
     def vector(self, place: tuple[int, int], slot: int) -> np.ndarray:
         """float64[head_dim]."""
-        integers = self.pages[place][slot].astype(np.float64)
-        return integers if self.scales is None else integers * self.scales[place][slot]
+        kept = self.pages[place][slot].astype(np.float64)
+        return kept if self.scales is None else turned(kept * self.scales[place][slot])
 
 
 @dataclass
@@ -97,6 +98,14 @@ class Result:
 
 def normal(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(DTYPES[dtype])
+
+
+def turned(vectors: np.ndarray) -> np.ndarray:
+    """float64[..., head_dim]: how vectors lie in an int8 cache, and back. Blocks of 4 of 20 numbers, 64 of 576."""
+    head_dim = vectors.shape[-1]
+    block = next(size for size in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if head_dim % size == 0)
+    whole = np.kron(np.eye(head_dim // block), hadamard(block)) / np.sqrt(block)
+    return vectors.astype(np.float64) @ whole
 
 
 def int32(numbers: list[int]) -> np.ndarray:
@@ -177,9 +186,10 @@ def written(case: Case) -> Result:
                 if scales is None:
                     pages[page, offset, slot] = vector.astype(pages.dtype)
                 else:
-                    top = np.abs(vector.astype(np.float32)).max()
+                    kept = turned(vector)
+                    top = np.abs(kept).max()
                     scales[page, offset, slot] = top / 127
-                    pages[page, offset, slot] = np.rint(vector.astype(np.float64) * 127 / (top or 1))
+                    pages[page, offset, slot] = np.rint(kept * 127 / (top or 1))
     return Result(np.zeros(0), pages, scales)
 
 
