@@ -18,6 +18,9 @@ MASKED = -1e30
 CHUNK = 128
 """Keys that paged attention reads at a time."""
 
+SCALED = 64
+"""Numbers of an int8 vector that share a scale; the last ones may be fewer."""
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -100,7 +103,7 @@ class Cache:
     """An array, or the shape of one: [pages, page_size, 2 * kv_heads, head_dim], K and V of a head side by side; [...,
     kv_heads, head_dim] where keys are values too. float32, bfloat16, or int8, whose vectors are `spread`"""
     scales: Any = None
-    """float32[pages, page_size, 2 * kv_heads] of int8 pages: what each vector's integers are times"""
+    """float32[pages, page_size, 2 * kv_heads, `scales_of` head_dim] of int8 pages: what the integers are times"""
 
 
 @dataclass(frozen=True)
@@ -217,16 +220,29 @@ def write_pages(cache: Cache, k: jax.Array, v: jax.Array | None, pages: jax.Arra
     if cache.scales is None:
         return Cache(cache.pages.at[pages, offsets].set(kv.astype(cache.pages.dtype)))
     kv = spread(kv)
-    scales = jnp.abs(kv).max(axis=-1) / 127
-    integers = jnp.round(kv / jnp.where(scales == 0, 1, scales)[..., None]).astype(jnp.int8)
+    groups = scales_of(head_dim)
+    padded = jnp.pad(jnp.abs(kv), ((0, 0), (0, 0), (0, groups * SCALED - head_dim)))
+    scales = padded.reshape(tokens, -1, groups, SCALED).max(axis=-1) / 127
+    integers = jnp.round(kv / _each(jnp.where(scales == 0, 1, scales), head_dim)).astype(jnp.int8)
     return Cache(cache.pages.at[pages, offsets].set(integers), cache.scales.at[pages, offsets].set(scales))
+
+
+def scales_of(head_dim: int) -> int:
+    """Scales of a vector in an int8 cache."""
+    return -(-head_dim // SCALED)
+
+
+def _each(scales: jax.Array, head_dim: int) -> jax.Array:
+    """[..., head_dim]: the scale of each number."""
+    return jnp.repeat(scales, SCALED, axis=-1)[..., :head_dim]
 
 
 def _read_pages(cache: Cache, pages: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """[*pages.shape, page_size, slots, head_dim] in `dtype`."""
+    kept = cache.pages[pages]
     if cache.scales is None:
-        return cache.pages[pages].astype(dtype)
-    return (cache.pages[pages].astype(jnp.float32) * cache.scales[pages][..., None]).astype(dtype)
+        return kept.astype(dtype)
+    return (kept.astype(jnp.float32) * _each(cache.scales[pages], kept.shape[-1])).astype(dtype)
 
 
 def paged(
