@@ -4,8 +4,8 @@ never read or write, and that a token's result is its own, to the bit."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import jax
@@ -101,7 +101,7 @@ def normal(rng: np.random.Generator, dtype: str, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(DTYPES[dtype])
 
 
-@cache
+@functools.cache
 def hadamards(head_dim: int) -> np.ndarray:
     """float64[head_dim, head_dim]: in blocks of 4 for 20 numbers, of 64 for 576."""
     block = next(size for size in (512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if head_dim % size == 0)
