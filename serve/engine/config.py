@@ -47,7 +47,8 @@ class EngineConfig:
     prefix_cache: bool = True
     """Keep the pages of finished requests for prompts that begin alike"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """Of keys and values; model is the dtype it runs in. int8 has a scale a head and token"""
+    """Of keys and values; model is the dtype it runs in. int8 has a float32 scale for every 64 numbers of a
+    head"""
     kernels: bool = True
     """On CPU: multiply and attend with Isthmus' own kernels where there is a C++ compiler"""
 
@@ -79,8 +80,11 @@ class EngineConfig:
 
     def kv_bytes_per_token(self, model: ModelConfig) -> int:
         """Bytes of KV cache a token takes, all layers together."""
+        from model.ops.attention import scales_of
+
         dtype = self.cache_dtype if self.cache_dtype != "model" else model.dtype
-        vector = {"float32": 4 * model.head_dim, "bfloat16": 2 * model.head_dim, "int8": model.head_dim + 4}[dtype]
+        size = model.head_dim
+        vector = {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * scales_of(size)}[dtype]
         return model.layers * model.cache_heads * vector
 
     @cached_property

@@ -17,7 +17,7 @@ from model.compilation import compilations
 from model.config import ModelConfig
 from model.layers import Attend
 from model.matrices import is_packed, pack_params, place_matrices
-from model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of
 from model.ops.backend import use_cpu_kernels
 from model.ops.cpu import library
 from model.ops.cpu.memory import allocate
@@ -37,7 +37,8 @@ def abstract_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Cach
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
     if dtype != jnp.int8:
         return Cache(pages)
-    return Cache(pages, jax.ShapeDtypeStruct(shape[:3], jnp.float32, sharding=named_sharding(mesh, *axes[:3])))
+    scales = (*shape[:3], scales_of(model.head_dim))
+    return Cache(pages, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=pages.sharding))
 
 
 def uses_kernels(engine: EngineConfig, mesh: Mesh) -> bool:

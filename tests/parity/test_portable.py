@@ -104,10 +104,12 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
 
 
 def cache_bytes(config: ModelConfig, engine: EngineConfig) -> int:
-    return engine.pages * engine.page_size * config.kv_bytes_per_token()
+    return engine.pages * engine.page_size * engine.kv_bytes_per_token(config)
 
 
-def paged_config(dtype: Any, cache_mb: int, *, scan_layers: bool = False) -> tuple[ModelConfig, EngineConfig]:
+def paged_config(
+    dtype: Any, cache_mb: int, *, scan_layers: bool = False, cache_dtype: Any = "model"
+) -> tuple[ModelConfig, EngineConfig]:
     """A small network over a cache of about `cache_mb` MB: any copy of it, or of one layer of it, stands out."""
     config = ModelConfig(
         vocab_size=256,
@@ -121,8 +123,8 @@ def paged_config(dtype: Any, cache_mb: int, *, scan_layers: bool = False) -> tup
         dtype=dtype,
         scan_layers=scan_layers,
     )
-    pages = (cache_mb << 20) // (config.kv_bytes_per_token() * 16)
-    engine = EngineConfig(max_sequences=4, page_size=16, block_size=32, prefill_tokens=64, pages=pages)
+    engine = EngineConfig(max_sequences=4, page_size=16, block_size=32, prefill_tokens=64, cache_dtype=cache_dtype)
+    engine = dataclasses.replace(engine, pages=(cache_mb << 20) // (engine.kv_bytes_per_token(config) * 16))
     return config, engine.resolve(config)
 
 
@@ -130,13 +132,14 @@ def memory(config: ModelConfig, engine: EngineConfig, bucket: Bucket, mesh: Mesh
     return lower_step(config, engine, bucket, config.vocab_size, mesh).compile().memory_analysis()
 
 
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("which", [0, -1], ids=["decode", "mixed"])
-def test_the_cache_stays_in_place_on_a_cpu(which: int, scan_layers: bool, mesh: Mesh) -> None:
+def test_the_cache_stays_in_place_on_a_cpu(which: int, scan_layers: bool, cache_dtype: Any, mesh: Mesh) -> None:
     """A step that copies the cache takes longer the more memory one gives it."""
     used = []
     for size in (64, 256):
-        config, engine = paged_config("float32", size, scan_layers=scan_layers)
+        config, engine = paged_config("float32", size, scan_layers=scan_layers, cache_dtype=cache_dtype)
         analysis = memory(config, engine, engine.buckets[which], mesh)
         assert analysis.alias_size_in_bytes >= cache_bytes(config, engine)
         assert analysis.temp_size_in_bytes < cache_bytes(config, engine) / config.layers
@@ -164,11 +167,12 @@ def mesh_of(devices: Any, shape: tuple[int, ...]) -> Mesh:
 
 @needs_libtpu
 @pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("which", [0, -1], ids=["decode", "mixed"])
-def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, tp: int) -> None:
+def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, cache_dtype: Any, tp: int) -> None:
     """The same, compiled for a TPU v5e that needn't be there."""
-    config, engine = paged_config("bfloat16", 256, scan_layers=scan_layers)
+    config, engine = paged_config("bfloat16", 256, scan_layers=scan_layers, cache_dtype=cache_dtype)
     analysis = memory(config, engine, engine.buckets[which], tpu_mesh(tp))
     share = cache_bytes(config, engine) // tp
     assert analysis.alias_size_in_bytes >= share

@@ -154,7 +154,8 @@ void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, in
     for (int i = 0; i < seen; i++) at[i] = stays ? (const void*)(cache + (slots[i] + part) * s.head_dim) : to + i * step;
     if (stays) return;
     for (int i = 0; i < seen; i++, to += step)
-      read(cache + (slots[i] + part) * s.head_dim, s.head_dim, s.scales ? s.scales[slots[i] + part] : 1.f, to);
+      read(cache + (slots[i] + part) * s.head_dim, s.head_dim,
+           s.scales ? s.scales + (slots[i] + part) * s.scales_each() : nullptr, to);
   };
   place(scratch.key, 0, keys_in_place, (K*)scratch.keys.data(), words * 4 / int64_t(sizeof(K)));
   place(scratch.value, s.shared ? 0 : 1, in_place, scratch.values.data(), s.padded());
@@ -173,6 +174,7 @@ void finish(const Step& s, Query& query, float* out) {
     query.total = query.total * shrink + exp(splat(s.sinks[query.head] - top))[0];
   }
   for (int64_t d = 0; d < s.head_dim; d++) out[d] = out[d] * shrink / query.total;
+  if (s.scales) spread(out, s.head_dim);
   write(out, s.head_dim, (X*)s.out + (query.token * s.heads + query.head) * s.head_dim);
 }
 
@@ -211,9 +213,11 @@ void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t l
   scratch.zeros.assign(width, 0.f);
   scratch.turned.resize(kChunk * words);
   scratch.scores.resize(kQueries * kChunk);
-  for (int64_t i = 0; i < all; i++)
-    read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, 1.f,
-         (Q*)(scratch.q.data() + i * words));
+  for (int64_t i = 0; i < all; i++) {
+    float* q = scratch.q.data() + i * words;
+    read((const X*)s.q + (queries[i].token * s.heads + queries[i].head) * s.head_dim, s.head_dim, nullptr, (Q*)q);
+    if constexpr (std::is_same_v<C, int8_t>) spread(q, s.head_dim);
+  }
   const int64_t begin = first / kChunk * kChunk;
   for (int64_t head = first_head; head < last_head; head++) prefetch_chunk<C>(s, sequence, head, begin, last);
   for (int64_t chunk = begin; chunk <= last; chunk += kChunk)
@@ -290,9 +294,10 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   bool is_bf16 = q.element_type() == ffi::BF16;
   REQUIRE(is_bf16 || q.element_type() == ffi::F32, "q must be float32 or bfloat16");
   if (cache.element_type() == ffi::S8) {
-    REQUIRE(scales.element_type() == ffi::F32 && scales.element_count() == size_t(s.pages * s.page_size * s.slots()) &&
+    REQUIRE(scales.element_type() == ffi::F32 &&
+                scales.element_count() == size_t(s.pages * s.page_size * s.slots() * s.scales_each()) &&
                 scales.untyped_data() == new_scales->untyped_data(),
-            "an int8 cache needs a scale a vector, written in place");
+            "an int8 cache needs a scale for every 64 numbers of a vector, written in place");
     s.scales = (float*)new_scales->untyped_data();
     is_bf16 ? run<uint16_t, int8_t>(s) : run<float, int8_t>(s);
   } else if (cache.element_type() == ffi::BF16) {

@@ -10,6 +10,7 @@
 namespace isthmus {
 
 constexpr int kChunk = 32;  // keys, on a grid of absolute positions
+constexpr int64_t kScaled = 64;  // numbers of an int8 vector that share a scale
 
 // One layer's arguments. T tokens: `rows` of a sequence each, then blocks of `block` of one sequence each.
 struct Step {
@@ -20,7 +21,7 @@ struct Step {
   const void* k;
   const void* v;
   void* cache;    // [pages, page_size, kv_heads * (shared ? 1 : 2), head_dim]
-  float* scales;  // of an int8 cache: [pages, page_size, kv_heads * (shared ? 1 : 2)]
+  float* scales;  // of an int8 cache: [pages, page_size, kv_heads * (shared ? 1 : 2), scales_each()]
   void* out;
   const int32_t* tables;
   const int32_t* positions;
@@ -31,6 +32,7 @@ struct Step {
 
   int64_t slots() const { return kv_heads * (shared ? 1 : 2); }
   int64_t group() const { return heads / kv_heads; }
+  int64_t scales_each() const { return round_up(head_dim, kScaled) / kScaled; }
   int64_t padded() const { return round_up(head_dim, kLanes); }
   int64_t sequences() const { return rows + (block ? (tokens - rows) / block : 0); }
   int64_t first_token(int64_t sequence) const {
@@ -50,9 +52,9 @@ struct Step {
 
 // ---- element types
 
-// Reads numbers, times `scale` where they are integers, as what `to` is.
+// Reads numbers, times their scales where they are integers, as what `to` is.
 template <class C, class K>
-void read(const C* from, int64_t size, float, K* to) {
+void read(const C* from, int64_t size, const float*, K* to) {
   if constexpr (std::is_same_v<C, K>) {
     std::memcpy(to, from, size * sizeof(C));
   } else {
@@ -61,8 +63,11 @@ void read(const C* from, int64_t size, float, K* to) {
     for (; i < size; i++) put(to, i, number(from, i));
   }
 }
-inline void read(const int8_t* from, int64_t size, float scale, float* to) {
-  for (int64_t i = 0; i < size; i++) to[i] = float(from[i]) * scale;
+inline void read(const int8_t* from, int64_t size, const float* scales, float* to) {
+  int64_t i = 0;
+  for (; i + kScaled <= size; i += kScaled, scales++)
+    for (int64_t j = i; j < i + kScaled; j++) to[j] = float(from[j]) * *scales;
+  for (; i < size; i++) to[i] = float(from[i]) * *scales;
 }
 template <class C>
 void write(const float* from, int64_t size, C* to) {
@@ -71,33 +76,65 @@ void write(const float* from, int64_t size, C* to) {
   for (; i < size; i++) put(to, i, from[i]);
 }
 
+// What attention.py calls the same, in place: x fills whole vectors, with zeros or anything after its `size` numbers.
+inline void spread(float* x, int64_t size) {
+  const int64_t block = size & -size;
+  const Floats scale = splat(1.f / std::sqrt(float(block)));
+  Ints lane;
+  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  for (int64_t d = 0; d < size; d += kLanes) {
+    Floats a = load<Floats>(x + d) * scale;
+#pragma GCC unroll 4
+    for (int half = 1; half < kLanes; half *= 2) {
+      if (half >= block) break;
+      Floats b = __builtin_shuffle(a, lane ^ half);
+      a = (lane & half) ? b - a : a + b;
+    }
+    store(x + d, a);
+  }
+  for (int64_t half = kLanes; half < block; half *= 2)
+    for (int64_t first = 0; first < size; first += 2 * half)
+      for (int64_t d = first; d < first + half; d += kLanes) {
+        Floats a = load<Floats>(x + d), b = load<Floats>(x + d + half);
+        store(x + d, a + b), store(x + d + half, a - b);
+      }
+}
+
+// As integers that share a scale, which isn't finite where they are not.
+inline void write_integers(const float* from, int64_t size, int8_t* to, float* scale) {
+  float top = 0, probe = 0;
+  for (int64_t i = 0; i < size; i++) top = std::max(top, std::fabs(from[i])), probe += from[i] * 0;
+  const bool usable = top > 0 && std::isfinite(probe) && std::isfinite(127.f / top);
+  *scale = top / 127.f + probe;
+  for (int64_t i = 0; i < size; i++) to[i] = usable ? int8_t(std::lrintf(from[i] * (127.f / top))) : int8_t(0);
+}
+
+// `from` is spread on the way to integers.
 template <class C>
-void write_vector(const float* from, int64_t size, C* cache, float* scales, int64_t slot) {
+void write_vector(const Step& s, float* from, int64_t slot) {
+  C* to = (C*)s.cache + slot * s.head_dim;
   if constexpr (std::is_same_v<C, int8_t>) {
-    float top = 0, probe = 0;
-    for (int64_t i = 0; i < size; i++) top = std::max(top, std::fabs(from[i])), probe += from[i] * 0;
-    bool usable = top > 0 && std::isfinite(probe) && std::isfinite(127.f / top);
-    scales[slot] = top / 127.f + probe;
-    for (int64_t i = 0; i < size; i++)
-      cache[slot * size + i] = usable ? int8_t(std::lrintf(from[i] * (127.f / top))) : int8_t(0);
+    spread(from, s.head_dim);
+    float* scale = s.scales + slot * s.scales_each();
+    for (int64_t i = 0; i < s.head_dim; i += kScaled)
+      write_integers(from + i, std::min(kScaled, s.head_dim - i), to + i, scale++);
   } else {
-    write(from, size, cache + slot * size);
+    write(from, s.head_dim, to);
   }
 }
 
 template <class X, class C>
 void write_sequence(const Step& s, int64_t sequence) {
   thread_local std::vector<float> vector;
-  vector.resize(s.head_dim);
+  vector.resize(s.padded());
   for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
     int64_t token = s.first_token(sequence) + i, position = s.positions[token];
     if (position < 0) continue;
     for (int64_t head = 0; head < s.kv_heads; head++)
       for (int64_t part = 0; part < (s.shared ? 1 : 2); part++) {
         const X* from = (const X*)(part == 0 ? s.k : s.v) + (token * s.kv_heads + head) * s.head_dim;
-        read(from, s.head_dim, 1.f, vector.data());
-        int64_t slot = s.slot(sequence, position, s.shared ? head : 2 * head + part);
-        write_vector(vector.data(), s.head_dim, (C*)s.cache, s.scales, slot);
+        read(from, s.head_dim, nullptr, vector.data());
+        write_vector<C>(s, vector.data(), s.slot(sequence, position, s.shared ? head : 2 * head + part));
       }
   }
 }
