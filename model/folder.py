@@ -21,9 +21,10 @@ from model.files import present, read_json_if_present
 from model.hub import FolderOptions, find_folder, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
+from model.huggingface.coded.files import open_tensors
 from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
-from model.huggingface.files import INDEX, SINGLE, TensorFiles
+from model.huggingface.files import INDEX, SINGLE
 from model.huggingface.load import check_size
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
@@ -75,7 +76,7 @@ class ModelFolder:
     @property
     def nbytes(self) -> int:
         """Bytes of weights on disk, of a published folder; 0 is not known."""
-        return TensorFiles(self.path).nbytes if self.family else 0
+        return open_tensors(self.path, self.family.method).nbytes if self.family else 0
 
     @property
     def end_id(self) -> int | None:
@@ -194,8 +195,8 @@ def _open_model(path: Path, tokenizer_folder: Path, options: FolderOptions) -> M
     fields = Fields.load(path / "config.json", options.ignore_field)
     published = "model_type" in fields
     family, config = read_fields(fields) if published else (None, ModelConfig.load(path / "config.json"))
-    if published:
-        check_size(TensorFiles(path), config)
+    if family is not None:
+        check_size(open_tensors(path, family.method), config)
     tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
     chat = ChatTemplate.load(path)
     if published or present(path / PUBLISHED_CONFIG):

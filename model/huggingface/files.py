@@ -6,9 +6,11 @@ import json
 import mmap
 import re
 import struct
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +32,32 @@ DTYPES: dict[str, Any] = {
 }
 """What weights may be stored in."""
 
+CODES: dict[str, Any] = {
+    "I64": np.int64,
+    "I32": np.int32,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+"""What the parts of a matrix may be stored in that is kept as codes and scales."""
+
+View = Callable[[np.ndarray], np.ndarray]
+"""From an array to a part of it, with its axes turned, split or joined: it copies nothing."""
+
+
+class Tensor(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -46,20 +74,49 @@ class Stored:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
-class TensorFiles:
+class Tensors(ABC):
+    """Every tensor of a folder, by name."""
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @abstractmethod
+    def array(self, name: str) -> np.ndarray:
+        """A whole tensor, read-only."""
+
+    @abstractmethod
+    def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
+        """view(the tensor). dtype: that it'll be converted to; what the files hold otherwise may come so."""
+
+    @abstractmethod
+    def advise(self, name: str, advice: int) -> None:
+        """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
+
+    def means_nothing(self, name: str) -> bool:
+        """Whether a tensor changes nothing, and may be there in a model that has no such parameter."""
+        return False
+
+
+class TensorFiles(Tensors):
     """Every tensor of a folder, by name, as arrays that read the file where they are read."""
 
-    def __init__(self, folder: Path, single: str = SINGLE) -> None:
+    tensors: dict[str, Stored]
+
+    def __init__(self, folder: Path, single: str = SINGLE, *, codes: bool = False) -> None:
         """Raises ConfigError for a folder without safetensors, or files that are damaged or not what the index says.
 
-        single: the name of the only file, where it isn't a model's.
+        single: the name of the only file, where it isn't a model's. codes: whether tensors may be stored in CODES.
         """
         self.folder = folder
-        self.tensors: dict[str, Stored] = {}
+        self.tensors = {}
         # Of a folder with both, transformers takes the single file.
         indexed = single == SINGLE and present(folder / INDEX) and not present(folder / SINGLE)
         for file in _files(folder, single, indexed):
-            for name, stored in _read_header(file).items():
+            for name, stored in _read_header(file, {**DTYPES, **CODES} if codes else DTYPES).items():
                 if name in self.tensors:
                     raise ConfigError(f"{file}: the tensor {name} is in {self.tensors[name].file.name} already")
                 self.tensors[name] = stored
@@ -72,18 +129,17 @@ class TensorFiles:
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise ConfigError(f"{self.folder / INDEX} says that {shortened(name)} is in {file}, and it isn't")
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.tensors.values())
-
     def array(self, name: str) -> np.ndarray:
         """A read-only view of the file."""
         stored = self.tensors[name]
         count = int(np.prod(stored.shape, dtype=np.int64))
         return np.frombuffer(self._mapped(stored.file), stored.dtype, count, stored.start).reshape(stored.shape)
 
+    def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
+        """view(array(name)), in the file's own dtype."""
+        return view(self.array(name))
+
     def advise(self, name: str, advice: int) -> None:
-        """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
         stored = self.tensors[name]
         if stored.nbytes:
             start = stored.start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -126,7 +182,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def _read_header(path: Path, dtypes: dict[str, Any]) -> dict[str, Stored]:
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass  # the library checks header, offsets and size
@@ -139,8 +195,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise ConfigError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are supported")
-        dtype = np.dtype(DTYPES[entry["dtype"]])
+        if entry["dtype"] not in dtypes:
+            raise ConfigError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(dtypes)} are supported")
+        dtype = np.dtype(dtypes[entry["dtype"]])
         tensors[name] = Stored(path, dtype, tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
     return tensors

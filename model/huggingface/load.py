@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from model.config import ConfigError, ModelConfig
+from model.huggingface.coded.files import open_tensors
 from model.huggingface.families import Family
-from model.huggingface.files import TensorFiles
+from model.huggingface.files import Tensors
 from model.huggingface.tensors import Piece, Table, as_stored
 from model.transformer import Params, abstract_params, kept_dtype
 
@@ -44,7 +45,7 @@ class Part:
     shape: tuple[int, ...]
     """Of the parameter's slice"""
     other_name: str = ""
-    """Of the array in files that keep it otherwise"""
+    """Of the array, or the first of them, in files that keep it otherwise"""
 
 
 def parts_of(config: ModelConfig, table: Table, path: str, shape: tuple[int, ...]) -> Part | list:
@@ -64,7 +65,7 @@ def _layer_parts(config: ModelConfig, table: Table, layer: int, path: str, shape
     piece = table[f"blocks/{path}"] if f"blocks/{path}" in table else table[f"sparse/{path}"]
     if config.layer_kind(layer).sparse and f"sparse/{path}" in table:
         piece = table[f"sparse/{path}"]
-    other = piece.otherwise.name.format(layer=layer) if piece.otherwise else ""
+    other = piece.otherwise.name.format(layer=layer, expert=0) if piece.otherwise else ""
     if not piece.by_expert:
         return Part(piece.name.format(layer=layer), piece, shape, other)
     names = [piece.name.format(layer=layer, expert=expert) for expert in range(shape[0])]
@@ -101,7 +102,7 @@ def load_params(
     Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
     that are not finite.
     """
-    files = TensorFiles(folder)
+    files = open_tensors(folder, family.method)
     abstract = abstract_params(config, mesh)
     flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     table = as_stored(family.table(config), files.tensors)
@@ -127,7 +128,7 @@ def load_params(
             readers.shutdown(cancel_futures=True)
 
 
-def check_size(files: TensorFiles, config: ModelConfig) -> None:
+def check_size(files: Tensors, config: ModelConfig) -> None:
     """Raises ConfigError where config.json speaks of more than the files hold, before anything of that size is made."""
     layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if config.layers > len(layers):
@@ -141,7 +142,7 @@ def check_size(files: TensorFiles, config: ModelConfig) -> None:
         )
 
 
-def _first_difference(files: TensorFiles, config: ModelConfig) -> str:
+def _first_difference(files: Tensors, config: ModelConfig) -> str:
     shape = (config.vocab_size, config.dim)
     found = files.tensors.get("model.embed_tokens.weight")
     if found is not None and found.shape != shape:
@@ -149,7 +150,7 @@ def _first_difference(files: TensorFiles, config: ModelConfig) -> str:
     return "one of its sizes is too large"
 
 
-def check_tensors(files: TensorFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
+def check_tensors(files: Tensors, config: ModelConfig, plan: Sequence[Part | list]) -> None:
     """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
     wanted: set[str] = set()
     for parts in plan:
@@ -173,8 +174,8 @@ def _hint(name: str) -> str:
     return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
 
 
-def _may_be_left(files: TensorFiles, config: ModelConfig, name: str) -> bool:
-    if _IGNORED.search(name):
+def _may_be_left(files: Tensors, config: ModelConfig, name: str) -> bool:
+    if _IGNORED.search(name) or files.means_nothing(name):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and config.latent.rank and int(layer[1]) == config.layers:
@@ -193,7 +194,7 @@ def _may_be_left(files: TensorFiles, config: ModelConfig, name: str) -> bool:
 
 
 def _place(
-    files: TensorFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
+    files: Tensors, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
 ) -> jax.Array:
     """The parameter on its devices, each shard read by itself."""
     by_index: dict[tuple, list[jax.Device]] = {}
@@ -210,14 +211,14 @@ def _place(
 
 
 def _fetch(
-    files: TensorFiles, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
+    files: Tensors, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part of a parameter that `index` says, in `dtype`: a view, with its axes turned, of an array that has them in
     the file's order. So the host copies at memory's speed, and JAX's transfer, which turns axes best, does it once.
 
     Valid until the next call on this thread.
     """
-    lead, views, order = _select(files, config, parts, index)
+    lead, views, order = _select(files, config, parts, index, dtype)
     axes = tuple(sorted(range(views[0].ndim), key=lambda axis: -views[0].strides[axis]))  # as they lie in memory
     wide = [axis for axis in axes if views[0].shape[axis] > 1]  # an axis of size 1 turns nothing in memory
     turned = wide != sorted(wide)
@@ -235,17 +236,17 @@ def _fetch(
 
 
 def _select(
-    files: TensorFiles, config: ModelConfig, parts: Part | list, index: tuple[slice, ...]
+    files: Tensors, config: ModelConfig, parts: Part | list, index: tuple[slice, ...], dtype: np.dtype
 ) -> tuple[tuple[int, ...], list[np.ndarray], np.ndarray | None]:
     """What `index` leaves of a list of parts: the leading shape, the views of the files in it, and the order that the
     last axis is yet to be put in. Raises ConfigError for numbers that are not finite."""
     if isinstance(parts, list):
-        chosen = [_select(files, config, part, index[1:]) for part in parts[index[0]]]
+        chosen = [_select(files, config, part, index[1:], dtype) for part in parts[index[0]]]
         lead, _, order = chosen[0]
         return (len(chosen), *lead), [view for _, views, _ in chosen for view in views], order
-    order = parts.piece.order_of(config)
-    view = parts.piece.view(files.array(parts.name), parts.shape, config)
-    view = view[index] if order is None else view[(*index[:-1], slice(None))]
+    piece, shape, order = parts.piece, parts.shape, parts.piece.order_of(config)
+    cut = index if order is None else (*index[:-1], slice(None))
+    view = files.read(parts.name, lambda raw: piece.view(raw, shape, config)[cut], dtype)
     if not _finite(view.transpose(sorted(range(view.ndim), key=lambda axis: -view.strides[axis]))):
         raise ConfigError(f"{files.folder}: {parts.name} holds numbers that are not finite")
     return (), [view], order

@@ -1,0 +1,58 @@
+"""A folder's tensors, those that are kept as codes under the names that they have where they are kept plainly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from model.config import ConfigError
+from model.huggingface.coded.matrix import Coded
+from model.huggingface.coded.method import Method
+from model.huggingface.files import DTYPES, TensorFiles, Tensors, View
+
+
+class CodedFiles(Tensors):
+    """As TensorFiles; what is kept as codes is decoded as it is read."""
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        """Raises ConfigError for damaged files, and matrices that lack a part or whose parts don't go together."""
+        self._raw = TensorFiles(folder, codes=True)
+        self.folder = folder
+        found = method.find(self._raw)
+        self.coded: dict[str, Coded] = {each.name: each for each in found.coded}
+        taken = {part for each in found.coded for part in each.parts}
+        plain = {name: stored for name, stored in self._raw.tensors.items() if name not in taken.union(found.idle)}
+        for name, stored in plain.items():
+            if name in self.coded:
+                raise ConfigError(f"{folder}: {name} is there, and {self.coded[name].parts[0]} as well, in its place")
+            if stored.dtype not in map(np.dtype, DTYPES.values()):
+                raise ConfigError(
+                    f"{folder}: {name} is stored as {stored.dtype.name}, and quant_method={method.name!r} of "
+                    "config.json doesn't make it a part of a matrix"
+                )
+        self.tensors = {**plain, **self.coded}
+
+    def array(self, name: str) -> np.ndarray:
+        if name not in self.coded:
+            return self._raw.array(name)
+        return self.coded[name].read(lambda array: array, np.dtype(np.float32))
+
+    def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
+        if name not in self.coded:
+            return self._raw.read(name, view, dtype)
+        return self.coded[name].read(view, dtype)
+
+    def advise(self, name: str, advice: int) -> None:
+        for part in self.coded[name].parts if name in self.coded else (name,):
+            self._raw.advise(part, advice)
+
+    def means_nothing(self, name: str) -> bool:
+        """AutoGPTQ gives every Linear a bias, of zeros where the model has none."""
+        module = name.removesuffix(".bias")
+        return module != name and f"{module}.weight" in self.coded and not self._raw.array(name).any()
+
+
+def open_tensors(folder: Path, method: Method | None) -> Tensors:
+    """A published folder's tensors. Raises ConfigError."""
+    return TensorFiles(folder) if method is None else CodedFiles(folder, method)
