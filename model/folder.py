@@ -4,8 +4,9 @@ PEFT's layout, which names the model folder that it adapts."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from model.added_tokens import declared_tokens
 from model.chat import ChatTemplate, special_tokens
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.endings import end_ids, turn_end, unheeded_flags
-from model.files import present, read_json_if_present
+from model.files import present, read_json, read_json_if_present
 from model.hub import FolderOptions, find_folder, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
-from model.huggingface.coded.files import open_tensors
+from model.huggingface.coded.files import CodedFiles, open_tensors
+from model.huggingface.coded.method import FIELD
+from model.huggingface.coded.whole import Kept, rules_of
 from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import INDEX, SINGLE
@@ -29,7 +32,7 @@ from model.huggingface.load import check_size
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
 from model.ops.rounding import narrowed
-from model.quantization import quantizer
+from model.quantization import formats, quantizer
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 
@@ -64,6 +67,8 @@ class ModelFolder:
     """The adapter's folder, where one was opened; path is its base model's then"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
+    whole: Mapping[tuple[str, ...], Kept] = field(default_factory=dict)
+    """The matrices of a published folder that stay the integers that they are in its files; rules say so of them too"""
     ignore_field: tuple[str, ...] = ()
     """Fields of a published config.json that were not to be read, nor are to be where it is read again"""
     warnings: tuple[str, ...] = ()
@@ -85,6 +90,28 @@ class ModelFolder:
         spelt = None if name is None else self.tokenizer.token_id(name)
         candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
         return next((token for token in candidates if token in self.tokenizer.eos_ids), None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should hear of: warnings, and what becomes of matrices that are kept as codes."""
+        if self.family is None or self.family.method is None:
+            return self.warnings
+        files = open_tensors(self.path, self.family.method)
+        assert isinstance(files, CodedFiles)
+        return (*self.warnings, f"{self.path}: {files.described({kept.source.name for kept in self.whole.values()})}")
+
+    def keeping(self, rules: tuple[str, ...]) -> ModelFolder:
+        """As serving has it: `rules` make integers of matrices, and what is integers in the files stays so where a
+        format of ours holds them exactly, unless the rules ask for fewer bits. The layout isn't scanned."""
+        if self.family is None or self.family.method is None or self.adapter is not None:
+            return dataclasses.replace(self, quantize=rules)
+        wanted = formats(self.config, rules)
+        found = load.whole_matrices(open_tensors(self.path, self.family.method), self.family, self.config)
+        kinds = {path: kind for path, (_, kind) in found.items()}
+        stay = formats(self.config, rules_of(kinds))
+        kinds = {path: kinds[path] for path in kinds if path not in wanted or wanted[path].bits >= stay[path].bits}
+        whole = {path: found[path][0] for path in kinds}
+        return dataclasses.replace(self, quantize=(*rules_of(kinds), *rules), whole=whole)
 
     def with_config(self, **changes: Any) -> ModelFolder:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
@@ -116,7 +143,7 @@ class ModelFolder:
         elif self.family is None:
             params = checkpoint.load_params(self.path, self.config, mesh, dtype)
         else:
-            return load.load_params(self.path, self.family, self.config, mesh, dtype, tick, change)
+            return load.load_params(self.path, self.family, self.config, mesh, dtype, tick, change, self.whole)
         if not self.config.scan_layers:
             replace_matrices(self.config, params, lambda path, weight, _: change(path, weight))
         return params
@@ -124,7 +151,7 @@ class ModelFolder:
     def _load_adapted(
         self, folder: Path, mesh: Mesh, dtype: str | None, tick: Callable[[int], None], merge: bool
     ) -> Params:
-        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=())
+        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
         settings, adapters = lora.load_adapter(folder, base)
         if not merge and settings != self.config.lora:
             raise ConfigError(f"{folder} holds an adapter of {settings}, not of {self.config.lora}")
@@ -154,6 +181,13 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
     if options.base is not None:
         raise ConfigError(f"--base {options.base}: {path} is no adapter, and has no base model")
     return _open_model(path, path, options)
+
+
+def copy_published_config(folder: Path, target: Path) -> None:
+    """Keeps a published folder's config.json in a folder of ours, whose weights are plain or quantized by our rules."""
+    values = read_json(folder / "config.json")
+    values.pop(FIELD, None)
+    (target / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:

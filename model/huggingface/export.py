@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from model.config import ConfigError, LoraConfig, ModelConfig
 from model.huggingface.families import FAMILIES, Family, read_fields
 from model.huggingface.fields import Fields
-from model.huggingface.files import DTYPES, INDEX, SINGLE, Tensors
+from model.huggingface.files import DTYPES, INDEX, SINGLE, WeightFiles
 from model.huggingface.load import Part, parts_of, path_name
 from model.ops.rounding import narrowed
 from model.transformer import Params, abstract_params
@@ -130,7 +130,7 @@ def _candidates(config: ModelConfig) -> list[dict[str, Any]]:
     ]
 
 
-def stored_dtypes(files: Tensors) -> dict[str, str]:
+def stored_dtypes(files: WeightFiles) -> dict[str, str]:
     """Each tensor's dtype as safetensors names it, the commonest under ""."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     dtypes = {name: names[stored.dtype] for name, stored in files.tensors.items()}

@@ -46,7 +46,7 @@ View = Callable[[np.ndarray], np.ndarray]
 """From an array to a part of it, with its axes turned, split or joined: it copies nothing."""
 
 
-class Tensor(Protocol):
+class StoredTensor(Protocol):
     """What is known of a tensor before it is read."""
 
     @property
@@ -74,11 +74,11 @@ class Stored:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
-class Tensors(ABC):
+class WeightFiles(ABC):
     """Every tensor of a folder, by name."""
 
     folder: Path
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, StoredTensor]
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +101,7 @@ class Tensors(ABC):
         return False
 
 
-class TensorFiles(Tensors):
+class TensorFiles(WeightFiles):
     """Every tensor of a folder, by name, as arrays that read the file where they are read."""
 
     tensors: dict[str, Stored]

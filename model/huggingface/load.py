@@ -3,13 +3,15 @@ itself, and forgotten by the host before the next one but one is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,12 @@ from jax.sharding import Mesh
 
 from model.config import ConfigError, ModelConfig
 from model.huggingface.coded.files import open_tensors
+from model.huggingface.coded.matrix import Coded
+from model.huggingface.coded.whole import Kept, kept_matrix, kind_of, read_whole
 from model.huggingface.families import Family
-from model.huggingface.files import Tensors
+from model.huggingface.files import WeightFiles
 from model.huggingface.tensors import Piece, Table, as_stored
+from model.matrices import matrix_inputs
 from model.transformer import Params, abstract_params, kept_dtype
 
 Tick = Callable[[int], None]
@@ -93,11 +98,13 @@ def load_params(
     dtype: str | None = None,
     tick: Tick = lambda _: None,
     keep: Keep = lambda _, array: array,
+    whole: Mapping[tuple[str, ...], Kept] | None = None,
 ) -> Params:
     """The parameters of a published folder, sharded over `mesh`, in the layout that `config` asks for.
 
     dtype: what to keep matrices in (see kept_dtype); None is float32. keep: what to keep of each as soon as it is read,
-    so that a model needn't fit into memory before it is made smaller; called from several threads.
+    so that a model needn't fit into memory before it is made smaller; called from several threads. whole: the matrices
+    that stay the integers that they are in the files, of `whole_matrices`.
 
     Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
     that are not finite.
@@ -113,11 +120,16 @@ def load_params(
         names = sorted({part.name for part in leaves_of(parts)})
         for name in names:
             files.advise(name, mmap.MADV_WILLNEED)
-        array = _place(files, config, parts, leaf, np.dtype(kept_dtype(path, dtype)))
+        keys = tuple(entry.key for entry in path)
+        array: Any
+        if whole and keys in whole:
+            array = read_whole(whole[keys], mesh)
+        else:
+            array = _place(files, config, parts, leaf, np.dtype(kept_dtype(path, dtype)))
         for name in names:
             files.advise(name, mmap.MADV_DONTNEED)
         tick(sum(files.tensors[name].nbytes for name in names))
-        return keep(tuple(entry.key for entry in path), array)
+        return keep(keys, array)
 
     # Two at a time: while one is turned in memory, the other comes from the disk.
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
@@ -128,7 +140,36 @@ def load_params(
             readers.shutdown(cancel_futures=True)
 
 
-def check_size(files: Tensors, config: ModelConfig) -> None:
+def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[tuple[str, ...], tuple[Kept, str]]:
+    """By their paths in the unstacked layout, the matrices that a published folder keeps as integers which a format of
+    ours holds exactly, and the format's name in rules. Raises ConfigError."""
+    found: dict[tuple[str, ...], tuple[Kept, str]] = {}
+    if family.method is None:
+        return found
+    config = dataclasses.replace(config, scan_layers=False)
+    shapes = {
+        tuple(entry.key for entry in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    }
+    table = as_stored(family.table(config), files.tensors)
+    for path, inputs in matrix_inputs(config).items():
+        part = parts_of(config, table, "/".join(path), shapes[path])
+        source = files.tensors.get(part.name) if isinstance(part, Part) else None
+        if not isinstance(part, Part) or not isinstance(source, Coded) or "router" in path:
+            continue
+        kind = kind_of(source.grid().exact)
+        kept = kept_matrix(source, partial(_whole, config, part), part.shape, inputs, turned=path == ("embedding",))
+        if kind is not None and kept is not None and source.shape == part.piece.shape(part.shape, config):
+            found[path] = kept, kind
+    return found
+
+
+def _whole(config: ModelConfig, part: Part, raw: np.ndarray) -> np.ndarray:
+    view, order = part.piece.view(raw, part.shape, config), part.piece.order_of(config)
+    return view if order is None else np.take(view, order, axis=-1)
+
+
+def check_size(files: WeightFiles, config: ModelConfig) -> None:
     """Raises ConfigError where config.json speaks of more than the files hold, before anything of that size is made."""
     layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if config.layers > len(layers):
@@ -142,7 +183,7 @@ def check_size(files: Tensors, config: ModelConfig) -> None:
         )
 
 
-def _first_difference(files: Tensors, config: ModelConfig) -> str:
+def _first_difference(files: WeightFiles, config: ModelConfig) -> str:
     shape = (config.vocab_size, config.dim)
     found = files.tensors.get("model.embed_tokens.weight")
     if found is not None and found.shape != shape:
@@ -150,7 +191,7 @@ def _first_difference(files: Tensors, config: ModelConfig) -> str:
     return "one of its sizes is too large"
 
 
-def check_tensors(files: Tensors, config: ModelConfig, plan: Sequence[Part | list]) -> None:
+def check_tensors(files: WeightFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
     """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
     wanted: set[str] = set()
     for parts in plan:
@@ -174,7 +215,7 @@ def _hint(name: str) -> str:
     return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
 
 
-def _may_be_left(files: Tensors, config: ModelConfig, name: str) -> bool:
+def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
     if _IGNORED.search(name) or files.means_nothing(name):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -194,7 +235,7 @@ def _may_be_left(files: Tensors, config: ModelConfig, name: str) -> bool:
 
 
 def _place(
-    files: Tensors, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
+    files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
 ) -> jax.Array:
     """The parameter on its devices, each shard read by itself."""
     by_index: dict[tuple, list[jax.Device]] = {}
@@ -211,7 +252,7 @@ def _place(
 
 
 def _fetch(
-    files: Tensors, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
+    files: WeightFiles, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
     """The part of a parameter that `index` says, in `dtype`: a view, with its axes turned, of an array that has them in
     the file's order. So the host copies at memory's speed, and JAX's transfer, which turns axes best, does it once.
@@ -236,7 +277,7 @@ def _fetch(
 
 
 def _select(
-    files: Tensors, config: ModelConfig, parts: Part | list, index: tuple[slice, ...], dtype: np.dtype
+    files: WeightFiles, config: ModelConfig, parts: Part | list, index: tuple[slice, ...], dtype: np.dtype
 ) -> tuple[tuple[int, ...], list[np.ndarray], np.ndarray | None]:
     """What `index` leaves of a list of parts: the leading shape, the views of the files in it, and the order that the
     last axis is yet to be put in. Raises ConfigError for numbers that are not finite."""

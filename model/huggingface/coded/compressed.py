@@ -12,7 +12,17 @@ import numpy as np
 
 from model.config import ConfigError
 from model.huggingface.coded.floats import SCALES, tiles
-from model.huggingface.coded.matrix import Coded, Find, Found, OutputsFirst, fits, group_of, scales_of, wanted
+from model.huggingface.coded.matrix import (
+    Coded,
+    Find,
+    Found,
+    OutputsFirst,
+    fits,
+    group_of,
+    plain_dtype,
+    scales_of,
+    wanted,
+)
 from model.huggingface.coded.numbers import packed, plain
 from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
@@ -202,6 +212,7 @@ def _integers(
     if order in files.tensors:
         fits(files, order, wanted(files, order, name, ("int32", "int64")), (shape[1],), "its inputs make it")
     parts = (name, scale, *others, *(part for part in (zeros, order) if part in files.tensors))
+    kept = files.tensors[scale].dtype
 
     def grid() -> OutputsFirst:
         scales = scales_of(files, scale).reshape(tiled)
@@ -213,11 +224,11 @@ def _integers(
             scales, tile = scales[:, groups], (tile[0], 1)
             zero = zero if isinstance(zero, int) else zero[:, groups]
         numbers = packed(scheme.bits) if in_words else plain()
-        return OutputsFirst(files.array(name), numbers, (shape[0], shape[1]), scales, tile, zero)
+        raw = files.array(name)
+        return OutputsFirst(raw, numbers, (shape[0], shape[1]), scales, tile, zero, scheme.bits, kept)
 
     size = sum(files.tensors[part].nbytes for part in parts)
-    dtype = files.tensors[scale].dtype
-    return Coded(f"{module}.weight", shape, parts, size, scheme.what, grid, dtype=dtype)
+    return Coded(f"{module}.weight", shape, parts, size, scheme.what, grid, dtype=plain_dtype(kept))
 
 
 def _check_zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: int) -> None:

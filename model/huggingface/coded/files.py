@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,10 @@ import numpy as np
 from model.config import ConfigError
 from model.huggingface.coded.matrix import Coded
 from model.huggingface.coded.method import Method
-from model.huggingface.files import DTYPES, TensorFiles, Tensors, View
+from model.huggingface.files import DTYPES, TensorFiles, View, WeightFiles
 
 
-class CodedFiles(Tensors):
+class CodedFiles(WeightFiles):
     """As TensorFiles; what is kept as codes is decoded as it is read."""
 
     def __init__(self, folder: Path, method: Method) -> None:
@@ -47,12 +49,20 @@ class CodedFiles(Tensors):
         for part in self.coded[name].parts if name in self.coded else (name,):
             self._raw.advise(part, advice)
 
+    def described(self, whole: Collection[str]) -> str:
+        """How many matrices of which kind there are, and what becomes of them. whole: those that stay integers."""
+        kinds = Counter(each.what for name, each in self.coded.items() if name not in whole)
+        stay = Counter(self.coded[name].what for name in whole)
+        said = [f"{count} matrices stay integers ({what})" for what, count in stay.items()]
+        said += [f"{count} are turned back into floats as they are read ({what})" for what, count in kinds.items()]
+        return f"quantization_config: {', '.join(said)}"
+
     def means_nothing(self, name: str) -> bool:
         """AutoGPTQ gives every Linear a bias, of zeros where the model has none."""
         module = name.removesuffix(".bias")
         return module != name and f"{module}.weight" in self.coded and not self._raw.array(name).any()
 
 
-def open_tensors(folder: Path, method: Method | None) -> Tensors:
+def open_tensors(folder: Path, method: Method | None) -> WeightFiles:
     """A published folder's tensors. Raises ConfigError."""
     return TensorFiles(folder) if method is None else CodedFiles(folder, method)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import numpy as np
-
 from model.config import ConfigError
 from model.huggingface.coded.matrix import Coded, Find, Found, OutputsFirst, fits, scales_of, wanted
 from model.huggingface.coded.numbers import float4, float8
@@ -129,8 +127,6 @@ def _mxfp4(files: TensorFiles, name: str) -> list[Coded]:
 
         size = (blocks.nbytes + scales.nbytes) // experts
         what = "mxfp4, 4 bits in groups of 32"
-        return Coded(
-            f"{head}.{index}.{tail}", (groups * 32, outputs), parts, size, what, grid, True, np.dtype("bfloat16")
-        )
+        return Coded(f"{head}.{index}.{tail}", (groups * 32, outputs), parts, size, what, grid, turned=True)
 
     return [expert(index) for index in range(experts)]

@@ -9,7 +9,17 @@ from functools import partial
 import numpy as np
 
 from model.config import ConfigError
-from model.huggingface.coded.matrix import Coded, Find, Found, InputsFirst, fits, group_of, scales_of, wanted
+from model.huggingface.coded.matrix import (
+    Coded,
+    Find,
+    Found,
+    InputsFirst,
+    fits,
+    group_of,
+    plain_dtype,
+    scales_of,
+    wanted,
+)
 from model.huggingface.coded.numbers import awq_words, unpack_rows
 from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
@@ -110,6 +120,7 @@ def _gptq(files: TensorFiles, module: str, said: int | None, size: int | None, l
             group_of(files, order, inputs, group, groups),
             _one_for_all(found),
             bits,
+            files.tensors[f"{module}.scales"].dtype,
         )
 
     return _coded(files, module, parts, (inputs, outputs), f"GPTQ, {bits} bits in groups of {group}", grid)
@@ -137,6 +148,7 @@ def _awq(files: TensorFiles, module: str, size: int) -> Coded:
             np.arange(inputs) // group,
             _one_for_all(numbers.decode(files.array(f"{module}.qzeros"))),
             4,
+            files.tensors[f"{module}.scales"].dtype,
             numbers,
         )
 
@@ -194,5 +206,5 @@ def _coded(
         what,
         grid,
         turned=True,
-        dtype=files.tensors[f"{module}.scales"].dtype,
+        dtype=plain_dtype(files.tensors[f"{module}.scales"].dtype),
     )

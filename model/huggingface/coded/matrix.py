@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,17 @@ BLOCK = 1 << 16
 """Numbers that are decoded at a time: float32 of them stay in a core's own cache."""
 
 Box = tuple[slice, slice]
+
+
+class Exact(NamedTuple):
+    """What integers and their scales are alike in."""
+
+    bits: int
+    group: int
+    """Inputs that share a scale"""
+    scales: np.dtype
+    whole: bool
+    """Whether that's all of them"""
 
 
 class Grid(ABC):
@@ -42,6 +54,15 @@ class Grid(ABC):
     @abstractmethod
     def scale(self, block: np.ndarray, rows: slice, columns: slice) -> None:
         """Multiplies a block by its scales, in place."""
+
+    @property
+    @abstractmethod
+    def exact(self) -> Exact | None:
+        """Where each number is a small integer times the scale of its output's group of inputs; None is not so."""
+
+    @abstractmethod
+    def scales_by_group(self) -> np.ndarray:
+        """float32[groups, outputs], where it is so."""
 
     def decode(self, box: Box, dtype: np.dtype) -> np.ndarray:
         """[rows, columns] in `dtype`, rounded to the nearest from float32, filled where `box` says; elsewhere it holds
@@ -89,6 +110,21 @@ class OutputsFirst(Grid):
     tile: tuple[int, int]
     zero: np.ndarray | int = 0
     """float32 of the shape of the scales, or one for all"""
+    bits: int = 0
+    """Of integers; 0 is floats"""
+    scale_dtype: np.dtype = field(default=np.dtype(np.float32))
+    """That the scales are kept in"""
+
+    @property
+    def exact(self) -> Exact | None:
+        centred = not isinstance(self.zero, np.ndarray) and self.zero in (0, 1 << (self.bits - 1) if self.bits else 0)
+        if not self.bits or not centred or self.tile[0] not in (1, self.shape[0]):
+            return None
+        group = min(self.tile[1], self.shape[1])
+        return Exact(self.bits, group, self.scale_dtype, group == self.shape[1])
+
+    def scales_by_group(self) -> np.ndarray:
+        return np.broadcast_to(self.scales, (self.shape[0], self.scales.shape[1])).T
 
     @property
     def step(self) -> tuple[int, int]:
@@ -133,8 +169,21 @@ class InputsFirst(Grid):
     zero: np.ndarray | int
     """float32[groups, outputs], or one for all"""
     bits: int
+    scale_dtype: np.dtype
+    """That the scales are kept in"""
     numbers: Numbers | None = None
     """How they lie along a row; None where they lie one below the other"""
+
+    @property
+    def exact(self) -> Exact | None:
+        group = int((self.group_of == 0).sum())
+        one_after_another = (self.group_of == np.arange(self.shape[0]) // max(1, group)).all()
+        if isinstance(self.zero, np.ndarray) or self.zero != 1 << (self.bits - 1) or not one_after_another:
+            return None
+        return Exact(self.bits, group, self.scale_dtype, group == self.shape[0])
+
+    def scales_by_group(self) -> np.ndarray:
+        return self.scales
 
     @property
     def step(self) -> tuple[int, int]:
@@ -158,19 +207,6 @@ class InputsFirst(Grid):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """Integers and their scales, exactly as a folder has them."""
-
-    integers: np.ndarray
-    """int8[inputs, outputs]"""
-    scales: np.ndarray
-    """float16, bfloat16 or float32 [groups, outputs]"""
-    bits: int
-    group: int
-    """Inputs that share a scale"""
-
-
-@dataclass(frozen=True)
 class Coded:
     """A tensor that isn't in the files by its name, and can be made of others that are."""
 
@@ -186,7 +222,7 @@ class Coded:
     """Reads the scales. Raises ConfigError naming the tensor that holds what can't be"""
     turned: bool = False
     """Whether the grid is the tensor's transpose"""
-    dtype: np.dtype = field(default=np.dtype(np.float32))
+    dtype: np.dtype = field(default=np.dtype("bfloat16"))
     """That it's written in where it is written plainly"""
 
     def read(self, view: View, dtype: np.dtype) -> np.ndarray:
@@ -212,11 +248,16 @@ class Found:
 
     coded: list[Coded]
     idle: Collection[str] = ()
-    """Tensors that are no part of a weight, such as the scales of activations"""
+    """WeightFiles that are no part of a weight, such as the scales of activations"""
 
 
 Find = Callable[[TensorFiles], Found]
 """What a method is made into by its settings."""
+
+
+def plain_dtype(scales: np.dtype) -> np.dtype:
+    """What a model was published in before, by the scales of its codes."""
+    return scales if scales == np.float16 else np.dtype("bfloat16")
 
 
 def scales_of(files: TensorFiles, name: str, index: int | None = None) -> np.ndarray:

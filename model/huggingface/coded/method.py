@@ -11,6 +11,9 @@ from model.huggingface.coded.grouped import awq, gptq
 from model.huggingface.coded.matrix import Find
 from model.huggingface.fields import Fields
 
+FIELD = "quantization_config"
+"""Of config.json"""
+
 METHODS: dict[str, Callable[[Fields], Find]] = {
     "gptq": gptq,
     "awq": awq,
@@ -32,9 +35,9 @@ class Method:
 def read_method(fields: Fields) -> Method | None:
     """None where config.json speaks of no codes. Raises ConfigError for a method that isn't known, and a setting of one
     that is and that wouldn't be honoured."""
-    if fields.raw("quantization_config", None) is None:
+    if fields.raw(FIELD, None) is None:
         return None
-    inner = fields.inner("quantization_config")
+    inner = fields.inner(FIELD)
     name = inner.raw("quant_method", None)
     if not isinstance(name, str) or name not in METHODS:
         raise inner.error("quant_method", f"is not supported here; only {', '.join(METHODS)}: dequantize the model "

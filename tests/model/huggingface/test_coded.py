@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from rich.console import Console
 
+from commands.convert import ConvertConfig, convert
 from model.config import ConfigError
-from model.folder import open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
 from model.huggingface.families import read_config
 from model.huggingface.files import TensorFiles
 from model.huggingface.load import load_params
+from model.matrices import as_matrix, matrix_inputs, replace_matrices
+from model.ops.quantized import Quantized
+from model.quantization import Format, formats
 from model.sharding import MeshShape, build_mesh
+from serve.engine.build import abstract_served, open_model
 from tests.model.huggingface.coded_folders import (
     Kind,
     Tensors,
@@ -27,6 +34,7 @@ from tests.model.huggingface.coded_folders import (
     compressed,
     fp8,
     gptq,
+    is_linear,
     write_coded,
     write_mxfp4,
     write_plain,
@@ -94,10 +102,13 @@ def check(folder: Path, plain: Tensors, mesh: Mesh, dtype: str | None = None, **
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_read_as_what_they_stand_for(kind: str, mesh: Mesh, tmp_path: Path) -> None:
     """Widths are 40, 48 and 56: no multiple of the groups and tiles, the last of which is cut."""
-    folder, plain = write_coded(tmp_path / "model", "llama3", KINDS[kind])
-    open_folder(folder)
-    for dtype in (None, "bfloat16"):
-        check(folder, plain, mesh, dtype)
+    check(*write_coded(tmp_path / "model", "llama3", KINDS[kind]), mesh)
+
+
+@pytest.mark.parametrize("kind", ["gptq v2", "fp8 tiles", "int4 groups, zeros"])
+def test_codes_are_rounded_once(kind: str, mesh: Mesh, tmp_path: Path) -> None:
+    """To bfloat16 from float32, as plain tensors of float32 are."""
+    check(*write_coded(tmp_path / "model", "llama3", KINDS[kind]), mesh, "bfloat16")
 
 
 WIDE = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
@@ -282,5 +293,101 @@ def test_a_matrix_takes_the_scheme_that_names_it_best(mesh: Mesh, tmp_path: Path
         open_folder(folder)
     config["quantization_config"]["config_groups"] = {"a": {**group, "targets": ["Conv2d"]}}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="is quantized, and .*config_groups says of no group"):
+    with pytest.raises(ConfigError, match=r"is quantized, and .*config_groups says of no group"):
         open_folder(folder)
+
+
+# What our own formats hold exactly stays integers where it is served.
+
+WHOLE: dict[str, tuple[Kind, int]] = {
+    "int8 channels": (compressed(8, "channel", packed=False), 14),
+    "int8 a matrix": (compressed(8, "tensor", packed=False), 14),
+    "int4 groups": (compressed(4, "group", group=32), 14),
+    "int4 groups, zeros": (compressed(4, "group", group=32, symmetric=False), 0),
+    "int4 groups in another order": (compressed(4, "group", group=32, order=True), 0),
+    "fp8": (fp8((16, 24)), 0),
+}
+
+
+def served(folder: Path, quantize: str = "none") -> ModelFolder:
+    return open_model(folder, "float32", quantize=quantize)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("case", WHOLE)
+def test_what_our_formats_hold_stays_integers(case: str, tp: int, tmp_path: Path) -> None:
+    """To the bit, and the start says how many did; the shapes that programs are compiled for are those that come."""
+    kind, count = WHOLE[case]
+    mesh = build_mesh(MeshShape(tp=tp))
+    folder, plain = write_coded(tmp_path / "model", "llama3", kind)
+    model = served(folder)
+    assert len(model.whole) == count
+    said = f"{count} matrices stay integers" if count else "14 are turned back into floats as they are read"
+    assert said in model.remarks[-1]
+    params, wanted = model.load_params(mesh), loaded(write_plain(tmp_path / "plain", folder, plain), mesh)
+    if tp == 1:
+        abstract = abstract_served(model, mesh)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), params
+        )
+    found = 0
+
+    def same(path: tuple[str, ...], weight: Any, inputs: int) -> Any:
+        nonlocal found
+        expected = wanted
+        for name in path:
+            expected = expected[name]
+        if isinstance(weight, Quantized):
+            found += 1
+            weight, expected = weight.dequantize(inputs), as_matrix(path, expected, inputs)
+        np.testing.assert_array_equal(np.asarray(weight), np.asarray(expected), err_msg="/".join(path))
+        return weight
+
+    replace_matrices(model.config, params, same)
+    assert found == count
+
+
+def test_fused_and_reordered_matrices_stay_integers(mesh: Mesh, tmp_path: Path) -> None:
+    """Of one tensor, the queries' rows are one matrix, the keys' another; rotary pairs are put in our order."""
+    for family in ("phi3", "deepseek_v3"):
+        folder, plain = write_coded(tmp_path / family, family, compressed(8, "channel", packed=False))
+        model = served(folder)
+        assert len(model.whole) >= 8
+        other = loaded(write_plain(tmp_path / f"{family} plain", folder, plain), mesh)
+        params = model.load_params(mesh)
+        for path in model.whole:
+            weight, expected = params, other
+            for name in path:
+                weight, expected = weight[name], expected[name]
+            assert isinstance(weight, Quantized)
+            inputs = matrix_inputs(model.config)[path]
+            np.testing.assert_array_equal(weight.dequantize(inputs), as_matrix(path, expected, inputs))
+
+
+def test_fewer_bits_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
+    """--quantize never adds bits to what is integers already, and takes some from it."""
+    folder, _ = write_coded(tmp_path / "int8", "llama3", compressed(8, "channel", packed=False))
+    assert len(served(folder, "int8").whole) == 14
+    assert len(served(folder, "int4").whole) == 0
+    folder, _ = write_coded(tmp_path / "int4", "llama3", compressed(4, "group", group=32))
+    for scheme in ("int8", "int4"):
+        model = served(folder, scheme)
+        chosen = formats(model.config, model.quantize)
+        assert len(model.whole) == 14 and {chosen[path] for path in model.whole} == {Format(4, 32)}
+        assert chosen["embedding",] == Format(8, 0)
+
+
+def test_a_folder_of_codes_is_converted_to_plain_weights(mesh: Mesh, tmp_path: Path) -> None:
+    """Into either layout, and what is written says nothing of codes any more."""
+    folder, plain = write_coded(tmp_path / "model", "llama3", KINDS["gptq v2"])
+    console = Console(file=StringIO())
+    for to, dtype in (("isthmus", "source"), ("huggingface", "float32")):
+        convert(ConvertConfig(folder, tmp_path / to, to=to, dtype=dtype), console)  # type: ignore[arg-type]
+    assert "quantization_config" not in json.loads((tmp_path / "isthmus" / PUBLISHED_CONFIG).read_text())
+    assert "quantization_config" not in json.loads((tmp_path / "huggingface" / "config.json").read_text())
+    written = stored(tmp_path / "huggingface")
+    assert written.keys() == plain.keys()
+    for name, array in plain.items():
+        np.testing.assert_array_equal(written[name], array, err_msg=name)
+    convert(ConvertConfig(tmp_path / "isthmus", tmp_path / "back"), console)
+    assert {array.dtype.name for name, array in stored(tmp_path / "back").items() if is_linear(name)} == {"float16"}
