@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -259,38 +260,43 @@ def _fetch(
 
     Valid until the next call on this thread.
     """
-    lead, views, order = _select(files, config, parts, index, dtype)
-    axes = tuple(sorted(range(views[0].ndim), key=lambda axis: -views[0].strides[axis]))  # as they lie in memory
-    wide = [axis for axis in axes if views[0].shape[axis] > 1]  # an axis of size 1 turns nothing in memory
+    lead, chosen = _chosen(parts, index)
+    order = chosen[0][0].piece.order_of(config)
+    views = (_view(files, config, part, cut, dtype) for part, cut in chosen)  # one at a time: each may be decoded
+    first = next(views)
+    axes = tuple(sorted(range(first.ndim), key=lambda axis: -first.strides[axis]))  # as they lie in memory
+    wide = [axis for axis in axes if first.shape[axis] > 1]  # an axis of size 1 turns nothing in memory
     turned = wide != sorted(wide)
-    shape = (*lead, *(views[0].shape[axis] for axis in axes))
-    if turned and not lead and views[0].dtype == dtype:
-        stored = views[0].transpose(axes)
+    shape = (*lead, *(first.shape[axis] for axis in axes))
+    if turned and not lead and first.dtype == dtype:
+        stored = first.transpose(axes)
     else:
         # What isn't turned may be taken as it is by the device, and live on in it: it needs memory of its own.
         stored = _scratch(shape, dtype) if turned else np.empty(shape, dtype)
-        for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), views, strict=True):
+        for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), chain((first,), views), strict=True):
             np.copyto(target, view.transpose(axes), casting="unsafe")
     if order is not None:
         stored = np.take(stored, order[index[-1]], axis=len(lead) + axes.index(len(axes) - 1))
     return stored.transpose(*range(len(lead)), *(len(lead) + axes.index(axis) for axis in range(len(axes))))
 
 
-def _select(
-    files: WeightFiles, config: ModelConfig, parts: Part | list, index: tuple[slice, ...], dtype: np.dtype
-) -> tuple[tuple[int, ...], list[np.ndarray], np.ndarray | None]:
-    """What `index` leaves of a list of parts: the leading shape, the views of the files in it, and the order that the
-    last axis is yet to be put in. Raises ConfigError for numbers that are not finite."""
-    if isinstance(parts, list):
-        chosen = [_select(files, config, part, index[1:], dtype) for part in parts[index[0]]]
-        lead, _, order = chosen[0]
-        return (len(chosen), *lead), [view for _, views, _ in chosen for view in views], order
-    piece, shape, order = parts.piece, parts.shape, parts.piece.order_of(config)
-    cut = index if order is None else (*index[:-1], slice(None))
-    view = files.read(parts.name, lambda raw: piece.view(raw, shape, config)[cut], dtype)
+def _chosen(parts: Part | list, index: tuple[slice, ...]) -> tuple[tuple[int, ...], list[tuple[Part, tuple]]]:
+    """What `index` leaves of a list of parts: the leading shape, and each part with what it leaves of that."""
+    if isinstance(parts, Part):
+        return (), [(parts, index)]
+    found = [_chosen(part, index[1:]) for part in parts[index[0]]]
+    return (len(found), *found[0][0]), [each for _, chosen in found for each in chosen]
+
+
+def _view(files: WeightFiles, config: ModelConfig, part: Part, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """What `index` leaves of a part, its last axis whole where it is yet to be put in order. Raises ConfigError for
+    numbers that are not finite."""
+    piece = part.piece
+    cut = index if piece.order is None else (*index[:-1], slice(None))
+    view = files.read(part.name, lambda raw: piece.view(raw, part.shape, config)[cut], dtype)
     if not _finite(view.transpose(sorted(range(view.ndim), key=lambda axis: -view.strides[axis]))):
-        raise ConfigError(f"{files.folder}: {parts.name} holds numbers that are not finite")
-    return (), [view], order
+        raise ConfigError(f"{files.folder}: {part.name} holds numbers that are not finite")
+    return view
 
 
 _THREAD = threading.local()

@@ -64,7 +64,7 @@ def float4() -> Numbers:
 def exponents(codes: np.ndarray) -> np.ndarray:
     """What scales of e8m0 stand for, as float32: powers of two; 255 is NaN (OCP Microscaling Formats 1.0, 5.4.1)."""
     codes = codes.view(np.uint8).astype(np.int32)
-    return np.where(codes == 255, np.float32(np.nan), np.ldexp(np.float32(1), codes - 127))
+    return np.where(codes == 255, np.float32(np.nan), np.ldexp(np.float32(1), np.minimum(codes, 254) - 127))
 
 
 def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
