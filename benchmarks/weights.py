@@ -83,7 +83,7 @@ def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:
 
 def _measure(config: WeightsBench, folder: Path, subject: str, console: Console) -> Record:
     family, model = read_config(folder / "config.json")
-    files = sorted({stored.file for stored in TensorFiles(folder).tensors.values()})
+    files = sorted({stored.file for stored in TensorFiles(folder, codes=True).tensors.values()})
     size = sum(file.stat().st_size for file in files)
     mesh = build_mesh(MeshShape())
     plain, loaded, memory = [], [], []

@@ -21,8 +21,9 @@ from model.cleaning import cleaning, remove, temporary_folder
 from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig
 from model.files import present, read_json
-from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
 from model.hub import FolderOptions
+from model.huggingface.coded.method import FIELD as CODED
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
@@ -87,7 +88,7 @@ def convert(config: ConvertConfig, console: Console) -> None:
     if config.windows < 1:
         raise ConfigError(f"windows={config.windows} must be at least 1")
     folder = open_folder(config.source, config.folder)
-    for warning in folder.warnings:
+    for warning in folder.remarks:
         console.print(warning, style="yellow", markup=False)
     if config.quantize != "none":
         if config.gguf != "none":
@@ -145,7 +146,8 @@ def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, sh
     limit = int(config.max_shard_gb * 1e9)
     write_weights(target, family, plain.config, params, dtypes, limit, writing.advance)
     stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    values = {name: value for name, value in values.items() if name != "torch_dtype"} | {"dtype": stored[dtypes[""]]}
+    values = {name: value for name, value in values.items() if name not in ("torch_dtype", CODED)}
+    values["dtype"] = stored[dtypes[""]]
     (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
     _copy_companions(folder, target)
     if folder.family is None and not (folder.path / PUBLISHED_CONFIG).is_file():
@@ -251,7 +253,7 @@ def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Sta
     folder.config.save(target / "config.json")
     _copy_companions(folder, target)
     if folder.weights is not None:
-        shutil.copyfile(folder.path / "config.json", target / PUBLISHED_CONFIG)
+        copy_published_config(folder.path, target)
         (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(folder.weights), indent=2) + "\n")
         return
     for name in (PUBLISHED_CONFIG, DTYPES_FILE):  # of the model that ours was made from

@@ -132,7 +132,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     if warning := enable_compilation_cache():
         console.print(warning, style="yellow", markup=False)
     model = open_model(folder, options=config.folder)
-    for warning in model.warnings:
+    for warning in model.remarks:
         console.print(warning, style="yellow", markup=False)
 
     def take(batch: list[Output]) -> None:

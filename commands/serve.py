@@ -49,7 +49,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
         quantize=config.quantize,
         options=config.folder,
     )
-    for warning in model.warnings:
+    for warning in model.remarks:
         console.print(warning, style="yellow", markup=False)
     server = Server(config, model)
     await server.start()

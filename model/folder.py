@@ -4,8 +4,9 @@ as the folder that it was made from. Or an adapter's folder, in PEFT's layout, w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,17 @@ from model.gguf.unpack import unpack
 from model.hub import FolderOptions, find_folder, is_gguf, name_of
 from model.huggingface import load
 from model.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
+from model.huggingface.coded.files import open_tensors
+from model.huggingface.coded.method import FIELD
 from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
-from model.huggingface.files import INDEX, SINGLE, TensorFiles, WeightFiles
+from model.huggingface.files import INDEX, SINGLE, WeightFiles
 from model.huggingface.load import check_size
+from model.huggingface.whole import Kept, rules_of
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
 from model.ops.rounding import narrowed
-from model.quantization import quantizer
+from model.quantization import formats, quantizer
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 
@@ -67,6 +71,8 @@ class ModelFolder:
     """The adapter's folder, where one was opened; path is its base model's then"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
+    whole: Mapping[tuple[str, ...], Kept] = field(default_factory=dict)
+    """The matrices of a published folder that stay the integers that they are in its files; rules say so of them too"""
     ignore_field: tuple[str, ...] = ()
     """Fields of a published config.json that were not to be read, nor are to be where it is read again"""
     warnings: tuple[str, ...] = ()
@@ -93,6 +99,26 @@ class ModelFolder:
         spelt = None if name is None else self.tokenizer.token_id(name)
         candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
         return next((token for token in candidates if token in self.tokenizer.eos_ids), None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should hear of: warnings, and what becomes of matrices that are no plain numbers."""
+        whole = {kept.name for kept in self.whole.values()}
+        said = None if self.weights is None else self.weights.described(whole)
+        return self.warnings if said is None else (*self.warnings, f"{self.source}: {said}")
+
+    def keeping(self, rules: tuple[str, ...]) -> ModelFolder:
+        """As serving has it: `rules` make integers of matrices, and what is integers in the files stays so where a
+        format of ours holds them exactly, unless the rules ask for fewer bits. The layout isn't scanned."""
+        if self.family is None or self.weights is None or self.adapter is not None:
+            return dataclasses.replace(self, quantize=rules)
+        wanted = formats(self.config, rules)
+        found = load.whole_matrices(self.weights, self.family, self.config)
+        whole = {
+            path: kept for path, kept in found.items() if path not in wanted or wanted[path].bits >= kept.exact.bits
+        }
+        kinds = rules_of({path: kept.kind for path, kept in whole.items()})
+        return dataclasses.replace(self, quantize=(*kinds, *rules), whole=whole)
 
     def with_config(self, **changes: Any) -> ModelFolder:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
@@ -124,7 +150,7 @@ class ModelFolder:
         elif self.family is None or self.weights is None:
             params = checkpoint.load_params(self.path, self.config, mesh, dtype)
         else:
-            return load.load_params(self.weights, self.family, self.config, mesh, dtype, tick, change)
+            return load.load_params(self.weights, self.family, self.config, mesh, dtype, tick, change, self.whole)
         if not self.config.scan_layers:
             replace_matrices(self.config, params, lambda path, weight, _: change(path, weight))
         return params
@@ -132,7 +158,7 @@ class ModelFolder:
     def _load_adapted(
         self, folder: Path, mesh: Mesh, dtype: str | None, tick: Callable[[int], None], merge: bool
     ) -> Params:
-        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=())
+        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
         settings, adapters = lora.load_adapter(folder, base)
         if not merge and settings != self.config.lora:
             raise ConfigError(f"{folder} holds an adapter of {settings}, not of {self.config.lora}")
@@ -163,6 +189,13 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
     if options.base is not None:
         raise ConfigError(f"--base {options.base}: {path} is no adapter, and has no base model")
     return _open_model(path, options)
+
+
+def copy_published_config(folder: Path, target: Path) -> None:
+    """Keeps a published folder's config.json in a folder of ours, whose weights are plain or quantized by our rules."""
+    values = read_json(folder / "config.json")
+    values.pop(FIELD, None)
+    (target / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
@@ -204,16 +237,14 @@ def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | Non
     """tokenizer_folder: None is the model's own."""
     weights: WeightFiles | None = None
     source = path / "config.json"  # for errors
-    notes: tuple[str, ...] = ()
     if is_gguf(path):
         unpacked = unpack(path, options.ignore_field)
         source, path, weights = path, unpacked.folder, unpacked.files
-        notes = (unpacked.files.summary(),)
     fields = Fields(read_json(path / "config.json"), source, options.ignore_field)
     published = "model_type" in fields
     family, config = read_fields(fields) if published else (None, ModelConfig.load(path / "config.json"))
-    if published:
-        weights = weights or TensorFiles(path)
+    if family is not None:
+        weights = weights or open_tensors(path, family.method)
         check_size(weights, config)
     tokenizer_folder = tokenizer_folder or path
     tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
@@ -236,7 +267,7 @@ def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | Non
         family,
         weights,
         ignore_field=tuple(options.ignore_field),
-        warnings=(*notes, *fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
+        warnings=(*fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
     )
 
 

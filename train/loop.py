@@ -86,7 +86,7 @@ def _train(config: TrainConfig, console: Console) -> Report:
     check_dtype(config.model.dtype)
     build_mesh(config.mesh_shape)
     folder = open_start(config)
-    for warning in folder.warnings if folder else ():
+    for warning in folder.remarks if folder else ():
         console.print(warning, style="yellow", markup=False)
     if folder is not None:  # what a name in the cache stands for now: a newer version is another model
         config = dataclasses.replace(config, init=folder.source)

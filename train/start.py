@@ -11,7 +11,7 @@ from rich.console import Console
 
 from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig, ModelConfig
-from model.folder import PUBLISHED_CONFIG, ModelFolder, open_folder
+from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
 from model.hardware import default_dtype
 from model.hub import FolderOptions
 from model.progress import stages
@@ -76,6 +76,7 @@ def take_over(folder: ModelFolder, config: TrainConfig) -> None:
     """Copies into the out folder what serving and exporting the result need besides its weights."""
     copy_companions(folder.path, config.out)
     if not config.model.lora.rank:
-        source = folder.path / (PUBLISHED_CONFIG if folder.family is None else "config.json")
-        if source.is_file():
-            shutil.copyfile(source, config.out / PUBLISHED_CONFIG)
+        if folder.family is not None:
+            copy_published_config(folder.path, config.out)
+        elif (folder.path / PUBLISHED_CONFIG).is_file():
+            shutil.copyfile(folder.path / PUBLISHED_CONFIG, config.out / PUBLISHED_CONFIG)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from model.huggingface.files import Integers
+from model.ops.quantized import Bits
 
 
 class Kind(NamedTuple):
@@ -61,18 +62,23 @@ def dequantize(rows: np.ndarray, kind: Kind, order: np.ndarray | None, out: np.n
     )  # fmt: skip
 
 
-def integers(rows: np.ndarray, kind: Kind, order: np.ndarray | None) -> Integers | None:
-    """Blocks as the integers and scales that they are, bit for bit; None of a kind that is more than those. Arguments
-    as of dequantize."""
-    if kind.name not in ("Q8_0", "Q4_0"):
-        return None
+EXACT: dict[str, Bits] = {"Q8_0": 8, "Q5_0": 5, "Q4_0": 4}
+"""Kinds that are integers of so many bits, in groups of 32 with a scale"""
+
+
+def integers(rows: np.ndarray, kind: Kind, order: np.ndarray | None) -> Integers:
+    """Blocks of a kind of EXACT as the integers and scales that they are, bit for bit. Arguments as of dequantize."""
     blocks = (rows if order is None else rows[order]).reshape(len(rows), -1, kind.size)
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
     values = blocks[..., 2:]
-    if kind.name == "Q4_0":  # the first half of a block lies in the low halves of its bytes
-        values = np.concatenate([values & 15, values >> 4], axis=-1) - np.uint8(8)
+    if kind.name != "Q8_0":  # the first half of a block lies in the low halves of its bytes
+        low = values[..., -16:]
+        values = np.concatenate([low & 15, low >> 4], axis=-1)
+        if kind.name == "Q5_0":
+            values |= np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little") << np.uint8(4)
+        values = values - np.uint8(2 ** (EXACT[kind.name] - 1))
     across = np.ascontiguousarray(values).view(np.int8).reshape(len(rows), -1)
-    return Integers(np.ascontiguousarray(across.T), np.ascontiguousarray(scales.T), 8 if kind.name == "Q8_0" else 4)
+    return Integers(np.ascontiguousarray(across.T), np.ascontiguousarray(scales.T))
 
 
 @cache

@@ -6,7 +6,7 @@ import mmap
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import numpy as np
 
 from model.config import ConfigError
 from model.gguf.architectures import Architecture, published_name
-from model.gguf.blocks import dequantize, integers
+from model.gguf.blocks import EXACT, dequantize, integers
 from model.gguf.header import Header, Stored, read_header
-from model.huggingface.files import Integers, WeightFiles
+from model.huggingface.files import Exact, Integers, View, WeightFiles
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
@@ -93,10 +93,19 @@ class GgufFiles(WeightFiles):
             ),
         )
 
-    def array(self, name: str, dtype: np.dtype | None = None, *, reuse: bool = False) -> np.ndarray:
+    def array(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
         if tensor.stored.kind.dtype is None:
-            return self._turned(tensor, np.dtype(np.float32) if dtype is None else dtype, reuse, name)
+            return self._turned(tensor, np.dtype(np.float32), name, reuse=False)
+        return self._plain(tensor)
+
+    def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
+        tensor = self.tensors[name]
+        if tensor.stored.kind.dtype is None:
+            return view(self._turned(tensor, dtype, name, reuse=True))
+        return view(self._plain(tensor))
+
+    def _plain(self, tensor: Tensor) -> np.ndarray:
         count = int(np.prod(tensor.shape, dtype=np.int64))
         start = tensor.stored.start + tensor.first * tensor.stored.row_bytes
         plain = np.frombuffer(tensor.stored.memory, tensor.dtype, count, start).reshape(tensor.shape)
@@ -104,16 +113,24 @@ class GgufFiles(WeightFiles):
             plain = plain[_halves(tensor)]
         return plain - plain.dtype.type(tensor.offset) if tensor.offset else plain
 
-    def integers(self, name: str) -> Integers | None:
-        """A matrix as the integers that it is in the file, [inputs, outputs]; None where it is kept otherwise."""
-        tensor = self.tensors[name]
-        return integers(self._blocks(tensor), tensor.stored.kind, _halves(tensor) if tensor.pairs else None)
+    def exact(self, name: str) -> Exact | None:
+        bits = EXACT.get(self.tensors[name].stored.kind.name)
+        return None if bits is None else Exact(bits, 32)
 
-    def summary(self) -> str:
-        """How many matrices are kept how, and what becomes of them."""
-        kinds = Counter(tensor.stored.kind.name for tensor in self.tensors.values() if len(tensor.shape) > 1)
-        text = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
-        return f"{self.folder}: matrices: {text}; they become numbers as they are read, and none stays integers"
+    def integers(self, name: str) -> Integers:
+        tensor = self.tensors[name]
+        found = integers(self._blocks(tensor), tensor.stored.kind, _halves(tensor) if tensor.pairs else None)
+        if not np.isfinite(found.scales).all():
+            raise ConfigError(f"{self.folder}: {name} holds scales that are not finite")
+        return found
+
+    def described(self, whole: Collection[str]) -> str:
+        matrices = {name: tensor for name, tensor in self.tensors.items() if len(tensor.shape) > 1}
+        stay = Counter(matrices[name].stored.kind.name for name in whole)
+        become = Counter(tensor.stored.kind.name for name, tensor in matrices.items() if name not in whole)
+        said = [f"{count} in {kind} stay integers" for kind, count in stay.most_common()]
+        said += [f"{count} in {kind} are read as floats" for kind, count in become.most_common()]
+        return f"matrices: {', '.join(said)}"
 
     def _blocks(self, tensor: Tensor) -> np.ndarray:
         """uint8[rows, bytes]."""
@@ -121,7 +138,7 @@ class GgufFiles(WeightFiles):
         start = tensor.stored.start + tensor.first * size
         return np.frombuffer(tensor.stored.memory, np.uint8, tensor.rows * size, start).reshape(tensor.rows, size)
 
-    def _turned(self, tensor: Tensor, dtype: np.dtype, reuse: bool, name: str) -> np.ndarray:
+    def _turned(self, tensor: Tensor, dtype: np.dtype, name: str, *, reuse: bool) -> np.ndarray:
         """Blocks as numbers in `dtype`, or in float32 where that has no kernel."""
         dtype = dtype if dtype.name == "bfloat16" and not tensor.offset else np.dtype(np.float32)
         held = getattr(self._thread, "held", None)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from model.config import ConfigError, ModelConfig
 from model.huggingface import readers, tensors
+from model.huggingface.coded.method import Method, read_method
 from model.huggingface.fields import Fields
 
 
@@ -21,6 +22,8 @@ class Family:
     """The fields of ModelConfig"""
     table: Callable[[ModelConfig], tensors.Table]
     """Where its parameters lie"""
+    method: Method | None = None
+    """How a folder keeps its matrices, where they are codes and scales"""
 
 
 def read_config(path: Path, ignore: Collection[str] = ()) -> tuple[Family, ModelConfig]:
@@ -42,12 +45,13 @@ def read_fields(fields: Fields) -> tuple[Family, ModelConfig]:
     if not fields.was_read("layer_types"):
         kinds = ["sliding_attention" if kind.window else "full_attention" for kind in config.layer_kinds]
         fields.agrees("layer_types", kinds, "what the other fields say of the layers")
+    method = read_method(fields)
     fields.finish(model_type)
     try:
         config.validate()
     except ConfigError as error:
         raise ConfigError(f"{fields.path}: {error}") from None
-    return family, config
+    return replace(family, method=method), config
 
 
 def _named(table: tensors.Table) -> Callable[[ModelConfig], tensors.Table]:

@@ -143,8 +143,6 @@ class Fields:
                 if value is not None:
                     self.warn(f"{self._inside}{shortened(name)}={self.quoted(name)} is unknown, and has no effect")
                 continue
-            if name == "quantization_config":
-                raise self.error(name, "is not supported: dequantize the model first")
             flag = shortened(f"{self._inside}{name}")
             raise self.error(name, f"is not supported, and may change what the model computes; to go on without it: "
                                    f"--ignore-field {flag}")  # fmt: skip

@@ -7,7 +7,7 @@ import mmap
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,7 @@ import safetensors
 
 from model.config import ConfigError
 from model.files import MAX_INDEX_BYTES, check_file, present, read_json, shortened
+from model.ops.quantized import Bits
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,6 +32,32 @@ DTYPES: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
 }
 """What weights may be stored in."""
+
+CODES: dict[str, Any] = {
+    "I64": np.int64,
+    "I32": np.int32,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}
+"""What the parts of a matrix may be stored in that is kept as codes and scales."""
+
+View = Callable[[np.ndarray], np.ndarray]
+"""From an array to a part of it, with its axes turned, split or joined: it copies nothing."""
+
+
+class StoredTensor(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -48,15 +75,12 @@ class Stored:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
-class StoredTensor(Protocol):
-    """What is known of a tensor before it is read."""
+class Exact(NamedTuple):
+    """What a matrix is kept as that a format of ours holds bit for bit."""
 
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def nbytes(self) -> int: ...
+    bits: Bits
+    group: int
+    """Inputs that share a scale"""
 
 
 class Integers(NamedTuple):
@@ -65,9 +89,7 @@ class Integers(NamedTuple):
     values: np.ndarray
     """int8[inputs, outputs]"""
     scales: np.ndarray
-    """float16[groups, outputs]: of as many inputs in turn as there are to a group"""
-    bits: int
-    """That the integers need"""
+    """bfloat16 or float16[groups, outputs]"""
 
 
 class WeightFiles(ABC):
@@ -79,36 +101,58 @@ class WeightFiles(ABC):
     """What describes the model"""
     tensors: Mapping[str, StoredTensor]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     @abstractmethod
-    def array(self, name: str, dtype: np.dtype | None = None, *, reuse: bool = False) -> np.ndarray:
-        """A tensor: as it is stored, or, where it is stored as no numbers, in `dtype` or float32 (the default). Not to
-        be written to. reuse: it may be written over by this thread's next call."""
+    def array(self, name: str) -> np.ndarray:
+        """A whole tensor, read-only; float32 where it is kept as no numbers."""
+
+    @abstractmethod
+    def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
+        """view(the tensor), valid until this thread's next call. dtype: that it'll be converted to; what is kept as no
+        numbers may come so."""
 
     @abstractmethod
     def advise(self, name: str, advice: int) -> None:
         """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
 
-    @property
-    def nbytes(self) -> int:
-        return sum(stored.nbytes for stored in self.tensors.values())
+    def means_nothing(self, name: str) -> bool:
+        """Whether a tensor changes nothing, and may be there in a model that has no such parameter."""
+        return False
+
+    def exact(self, name: str) -> Exact | None:
+        """What a matrix stays as where it needn't become floats."""
+        return None
+
+    def integers(self, name: str) -> Integers:
+        """A matrix that `exact` knows. Raises ConfigError for scales that are not finite."""
+        raise AssertionError(f"{name} is no matrix of integers")
+
+    def described(self, whole: Collection[str]) -> str | None:
+        """How many matrices are kept as what, and what becomes of them; None where all are plain. whole: those that
+        stay integers."""
+        return None
 
 
 class TensorFiles(WeightFiles):
     """Every tensor of a folder, by name, as arrays that read the file where they are read."""
 
     says = "config.json"
+    tensors: dict[str, Stored]
 
-    def __init__(self, folder: Path, single: str = SINGLE) -> None:
+    def __init__(self, folder: Path, single: str = SINGLE, *, codes: bool = False) -> None:
         """Raises ConfigError for a folder without safetensors, or files that are damaged or not what the index says.
 
-        single: the name of the only file, where it isn't a model's.
+        single: the name of the only file, where it isn't a model's. codes: whether tensors may be stored in CODES.
         """
         self.folder = folder
-        self.tensors: dict[str, Stored] = {}
+        self.tensors = {}
         # Of a folder with both, transformers takes the single file.
         indexed = single == SINGLE and present(folder / INDEX) and not present(folder / SINGLE)
         for file in _files(folder, single, indexed):
-            for name, stored in _read_header(file).items():
+            for name, stored in _read_header(file, {**DTYPES, **CODES} if codes else DTYPES).items():
                 if name in self.tensors:
                     raise ConfigError(f"{file}: the tensor {name} is in {self.tensors[name].file.name} already")
                 self.tensors[name] = stored
@@ -121,11 +165,15 @@ class TensorFiles(WeightFiles):
             if name not in self.tensors or self.tensors[name].file.name != file:
                 raise ConfigError(f"{self.folder / INDEX} says that {shortened(name)} is in {file}, and it isn't")
 
-    def array(self, name: str, dtype: np.dtype | None = None, *, reuse: bool = False) -> np.ndarray:
+    def array(self, name: str) -> np.ndarray:
         """A read-only view of the file."""
         stored = self.tensors[name]
         count = int(np.prod(stored.shape, dtype=np.int64))
         return np.frombuffer(self._mapped(stored.file), stored.dtype, count, stored.start).reshape(stored.shape)
+
+    def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
+        """view(array(name)), in the file's own dtype."""
+        return view(self.array(name))
 
     def advise(self, name: str, advice: int) -> None:
         stored = self.tensors[name]
@@ -170,7 +218,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _read_header(path: Path) -> dict[str, Stored]:
+def _read_header(path: Path, dtypes: dict[str, Any]) -> dict[str, Stored]:
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass  # the library checks header, offsets and size
@@ -183,8 +231,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in DTYPES:
-            raise ConfigError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are supported")
-        dtype = np.dtype(DTYPES[entry["dtype"]])
+        if entry["dtype"] not in dtypes:
+            raise ConfigError(f"{path}: {name} is stored as {entry['dtype']}; only {', '.join(dtypes)} are supported")
+        dtype = np.dtype(dtypes[entry["dtype"]])
         tensors[name] = Stored(path, dtype, tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
     return tensors

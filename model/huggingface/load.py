@@ -3,13 +3,16 @@ itself, and forgotten by the host before the next one but one is read."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -20,6 +23,8 @@ from model.config import ConfigError, ModelConfig
 from model.huggingface.families import Family
 from model.huggingface.files import WeightFiles
 from model.huggingface.tensors import Piece, Table, as_stored
+from model.huggingface.whole import Kept, kept_matrix, read_whole
+from model.matrices import matrix_inputs
 from model.transformer import Params, abstract_params, kept_dtype
 
 Tick = Callable[[int], None]
@@ -43,7 +48,7 @@ class Part:
     shape: tuple[int, ...]
     """Of the parameter's slice"""
     other_name: str = ""
-    """Of the array in files that keep it otherwise"""
+    """Of the array, or the first of them, in files that keep it otherwise"""
 
 
 def parts_of(config: ModelConfig, table: Table, path: str, shape: tuple[int, ...]) -> Part | list:
@@ -63,7 +68,7 @@ def _layer_parts(config: ModelConfig, table: Table, layer: int, path: str, shape
     piece = table[f"blocks/{path}"] if f"blocks/{path}" in table else table[f"sparse/{path}"]
     if config.layer_kind(layer).sparse and f"sparse/{path}" in table:
         piece = table[f"sparse/{path}"]
-    other = piece.otherwise.name.format(layer=layer) if piece.otherwise else ""
+    other = piece.otherwise.name.format(layer=layer, expert=0) if piece.otherwise else ""
     if not piece.by_expert:
         return Part(piece.name.format(layer=layer), piece, shape, other)
     names = [piece.name.format(layer=layer, expert=expert) for expert in range(shape[0])]
@@ -91,11 +96,13 @@ def load_params(
     dtype: str | None = None,
     tick: Tick = lambda _: None,
     keep: Keep = lambda _, array: array,
+    whole: Mapping[tuple[str, ...], Kept] | None = None,
 ) -> Params:
     """The parameters of a published model, sharded over `mesh`, in the layout that `config` asks for.
 
     dtype: what to keep matrices in (see kept_dtype); None is float32. keep: what to keep of each as soon as it is read,
-    so that a model needn't fit into memory before it is made smaller; called from several threads.
+    so that a model needn't fit into memory before it is made smaller; called from several threads. whole: the matrices
+    that stay the integers that they are in the files, of `whole_matrices`.
 
     Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
     that are not finite.
@@ -110,11 +117,16 @@ def load_params(
         names = sorted({part.name for part in leaves_of(parts)})
         for name in names:
             files.advise(name, mmap.MADV_WILLNEED)
-        array = _place(files, config, parts, leaf, np.dtype(kept_dtype(path, dtype)))
+        keys = tuple(entry.key for entry in path)
+        array: Any
+        if whole and keys in whole:
+            array = read_whole(files, whole[keys], mesh)
+        else:
+            array = _place(files, config, parts, leaf, np.dtype(kept_dtype(path, dtype)))
         for name in names:
             files.advise(name, mmap.MADV_DONTNEED)
         tick(sum(files.tensors[name].nbytes for name in names))
-        return keep(tuple(entry.key for entry in path), array)
+        return keep(keys, array)
 
     # Two at a time: while one is turned in memory, the other comes from the disk.
     with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
@@ -123,6 +135,33 @@ def load_params(
             return jax.tree.unflatten(treedef, [each.result() for each in todo])
         finally:
             readers.shutdown(cancel_futures=True)
+
+
+def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[tuple[str, ...], Kept]:
+    """By their paths in the unstacked layout, the matrices that are published as integers which a format of ours holds
+    exactly. Raises ConfigError."""
+    found: dict[tuple[str, ...], Kept] = {}
+    config = dataclasses.replace(config, scan_layers=False)
+    shapes = {
+        tuple(entry.key for entry in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    }
+    table = as_stored(family.table(config), files.tensors)
+    for path, inputs in matrix_inputs(config).items():
+        part = parts_of(config, table, "/".join(path), shapes[path])
+        if not isinstance(part, Part) or part.name not in files.tensors or "router" in path:
+            continue
+        if files.tensors[part.name].shape != part.piece.shape(part.shape, config):
+            continue
+        view = partial(_whole, config, part)
+        if kept := kept_matrix(files, part.name, view, part.shape, inputs, turned=path == ("embedding",)):
+            found[path] = kept
+    return found
+
+
+def _whole(config: ModelConfig, part: Part, raw: np.ndarray) -> np.ndarray:
+    view, order = part.piece.view(raw, part.shape, config), part.piece.order_of(config)
+    return view if order is None else np.take(view, order, axis=-1)
 
 
 def check_size(files: WeightFiles, config: ModelConfig) -> None:
@@ -173,7 +212,7 @@ def _hint(name: str) -> str:
 
 
 def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
-    if _IGNORED.search(name):
+    if _IGNORED.search(name) or files.means_nothing(name):
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and config.latent.rank and int(layer[1]) == config.layers:
@@ -216,45 +255,43 @@ def _fetch(
 
     Valid until the next call on this thread.
     """
-    lead, views, order = _select(files, config, parts, index, dtype, reuse=isinstance(parts, Part))
-    axes = tuple(sorted(range(views[0].ndim), key=lambda axis: -views[0].strides[axis]))  # as they lie in memory
-    wide = [axis for axis in axes if views[0].shape[axis] > 1]  # an axis of size 1 turns nothing in memory
+    lead, chosen = _chosen(parts, index)
+    order = chosen[0][0].piece.order_of(config)
+    views = (_view(files, config, part, cut, dtype) for part, cut in chosen)  # one at a time: each may be decoded
+    first = next(views)
+    axes = tuple(sorted(range(first.ndim), key=lambda axis: -first.strides[axis]))  # as they lie in memory
+    wide = [axis for axis in axes if first.shape[axis] > 1]  # an axis of size 1 turns nothing in memory
     turned = wide != sorted(wide)
-    shape = (*lead, *(views[0].shape[axis] for axis in axes))
-    if turned and not lead and views[0].dtype == dtype:
-        stored = views[0].transpose(axes)
+    shape = (*lead, *(first.shape[axis] for axis in axes))
+    if turned and not lead and first.dtype == dtype:
+        stored = first.transpose(axes)
     else:
         # What isn't turned may be taken as it is by the device, and live on in it: it needs memory of its own.
         stored = _scratch(shape, dtype) if turned else np.empty(shape, dtype)
-        for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), views, strict=True):
+        for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), chain((first,), views), strict=True):
             np.copyto(target, view.transpose(axes), casting="unsafe")
     if order is not None:
         stored = np.take(stored, order[index[-1]], axis=len(lead) + axes.index(len(axes) - 1))
     return stored.transpose(*range(len(lead)), *(len(lead) + axes.index(axis) for axis in range(len(axes))))
 
 
-def _select(
-    files: WeightFiles,
-    config: ModelConfig,
-    parts: Part | list,
-    index: tuple[slice, ...],
-    dtype: np.dtype,
-    *,
-    reuse: bool = False,
-) -> tuple[tuple[int, ...], list[np.ndarray], np.ndarray | None]:
-    """What `index` leaves of a list of parts, in `dtype` if it is stored as no numbers: the leading shape, the views of
-    the files in it, and the order that the last axis is yet to be put in. Raises ConfigError for numbers that are not
-    finite."""
-    if isinstance(parts, list):
-        chosen = [_select(files, config, part, index[1:], dtype) for part in parts[index[0]]]
-        lead, _, order = chosen[0]
-        return (len(chosen), *lead), [view for _, views, _ in chosen for view in views], order
-    order = parts.piece.order_of(config)
-    view = parts.piece.view(files.array(parts.name, dtype, reuse=reuse), parts.shape, config)
-    view = view[index] if order is None else view[(*index[:-1], slice(None))]
+def _chosen(parts: Part | list, index: tuple[slice, ...]) -> tuple[tuple[int, ...], list[tuple[Part, tuple]]]:
+    """What `index` leaves of a list of parts: the leading shape, and each part with what it leaves of that."""
+    if isinstance(parts, Part):
+        return (), [(parts, index)]
+    found = [_chosen(part, index[1:]) for part in parts[index[0]]]
+    return (len(found), *found[0][0]), [each for _, chosen in found for each in chosen]
+
+
+def _view(files: WeightFiles, config: ModelConfig, part: Part, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """What `index` leaves of a part, its last axis whole where it is yet to be put in order. Raises ConfigError for
+    numbers that are not finite."""
+    piece = part.piece
+    cut = index if piece.order is None else (*index[:-1], slice(None))
+    view = files.read(part.name, lambda raw: piece.view(raw, part.shape, config)[cut], dtype)
     if not _finite(view.transpose(sorted(range(view.ndim), key=lambda axis: -view.strides[axis]))):
-        raise ConfigError(f"{files.folder}: {parts.name} holds numbers that are not finite")
-    return (), [view], order
+        raise ConfigError(f"{files.folder}: {part.name} holds numbers that are not finite")
+    return view
 
 
 _THREAD = threading.local()

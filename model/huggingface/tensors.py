@@ -165,6 +165,13 @@ def _experts(name: str, gate: str, up: str, down: str) -> dict[str, Piece]:
     }
 
 
+def _or_experts(name: str, make: Callable[..., Piece], **options: Any) -> Piece:
+    """One tensor for all experts; or one for each, as which they are read where they are kept as codes."""
+    return _or(
+        _layer(f"mlp.experts.{name}", make, **options), _layer(f"mlp.experts.{{expert}}.{name}", make, **options)
+    )
+
+
 def _block(entries: dict[str, Piece]) -> Table:
     return {f"blocks/{path}": piece for path, piece in entries.items()}
 
@@ -246,11 +253,11 @@ GPT_OSS: Table = {
         {
             "mlp/router/linear/kernel": _layer("mlp.router.weight"),
             "mlp/router/linear/bias": _layer("mlp.router.bias", plain),
-            "mlp/gate/kernel": _layer("mlp.experts.gate_up_proj", interleaved, part=0),
+            "mlp/gate/kernel": _or_experts("gate_up_proj", interleaved, part=0),
             "mlp/gate/bias": _layer("mlp.experts.gate_up_proj_bias", interleaved, part=0),
-            "mlp/up/kernel": _layer("mlp.experts.gate_up_proj", interleaved, part=1),
+            "mlp/up/kernel": _or_experts("gate_up_proj", interleaved, part=1),
             "mlp/up/bias": _layer("mlp.experts.gate_up_proj_bias", interleaved, part=1),
-            "mlp/down/kernel": _layer("mlp.experts.down_proj", plain),
+            "mlp/down/kernel": _or_experts("down_proj", plain),
             "mlp/down/bias": _layer("mlp.experts.down_proj_bias", plain),
         }
     ),

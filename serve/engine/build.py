@@ -49,11 +49,10 @@ def open_model(
         raise ConfigError(
             f"quantize={quantize}: {path} is quantized already, by {', '.join(folder.config.quantization)}"
         )
-    folder = dataclasses.replace(folder, quantize=SCHEMES[quantize])
     dtype = default_dtype() if dtype == "auto" else dtype
     check_dtype(dtype)
     # A scan copies each layer's weights out of the stack every step: serving unrolls.
-    folder = folder.with_config(dtype=dtype, scan_layers=False, remat="none")
+    folder = folder.with_config(dtype=dtype, scan_layers=False, remat="none").keeping(SCHEMES[quantize])
     return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
 
 

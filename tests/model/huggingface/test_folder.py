@@ -187,7 +187,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no such architecture": (set_config(model_type="mamba"), "model_type='mamba' is none of the known families"),
     "another class": (set_config(architectures=["LlamaForSequenceClassification"]), "architectures=.* is not"),
     "a field nobody knows": (set_config(attention_magic=3), "attention_magic=3 is not supported"),
-    "quantized": (set_config(quantization_config={"quant_method": "fp8"}), "dequantize the model first"),
+    "quantized": (
+        set_config(quantization_config={"quant_method": "hqq"}),
+        "quant_method='hqq' is not supported.*dequantize",
+    ),
     "an activation": (set_config(hidden_act="relu2"), "hidden_act='relu2' is none of"),
     "a list of activations": (set_config(hidden_act=["silu"]), r"hidden_act=\['silu'\] is none of"),
     "a rope": (set_config(rope_parameters={"rope_type": "dynamic"}), "rope_type='dynamic' is not supported"),
