@@ -61,7 +61,9 @@ class CodedFiles(WeightFiles):
         found = grid.exact
         if found is None or found.bits > 8 or _scale_dtype(grid.scales_by_group()) is None:
             return None
-        group = math.gcd(found.group, 256) if not found.whole else 256
+        inputs = self.coded[name].shape[1]
+        whole = next((group for group in (256, 128, 64) if inputs % group == 0), RUN)
+        group = whole if found.whole else math.gcd(found.group, 256)
         bits: Bits = next(bits for bits in (4, 5, 6, 8) if bits >= found.bits)
         return Exact(bits, group) if group >= RUN else None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
@@ -14,7 +15,10 @@ from jax.sharding import Mesh
 
 from model.folder import open_folder
 from model.huggingface.export import network_of
+from model.matrices import replace_matrices
+from model.ops.quantized import Quantized
 from model.sharding import MeshShape, build_mesh
+from serve.engine.build import open_model
 from tests.model.gguf.made import ARCHITECTURES, write_gguf
 from tests.parity.families import GOLDEN, golden, load
 from tests.parity.test_families import TOLERANCE, _logits, batch_of
@@ -108,6 +112,39 @@ def test_blocks_become_the_numbers_of_package_gguf(
         array = tensors[f"model.layers.0.{name}.weight"]
         want = gguf.dequantize(gguf.quantize(array, kind), kind).T.astype(got.dtype)
         np.testing.assert_array_equal(np.asarray(got).reshape(want.shape), want)
+
+
+FEWER_BITS = {"Q8_0": 2, "Q5_0": 3, "Q4_0": 9}
+"""Matrices that `--quantize int4`, which keeps embedding and head in 8 bits and values in 6, leaves as they are"""
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", FEWER_BITS)
+def test_what_our_formats_hold_stays_integers(name: str, tp: int, tmp_path: Path) -> None:
+    """Served, a file's integers are those that it was published with, and take as many bytes; the start says so."""
+    kind = GGMLQuantizationType[name]
+    tensors, sizes = wide_llama()
+    folder = open_model(write_gguf(tmp_path / "model.gguf", "llama2", kind, tensors, **sizes), "bfloat16")
+    assert f"9 in {name} stay integers" in folder.remarks[-1]
+    params = folder.load_params(build_mesh(MeshShape(tp=tp)), "bfloat16")
+    held: dict[str, np.ndarray] = {}
+
+    def gather(path: tuple[str, ...], weight: Any, inputs: int) -> Any:
+        assert isinstance(weight, Quantized), path
+        held["/".join(path)] = np.asarray(weight.dequantize())
+        return weight
+
+    replace_matrices(folder.config, params, gather)
+    for path, stored in {
+        "embedding": "model.embed_tokens", "head": "lm_head",
+        "blocks/0/mlp/down/kernel": "model.layers.0.mlp.down_proj",
+        "blocks/0/attention/query/kernel": "model.layers.0.self_attn.q_proj",
+        "blocks/0/attention/out/kernel": "model.layers.0.self_attn.o_proj",
+    }.items():  # fmt: skip
+        want = gguf.dequantize(gguf.quantize(tensors[f"{stored}.weight"], kind), kind).T
+        np.testing.assert_array_equal(held[path], want, err_msg=path)
+    assert len(held) == 9
+    assert len(open_model(folder.source, "bfloat16", quantize="int4").whole) == FEWER_BITS[name]
 
 
 def wide_llama() -> tuple[dict[str, np.ndarray], dict[str, int]]:
