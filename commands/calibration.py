@@ -42,7 +42,7 @@ def quantize_on_text(
             if path not in moments:
                 return weight
             assert isinstance(weight, jax.Array)
-            bits, group, rotated, _ = wanted[path]
+            bits, group, rotated, *_ = wanted[path]
             matrix = as_matrix(path, weight, inputs)
             changed = quantize_by_moments(matrix, moments.pop(path), bits, group, rotated=rotated)
             return jax.block_until_ready(changed)

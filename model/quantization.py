@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ class Format(NamedTuple):
     """Inputs that share a scale"""
     rotated: bool = True
     """See Quantized"""
+    scales: Literal["bfloat16", "float16"] = "bfloat16"
     fixed: bool = True
     """Whether the group is to be what it is, however many inputs there are"""
 
@@ -54,15 +55,16 @@ class Format(NamedTuple):
 
 
 def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
-    """Reads "REGEX=none", or "REGEX=int8", int6, int5 or int4, of which may follow a group's size and "plain", which is
-    not rotated: "REGEX=int4:64", "REGEX=int8:32:plain". Raises ConfigError."""
+    """Reads "REGEX=none", or "REGEX=int8", int6, int5 or int4. A group's size may follow, and "plain", which is not
+    rotated, or "half", which isn't either and has float16 scales, as other programs' files do: "REGEX=int4:64",
+    "REGEX=int8:32:plain". Raises ConfigError."""
     pattern, _, name = rule.rpartition("=")
     kind, *options = name.split(":")
-    plain = options[-1:] == ["plain"]
-    sizes = options[:-1] if plain else options
+    plain, half = options[1:] in (["plain"], ["half"]), options[1:] == ["half"]
+    sizes = options[:1] if plain else options
     if not pattern or kind not in (*_GROUPS, "none") or len(sizes) > 1 or (options and kind == "none"):
         raise ConfigError(f"quantize: {rule!r} must be REGEX=none, or REGEX=KIND, REGEX=KIND:GROUP or "
-                          f"REGEX=KIND:GROUP:plain, with a KIND of {', '.join(_GROUPS)}")  # fmt: skip
+                          f"REGEX=KIND:GROUP:plain (or half), with a KIND of {', '.join(_GROUPS)}")  # fmt: skip
     if sizes and sizes[0] not in _SIZES:
         raise ConfigError(f"quantize: {rule!r}: a group has {', '.join(_SIZES)} numbers")
     try:
@@ -72,7 +74,8 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     if kind == "none":
         return compiled, None
     bits = cast(Bits, int(kind.removeprefix("int")))
-    return compiled, Format(bits, int(sizes[0]) if sizes else _GROUPS[kind], not plain, bool(sizes))
+    group = int(sizes[0]) if sizes else _GROUPS[kind]
+    return compiled, Format(bits, group, not plain, "float16" if half else "bfloat16", bool(sizes))
 
 
 def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], Format]:
@@ -127,7 +130,9 @@ def quantizer(config: ModelConfig, rules: Sequence[str]) -> Callable[[tuple[str,
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(weight: jax.Array, path: tuple[str, ...], inputs: int, wanted: Format) -> Quantized:
-    return quantize(as_matrix(path, weight, inputs), wanted.bits, wanted.group, rotated=wanted.rotated)
+    return quantize(
+        as_matrix(path, weight, inputs), wanted.bits, wanted.group, rotated=wanted.rotated, scales=wanted.scales
+    )
 
 
 def weight_bytes(config: ModelConfig, rules: Sequence[str]) -> int:

@@ -115,7 +115,7 @@ class GgufFiles(WeightFiles):
 
     def exact(self, name: str) -> Exact | None:
         bits = EXACT.get(self.tensors[name].stored.kind.name)
-        return None if bits is None else Exact(bits, 32)
+        return None if bits is None else Exact(bits, 32, "float16")
 
     def integers(self, name: str) -> Integers:
         tensor = self.tensors[name]

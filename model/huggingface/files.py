@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -81,6 +81,7 @@ class Exact(NamedTuple):
     bits: Bits
     group: int
     """Inputs that share a scale"""
+    scales: Literal["bfloat16", "float16"]
 
 
 class Integers(NamedTuple):

@@ -30,7 +30,7 @@ class Kept(NamedTuple):
     @property
     def kind(self) -> str:
         """As a rule of model/quantization.py names it."""
-        return f"int{self.exact.bits}:{self.exact.group}:plain"
+        return f"int{self.exact.bits}:{self.exact.group}:{'half' if self.exact.scales == 'float16' else 'plain'}"
 
 
 def kept_matrix(

@@ -147,22 +147,17 @@ def as_bytes(integers: jax.Array, bits: Bits) -> jax.Array:
 
 
 def quantize(
-    matrix: jax.Array, bits: Bits, group: int, *, rotated: bool = True, importance: jax.Array | None = None
+    matrix: jax.Array, bits: Bits, group: int, *, rotated: bool = True, scales: jax.typing.DTypeLike = jnp.bfloat16
 ) -> Quantized:
-    """matrix[inputs, outputs] as integers, to the nearest over scales that `best_scales` finds.
-
-    importance: float32[inputs], how much an error of a rotated input counts; None is 1 for each.
-    """
+    """matrix[inputs, outputs] as integers, to the nearest over scales, of a dtype, that `best_scales` finds."""
     inputs, outputs = matrix.shape
     matrix = turned(matrix, block_of(bits, group), rotated=rotated)
     padding = math.ceil(inputs / group) * group - len(matrix)
-    weights = jnp.ones(len(matrix)) if importance is None else importance
     groups = jnp.pad(matrix, ((0, padding), (0, 0))).reshape(-1, group, outputs)
-    scales = jax.lax.map(
-        lambda each: best_scales(each[0], each[1], bits), (groups, jnp.pad(weights, (0, padding)).reshape(-1, group))
-    )
-    integers = nearest(groups, scales[:, None], bits).reshape(-1, outputs)[: len(matrix)]
-    return Quantized(as_bytes(integers, bits), scales, bits, inputs, group, rotated)
+    importance = jnp.pad(jnp.ones(len(matrix)), (0, padding)).reshape(-1, group)
+    found = jax.lax.map(lambda each: best_scales(each[0], each[1], bits, scales), (groups, importance))
+    integers = nearest(groups, found[:, None], bits).reshape(-1, outputs)[: len(matrix)]
+    return Quantized(as_bytes(integers, bits), found, bits, inputs, group, rotated)
 
 
 def turned(matrix: jax.Array, block: int, *, rotated: bool) -> jax.Array:
@@ -176,23 +171,25 @@ def turned(matrix: jax.Array, block: int, *, rotated: bool) -> jax.Array:
     return blocks.reshape(padded.shape) / block
 
 
-def best_scales(numbers: jax.Array, importance: jax.Array, bits: Bits) -> jax.Array:
-    """bfloat16[outputs]: the scales that numbers[group, outputs] are nearest to integers over.
+def best_scales(
+    numbers: jax.Array, importance: jax.Array, bits: Bits, dtype: jax.typing.DTypeLike = jnp.bfloat16
+) -> jax.Array:
+    """[outputs] of a dtype: the scales that numbers[group, outputs] are nearest to integers over.
 
     8 bits: what takes the largest number to 127. Fewer: of 6 that take the largest to the end of the range on its own
     side or beyond, each fitted by least squares to the integers that it gives, the one with the least error; an error
     counts by importance[group].
     """
     if bits == 8:
-        return (jnp.abs(numbers).max(axis=0) / 127).astype(jnp.bfloat16)
+        return (jnp.abs(numbers).max(axis=0) / 127).astype(dtype)
     largest = jnp.take_along_axis(numbers, jnp.abs(numbers).argmax(axis=0)[None], axis=0)[0]
     weights = importance[:, None]
 
     def attempt(share: jax.Array) -> tuple[jax.Array, jax.Array]:
-        integers = nearest(numbers, (largest * share).astype(jnp.bfloat16), bits).astype(jnp.float32)
+        integers = nearest(numbers, (largest * share).astype(dtype), bits).astype(jnp.float32)
         square = (weights * integers**2).sum(axis=0)
         fitted = (weights * numbers * integers).sum(axis=0) / jnp.where(square == 0, 1, square)
-        scale = fitted.astype(jnp.bfloat16)
+        scale = fitted.astype(dtype)
         error = numbers - nearest(numbers, scale, bits) * scale.astype(jnp.float32)
         return scale, (weights * error**2).sum(axis=0)
 

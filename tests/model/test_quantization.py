@@ -139,8 +139,8 @@ def test_a_group_fits_the_inputs_unless_a_rule_names_it(inputs: int, group: int)
     config = dataclasses.replace(CONFIG, dim=inputs, heads=2, kv_heads=1, head_dim=16)
     path = ("blocks", "0", "mlp", "up", "kernel")
     assert formats(config, (".*=int8",))[path].group == group
-    assert formats(config, (".*=int8:128",))[path] == (8, 128, True, True)
-    assert formats(config, (".*=int8:32:plain",))[path] == (8, 32, False, True)
+    assert formats(config, (".*=int8:128",))[path] == (8, 128, True, "bfloat16", True)
+    assert formats(config, (".*=int8:32:plain",))[path] == (8, 32, False, "bfloat16", True)
 
 
 @pytest.mark.parametrize(

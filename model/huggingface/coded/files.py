@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -59,13 +60,13 @@ class CodedFiles(WeightFiles):
             return None
         grid = self.coded[name].grid()
         found = grid.exact
-        if found is None or found.bits > 8 or _scale_dtype(grid.scales_by_group()) is None:
+        if found is None or found.bits > 8 or (scales := _scale_dtype(grid.scales_by_group())) is None:
             return None
         inputs = self.coded[name].shape[1]
         whole = next((group for group in (256, 128, 64) if inputs % group == 0), RUN)
         group = whole if found.whole else math.gcd(found.group, 256)
         bits: Bits = next(bits for bits in (4, 5, 6, 8) if bits >= found.bits)
-        return Exact(bits, group) if group >= RUN else None
+        return Exact(bits, group, scales) if group >= RUN else None
 
     def integers(self, name: str) -> Integers:
         coded, exact = self.coded[name], self.exact(name)
@@ -74,8 +75,8 @@ class CodedFiles(WeightFiles):
         values, scales = grid.integers(), grid.scales_by_group()
         values = values if coded.turned else values.T
         groups = np.arange(0, len(values), exact.group) // max(grid.exact.group, 1)
-        dtype = _scale_dtype(scales)
-        return Integers(np.ascontiguousarray(values), np.ascontiguousarray(scales[groups].astype(dtype)))
+        narrow = scales[groups].astype(DTYPES["F16" if exact.scales == "float16" else "BF16"])
+        return Integers(np.ascontiguousarray(values), narrow)
 
     def described(self, whole: Collection[str]) -> str:
         kinds = Counter(each.what for name, each in self.coded.items() if name not in whole)
@@ -90,10 +91,13 @@ class CodedFiles(WeightFiles):
         return module != name and f"{module}.weight" in self.coded and not self._raw.array(name).any()
 
 
-def _scale_dtype(scales: np.ndarray) -> np.dtype | None:
-    """bfloat16 or float16, whichever holds all of them exactly."""
-    dtypes = (np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
-    return next((dtype for dtype in dtypes if np.array_equal(scales.astype(dtype).astype(np.float32), scales)), None)
+def _scale_dtype(scales: np.ndarray) -> Literal["bfloat16", "float16"] | None:
+    """The one that holds all of them exactly."""
+    if np.array_equal(scales.astype(ml_dtypes.bfloat16).astype(np.float32), scales):
+        return "bfloat16"
+    with np.errstate(over="ignore"):
+        halves = scales.astype(np.float16)
+    return "float16" if np.array_equal(halves.astype(np.float32), scales) else None
 
 
 def open_tensors(folder: Path, method: Method | None) -> WeightFiles:
