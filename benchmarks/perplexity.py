@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.child import BenchError
+from benchmarks.divergence import Divergence
 from model.config import ConfigError
 
 MAGIC = b"_logits_"
 HEADER = len(MAGIC) + 12
-LEAST_LOG_PROBABILITY = -16.0
-"""Of a token that counts for the divergence"""
 
 
 @dataclass(frozen=True)
@@ -88,25 +87,6 @@ class BaseLogits:
         words = flat.reshape(self.predicted, self._words)
         scale, least = np.ascontiguousarray(words[:, :4]).view("<f4").T
         return words[:, 4 : 4 + self.vocab] * scale[:, None] + least[:, None]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """How far predictions are from those of a file, over all tokens that are predicted."""
-
-    tokens: int
-    kl: float
-    """Mean KL divergence from the file's distributions, nats a token"""
-    kl_error: float
-    """Its standard error, tokens taken as independent, as llama.cpp does"""
-    top1: float
-    """Share of tokens where both have the same likeliest next one"""
-    perplexity: float
-    base_perplexity: float
-
-    @property
-    def ratio(self) -> float:
-        return self.perplexity / self.base_perplexity
 
 
 def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n_ctx: int, threads: int) -> None:

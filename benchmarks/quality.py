@@ -17,8 +17,9 @@ from rich.table import Table
 
 from benchmarks import corpus
 from benchmarks.child import BenchError
+from benchmarks.divergence import Divergence
 from benchmarks.machine import describe
-from benchmarks.perplexity import BaseLogits, Divergence, divergence, write_base
+from benchmarks.perplexity import BaseLogits, divergence, write_base
 from benchmarks.progress import progress_bar
 from benchmarks.record import Record, results_folder
 from benchmarks.served import measure
@@ -26,6 +27,7 @@ from benchmarks.statistics import number
 from model.cleaning import temporary_folder
 from model.config import ConfigError
 from model.folder import open_folder
+from model.quantization import SCHEMES
 from model.resources import usable_cpus
 
 KIND = "quality"
@@ -224,3 +226,24 @@ def show(record: Record, console: Console) -> None:
 def known(records: Sequence[Record]) -> Qualities:
     """What was measured of the stacks that other benchmarks time, models in the order of `records`."""
     return {r.subject: {row["name"]: row["kl"] for row in r.figures["rows"]} for r in records if r.kind == KIND}
+
+
+def costs(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What `isthmus serve --quantize` tells, model/costs.py: {scheme: {dtype: {model: fields of Cost}}}."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for record in (record for record in records if record.kind == KIND):
+        for row in record.figures["rows"]:
+            scheme = row["name"].removeprefix("isthmus-").removesuffix("-f32")
+            if scheme not in SCHEMES or row["cache_dtype"] != "model":
+                continue
+            table.setdefault(scheme, {}).setdefault(row["dtype"], {})[record.subject] = {
+                "kl": row["kl"],
+                "kl_error": row["kl_window_error"],
+                "ratio": row["ratio"],
+                "ratio_error": row.get("ratio_window_error"),
+                "top1": row["top1"],
+                "tokens": row["tokens"],
+                "dtype": row["dtype"],
+                "cache_dtype": row["dtype"],
+            }
+    return table

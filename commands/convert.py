@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,10 @@ import jax
 import tyro
 from rich.console import Console
 
-from commands.quality import WINDOW, QualityError, compare, predictions, spilled, windows
+from commands.calibration import quantize_on_text
+from commands.gate import GateConfig, QualityError, opened
+from commands.suggest import rules_of
+from commands.texts import texts
 from model.checkpoint import CheckpointError, Checkpoints
 from model.cleaning import cleaning, remove, temporary_folder
 from model.companions import copy_companions
@@ -27,16 +29,11 @@ from model.huggingface.coded.method import FIELD as CODED
 from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
-from model.matrices import pack_params, place_matrices
-from model.ops.cpu import library
 from model.progress import Stages, stages
-from model.quantization import SCHEMES, formats, quantize_params
+from model.quantization import formats, quantize_params
 from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
-from train.config import DataConfig
-from train.documents import read_documents
-from train.heldout import part
 
 HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
 
@@ -68,15 +65,9 @@ class ConvertConfig:
     gguf: Literal["none", "f32", "f16", "bf16", "q8_0", "q4_0"] = "none"
     """Write one GGUF file, for llama.cpp, with matrices of this kind"""
     quantize: str = "none"
-    """int8 (a scale a column), int4 (a scale for 64 numbers of a column; embedding and head are int8), or rules of
-    one's own, joined by commas, the first that matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
-    text: tuple[str, ...] = ()
-    """Files or folders of text, like --data of `isthmus train`, that the quantized model is compared with the original
-    on; default: what training holds out of Python's own library"""
-    windows: int = 24
-    """Of 256 tokens, that are compared"""
-    force: bool = False
-    """Write a quantized model however far it is from the original"""
+    """int8, int6, int5 or int4 (embedding and head are int8), or rules of one's own, joined by commas, the first that
+    matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
+    gate: Annotated[GateConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=GateConfig)
 
 
 def convert(config: ConvertConfig, console: Console) -> None:
@@ -85,8 +76,8 @@ def convert(config: ConvertConfig, console: Console) -> None:
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
-    if config.windows < 1:
-        raise ConfigError(f"windows={config.windows} must be at least 1")
+    if config.gate.windows < 1 or config.gate.calibration < 0:
+        raise ConfigError(f"windows={config.gate.windows} must be at least 1, calibration at least 0")
     folder = open_folder(config.source, config.folder)
     for warning in folder.remarks:
         console.print(warning, style="yellow", markup=False)
@@ -204,45 +195,27 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
         raise ConfigError("quantize: a quantized model is written in our own layout; leave out --to huggingface")
     if folder.config.quantization:
         raise ConfigError(f"{config.source} is quantized already: convert the model that it was made from")
-    rules = SCHEMES.get(config.quantize) or tuple(rule.strip() for rule in config.quantize.split(","))
-    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
-    chosen = formats(plain.config, rules).values()
-    kind = "int4" if any(each.bits == 4 for each in chosen) else "int8"
-    texts = windows(_sample_text(config, folder), plain.config, config.windows)
+    plain = folder.with_config(lora=LoraConfig(), scan_layers=False, remat="none")
+    fitted = any(chosen.bits < 8 for chosen in formats(plain.config, rules_of(config.quantize)).values())
+    sample = texts(config.gate, plain, config.gate.calibration if fitted else 0)
+    for warning in sample.warnings:
+        console.print(warning, style="yellow", markup=False)
     with _appearing(config.target) as partial, stages(console) as shown:
-        params = _read(plain, shown)
-        predicting = shown.begin("predicting with the original", len(texts), "windows")
-        with spilled(predictions(plain.config, params, texts), partial, predicting.advance) as original:
-            quantizing = shown.begin("quantizing", None)
-            quantize_params(plain.config, params, rules, quantizing.advance)
-            comparing = shown.begin("comparing with the original", len(texts), "windows")
-            quantized = predictions(plain.config, _as_served(plain, params), texts)
-            quality = compare(original, quantized, texts, comparing.advance)
-        console.print(f"{kind}: {quality.text()}", highlight=False)
-        if not config.force:
-            quality.check(kind)
-        _write_isthmus(plain.with_config(quantization=rules), params, partial, shown)
+
+        def write(rules: Sequence[str], target: Path) -> None:
+            params = _read(plain, shown)
+            chosen = formats(plain.config, rules)
+            if len(sample.calibration) and any(each.bits < 8 for each in chosen.values()):
+                fitting = shown.begin("fitting integers to the text", len(chosen), "matrices")
+                quantize_on_text(plain.config, params, rules, sample.calibration, fitting.advance)
+            else:
+                quantizing = shown.begin("quantizing", None)
+                quantize_params(plain.config, params, rules, quantizing.advance)
+            _write_isthmus(plain.with_config(quantization=tuple(rules)), params, target, shown)
+
+        with opened(config.gate, plain, sample.comparison, partial, shown, console) as gate:
+            gate.write(config.quantize, write)
     _report(config, folder, console)
-
-
-def _as_served(folder: ModelFolder, params: Params) -> Params:
-    """On CPU with the kernels that will serve it, which round activations as well."""
-    if jax.default_backend() != "cpu" or library.why_not() is not None:
-        return params
-    return place_matrices(pack_params(folder.config, jax.tree.map(lambda leaf: leaf, params)))
-
-
-def _sample_text(config: ConvertConfig, folder: ModelFolder) -> list[int]:
-    """Tokens of as much text as is compared."""
-    tokens: list[int] = []
-    default = (sysconfig.get_path("stdlib"),)
-    for document in read_documents(config.text or default):
-        compared = document if config.text else part(document, DataConfig().heldout_fraction).heldout
-        if compared is not None:
-            tokens += folder.tokenizer.encode(compared.text)
-        if len(tokens) > config.windows * (WINDOW + 1):
-            break
-    return tokens
 
 
 def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:

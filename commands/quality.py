@@ -1,143 +1,134 @@
-"""What a model lost by being quantized: how far its predictions moved from those of the model that it was made from."""
+"""The gate of quantized models: how far one's predictions, as it serves, moved from those of the model that it was made
+from, and whether that is too far."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from model.config import ConfigError, ModelConfig
-from model.transformer import Params, bind
-from train.step import packed_attention
+from benchmarks.divergence import LEAST_LOG_PROBABILITY, ROWS, Gathered, Quality, log_softmax
+from model.config import ConfigError
+from model.costs import INTERVAL, Cost
+from model.folder import ModelFolder
+from serve.engine.scoring import predictions
 
-WINDOW = 256
-"""Tokens that are predicted together"""
-
-ROWS = 32
-"""Tokens whose distributions are compared at once: a vocabulary of 128k takes 16 MB each time it is copied"""
-
-BOUNDS: dict[str, tuple[float, float]] = {"int8": (0.01, 1.01), "int4": (0.12, 1.10)}
-"""By the coarsest integers in a model: the most KL divergence, in nats a token, and the most that perplexity may grow
-by, for a conversion that nobody forced."""
+BOUNDS: dict[int, tuple[float, float]] = {8: (0.01, 1.01), 6: (0.02, 1.02), 5: (0.05, 1.05), 4: (0.12, 1.10)}
+"""By the fewest bits of a model's integers: the most KL divergence, in nats a token, and the most that perplexity may
+grow by, for a conversion that nobody forced."""
 
 
-class QualityError(RuntimeError):
-    """A quantized model too far from the original."""
+NEVER = -100.0
+"""Stands for a logarithm of a probability that counts for nothing"""
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Over the tokens of a text, each predicted from those before it."""
-
-    tokens: int
-    kl: float
-    """Mean KL divergence of the quantized model's predictions from the original's, nats a token"""
-    top1: float
-    """Share of tokens where both have the same likeliest next one"""
-    perplexity: float
-    """Of the quantized model"""
-    original_perplexity: float
-
-    @property
-    def ratio(self) -> float:
-        return self.perplexity / self.original_perplexity
-
-    def text(self) -> str:
-        return (
-            f"KL {self.kl:.2g} nats a token, the same likeliest token {self.top1:.1%}, "
-            f"perplexity {self.perplexity:.4g} ({self.original_perplexity:.4g} before, {self.ratio - 1:+.2%}), "
-            f"over {self.tokens:,} tokens"
-        )
-
-    def check(self, kind: str) -> None:
-        """Raises QualityError past the bounds of "int8" or "int4"."""
-        most_kl, most_ratio = BOUNDS[kind]
-        if not (self.kl <= most_kl and self.ratio <= most_ratio):
-            raise QualityError(
-                f"{kind} moves this model too far: {self.text()}. The bounds are KL {most_kl} and perplexity "
-                f"{most_ratio - 1:+.0%}; --force writes it all the same"
-            )
+def passes(quality: Quality, bits: int) -> bool:
+    """Whether the means are within the bounds."""
+    most_kl, most_ratio = BOUNDS[bits]
+    return quality.kl <= most_kl and quality.ratio <= most_ratio
 
 
-def windows(tokens: Sequence[int], config: ModelConfig, most: int) -> np.ndarray:
-    """int32[at most `most`, window + 1]: neighbouring windows of a text. Raises ConfigError for less than one."""
-    size = min(WINDOW, config.context_length - 1) + 1
-    count = min(most, len(tokens) // size)
-    if not count:
-        raise ConfigError(f"text: {len(tokens)} tokens are less than the {size} that are predicted together")
-    return np.asarray(tokens[: count * size], np.int32).reshape(count, size)
+def undecided(quality: Quality, bits: int) -> bool:
+    """Whether other text of as many windows could well be judged otherwise: the bound that is nearest to be broken, or
+    most broken, lies in the 95% interval of what it bounds. True of a single window."""
+    most_kl, most_ratio = BOUNDS[bits]
+    room = np.array([most_kl - quality.kl, math.log(most_ratio / quality.ratio)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = (room / [quality.kl_window_error, quality.ratio_window_error]).min()
+    return not abs(least) > INTERVAL
 
 
-def predictions(config: ModelConfig, params: Params, texts: np.ndarray) -> Iterator[np.ndarray]:
-    """float32[window, vocab] of log-probabilities for each of texts int32[windows, window + 1]."""
-    program = jax.jit(partial(_log_probabilities, config))
-    for text in texts:
-        yield np.asarray(program(params, text[:-1]))
+def bounds(bits: int) -> str:
+    most_kl, most_ratio = BOUNDS[bits]
+    return f"KL {most_kl} and perplexity {most_ratio - 1:+.0%}"
 
 
-def _divergence(want: np.ndarray, got: np.ndarray) -> np.ndarray:
-    return (np.exp(want) * (want - got)).sum(axis=1)
+def described(quality: Quality) -> str:
+    """The figures, with 95% intervals."""
+    return (
+        f"{cost(quality, '', '').text()} ({quality.perplexity:.4g}, before {quality.base_perplexity:.4g}), over "
+        f"{quality.tokens:,} tokens in {quality.windows} windows; ± is the 95% interval"
+    )
 
 
-def _log_probabilities(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    model = bind(config, params)
-    attend = packed_attention(jnp.zeros((1, tokens.shape[0]), jnp.int32))
-    hidden, _ = model(tokens[None], jnp.arange(tokens.shape[0])[None], attend, None)
-    return jax.nn.log_softmax(model.logits(hidden)[0], axis=-1)
+def cost(quality: Quality, dtype: str, cache_dtype: str) -> Cost:
+    kl_error, ratio_error = (
+        None if math.isnan(error) else error for error in (quality.kl_window_error, quality.ratio_window_error)
+    )
+    return Cost(quality.kl, kl_error, quality.ratio, ratio_error, quality.top1, quality.tokens, dtype, cache_dtype)
+
+
+class Kept:
+    """Log-probabilities of windows in a file, to be read any number of times: in full those that count for the
+    divergence and those of what came, the others as less than all of these.
+
+    Both models' predictions of a window fit into memory, one model's of a whole text don't: 64 windows of 255 tokens
+    and a vocabulary of 128k are 8.4 GB.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._count = file, 0
+
+    def add(self, logits: np.ndarray, targets: np.ndarray) -> None:
+        """float32[tokens, vocab]; int32[tokens], what came."""
+        for row in range(0, len(targets), ROWS):
+            values = log_softmax(logits[row : row + ROWS])
+            kept = values > LEAST_LOG_PROBABILITY
+            kept[np.arange(len(kept)), targets[row : row + ROWS]] = True
+            np.save(self._file, np.packbits(kept, axis=1))
+            np.save(self._file, values[kept])
+        self._shape = logits.shape
+        self._count += 1
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """float32[tokens, vocab] for each window."""
+        self._file.seek(0)
+        for _ in range(self._count):
+            window = np.full(self._shape, NEVER, np.float32)
+            for row in range(0, len(window), ROWS):
+                part = window[row : row + ROWS]
+                kept = np.unpackbits(np.load(self._file), axis=1, count=part.shape[1]).view(bool)
+                part[kept] = np.load(self._file)
+            yield window
 
 
 @contextlib.contextmanager
-def spilled(
-    arrays: Iterator[np.ndarray], folder: Path, tick: Callable[[], None] = lambda: None
-) -> Iterator[Iterator[np.ndarray]]:
-    """Yields what was iterated over once more, from a file in `folder`; tick() after each array that went there.
-
-    The log-probabilities of both models for a window fit into memory, those of a whole text don't: 24 windows of a
-    vocabulary of 128k are 3 GB. Raises ConfigError when the disk has no room.
-    """
-    count = 0
+def original_kept(original: ModelFolder, windows: np.ndarray, folder: Path, tick: Callable[[], None]) -> Iterator[Kept]:
+    """What the original predicts of int32[windows, size], served in its dtype and with such a cache; tick() after each
+    window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
+    first = windows.shape[1] // 2
     with tempfile.TemporaryFile(dir=folder) as file:
+        kept = Kept(file)
         try:
-            for each in arrays:
-                np.save(file, each)
-                count += 1
+            for window, logits in zip(windows, predictions(original, "model", windows, first), strict=True):
+                kept.add(logits, window[first + 1 :])
                 tick()
-            file.seek(0)
+            file.flush()
         except OSError as error:
             raise ConfigError(
                 f"windows: the original's predictions, {file.tell() / 1e9:.2f} GB so far, don't fit into {folder}: "
                 f"{error.strerror}; compare fewer"
             ) from None
-        yield (np.load(file) for _ in range(count))
+        yield kept
 
 
 def compare(
-    original: Iterator[np.ndarray], quantized: Iterator[np.ndarray], texts: np.ndarray, tick: Callable[[], None]
+    original: Iterable[np.ndarray],
+    quantized: ModelFolder,
+    cache_dtype: str,
+    windows: np.ndarray,
+    tick: Callable[[], None],
 ) -> Quality:
-    """Both models' `predictions` of the same texts; tick() after each window."""
-    kl, same, nats, original_nats = [], [], [], []
-    for text, want, got in zip(texts, original, quantized, strict=True):
-        kl += [_divergence(want[row : row + ROWS], got[row : row + ROWS]) for row in range(0, len(want), ROWS)]
-        same.append(want.argmax(axis=1) == got.argmax(axis=1))
-        row = np.arange(len(text) - 1)
-        nats.append(-got[row, text[1:]])
-        original_nats.append(-want[row, text[1:]])
+    """original: log-probabilities of each window, of which there may be more than windows; quantized: as open_model
+    gives it, in the dtype that is to serve; tick() after each window."""
+    first, gathered = windows.shape[1] // 2, Gathered()
+    got = predictions(quantized, cache_dtype, windows, first)
+    for window, want, logits in zip(windows, original, got, strict=False):
+        gathered.add(want, logits, window[first + 1 :])
         tick()
-
-    def mean(parts: list[np.ndarray]) -> float:
-        return float(np.concatenate(parts).mean())
-
-    return Quality(
-        int(texts.shape[0] * (texts.shape[1] - 1)),
-        mean(kl),
-        mean(same),
-        float(np.exp(mean(nats))),
-        float(np.exp(mean(original_nats))),
-    )
+    return gathered.quality()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
 import tyro
@@ -14,6 +14,8 @@ from rich.console import Console
 from model.checkpoint import CheckpointError
 from model.compilation import enable_compilation_cache
 from model.config import ConfigError
+from model.costs import FILE, known, measured
+from model.folder import ModelFolder
 from model.progress import working
 from serve.api.config import ServeConfig
 from serve.api.logs import bound_logs
@@ -84,13 +86,8 @@ def announce(server: Server, console: Console) -> None:
     )
     if reason := engine.executor.without_kernels:
         console.print(f"slower than it could be, without CPU kernels: {reason}", style="yellow", markup=False)
-    if config.quantize != "none":
-        console.print(
-            f"--quantize {config.quantize} changes what the model says; by how much isn't measured here: "
-            f"isthmus convert --quantize {config.quantize} does that",
-            style="yellow",
-            markup=False,
-        )
+    for line in _costs(config, model):
+        console.print(line, style="yellow", markup=False)
     if not config.engine.context_length and engine.config.context_length < model.config.context_length:
         console.print(
             f"context: {engine.config.context_length} of the model's {model.config.context_length} tokens, "
@@ -100,6 +97,25 @@ def announce(server: Server, console: Console) -> None:
     for setting in model.generation.ignored:
         console.print(f"generation_config.json: {setting} is not supported and has no effect", style="yellow")
     console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
+
+
+def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:
+    """What integers cost, and where that was measured."""
+    dtype = model.config.dtype
+    if model.config.quantization:
+        if (cost := measured(model.path)) is None:
+            yield f"what its integers cost isn't known: {model.path} has no {FILE}, which isthmus convert writes"
+            return
+        yield (
+            f"{cost.quantize}: {cost.text()}, measured on {cost.date} over {cost.tokens:,} tokens of {cost.source}, in "
+            f"{cost.dtype} with a cache in {cost.cache_dtype}"
+        )
+    elif config.quantize != "none":
+        told = [f"{cost.text()} on {name}" for name, cost in known(config.quantize, dtype).items()]
+        yield (
+            f"--quantize {config.quantize} changes what the model says; by how much is measured by isthmus convert "
+            f"--quantize {config.quantize}" + (f". It cost, in {dtype}, {'; '.join(told)}" if told else "")
+        )
 
 
 def main(argv: Sequence[str]) -> int:

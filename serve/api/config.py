@@ -31,7 +31,7 @@ class ServeConfig:
     )
     merge_adapter: bool = False
     """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
-    quantize: Literal["none", "int8", "int4"] = "none"
+    quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
     """Keep matrices as integers, made when they are loaded; `isthmus convert --quantize` also says what it costs"""
     host: str = "127.0.0.1"
     """Address to listen on; any but loopback needs --auth-token-file and --tls-cert, or --insecure"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +14,17 @@ from rich.console import Console
 
 from benchmarks import corpus, quality, versus
 from benchmarks.child import BenchError
+from benchmarks.divergence import Divergence, Gathered, kl_divergence
 from benchmarks.machine import describe
-from benchmarks.perplexity import BaseLogits, Divergence, divergence, parse
+from benchmarks.perplexity import BaseLogits, divergence, parse
 from benchmarks.pieces import with_comparison
 from benchmarks.quality import Ours, QualityBench, known, ours
-from benchmarks.record import Record
+from benchmarks.record import Record, load_all
 from benchmarks.report import write_report
-from benchmarks.served import _Gathered, kl_divergence, measure
+from benchmarks.served import measure
 from commands import bench as command
 from model.config import ConfigError
+from model.costs import KNOWN, Cost
 from model.folder import open_folder
 from model.sharding import MeshShape, build_mesh
 from serve.engine.build import build_executor, open_model
@@ -109,17 +112,19 @@ def test_divergence_is_what_the_definition_says() -> None:
     by_hand = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert kl_divergence(want, got) == pytest.approx([by_hand], rel=1e-5)
     assert kl_divergence(want, want) == pytest.approx([0])
-    gathered = _Gathered()
+    gathered = Gathered()
     gathered.add(want[:, :2], got[:, :2] + 9, np.array([1]))
     gathered.add(np.log(np.array([[0.5, 0.25]], np.float32)), np.log(np.array([[0.9, 0.1]], np.float32)), np.array([0]))
-    found = gathered.quality(5)
+    found = gathered.quality()
     second = 0.5 * math.log(0.5 / 0.9) + 0.25 * math.log(0.25 / 0.1)
     assert found.kl == pytest.approx((by_hand + second) / 2, rel=1e-5)
     assert found.kl_error == pytest.approx(abs(by_hand - second) / 2, rel=1e-4), "of the mean of two"
     assert found.kl_window_error == pytest.approx(found.kl_error)
-    assert (found.tokens, found.top1, found.bytes) == (2, 0.5, 5)
+    assert (found.tokens, found.windows, found.top1) == (2, 2, 0.5)
     assert found.perplexity == pytest.approx((0.75 * 0.9) ** -0.5) and found.base_perplexity == pytest.approx(2)
     assert found.ratio == pytest.approx(found.perplexity / 2)
+    grown = math.log(0.5 / 0.75), math.log(0.5 / 0.9)
+    assert found.ratio_window_error == pytest.approx(abs(grown[0] - grown[1]) / 2, rel=1e-5)
 
 
 def test_a_model_is_next_to_itself_and_integers_are_further(folder: Path, tmp_path: Path) -> None:
@@ -171,7 +176,7 @@ def test_a_file_of_another_model_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="a vocabulary of 5"):
         measure(folder, "none", "float32", "model", other)
     with pytest.raises(ConfigError, match="quantize"):
-        measure(folder, "int5", "float32", "model", other)
+        measure(folder, "int7", "float32", "model", other)
 
 
 OUTPUT = """\
@@ -281,3 +286,25 @@ def test_a_piece_more_replaces_its_own_rows_and_refuses_another_text(tmp_path: P
     assert known([again]) == {"real": {"llama-q8_0": 0.004, "isthmus-int8": 0.005, "isthmus-int4": 0.5}}
     with pytest.raises(ConfigError, match="another text"):
         quality._merged(record([], "t"), tmp_path)
+
+
+def test_what_serving_tells_is_what_was_measured() -> None:
+    """Ours alone, by dtype, with the cache that is served by default."""
+    facts = {"dtype": "float32", "cache_dtype": "model", "kl_window_error": 0.001, "ratio_window_error": 0.002}
+    rows = [
+        row("llama-q8_0", 0.004, 3, tensors={}),
+        row("isthmus-int8-f32", 0.005, 2, **facts),
+        row("isthmus-int4", 0.5, 1, **{**facts, "dtype": "bfloat16"}),
+        row("isthmus-int8", 0.7, 2, **{**facts, "dtype": "bfloat16", "cache_dtype": "int8"}),
+        row("isthmus-bf16", 0.0001, 9, **{**facts, "dtype": "bfloat16"}),
+        row("isthmus-int4 calibrated", 0.3, 1, **facts),
+    ]
+    table = quality.costs([record(rows)])
+    assert set(table) == {"int8", "int4"} and set(table["int8"]) == {"float32"} and set(table["int4"]) == {"bfloat16"}
+    assert Cost(**table["int8"]["float32"]["real"]) == Cost(0.005, 0.001, 1.1, 0.002, 0.9, 100, "float32", "float32")
+
+
+def test_what_serving_tells_is_up_to_date() -> None:
+    """scripts/write_costs.py was run after the newest result."""
+    results = Path(quality.__file__).parent / "results"
+    assert quality.costs(load_all(results)) == (json.loads(KNOWN.read_text()) if KNOWN.is_file() else {})

@@ -9,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from commands.serve import announce
+from model import costs
+from model.costs import FILE, MeasuredCost
 from serve.engine import build
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ENGINE, NETWORK, RunningServer
@@ -40,3 +42,34 @@ def test_integers_made_while_loading_are_said_to_cost(start_server: StartServer)
     """And where it is measured how much: nothing here knows."""
     text = said(start_server(engine=SMALL, quantize="int8"))
     assert "--quantize int8 changes what the model says" in text and "isthmus convert --quantize int8" in text
+
+
+def test_what_integers_cost_known_models_is_told(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the dtype that serves; another one costs something else."""
+    cost = {"kl": 0.00412, "kl_error": 0.0001, "ratio": 1.003, "ratio_error": 0.0005, "top1": 0.96, "tokens": 6120}
+    float32, bfloat16 = ({**cost, "dtype": dtype, "cache_dtype": dtype} for dtype in ("float32", "bfloat16"))
+    table = {"int8": {"float32": {"small-1b": float32}, "bfloat16": {"other-1b": bfloat16}}}
+    monkeypatch.setattr(costs, "_table", lambda: table)
+    text = said(start_server(engine=SMALL, quantize="int8", dtype="float32"))
+    assert "KL 0.0041 ± 0.0002 nats a token" in text and "perplexity +0.30 ± 0.1%" in text and "on small-1b" in text
+    assert "other-1b" not in text and "isthmus convert --quantize int8" in text
+
+
+def test_a_quantized_folder_tells_what_was_measured(start_server: StartServer) -> None:
+    """Of itself; and where nothing was, that."""
+    server = start_server(engine=SMALL)
+    assert "quality.json" not in said(server)
+    model = server.server.session.model
+    server.server.session.model = model.with_config(quantization=(".*=int8",))
+    try:
+        assert "no quality.json" in said(server)
+        MeasuredCost(
+            0.05, 0.001, 1.02, None, 0.9, 16320, "bfloat16", "int8", "int4", "prose.txt", 10.2, 10.0, 64, "cpu",
+            "2026-01-02",
+        ).save(model.path)  # fmt: skip
+        text = said(server)
+    finally:
+        server.server.session.model = model
+        (model.path / FILE).unlink(missing_ok=True)
+    assert "int4: KL 0.05 ± 0.002 nats a token" in text and "perplexity +2.00%" in text and "of prose.txt" in text
+    assert "2026-01-02" in text and "in bfloat16 with a cache in int8" in text

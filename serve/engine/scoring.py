@@ -1,0 +1,106 @@
+"""A model's predictions of tokens that are known, as serving computes them: the step's own forward pass over the paged
+cache, with the kernels, the dtypes and the integers that serve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from model.config import ModelConfig
+from model.folder import ModelFolder
+from model.matrices import Packing, place_matrices
+from model.ops.attention import Cache
+from model.sharding import MeshShape, build_mesh, use_mesh
+from model.transformer import Params, bind
+from serve.engine.build import abstract_served
+from serve.engine.config import Bucket, EngineConfig
+from serve.engine.executor import abstract_cache, forward, uses_kernels
+from serve.engine.plan import PADDING, plan_size, split_plan
+
+
+def predictions(folder: ModelFolder, cache_dtype: str, windows: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    """What comes after the tokens from index `first` to the last but one of each of windows, int32[n, size], given
+    those before in its window: float32[size - 1 - first, vocab] of logits.
+
+    folder: as open_model gives it, in the dtype that serves; it is read before the first window. cache_dtype: as in
+    EngineConfig.
+    """
+    engine, mesh = _engine(folder.config, cache_dtype, windows.shape[1]), build_mesh(MeshShape())
+    kernels = uses_kernels(engine, mesh)
+    return score(folder.config, engine, kernels, mesh, load_served(folder, mesh, kernels), windows, first)
+
+
+def load_served(folder: ModelFolder, mesh: Mesh, kernels: bool) -> Params:
+    """The parameters as serving keeps them, packed where it runs its kernels."""
+    dtype = folder.config.dtype
+    abstract = abstract_served(folder, mesh) if kernels else None
+    if abstract is None:
+        return folder.load_params(mesh, dtype)
+    packing = Packing(folder.config, abstract)
+    return packing.finish(folder.load_params(mesh, dtype, keep=packing.put))
+
+
+def score(
+    config: ModelConfig,
+    engine: EngineConfig,
+    kernels: bool,
+    mesh: Mesh,
+    params: Params,
+    windows: np.ndarray,
+    first: int,
+) -> Iterator[np.ndarray]:
+    """`predictions` of parameters as `load_served` gives them. engine: resolved, with a bucket for a whole window."""
+    bucket = engine.buckets[-1]
+    with use_mesh(mesh):
+        cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_cache(config, engine, mesh))
+        span = range(first, windows.shape[1] - 1)
+        step = jax.jit(partial(_logits, config, engine, bucket, kernels, span), donate_argnums=1)
+        for tokens in windows:
+            cache, logits = step(params, cache, _plan(bucket, engine, tokens, config.rope_switch))
+            yield np.asarray(logits)
+
+
+def _engine(config: ModelConfig, cache_dtype: str, size: int) -> EngineConfig:
+    """Of a single sequence, whose whole window is one step; blocks as served."""
+    default = EngineConfig()
+    page, block = default.page_size, default.block_size
+    whole = -(-size // block) * block
+    engine = EngineConfig(
+        max_sequences=1, context_length=size, pages=1 + whole // page, prefill_tokens=whole, prefix_cache=False,
+        cache_dtype=cache_dtype,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return engine.resolve(config)
+
+
+def _logits(
+    config: ModelConfig,
+    engine: EngineConfig,
+    bucket: Bucket,
+    kernels: bool,
+    span: range,
+    params: Params,
+    cache: Cache,
+    packed: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    model = bind(config, place_matrices(params))
+    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+    hidden, cache = forward(model, engine, bucket, kernels, cache, arrays)
+    return cache, model.logits(hidden[bucket.rows + span.start : bucket.rows + span.stop])
+
+
+def _plan(bucket: Bucket, engine: EngineConfig, tokens: np.ndarray, rope_switch: int) -> np.ndarray:
+    """A step that computes a whole prompt, int32[at most the bucket's blocks], in the pages after the null page."""
+    packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
+    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+    arrays.positions[:] = PADDING
+    prompt = slice(bucket.rows, bucket.rows + len(tokens))
+    arrays.tokens[prompt] = tokens
+    arrays.positions[prompt] = np.arange(len(tokens))
+    arrays.tables[bucket.rows :] = 1 + np.arange(engine.pages_per_sequence)
+    arrays.long[bucket.rows :] = 0 < rope_switch < len(tokens)
+    return packed
