@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from model.folder import open_folder
 from model.ops.cpu import library
 from model.quantization import SCHEMES, quantize_params
 from model.sharding import MeshShape, build_mesh
+from serve.api.config import ServeConfig
 from tests.model.huggingface.folders import write_folder
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.support import TINY, forward, largest_file
@@ -275,6 +277,11 @@ def test_the_first_that_passes_is_told() -> None:
     assert told == ["int5", "int6"] and len(asked) == 2
     asked, measure = costing({"=": 9.0})
     assert suggestion(CONFIG, SCHEMES["int4"], measure, lambda name, _: None) is None  # type: ignore[arg-type]
+
+
+def test_what_is_suggested_can_be_served_without_converting() -> None:
+    """The schemes that serve --quantize takes are those that there are."""
+    assert set(typing.get_args(typing.get_type_hints(ServeConfig)["quantize"])) == set(SCHEMES)
 
 
 def test_kinds_are_the_places_in_a_layer() -> None:
