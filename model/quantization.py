@@ -128,11 +128,14 @@ def quantizer(config: ModelConfig, rules: Sequence[str]) -> Callable[[tuple[str,
     return change
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
 def _quantize(weight: jax.Array, path: tuple[str, ...], inputs: int, wanted: Format) -> Quantized:
-    return quantize(
-        as_matrix(path, weight, inputs), wanted.bits, wanted.group, rotated=wanted.rotated, scales=wanted.scales
-    )
+    return _as_integers(as_matrix(path, weight, inputs), wanted)
+
+
+@partial(jax.jit, static_argnums=1)
+def _as_integers(matrix: jax.Array, wanted: Format) -> Quantized:
+    """One program for all matrices of a shape, wherever they belong."""
+    return quantize(matrix, wanted.bits, wanted.group, rotated=wanted.rotated, scales=wanted.scales)
 
 
 def weight_bytes(config: ModelConfig, rules: Sequence[str]) -> int:
