@@ -162,6 +162,11 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None
     checkpoints = Checkpoints(folder)
     try:
         params = checkpoints.restore_params(quantization.abstract_stored(config, mesh))
+    except CheckpointError as error:
+        if not config.quantization:
+            raise
+        hint = "if an earlier version quantized it, convert the model that it was made from again"
+        raise CheckpointError(f"{error}; {hint}") from error
     finally:
         checkpoints.close()
     if config.quantization:

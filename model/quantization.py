@@ -33,7 +33,7 @@ _GROUPS: dict[str, int] = {"int8": 128, "int6": 64, "int5": 64, "int4": 64}
 """At most, unless a rule says otherwise: half or a quarter of it where that leaves less of the last group empty"""
 _SIZES = ("32", "64", "128", "256")
 
-_PARTS = ("integers", "scales")
+_PARTS = ("values", "scales")
 """What a matrix of integers is made of in a checkpoint"""
 
 
@@ -176,9 +176,9 @@ def from_arrays(config: ModelConfig, params: Params) -> Params:
     def change(path: tuple[str, ...], weight: Any, inputs: int) -> Weight:
         if path not in wanted:
             return cast(Weight, weight)
-        integers, scales = (weight[part] for part in _PARTS)
+        values, scales = (weight[part] for part in _PARTS)
         chosen = wanted[path]
-        return Quantized(integers, scales, chosen.bits, inputs, chosen.group, chosen.rotated)
+        return Quantized(values, scales, chosen.bits, inputs, chosen.group, chosen.rotated)
 
     replace_matrices(config, params, change)
     return params

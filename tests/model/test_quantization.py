@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import Mesh
 
 from commands.main import main
-from model.checkpoint import load_params
+from model.checkpoint import CheckpointError, Checkpoints, load_params
 from model.config import ConfigError, ModelConfig
 from model.folder import open_folder
 from model.gptq import quantize_by_moments
+from model.matrices import replace_matrices
 from model.ops.quantized import Quantized, from_integers, quantize, shapes
 from model.quantization import SCHEMES, formats, quantize_params, weight_bytes
 from model.sharding import MeshShape, build_mesh, use_mesh
@@ -246,6 +247,25 @@ def test_conversion_writes_what_serving_reads_on_any_mesh(tmp_path: Path, capsys
         open_model(tmp_path / "small", quantize="int8")
     assert main(["convert", str(tmp_path / "small"), str(tmp_path / "back")]) == 2
     assert "quantized" in capsys.readouterr().out
+
+
+def test_integers_of_an_earlier_version_are_refused(tmp_path: Path, mesh: Mesh) -> None:
+    """They were kept in other bytes: read as ours they would be a model that talks nonsense."""
+    config = dataclasses.replace(CONFIG, quantization=(".*mlp/up/.*=int8:64",), scan_layers=False)
+    params = random_params(CONFIG, mesh)
+    quantize_params(config, params, config.quantization)
+
+    def earlier(path: tuple[str, ...], weight: Any, inputs: int) -> Any:
+        if not isinstance(weight, Quantized):
+            return weight
+        return {"integers": weight.integers(), "scales": weight.scales[:1].astype(jnp.float32)}
+
+    replace_matrices(config, params, earlier)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
+    checkpoints.close()
+    with pytest.raises(CheckpointError, match="earlier version quantized it, convert"):
+        load_params(tmp_path, config, mesh)
 
 
 def test_a_model_that_loses_too_much_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
