@@ -146,6 +146,8 @@ void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, in
   using K = std::conditional_t<Pairs, C, float>;
   const bool keys_in_place = Pairs ? words * 4 == s.head_dim * int64_t(sizeof(C)) : in_place;
   const C* cache = (const C*)s.cache;
+  const int64_t size = s.head_dim, scales_each = s.scales ? s.scales_each() : 0;
+  const float* scales = s.scales;
   prefetch_chunk<C>(s, sequence, head, chunk + kChunk, last);  // what comes next is far from here
   int64_t slots[kChunk];
   each_key(s, sequence, head, chunk, last, [&](int i, int64_t slot) __attribute__((always_inline)) { slots[i] = slot; });
@@ -154,8 +156,7 @@ void read_chunk(const Step& s, int64_t sequence, int64_t head, int64_t chunk, in
     for (int i = 0; i < seen; i++) at[i] = stays ? (const void*)(cache + (slots[i] + part) * s.head_dim) : to + i * step;
     if (stays) return;
     for (int i = 0; i < seen; i++, to += step)
-      read(cache + (slots[i] + part) * s.head_dim, s.head_dim,
-           s.scales ? s.scales + (slots[i] + part) * s.scales_each() : nullptr, to);
+      read(cache + (slots[i] + part) * size, size, scales + (slots[i] + part) * scales_each, to);
   };
   place(scratch.key, 0, keys_in_place, (K*)scratch.keys.data(), words * 4 / int64_t(sizeof(K)));
   place(scratch.value, s.shared ? 0 : 1, in_place, scratch.values.data(), s.padded());

@@ -65,9 +65,15 @@ void read(const C* from, int64_t size, const float*, K* to) {
 }
 inline void read(const int8_t* from, int64_t size, const float* scales, float* to) {
   int64_t i = 0;
-  for (; i + kScaled <= size; i += kScaled, scales++)
-    for (int64_t j = i; j < i + kScaled; j++) to[j] = float(from[j]) * *scales;
-  for (; i < size; i++) to[i] = float(from[i]) * *scales;
+  for (; i + kScaled <= size; i += kScaled) {
+    const Floats scale = splat(*scales++);
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < kScaled; j += kLanes) put(to + i + j, numbers(from + i + j) * scale);
+  }
+  if (i == size) return;
+  const float scale = *scales;
+  for (; i + kLanes <= size; i += kLanes) put(to + i, numbers(from + i) * splat(scale));
+  for (; i < size; i++) to[i] = float(from[i]) * scale;
 }
 template <class C>
 void write(const float* from, int64_t size, C* to) {

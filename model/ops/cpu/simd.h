@@ -27,6 +27,7 @@ typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t SmallBytes __attribute__((vector_size(kLanes)));
+typedef int8_t SmallInts __attribute__((vector_size(kLanes)));
 
 inline int64_t round_up(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
@@ -133,11 +134,20 @@ inline Floats exp(Floats x) {
   return tiny ? Floats{} : y * (Floats)power;
 }
 
-// Numbers of an array in float32, and back: float, or uint16_t for bfloat16.
+// Numbers of an array in float32, and back: float, or uint16_t for bfloat16; vectors of int8_t are only read.
 inline float number(const float* x, int64_t i) { return x[i]; }
 inline float number(const uint16_t* x, int64_t i) { return from_bf16(x[i]); }
 inline Floats numbers(const float* x) { return load<Floats>(x); }
 inline Floats numbers(const uint16_t* x) { return load_bf16(x); }
+inline Floats numbers(const int8_t* x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
+#else
+  return to_floats(__builtin_convertvector(load<SmallInts>(x), Ints));
+#endif
+}
 inline void put(float* to, int64_t i, float x) { to[i] = x; }
 inline void put(uint16_t* to, int64_t i, float x) { to[i] = to_bf16(x); }
 inline void put(float* to, Floats x) { store(to, x); }

@@ -26,8 +26,8 @@ def attend(kernel: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray | None, cac
     integers = cache == "int8"
     scales = jnp.zeros((*shape[:3], scales_of(head_dim)), jnp.float32) if integers else None
     pages = Cache(jnp.zeros(shape, jnp.int8 if integers else jnp.float32), scales)
-    table = jnp.arange(1, shape[0], dtype=jnp.int32)[None]
-    step = PagedStep(0, table, jnp.arange(tokens, dtype=jnp.int32))
+    tables = jnp.tile(jnp.arange(1, shape[0], dtype=jnp.int32), (2, 1))
+    step = PagedStep(1, tables, jnp.arange(tokens, dtype=jnp.int32))  # its first token alone, then the others
     arrays = (jnp.asarray(q), jnp.asarray(k), None if v is None else jnp.asarray(v))
     with use_cpu_kernels(kernel):
         out, _ = paged_step(*arrays, pages, jnp.int32(0), step, Scoring(head_dim**-0.5), None)
@@ -88,8 +88,9 @@ def test_large_dimensions_of_keys_cost_no_others_their_bits(head_dim: int, kerne
 @pytest.mark.parametrize("shared", [False, True], ids=["keys and values", "keys are values"])
 @pytest.mark.parametrize("head_dim", [24, 41, 64, 96, 256, 576])
 def test_kernel_and_reference_hardly_differ(head_dim: int, shared: bool) -> None:
-    """A number that is half-way between two integers may be rounded either way: a step of one in 127, now and then."""
+    """A number that is half-way between two integers may be rounded either way. Of a token that sees few keys, that one
+    step is up to 0.02 / sqrt(head_dim); over all tokens it is a small part of what the integers cost."""
     q, k, v = prompt(head_dim, outlier=5.0)
     each = [attend(kernel, q, k, None if shared else v, "int8") for kernel in (True, False)]
     largest, mean = error(*each)
-    assert largest < 1e-3 and mean < 2e-5
+    assert largest < 3e-3 and mean < 2e-4
