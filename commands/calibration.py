@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.gptq import quantize_by_moments
 from model.matrices import Path, as_matrix, matrix_inputs, replace_matrices
 from model.ops.linear import Observed, Weight
@@ -31,20 +31,24 @@ def quantize_on_text(
     """Turns matrices into integers as model/gptq.py does, in place. params: unstacked, of a network that computes in
     float32 or bfloat16; texts: int32[windows, tokens]; tick(matrices) after some are done.
 
-    Layers come in order, so that those behind meet what is lost before them. The embedding is rounded to the nearest:
-    it is looked up as well.
+    Matrices whose moments fit into MOMENTS_BYTES are watched together; those behind then meet what is lost in these.
+    The embedding is rounded to the nearest: it is looked up as well. Raises ConfigError where activations are not
+    finite.
     """
     wanted = formats(config, rules)
     for paths in _parts(config, wanted):
         moments = _moments(config, params, paths, texts)
+        if broken := [path for path in paths if not jnp.isfinite(moments[path]).all()]:
+            name = "/".join(broken[0])
+            raise ConfigError(f"calibration: {name} meets activations that are not finite; --calibration 0 rounds")
 
         def change(path: Path, weight: Weight, inputs: int, moments: dict[Path, jax.Array] = moments) -> Weight:
             if path not in moments:
                 return weight
             assert isinstance(weight, jax.Array)
-            bits, group, rotated, *_ = wanted[path]
+            bits, group, rotated, scales, _ = wanted[path]
             matrix = as_matrix(path, weight, inputs)
-            changed = quantize_by_moments(matrix, moments.pop(path), bits, group, rotated=rotated)
+            changed = quantize_by_moments(matrix, moments.pop(path), bits, group, rotated=rotated, scales=scales)
             return jax.block_until_ready(changed)
 
         replace_matrices(config, params, change)

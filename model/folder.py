@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,7 +195,10 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
 def copy_published_config(folder: Path, target: Path) -> None:
     """Keeps a published folder's config.json in a folder of ours, whose weights are plain or quantized by our rules."""
     values = read_json(folder / "config.json")
-    values.pop(FIELD, None)
+    if FIELD not in values:
+        shutil.copyfile(folder / "config.json", target / PUBLISHED_CONFIG)
+        return
+    del values[FIELD]
     (target / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 

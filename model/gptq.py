@@ -17,7 +17,13 @@ DAMPING = 0.01
 
 
 def quantize_by_moments(
-    matrix: jax.Array, moments: jax.Array, bits: Bits, group: int, *, rotated: bool = True
+    matrix: jax.Array,
+    moments: jax.Array,
+    bits: Bits,
+    group: int,
+    *,
+    rotated: bool = True,
+    scales: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Quantized:
     """matrix[inputs, outputs] as integers; moments: float32[inputs, inputs], the sum of x.T @ x over inputs x that it
     met.
@@ -25,10 +31,11 @@ def quantize_by_moments(
     Inputs are rounded one after the other, and what each loses is taken on by those that follow, as far as they vary
     together. Scales are those of `best_scales` for what a group has become by then.
     """
-    inputs, block = len(matrix), block_of(bits, group)
+    inputs, block = len(matrix), block_of(bits, group, rotated=rotated)
     factor = _factor(np.asarray(_turned_moments(moments, block, rotated)))
-    integers, scales = _feed_errors(turned(matrix, block, rotated=rotated), jnp.asarray(factor), bits, group)
-    return Quantized(as_bytes(integers, bits), scales, bits, inputs, group, rotated)
+    matrix = turned(matrix, block, rotated=rotated)
+    integers, found = _feed_errors(matrix, jnp.asarray(factor), bits, group, jnp.dtype(scales))
+    return Quantized(as_bytes(integers, bits), found, bits, inputs, group, rotated)
 
 
 def _turned_moments(moments: jax.Array, block: int, rotated: bool) -> jax.Array:
@@ -48,9 +55,11 @@ def _factor(moments: np.ndarray) -> np.ndarray:
     return np.linalg.cholesky(inverse.T @ inverse).T.astype(np.float32)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _feed_errors(matrix: jax.Array, factor: jax.Array, bits: Bits, group: int) -> tuple[jax.Array, jax.Array]:
-    """(int8[inputs, outputs], bfloat16[groups, outputs])."""
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _feed_errors(
+    matrix: jax.Array, factor: jax.Array, bits: Bits, group: int, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """(int8[inputs, outputs], [groups, outputs] of a dtype)."""
     inputs, outputs = matrix.shape
     groups = math.ceil(inputs / group)
     padding = groups * group - inputs
@@ -63,13 +72,13 @@ def _feed_errors(matrix: jax.Array, factor: jax.Array, bits: Bits, group: int) -
         rows = jax.lax.dynamic_slice_in_dim(factor, first, group)
         own = jax.lax.dynamic_slice_in_dim(rows, first, group, axis=1)
         numbers = jax.lax.dynamic_slice_in_dim(matrix, first, group)
-        scale = best_scales(numbers, 1 / jnp.diagonal(own) ** 2, bits)
+        scale = best_scales(numbers, 1 / jnp.diagonal(own) ** 2, bits, dtype)
         rounded, errors = _round_group(numbers, own, scale, bits)
         later = jnp.where(jnp.arange(len(matrix)) >= first + group, rows, 0)
         matrix = matrix - jnp.matmul(later.T, errors)
         return matrix, jax.lax.dynamic_update_slice_in_dim(integers, rounded, first, 0), scales.at[index].set(scale)
 
-    start = matrix, jnp.zeros(matrix.shape, jnp.int8), jnp.zeros((groups, outputs), jnp.bfloat16)
+    start = matrix, jnp.zeros(matrix.shape, jnp.int8), jnp.zeros((groups, outputs), dtype)
     _, integers, scales = jax.lax.fori_loop(0, groups, step, start)
     return integers[:inputs], scales
 

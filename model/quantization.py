@@ -83,7 +83,7 @@ def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], 
     that matches a whole path, such as "blocks/0/mlp/up/kernel", decides. A router stays as it is: it is small, and
     chooses.
 
-    Raises ConfigError for a rule that can't be read, or that matches nothing.
+    Raises ConfigError for a rule that can't be read, or where none of them matches anything.
     """
     parsed = [parse_rule(rule) for rule in rules]
     found, used = {}, set()
@@ -148,7 +148,9 @@ def weight_bytes(config: ModelConfig, rules: Sequence[str]) -> int:
         if (chosen := wanted.get(name)) is None:
             total += numbers * jnp.dtype(kept_dtype(path, config.dtype)).itemsize
         else:
-            values, scales = shapes(chosen.bits, chosen.group, inputs[name], numbers // inputs[name])
+            values, scales = shapes(
+                chosen.bits, chosen.group, inputs[name], numbers // inputs[name], rotated=chosen.rotated
+            )
             total += math.prod(values) + 2 * math.prod(scales)
     return total
 

@@ -306,7 +306,7 @@ def stack_blocks(tree: Any, runs: Iterable[range] | None = None) -> Any:
 
 def _alike(layers: dict[int, Any]) -> Iterator[range]:
     """Neighbours with the same arrays."""
-    shapes = {layer: str(jax.tree.map(jnp.shape, layers[layer])) for layer in sorted(layers)}
+    shapes = {layer: str(jax.tree.map(lambda x: (jnp.shape(x), x.dtype), layers[layer])) for layer in sorted(layers)}
     for _, group in groupby(enumerate(shapes), key=lambda each: (each[1] - each[0], shapes[each[1]])):
         run = [layer for _, layer in group]
         yield range(run[0], run[-1] + 1)

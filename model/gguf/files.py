@@ -20,6 +20,7 @@ from model.huggingface.files import Exact, Integers, View, WeightFiles
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 MAX_PARTS = 1000
+MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ class GgufFiles(WeightFiles):
         part = name.split(".")[2] if name.startswith("blk.") and name.count(".") > 2 else ""
         if not published:
             return
+        if stored.kind.dtype is None and len(stored.shape) < 2:
+            raise ConfigError(f"{self.folder}: the tensor {name} has one axis, and is kept as {stored.kind.name}")
         if "{expert}" in published:
+            if len(stored.shape) != 3 or stored.shape[0] > MAX_EXPERTS:
+                raise ConfigError(f"{self.folder}: the tensor {name} has the shape {list(stored.shape)}; [experts, "
+                                  f"outputs, inputs] of at most {MAX_EXPERTS} are read")  # fmt: skip
             rows = int(np.prod(stored.shape[1:-1], dtype=np.int64))
             for expert in range(stored.shape[0]):
                 yield published.format(expert=expert), Tensor(stored, stored.shape[1:], expert * rows)
@@ -81,7 +87,7 @@ class GgufFiles(WeightFiles):
         shape = stored.shape
         heads = self._heads.get(part, 0)
         rows = shape[0]
-        if heads and rows % (2 * heads):
+        if heads and (len(shape) > 2 or rows % (2 * heads)):
             raise ConfigError(f"{self.folder}: the tensor {name} has {rows} rows, which are not {heads} heads")
         yield (
             published,

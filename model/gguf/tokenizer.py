@@ -183,6 +183,10 @@ def _sentence_piece(metadata: Metadata, tokens: list[str], types: np.ndarray) ->
     }
 
 
+MAX_TOKEN = 1024
+"""Characters of one that others are put together to: the work grows by their square. Published ones have 130"""
+
+
 def _spell_spaces(tokens: list[str], types: np.ndarray) -> None:
     """Spells runs of spaces as SentencePiece does: converters write them out."""
     known = set(tokens)
@@ -212,6 +216,10 @@ def _scored_merges(
     merges = []
     for index in words.tolist():
         token = tokens[index]
+        if len(token) > MAX_TOKEN:
+            raise metadata.error(
+                "tokenizer.ggml.tokens", f"has a token of {len(token)} characters; at most {MAX_TOKEN}"
+            )
         for cut in range(len(token) - 1, 0, -1):
             if token[:cut] in text and token[cut:] in text:
                 merges.append((token[:cut], token[cut:]))

@@ -184,9 +184,12 @@ class TensorFiles(WeightFiles):
 
     def _mapped(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
-            with path.open("rb") as file:
-                # Two threads may come first together; both get the mapping that is kept.
-                self._maps.setdefault(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            try:
+                with path.open("rb") as file:
+                    # Two threads may come first together; both get the mapping that is kept.
+                    self._maps.setdefault(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            except OSError as error:
+                raise ConfigError(f"{path} can't be read: {error.strerror}") from None
         return self._maps[path]
 
 

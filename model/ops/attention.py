@@ -103,7 +103,7 @@ class Cache:
     """An array, or the shape of one: [pages, page_size, 2 * kv_heads, head_dim], K and V of a head side by side; [...,
     kv_heads, head_dim] where keys are values too. float32, bfloat16, or int8, whose vectors are `spread`"""
     scales: Any = None
-    """float32[pages, page_size, 2 * kv_heads, `scales_of` head_dim] of int8 pages: what the integers are times"""
+    """float32[pages, page_size, 2 * kv_heads * `scales_of` head_dim] of int8 pages: what the integers are times"""
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ def write_pages(cache: Cache, k: jax.Array, v: jax.Array | None, pages: jax.Arra
     padded = jnp.pad(jnp.abs(kv), ((0, 0), (0, 0), (0, groups * SCALED - head_dim)))
     scales = padded.reshape(tokens, -1, groups, SCALED).max(axis=-1) / 127
     integers = jnp.round(kv / _each(jnp.where(scales == 0, 1, scales), head_dim)).astype(jnp.int8)
-    return Cache(cache.pages.at[pages, offsets].set(integers), cache.scales.at[pages, offsets].set(scales))
+    flat = scales.reshape(tokens, *cache.scales.shape[2:])
+    return Cache(cache.pages.at[pages, offsets].set(integers), cache.scales.at[pages, offsets].set(flat))
 
 
 def scales_of(head_dim: int) -> int:
@@ -242,7 +243,8 @@ def _read_pages(cache: Cache, pages: jax.Array, dtype: jnp.dtype) -> jax.Array:
     kept = cache.pages[pages]
     if cache.scales is None:
         return kept.astype(dtype)
-    return (kept.astype(jnp.float32) * _each(cache.scales[pages], kept.shape[-1])).astype(dtype)
+    scales = cache.scales[pages].reshape(*kept.shape[:-1], -1)
+    return (kept.astype(jnp.float32) * _each(scales, kept.shape[-1])).astype(dtype)
 
 
 def paged(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from model.ops.cpu.packed import Packed, multiply
-from model.ops.quantized import Quantized
+from model.ops.quantized import Quantized, rotate
 
 
 @jax.tree_util.register_dataclass
@@ -114,8 +114,12 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def multiply_quantized(x: jax.Array, weight: Quantized) -> jax.Array:
-    """float32[rows, outputs], the integers turned back to x's dtype first: x itself is never rounded here."""
-    matrix = weight.dequantize().astype(x.dtype)
+    """float32[rows, outputs], of integers times their scales in x's dtype; x is turned as they are, and not rounded to
+    integers here."""
+    matrix = weight.kept().astype(x.dtype)
+    x = jnp.pad(x, ((0, 0), (0, len(matrix) - x.shape[1])))
+    if weight.rotated:
+        x = rotate(x.astype(jnp.float32).T, weight.block, len(matrix)).T.astype(x.dtype)
     return jnp.matmul(x, matrix, preferred_element_type=jnp.float32)
 
 

@@ -49,7 +49,7 @@ class Quantized:
     @property
     def block(self) -> int:
         """Inputs that are turned together."""
-        return block_of(self.bits, self.group)
+        return block_of(self.bits, self.group, rotated=self.rotated)
 
     def integers(self) -> jax.Array:
         """int8[inputs, outputs]."""
@@ -57,9 +57,13 @@ class Quantized:
 
     def dequantize(self) -> jax.Array:
         """float32[inputs, outputs]."""
-        numbers = _integers(self.values, self.bits).astype(jnp.float32)
-        numbers *= jnp.repeat(self.scales.astype(jnp.float32), self.group, axis=0)[: len(numbers)]
+        numbers = self.kept()
         return rotate(numbers, self.block, self.inputs) if self.rotated else numbers[: self.inputs]
+
+    def kept(self) -> jax.Array:
+        """float32[padded inputs, outputs]: integers times scales, turned if they are."""
+        numbers = _integers(self.values, self.bits).astype(jnp.float32)
+        return numbers * jnp.repeat(self.scales.astype(jnp.float32), self.group, axis=0)[: len(numbers)]
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]: some of the columns, without the others being dequantized."""
@@ -70,21 +74,24 @@ class Quantized:
         return some.dequantize().T.reshape(*indices.shape, self.inputs)
 
 
-def block_of(bits: Bits, group: int) -> int:
+def block_of(bits: Bits, group: int, *, rotated: bool) -> int:
     """Inputs that are turned together, and that share a scale where activations are rounded to int8: 64, of 8 bits
-    128, or what groups divide by."""
-    return math.gcd(group, 128 if bits == 8 else 64)
+    128, or what groups divide by. What isn't turned has outliers, and 32."""
+    return math.gcd(group, 128 if bits == 8 else 64) if rotated else RUN
 
 
-def runs_of(inputs: int, bits: Bits, group: int) -> int:
+def runs_of(inputs: int, bits: Bits, group: int, *, rotated: bool) -> int:
     """Runs of 32 that a column's inputs take, filled up to whole blocks."""
-    block = block_of(bits, group)
+    block = block_of(bits, group, rotated=rotated)
     return math.ceil(inputs / block) * (block // RUN)
 
 
-def shapes(bits: Bits, group: int, inputs: int, outputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def shapes(
+    bits: Bits, group: int, inputs: int, outputs: int, *, rotated: bool
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of a Quantized's values and scales."""
-    return (runs_of(inputs, bits, group) * 4 * bits, outputs), (math.ceil(inputs / group), outputs)
+    rows = runs_of(inputs, bits, group, rotated=rotated) * 4 * bits
+    return (rows, outputs), (math.ceil(inputs / group), outputs)
 
 
 @cache
@@ -126,7 +133,7 @@ def from_integers(integers: jax.Array, scales: jax.Array, bits: Bits, group: int
     """The matrix of int8[inputs, outputs] within -2^(bits - 1) and 2^(bits - 1) - 1, and scales, bfloat16 or
     float16[groups, outputs], as they are."""
     inputs = len(integers)
-    padded = jnp.pad(integers, ((0, runs_of(inputs, bits, group) * RUN - inputs), (0, 0)))
+    padded = jnp.pad(integers, ((0, -(-inputs // RUN) * RUN - inputs), (0, 0)))
     return Quantized(as_bytes(padded, bits), scales, bits, inputs, group)
 
 
@@ -151,7 +158,7 @@ def quantize(
 ) -> Quantized:
     """matrix[inputs, outputs] as integers, to the nearest over scales, of a dtype, that `best_scales` finds."""
     inputs, outputs = matrix.shape
-    matrix = turned(matrix, block_of(bits, group), rotated=rotated)
+    matrix = turned(matrix, block_of(bits, group, rotated=rotated), rotated=rotated)
     padding = math.ceil(inputs / group) * group - len(matrix)
     groups = jnp.pad(matrix, ((0, padding), (0, 0))).reshape(-1, group, outputs)
     importance = jnp.pad(jnp.ones(len(matrix)), (0, padding)).reshape(-1, group)

@@ -37,8 +37,8 @@ def abstract_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Cach
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
     if dtype != jnp.int8:
         return Cache(pages)
-    scales = (*shape[:3], scales_of(model.head_dim))
-    return Cache(pages, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=pages.sharding))
+    scales = (*shape[:2], shape[2] * scales_of(model.head_dim))
+    return Cache(pages, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=named_sharding(mesh, *axes[:3])))
 
 
 def uses_kernels(engine: EngineConfig, mesh: Mesh) -> bool:

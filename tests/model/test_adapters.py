@@ -227,7 +227,7 @@ def merged_by_hand(base: ModelFolder, tensors: dict[str, np.ndarray], scale: Cal
         product = tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
         weights[f"{module}.weight"] = weights[f"{module}.weight"] + np.float32(scale(module)) * product
     save_file(weights, base.path / "model.safetensors", {"format": "pt"})
-    return base.load_params(build_mesh(MeshShape()))
+    return open_folder(base.path).load_params(build_mesh(MeshShape()))
 
 
 LAYER = "model.layers.{}.{}"

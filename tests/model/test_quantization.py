@@ -71,7 +71,7 @@ def test_integers_are_kept_bit_by_bit(bits: Any) -> None:
     scales = rng.uniform(-1, 1, (4, 7)).astype(np.float16)
     made = from_integers(jnp.asarray(integers), jnp.asarray(scales), bits, 32)
     np.testing.assert_array_equal(made.integers(), integers)
-    assert (made.values.shape, made.scales.shape) == shapes(bits, 32, 100, 7)
+    assert (made.values.shape, made.scales.shape) == shapes(bits, 32, 100, 7, rotated=False)
     want = integers * np.repeat(scales.astype(np.float32), 32, axis=0)[:100]
     np.testing.assert_array_equal(made.dequantize(), want)
     assert made.values.nbytes == 128 * 7 * bits // 8

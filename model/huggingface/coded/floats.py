@@ -112,7 +112,7 @@ def _find_mxfp4(files: TensorFiles) -> Found:
 def _mxfp4(files: TensorFiles, name: str) -> list[Coded]:
     parts = (f"{name}_blocks", f"{name}_scales")
     blocks, scales = (wanted(files, part, f"{name}_blocks", ("uint8",)) for part in parts)
-    if len(blocks.shape) != 4 or blocks.shape[3] != 16:
+    if len(blocks.shape) != 4 or blocks.shape[3] != 16 or min(blocks.shape) < 1:
         raise ConfigError(f"{files.folder}: {name}_blocks has the shape {list(blocks.shape)}, and [experts, outputs, "
                           "groups, 16] is expected")  # fmt: skip
     experts, outputs, groups, _ = blocks.shape

@@ -1,4 +1,4 @@
-// Lays a matrix out as linear.cc reads it (model/ops/cpu/packed.py says how): panels of 16 columns, in lines of 64 bytes.
+// Lays a matrix out as linear_product.h reads it (model/ops/cpu/packed.py says how): panels of 16 columns, in lines of 64 bytes.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -1,4 +1,4 @@
-"""Matrices in the layout that linear.cc multiplies by: made once, when a model is loaded.
+"""Matrices in the layout that linear_product.h multiplies by: made once, when a model is loaded.
 
 A panel holds 16 columns; a line of it, 64 bytes, holds 4 bytes of each: 1 float32 or 2 bfloat16 along the inputs, or
 four rows of the bytes that integers are kept in (model/ops/quantized.py), so that a product needs no rearrangement
@@ -80,7 +80,8 @@ def multiply(x: jax.Array, weights: Sequence[Packed], dtype: jax.typing.DTypeLik
 
     dtype: float32 or bfloat16, of the results, which are computed in float32.
 
-    A row's result depends on that row alone. Against integers, x is rounded to int8, by 64 numbers of a row or 32.
+    A row's result depends on that row alone. Against integers, x is rounded to int8, by as many numbers of
+    a row as the weights' `block`.
     """
     kind = weights[0].kind
     assert len({weight.layout for weight in weights}) == 1, [weight.layout for weight in weights]

@@ -24,7 +24,8 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HALF_ULP = 2.0**-24
 SUBNORMAL = 2.0**-125
 """What is this small may count as zero on the way"""
-KINDS = ("float32", "bfloat16", "int8-32", "int8-64-float16", "int8-256-rotated", "int6-64-rotated", "int5-32-rotated")
+KINDS = ("float32", "bfloat16", "int8-64-float16", "int8-64-rotated", "int8-256-rotated", "int6-64-rotated")
+KINDS += ("int5-32-rotated",)
 KINDS += ("int5-128", "int4-32-float16", "int4-128-rotated")
 """Bits and groups, with every run that activations are rounded by"""
 SIZES = (
@@ -45,7 +46,7 @@ def random_weight(rng: np.random.Generator, kind: str, inputs: int, outputs: int
         return jnp.asarray(rng.normal(size=(inputs, outputs)).astype(np.dtype(kind)))
     name, size, *options = kind.split("-")
     bits, group = cast(Bits, int(name[3:])), int(size)
-    (rows, _), groups = shapes(bits, group, inputs, outputs)
+    (rows, _), groups = shapes(bits, group, inputs, outputs, rotated="rotated" in options)
     integers = np.zeros((rows // bits * 8, outputs), np.int8)  # padding is zero
     integers[:inputs] = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (inputs, outputs), np.int8)
     scales = rng.uniform(0, 0.001 if "rotated" in options else 0.1, groups).astype(
@@ -66,7 +67,8 @@ def hadamard(size: int) -> np.ndarray:
 
 
 def block_of(weight: Quantized) -> int:
-    return next(size for size in ((128, 64, 32) if weight.bits == 8 else (64, 32)) if weight.group % size == 0)
+    sizes = (32,) if not weight.rotated else (128, 64, 32) if weight.bits == 8 else (64, 32)
+    return next(size for size in sizes if weight.group % size == 0)
 
 
 def integers_of(weight: Quantized) -> np.ndarray:
