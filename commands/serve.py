@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from model.config import ConfigError
 from model.costs import FILE, known, measured
 from model.folder import ModelFolder
 from model.progress import working
+from model.signals import end_at_once
 from serve.api.config import ServeConfig
 from serve.api.logs import bound_logs
 from serve.api.server import Server
@@ -127,8 +126,7 @@ def main(argv: Sequence[str]) -> int:
     config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
     try:
         if status := _run(serve(config, console)):
-            sys.stdout.flush()
-            os._exit(status)  # an engine that hangs would keep the process
+            end_at_once(status)  # an engine that hangs would keep the process
         return 0
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus serve: {error}", style="red", markup=False)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
@@ -31,15 +33,25 @@ def stop_at_once() -> None:
         return
 
 
+def end_at_once(status: int) -> NoReturn:
+    """Ends the process with a status, whatever its other threads do, once what `cleaning` was given is done."""
+    _do(*reversed(cleanups), sys.stdout.flush)
+    os._exit(status)
+
+
 def _stop(number: int, frame: object) -> None:
     for each in STOPPING:  # told again, it doesn't wait for the rest
         signal.signal(each, _end)
-    for work in (*reversed(cleanups), sys.stdout.flush, _say):  # who is interrupted while printing can't flush
+    _do(*reversed(cleanups), sys.stdout.flush, _say)  # who is interrupted while printing can't flush
+    _end(number, frame)
+
+
+def _do(*works: Callable[[], object]) -> None:
+    for work in works:
         try:
             work()
         except Exception:  # it ends all the same
             continue
-    _end(number, frame)
 
 
 def _say() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_p
 from model.config import ConfigError
 from model.folder import ModelFolder
 from model.sharding import MeshShape
+from model.signals import end_at_once
 from serve.api.auth import TokenAuth
 from serve.api.config import ServeConfig
 from serve.api.control import ControlService
@@ -171,7 +171,7 @@ class Server:
 
         def told(number: int) -> None:
             if stop.is_set():
-                os._exit(128 + number)
+                end_at_once(128 + number)
             stop.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
