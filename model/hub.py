@@ -104,6 +104,9 @@ def _cached(name: str, revision: str | None) -> Path:
         found = try_to_load_from_cache(name, file, revision=revision)
         if isinstance(found, str):  # else it isn't known, or known not to exist
             return Path(found).parent
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    if files := sorted(kept.glob("*/*.gguf")):
+        raise ConfigError(f"{name}: the Hugging Face cache holds GGUF files of it: name one, as {files[0]}")
     version = "" if revision is None else f" at revision {shortened(revision)}"
     raise ConfigError(
         f"{name}{version}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
@@ -117,7 +120,13 @@ def _download(name: str, revision: str | None) -> Path:
 
     try:
         wanted, not_wanted = list(_WANTED), list(_NOT_WANTED)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None
+    if not present(found / "config.json") and not present(found / "adapter_config.json"):
+        raise ConfigError(
+            f"{name} has no config.json. Of a repository of GGUF files, fetch one, as with `hf download {name} FILE`, "
+            "and name it"
+        )
+    return found

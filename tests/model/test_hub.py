@@ -100,6 +100,15 @@ def test_a_name_that_is_nowhere_says_where_it_was_looked_for(cache: Path) -> Non
             open_folder(Path(name))
 
 
+def test_a_repository_of_gguf_files_says_which_to_name(cache: Path) -> None:
+    """It has no config.json, and which of its files is meant isn't clear."""
+    snapshot = cache / "models--Org--Name-GGUF" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "name-q8_0.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"Org/Name-GGUF: .*holds GGUF files of it: name one, as .*name-q8_0\.gguf"):
+        open_folder(Path("Org/Name-GGUF"))
+
+
 NAMES = ("Org/Name", "meta-llama/Llama-3.2-1B", "a/b.c_d-e")
 NO_NAMES = ("Org", "./Org/Name", "Org/Name/x", "../Name", "Org/..", "Org/a--b", "/Name", "", "Org/", "a\0b/c")
 
