@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.ops.backend import cpu_kernels
+from model.ops.hadamard import hadamard
 
 MASKED = -1e30
 """Stands for minus infinity: a row with nothing to attend to gives a finite, meaningless average instead of NaN."""
@@ -204,12 +205,9 @@ def spread(x: jax.Array) -> jax.Array:
     """
     size = x.shape[-1]
     block = size & -size
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < block:
-        matrix = np.kron(np.array([[1, 1], [1, -1]], np.float32), matrix)
     parts = x.astype(jnp.float32).reshape(*x.shape[:-1], size // block, block)
     # Sums of what is exact, then one rounding more: a matrix that was scaled before would be rounded itself.
-    sums = jnp.matmul(parts, matrix, precision=jax.lax.Precision.HIGHEST)
+    sums = jnp.matmul(parts, hadamard(block), precision=jax.lax.Precision.HIGHEST)
     return (sums * np.float32(block**-0.5)).reshape(x.shape)
 
 

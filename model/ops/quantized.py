@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from model.ops.hadamard import hadamard
 
 Bits = Literal[8, 6, 5, 4]
 RUN = 32
@@ -94,15 +94,6 @@ def shapes(
     return (rows, outputs), (math.ceil(inputs / group), outputs)
 
 
-@cache
-def _hadamard(size: int) -> np.ndarray:
-    """float32[size, size] of 1 and -1 (Sylvester's); its square is size times the identity."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
-
-
 def rotate(matrix: jax.Array, block: int, inputs: int) -> jax.Array:
     """float32[inputs, outputs] of float32[padded inputs, outputs]: each block of the inputs times a Hadamard matrix."""
     blocks = matrix.reshape(-1, block, matrix.shape[1])
@@ -110,7 +101,7 @@ def rotate(matrix: jax.Array, block: int, inputs: int) -> jax.Array:
 
 
 def _rotated(each: jax.Array, block: int) -> jax.Array:
-    return jnp.matmul(_hadamard(block), each, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(hadamard(block), each, precision=jax.lax.Precision.HIGHEST)
 
 
 def _integers(values: jax.Array, bits: int) -> jax.Array:

@@ -33,16 +33,14 @@ struct Q8_0 {
   }
 };
 
-template <int kOffset>
-struct Nibbles {
+struct Q4_0 {
   static constexpr int kSize = 18, kNumbers = 32;
   static void read(const uint8_t* b, float* y) {
     const float d = half(b);
-    for (int i = 0; i < 16; ++i) y[i] = d * float((b[2 + i] & 15) - kOffset);
-    for (int i = 0; i < 16; ++i) y[16 + i] = d * float((b[2 + i] >> 4) - kOffset);
+    for (int i = 0; i < 16; ++i) y[i] = d * float((b[2 + i] & 15) - 8);
+    for (int i = 0; i < 16; ++i) y[16 + i] = d * float((b[2 + i] >> 4) - 8);
   }
 };
-using Q4_0 = Nibbles<8>;
 
 struct Q4_1 {
   static constexpr int kSize = 20, kNumbers = 32;
