@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.divergence import Quality
 from commands import quality
-from commands.quality import Kept, bounds, cost, described, passes, undecided
+from commands.quality import KeptPredictions, bounds, cost, described, passes, undecided
 from commands.suggest import coarsest, rules_of, suggestion
 from commands.texts import TextConfig
 from model.cleaning import temporary_folder
@@ -51,7 +51,7 @@ class Gate:
     original: ModelFolder
     windows: np.ndarray
     """int32[windows, size]: of the text that is compared"""
-    kept: Kept
+    kept: KeptPredictions
     """The original's predictions of them"""
     folder: Path
     shown: Stages

@@ -63,7 +63,7 @@ def cost(quality: Quality, dtype: str, cache_dtype: str) -> Cost:
     return Cost(quality.kl, kl_error, quality.ratio, ratio_error, quality.top1, quality.tokens, dtype, cache_dtype)
 
 
-class Kept:
+class KeptPredictions:
     """Log-probabilities of windows in a file, to be read any number of times: in full those that count for the
     divergence and those of what came, the others as less than all of these.
 
@@ -98,22 +98,24 @@ class Kept:
 
 
 @contextlib.contextmanager
-def original_kept(original: ModelFolder, windows: np.ndarray, folder: Path, tick: Callable[[], None]) -> Iterator[Kept]:
+def original_kept(
+    original: ModelFolder, windows: np.ndarray, folder: Path, tick: Callable[[], None]
+) -> Iterator[KeptPredictions]:
     """What the original predicts of int32[windows, size], served in its dtype and with such a cache; tick() after each
     window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
     first = windows.shape[1] // 2
     with tempfile.TemporaryFile(dir=folder) as file:
-        kept = Kept(file)
-        try:
-            for window, logits in zip(windows, predictions(original, "model", windows, first), strict=True):
+        kept = KeptPredictions(file)
+        for window, logits in zip(windows, predictions(original, "model", windows, first), strict=True):
+            try:
                 kept.add(logits, window[first + 1 :])
-                tick()
-            file.flush()
-        except OSError as error:
-            raise ConfigError(
-                f"windows: the original's predictions, {file.tell() / 1e9:.2f} GB so far, don't fit into {folder}: "
-                f"{error.strerror}; compare fewer"
-            ) from None
+                file.flush()
+            except OSError as error:
+                raise ConfigError(
+                    f"windows: the original's predictions, {file.tell() / 1e9:.2f} GB so far, don't fit into {folder}: "
+                    f"{error.strerror}; compare fewer"
+                ) from None
+            tick()
         yield kept
 
 

@@ -17,7 +17,7 @@ from benchmarks import corpus
 from benchmarks.divergence import Quality, kl_divergence, log_softmax
 from commands import quality
 from commands.main import main
-from commands.quality import Kept, described, original_kept, passes, undecided
+from commands.quality import KeptPredictions, described, original_kept, passes, undecided
 from commands.suggest import candidates, coarsest, kinds, suggestion
 from commands.texts import TextConfig, _pieces, texts
 from model import costs
@@ -113,7 +113,7 @@ def test_what_is_kept_is_what_counts(tmp_path: Path) -> None:
     windows = [rng.normal(0, 9, (40, 1003)).astype(np.float32) for _ in range(2)]
     targets = [logits.argmin(axis=1) for logits in windows]
     with (tmp_path / "kept").open("w+b") as file:
-        kept = Kept(file)
+        kept = KeptPredictions(file)
         for logits, came in zip(windows, targets, strict=True):
             kept.add(logits, came)
         assert file.tell() < 0.5 * sum(logits.nbytes for logits in windows)
