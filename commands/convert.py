@@ -52,7 +52,7 @@ class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A model folder of either kind, or an adapter; or Org/Name, in the local Hugging Face cache"""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """The folder to make"""
+    """The folder to make, or with --gguf the file"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
@@ -91,6 +91,8 @@ def convert(config: ConvertConfig, console: Console) -> None:
     if kind == "auto":
         kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
     if config.gguf != "none":
+        if config.to != "auto" or config.dtype != "source":
+            raise ConfigError("gguf: it says what is written; leave out --to and --dtype")
         _to_gguf(config, folder, console)
         return _report(config, folder, console)
     with _appearing(config.target) as partial, stages(console) as shown:

@@ -30,7 +30,7 @@ from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import INDEX, SINGLE, WeightFiles
 from model.huggingface.load import check_size
-from model.huggingface.whole import Kept, rules_of
+from model.huggingface.whole import Kept, rules_for
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
 from model.ops.rounding import narrowed
@@ -118,7 +118,7 @@ class ModelFolder:
         whole = {
             path: kept for path, kept in found.items() if path not in wanted or wanted[path].bits >= kept.exact.bits
         }
-        kinds = rules_of({path: kept.kind for path, kept in whole.items()})
+        kinds = rules_for({path: kept.kind for path, kept in whole.items()})
         return dataclasses.replace(self, quantize=(*kinds, *rules), whole=whole)
 
     def with_config(self, **changes: Any) -> ModelFolder:

@@ -86,16 +86,16 @@ def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], 
     Raises ConfigError for a rule that can't be read, or where none of them matches anything.
     """
     parsed = [parse_rule(rule) for rule in rules]
-    found, used = {}, set()
+    found, matched = {}, False
     for path, inputs in matrix_inputs(config).items():
         name = "/".join(path)
         index = next((i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(name)), None)
         if index is None or "router" in path:
             continue
-        used.add(index)
+        matched = True
         if (chosen := parsed[index][1]) is not None:
             found[path] = chosen.fitted(inputs)
-    if rules and not used:
+    if rules and not matched:
         raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {name}")
     return found
 

@@ -75,7 +75,7 @@ def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
 _LAYER = re.compile(r"blocks/(\d+)/(.*)")
 
 
-def rules_of(kinds: Mapping[Path, str]) -> tuple[str, ...]:
+def rules_for(kinds: Mapping[Path, str]) -> tuple[str, ...]:
     """Rules of model/quantization.py that give each of these matrices its kind, and no other matrix any."""
     layers: dict[tuple[str, str], list[str]] = {}
     for path, kind in kinds.items():

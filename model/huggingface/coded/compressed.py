@@ -225,7 +225,7 @@ def _integers(
             zero = zero if isinstance(zero, int) else zero[:, groups]
         numbers = packed(scheme.bits) if in_words else plain()
         raw = files.array(name)
-        return OutputsFirst(raw, numbers, (shape[0], shape[1]), scales, tile, zero, scheme.bits, kept)
+        return OutputsFirst(raw, numbers, (shape[0], shape[1]), scales, tile, zero, scheme.bits)
 
     size = sum(files.tensors[part].nbytes for part in parts)
     return Coded(f"{module}.weight", shape, parts, size, scheme.what, grid, dtype=plain_dtype(kept))

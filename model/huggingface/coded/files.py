@@ -40,6 +40,7 @@ class CodedFiles(WeightFiles):
                     "config.json doesn't make it a part of a matrix"
                 )
         self.tensors = {**plain, **self.coded}
+        self._exact: dict[str, Exact | None] = {}
 
     def array(self, name: str) -> np.ndarray:
         if name not in self.coded:
@@ -56,10 +57,15 @@ class CodedFiles(WeightFiles):
             self._raw.advise(part, advice)
 
     def exact(self, name: str) -> Exact | None:
+        if name not in self._exact:
+            self._exact[name] = self._find_exact(name)
+        return self._exact[name]
+
+    def _find_exact(self, name: str) -> Exact | None:
         if name not in self.coded:
             return None
         grid = self.coded[name].grid()
-        found = grid.exact
+        found = grid.centred
         if found is None or found.bits > 8 or (scales := _scale_dtype(grid.scales_by_group())) is None:
             return None
         inputs = self.coded[name].shape[1]
@@ -71,10 +77,10 @@ class CodedFiles(WeightFiles):
     def integers(self, name: str) -> Integers:
         coded, exact = self.coded[name], self.exact(name)
         grid = coded.grid()
-        assert exact is not None and grid.exact is not None
+        assert exact is not None and grid.centred is not None
         values, scales = grid.integers(), grid.scales_by_group()
         values = values if coded.turned else values.T
-        groups = np.arange(0, len(values), exact.group) // max(grid.exact.group, 1)
+        groups = np.arange(0, len(values), exact.group) // max(grid.centred.group, 1)
         narrow = scales[groups].astype(DTYPES["F16" if exact.scales == "float16" else "BF16"])
         return Integers(np.ascontiguousarray(values), narrow)
 

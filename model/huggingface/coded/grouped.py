@@ -120,7 +120,6 @@ def _gptq(files: TensorFiles, module: str, said: int | None, size: int | None, l
             group_of(files, order, inputs, group, groups),
             _one_for_all(found),
             bits,
-            files.tensors[f"{module}.scales"].dtype,
         )
 
     return _coded(files, module, parts, (inputs, outputs), f"GPTQ, {bits} bits in groups of {group}", grid)
@@ -148,7 +147,6 @@ def _awq(files: TensorFiles, module: str, size: int) -> Coded:
             np.arange(inputs) // group,
             _one_for_all(numbers.decode(files.array(f"{module}.qzeros"))),
             4,
-            files.tensors[f"{module}.scales"].dtype,
             numbers,
         )
 

@@ -20,13 +20,12 @@ BLOCK = 1 << 16
 Box = tuple[slice, slice]
 
 
-class Exact(NamedTuple):
-    """What integers and their scales are alike in."""
+class Centred(NamedTuple):
+    """What integers without zeros of their own are alike in."""
 
     bits: int
     group: int
     """Inputs that share a scale"""
-    scales: np.dtype
     whole: bool
     """Whether that's all of them"""
 
@@ -57,7 +56,7 @@ class Grid(ABC):
 
     @property
     @abstractmethod
-    def exact(self) -> Exact | None:
+    def centred(self) -> Centred | None:
         """Where each number is a small integer times the scale of its output's group of inputs; None is not so."""
 
     @abstractmethod
@@ -112,16 +111,14 @@ class OutputsFirst(Grid):
     """float32 of the shape of the scales, or one for all"""
     bits: int = 0
     """Of integers; 0 is floats"""
-    scale_dtype: np.dtype = field(default=np.dtype(np.float32))
-    """That the scales are kept in"""
 
     @property
-    def exact(self) -> Exact | None:
+    def centred(self) -> Centred | None:
         centred = not isinstance(self.zero, np.ndarray) and self.zero in (0, 1 << (self.bits - 1) if self.bits else 0)
         if not self.bits or not centred or self.tile[0] not in (1, self.shape[0]):
             return None
         group = min(self.tile[1], self.shape[1])
-        return Exact(self.bits, group, self.scale_dtype, group == self.shape[1])
+        return Centred(self.bits, group, group == self.shape[1])
 
     def scales_by_group(self) -> np.ndarray:
         return np.broadcast_to(self.scales, (self.shape[0], self.scales.shape[1])).T
@@ -169,18 +166,16 @@ class InputsFirst(Grid):
     zero: np.ndarray | int
     """float32[groups, outputs], or one for all"""
     bits: int
-    scale_dtype: np.dtype
-    """That the scales are kept in"""
     numbers: Numbers | None = None
     """How they lie along a row; None where they lie one below the other"""
 
     @property
-    def exact(self) -> Exact | None:
+    def centred(self) -> Centred | None:
         group = int((self.group_of == 0).sum())
         one_after_another = (self.group_of == np.arange(self.shape[0]) // max(1, group)).all()
         if isinstance(self.zero, np.ndarray) or self.zero != 1 << (self.bits - 1) or not one_after_another:
             return None
-        return Exact(self.bits, group, self.scale_dtype, group == self.shape[0])
+        return Centred(self.bits, group, group == self.shape[0])
 
     def scales_by_group(self) -> np.ndarray:
         return self.scales
@@ -248,7 +243,7 @@ class Found:
 
     coded: list[Coded]
     idle: Collection[str] = ()
-    """WeightFiles that are no part of a weight, such as the scales of activations"""
+    """Tensors that are no part of a weight, such as the scales of activations"""
 
 
 Find = Callable[[TensorFiles], Found]
