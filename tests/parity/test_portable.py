@@ -170,7 +170,8 @@ def mesh_of(devices: Any, shape: tuple[int, ...]) -> Mesh:
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("which", [0, -1], ids=["decode", "mixed"])
 def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, tp: int) -> None:
-    """The same, compiled for a TPU v5e that needn't be there. Not of int8: XLA copies its scales there."""
+    """The same, compiled for a TPU v5e that needn't be there. Not of int8: from some number of pages on, XLA takes
+    temporaries of half such a cache, whether a vector has one scale or several."""
     config, engine = paged_config("bfloat16", 256, scan_layers=scan_layers)
     analysis = memory(config, engine, engine.buckets[which], tpu_mesh(tp))
     share = cache_bytes(config, engine) // tp
