@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
+from model.config import ConfigError, Dtype, ModelConfig
+from model.hardware import check_dtype
 from model.matrices import pack_params, place_matrices
 from model.ops.cpu import library
 from model.transformer import Params, abstract_params, bind
@@ -67,6 +68,15 @@ def packed_params(config: ModelConfig, params: Params) -> Params:
     if reason := library.why_not():
         pytest.skip(reason)
     return place_matrices(pack_params(config, jax.tree.map(lambda leaf: leaf, params)))
+
+
+def narrowest_dtype() -> Dtype:
+    """The dtype of least bits that this jax serves on this backend: bfloat16, and float32 on CPU before jax 0.12."""
+    try:
+        check_dtype("bfloat16")
+    except ConfigError:
+        return "float32"
+    return "bfloat16"
 
 
 def on_host(tree: Any) -> Any:

@@ -19,7 +19,7 @@ from serve.engine.request import Request, SamplingParams
 from serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
-from tests.support import forward
+from tests.support import forward, narrowest_dtype
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("scoring") / "mine", train_tokenizer(), varied_params())
 
 
-@pytest.mark.parametrize("quantize, dtype, cache_dtype", [("none", "float32", "model"), ("int5", "bfloat16", "int8")])
+@pytest.mark.parametrize(
+    "quantize, dtype, cache_dtype", [("none", "float32", "model"), ("int5", narrowest_dtype(), "int8")]
+)
 def test_the_likeliest_token_is_what_an_engine_says(quantize: str, dtype: str, cache_dtype: Any, folder: Path) -> None:
     """Otherwise the gate judges a model that nobody serves. The engine's prompts come in two steps, its tokens one by
     one; the window here is one step."""
