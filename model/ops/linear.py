@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,25 +47,28 @@ def linears(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> list[jax.Array]:
-    """`linear` of the same x with each weight and its outputs, which a kernel does in one pass; rounded to `dtype`."""
+    """`linear` of the same x with each weight and its outputs, rounded to `dtype`. A kernel multiplies those of one layout
+    in one pass."""
     leading, inputs = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     rows = x.reshape(-1, inputs)
-    packed = [weight for weight, _ in weights if isinstance(weight, Packed)]
-    if len(packed) == len(weights) and len({weight.layout for weight in packed}) == 1:
-        products = multiply(rows, packed, dtype)
-    else:
-        products = [_product(rows, weight) for weight, _ in weights]
+    products: list[Any] = [None if isinstance(weight, Packed) else _product(rows, weight) for weight, _ in weights]
+    alike: dict[Any, list[int]] = {}
+    for place, (weight, _) in enumerate(weights):
+        if isinstance(weight, Packed):
+            alike.setdefault(weight.layout, []).append(place)
+    for places in alike.values():
+        together = multiply(rows, [cast(Packed, weights[place][0]) for place in places], dtype)
+        for place, product in zip(places, together, strict=True):
+            products[place] = product
     return [
         product.astype(dtype).reshape(*leading, *outputs)
         for product, (_, outputs) in zip(products, weights, strict=True)
     ]
 
 
-def _product(x: jax.Array, weight: Weight | Observed) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array | Quantized | Observed) -> jax.Array:
     """float32[rows, outputs] of x[rows, inputs]."""
     match weight:
-        case Packed():
-            return multiply(x, [weight])[0]
         case Quantized():
             return multiply_quantized(x, weight)
         case Observed():

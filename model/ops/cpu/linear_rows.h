@@ -36,52 +36,76 @@ inline uint32_t bits(float x) {
 }
 inline uint32_t bits(uint16_t x) { return x; }
 
-// The largest |x| of some multiple of kLanes, or NaN when one of them is not finite.
-inline float largest(const float* x, int64_t size) {
-  Floats tops = {}, probes = {};
-  for (int64_t i = 0; i < size; i += kLanes) {
-    Floats value = load<Floats>(x + i);
-    tops = max(tops, (Floats)((Words)value & 0x7fffffffu));
-    probes += value * splat(0.f);  // NaN once a number is not finite
-  }
-  return largest(tops) + sum(probes);
+// The largest |x| of a run, or NaN when one of its numbers is not finite.
+template <int N>
+float largest(const Floats (&x)[N]) {
+  Ints tops = {};  // as bits, which are in the order of the numbers they stand for
+#pragma GCC unroll 16
+  for (int i = 0; i < N; i++) tops = max(tops, (Ints)((Words)x[i] & 0x7fffffffu));
+  const int top = over_lanes(tops, [](Ints a, Ints b) { return max(a, b); });
+  return top < 0x7f800000 ? from_bits(uint32_t(top)) : NAN;
 }
 
 // Each number of a run turns into a sum of all, with signs: the run times a Hadamard matrix, so that a single large one
 // doesn't take the scale from the others. Weights that are kept so too make the products what they were (as QuaRot does with
 // whole rows: Ashkboos et al. 2024, arXiv 2404.00456).
-template <int Run>
-void rotate(float* x) {
-  for (int half = 1; half < Run; half *= 2)
-    for (int i = 0; i < Run; i += 2 * half)
-      for (int k = i; k < i + half; k++) {
-        const float a = x[k], b = x[k + half];
-        x[k] = a + b, x[k + half] = a - b;
+template <int N>
+void rotate(Floats (&x)[N]) {
+  const Ints lane = lane_numbers();
+#pragma GCC unroll 4
+  for (int half = 1; half < kLanes; half *= 2) {
+    const Words signs = (Words)((lane & half) != 0) & 0x80000000u;
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) x[i] = __builtin_shuffle(x[i], lane ^ half) + (Floats)((Words)x[i] ^ signs);
+  }
+#pragma GCC unroll 5
+  for (int half = 1; half < N; half *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++)
+      if (!(i & half)) {
+        const Floats a = x[i], b = x[i + half];
+        x[i] = a + b, x[i + half] = a - b;
       }
 }
 
-// Puts round(x * 127 / top) of a run into `to`, and the factor that undoes it into `scale`.
-template <int Run>
-void quantize(const float* x, int8_t* to, float* scale) {
-  const float top = largest(x, Run), inverse = 127.f / top;
-  *scale = top / 127.f;  // NaN for a row that isn't finite: so is its result
-  if (!(top > 0) || !std::isfinite(inverse)) {
-    std::fill(to, to + Run, int8_t(0));
-    return;
-  }
-  const float nearest = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
-  for (int i = 0; i < Run; i += kLanes) {
-    Ints rounded = (Ints)(load<Floats>(x + i) * splat(inverse) + splat(nearest)) & 0xff;
-    store(to + i, __builtin_convertvector(rounded, SmallBytes));
+// A run's numbers from `begin`, and zeros from `end` on.
+template <class X, int N>
+void read(const X* x, int64_t begin, int64_t end, Floats (&to)[N]) {
+  if (begin + N * kLanes <= end) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) to[i] = numbers(x + begin + i * kLanes);
+  } else {
+    alignas(64) float padded[N * kLanes] = {};
+    for (int64_t i = begin; i < end; i++) padded[i - begin] = number(x, i);
+    for (int i = 0; i < N; i++) to[i] = load<Floats>(padded + i * kLanes);
   }
 }
 
-// What a sum of (weight - offset) * x starts with, as the bits of a lane of the sum.
+// Puts round(x * 127 / top) of a run into `to`, and the factor that undoes it into `scale`. Returns the sum of what it put.
+template <int N>
+int quantize(const Floats (&x)[N], int8_t* to, float* scale) {
+  const float top = largest(x), inverse = 127.f / top;
+  *scale = top / 127.f;  // NaN for a row that isn't finite: so is its result
+  if (!(top > 0) || !std::isfinite(inverse)) {
+    std::fill(to, to + N * kLanes, int8_t(0));
+    return 0;
+  }
+  const float nearest = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer, ties to even
+  Ints sums = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < N; i++) {
+    const Ints rounded = (Ints)(x[i] * splat(inverse) + splat(nearest)) - (Ints)splat(nearest);
+    store(to + i * kLanes, to_bytes(rounded));
+    sums += rounded;
+  }
+  return over_lanes(sums, [](Ints a, Ints b) { return a + b; });
+}
+
+// What a sum of (weight - offset) * x starts with, as the bits of a lane of the sum. all: the sum of x.
 template <class F>
-uint32_t start_of(const int8_t* x) {
-  int all = 0, odd = 0;
-  for (int i = 0; i < F::kRun; i++) all += x[i];
+uint32_t start_of(const int8_t* x, int all) {
   if (sizeof(typename F::Sum{}[0]) == 4) return uint32_t(-F::kOffset * all);
+  int odd = 0;
   for (int i = 2; i < F::kRun; i += 4) odd += x[i] + x[i + 1];  // shorts: the pairs that are added to the high ones
   return uint32_t(uint16_t(-8 * (all - odd))) | uint32_t(uint16_t(-8 * odd)) << 16;
 }
@@ -92,14 +116,13 @@ void pack_integers(Rows& rows, const X* x, int64_t row, int tile, bool rotated) 
   const int64_t first = rows.first(tile), m = row - first, size = rows.size(tile);
   uint32_t* to = rows.words.get() + first * rows.width + m;
   for (int64_t run = 0; run < rows.runs; run++) {
-    const int64_t begin = run * kRun, count = std::min<int64_t>(kRun, rows.inputs - begin);
     const int64_t at = first * rows.runs + run * size + m;
-    alignas(64) float numbers_of_run[kRun] = {};
+    Floats numbers_of_run[kRun / kLanes];
     alignas(64) int8_t bytes[kRun];
-    for (int64_t i = 0; i < count; i++) numbers_of_run[i] = number(x, begin + i);
-    if (rotated) rotate<kRun>(numbers_of_run);
-    quantize<kRun>(numbers_of_run, bytes, &rows.scales[at]);
-    rows.starts[at] = start_of<F>(bytes);
+    read(x, run * kRun, rows.inputs, numbers_of_run);
+    if (rotated) rotate(numbers_of_run);
+    rows.starts[at] = start_of<F>(bytes, quantize(numbers_of_run, bytes, &rows.scales[at]));
+#pragma GCC unroll 4
     for (int i = 0; i < kRun; i += 4) {
       const int8_t* b = bytes + i;
       if constexpr (F::kParts == 2) {

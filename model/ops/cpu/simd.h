@@ -62,12 +62,12 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 
 inline Floats to_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
-inline float from_bf16(uint16_t x) {
-  uint32_t bits = uint32_t(x) << 16;
+inline float from_bits(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
 }
+inline float from_bf16(uint16_t x) { return from_bits(uint32_t(x) << 16); }
 
 // Words of half as many bits, and back. gcc 12 makes five instructions of one.
 inline Words widen(HalfWords x) {
@@ -82,6 +82,15 @@ inline HalfWords narrow(Words x) {
   return (HalfWords)_mm512_cvtepi32_epi16((__m512i)x);
 #else
   return __builtin_convertvector(x, HalfWords);
+#endif
+}
+
+// The lowest byte of each.
+inline SmallBytes to_bytes(Ints x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return (SmallBytes)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  return __builtin_convertvector(x, SmallBytes);
 #endif
 }
 
@@ -134,20 +143,27 @@ inline void store_bf16(void* to, Floats x) {
 }
 
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
 
-// Lanes taken together in one fixed order: halves until one is left.
-template <class F>
-inline float over_lanes(Floats x, F both) {
+inline Ints lane_numbers() {
   Ints lane;
   for (int i = 0; i < kLanes; i++) lane[i] = i;
+  return lane;
+}
+
+// Lanes taken together in one fixed order: halves until one is left.
+template <class V, class F>
+inline auto over_lanes(V x, F both) {
 #pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) x = both(x, __builtin_shuffle(x, lane ^ half));
+  for (int half = kLanes / 2; half; half /= 2) x = both(x, __builtin_shuffle(x, lane_numbers() ^ half));
   return x[0];
 }
 inline float sum(Floats x) {
   return over_lanes(x, [](Floats a, Floats b) { return a + b; });
 }
-inline float largest(Floats x) { return over_lanes(x, max); }
+inline float largest(Floats x) {
+  return over_lanes(x, [](Floats a, Floats b) { return max(a, b); });
+}
 
 // e^x for x <= 0 within 2 ulp; 0 below -87. The range reduction and polynomial of Cephes' expf.
 inline Floats exp(Floats x) {
