@@ -47,8 +47,8 @@ def linears(
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> list[jax.Array]:
-    """`linear` of the same x with each weight and its outputs, rounded to `dtype`. A kernel multiplies those of one layout
-    in one pass."""
+    """`linear` of the same x with each weight and its outputs, rounded to `dtype`. A kernel multiplies weights of one
+    layout in one pass."""
     leading, inputs = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
     rows = x.reshape(-1, inputs)
     products: list[Any] = [None if isinstance(weight, Packed) else _product(rows, weight) for weight, _ in weights]
