@@ -221,9 +221,14 @@ void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t l
   }
   const int64_t begin = first / kChunk * kChunk;
   for (int64_t head = first_head; head < last_head; head++) prefetch_chunk<C>(s, sequence, head, begin, last);
+  // The row that this thread has after this one, most likely.
+  const int64_t follower = sequence + Pool::get().threads();
+  const int64_t its_last = follower < s.rows ? s.positions[follower] : -1;
+  const int64_t its_first = s.window ? std::max<int64_t>(0, its_last - s.window + 1) / kChunk * kChunk : 0;
   for (int64_t chunk = begin; chunk <= last; chunk += kChunk)
     for (int64_t head = first_head; head < last_head; head++) {
       const int64_t i = (head - first_head) * count;
+      if (chunk + kChunk > last) prefetch_chunk<C>(s, follower, head, its_first, its_last);
       read_chunk<C, kInPairs>(s, sequence, head, chunk, last, words, in_place, scratch);
       Query* some = &queries[i];
       float *q = scratch.q.data() + i * words, *out = scratch.out.data() + i * width;
