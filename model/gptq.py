@@ -31,7 +31,7 @@ def quantize_by_moments(
     Inputs are rounded one after the other, and what each loses is taken on by those that follow, as far as they vary
     together. Scales are those of `best_scales` for what a group has become by then.
     """
-    inputs, block = len(matrix), block_of(bits, group, rotated=rotated)
+    inputs, block = len(matrix), block_of(group, rotated=rotated)
     factor = _factor(np.asarray(_turned_moments(moments, block, rotated)))
     matrix = turned(matrix, block, rotated=rotated)
     integers, found = _feed_errors(matrix, jnp.asarray(factor), bits, group, jnp.dtype(scales))

@@ -29,8 +29,9 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 }
 """Rules by a name of their own. Embedding, head and values matter most for what they take."""
 
-_GROUPS: dict[str, int] = {"int8": 128, "int6": 64, "int5": 64, "int4": 64}
-"""At most, unless a rule says otherwise: half or a quarter of it where that leaves less of the last group empty"""
+_KINDS = ("int8", "int6", "int5", "int4")
+_GROUP = 64
+"""At most, unless a rule says otherwise: half of it where that leaves less of the last group empty"""
 _SIZES = ("32", "64", "128", "256")
 
 _PARTS = ("values", "scales")
@@ -48,10 +49,9 @@ class Format(NamedTuple):
     """Whether the group is to be what it is, however many inputs there are"""
 
     def fitted(self, inputs: int) -> Format:
-        """With a fixed group: the largest half or quarter of this one that fills up inputs by a thirtieth at most."""
-        groups = [self.group] if self.fixed else [group for group in (self.group, self.group // 2, 32) if group >= 32]
-        filled = [group for group in groups if -inputs % group * 30 <= inputs]
-        return self._replace(group=filled[0] if filled else groups[-1], fixed=True)
+        """With a fixed group: this one, or half of it where it would fill up inputs by more than a thirtieth."""
+        filled = self.fixed or -inputs % self.group * 30 <= inputs
+        return self._replace(group=self.group if filled else self.group // 2, fixed=True)
 
 
 def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
@@ -62,9 +62,9 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     kind, *options = name.split(":")
     plain, half = options[1:] in (["plain"], ["half"]), options[1:] == ["half"]
     sizes = options[:1] if plain else options
-    if not pattern or kind not in (*_GROUPS, "none") or len(sizes) > 1 or (options and kind == "none"):
+    if not pattern or kind not in (*_KINDS, "none") or len(sizes) > 1 or (options and kind == "none"):
         raise ConfigError(f"quantize: {rule!r} must be REGEX=none, or REGEX=KIND, REGEX=KIND:GROUP or "
-                          f"REGEX=KIND:GROUP:plain (or half), with a KIND of {', '.join(_GROUPS)}")  # fmt: skip
+                          f"REGEX=KIND:GROUP:plain (or half), with a KIND of {', '.join(_KINDS)}")  # fmt: skip
     if sizes and sizes[0] not in _SIZES:
         raise ConfigError(f"quantize: {rule!r}: a group has {', '.join(_SIZES)} numbers")
     try:
@@ -74,7 +74,7 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     if kind == "none":
         return compiled, None
     bits = cast(Bits, int(kind.removeprefix("int")))
-    group = int(sizes[0]) if sizes else _GROUPS[kind]
+    group = int(sizes[0]) if sizes else _GROUP
     return compiled, Format(bits, group, not plain, "float16" if half else "bfloat16", bool(sizes))
 
 

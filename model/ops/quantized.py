@@ -49,7 +49,7 @@ class Quantized:
     @property
     def block(self) -> int:
         """Inputs that are turned together."""
-        return block_of(self.bits, self.group, rotated=self.rotated)
+        return block_of(self.group, rotated=self.rotated)
 
     def integers(self) -> jax.Array:
         """int8[inputs, outputs]."""
@@ -74,15 +74,15 @@ class Quantized:
         return some.dequantize().T.reshape(*indices.shape, self.inputs)
 
 
-def block_of(bits: Bits, group: int, *, rotated: bool) -> int:
-    """Inputs that are turned together, and that share a scale where activations are rounded to int8: 64, of 8 bits
-    128, or what groups divide by. What isn't turned has outliers, and 32."""
-    return math.gcd(group, 128 if bits == 8 else 64) if rotated else RUN
+def block_of(group: int, *, rotated: bool) -> int:
+    """Inputs that are turned together, and that share a scale where activations are rounded to int8: 64, or what
+    groups divide by. What isn't turned has outliers, and 32."""
+    return math.gcd(group, 64) if rotated else RUN
 
 
-def runs_of(inputs: int, bits: Bits, group: int, *, rotated: bool) -> int:
+def runs_of(inputs: int, group: int, *, rotated: bool) -> int:
     """Runs of 32 that a column's inputs take, filled up to whole blocks."""
-    block = block_of(bits, group, rotated=rotated)
+    block = block_of(group, rotated=rotated)
     return math.ceil(inputs / block) * (block // RUN)
 
 
@@ -90,7 +90,7 @@ def shapes(
     bits: Bits, group: int, inputs: int, outputs: int, *, rotated: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Of a Quantized's values and scales."""
-    rows = runs_of(inputs, bits, group, rotated=rotated) * 4 * bits
+    rows = runs_of(inputs, group, rotated=rotated) * 4 * bits
     return (rows, outputs), (math.ceil(inputs / group), outputs)
 
 
@@ -149,7 +149,7 @@ def quantize(
 ) -> Quantized:
     """matrix[inputs, outputs] as integers, to the nearest over scales, of a dtype, that `best_scales` finds."""
     inputs, outputs = matrix.shape
-    matrix = turned(matrix, block_of(bits, group, rotated=rotated), rotated=rotated)
+    matrix = turned(matrix, block_of(group, rotated=rotated), rotated=rotated)
     padding = math.ceil(inputs / group) * group - len(matrix)
     groups = jnp.pad(matrix, ((0, padding), (0, 0))).reshape(-1, group, outputs)
     importance = jnp.pad(jnp.ones(len(matrix)), (0, padding)).reshape(-1, group)

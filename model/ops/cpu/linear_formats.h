@@ -46,7 +46,7 @@ using Bfloat16Pairs = Bfloat16;
 // sum with -kOffset times the sum of x.
 template <int Bits, int Run>
 struct Integers {
-  static_assert((Bits == 4 || Bits == 5 || Bits == 6 || Bits == 8) && (Run == 32 || Run == 64 || (Run == 128 && Bits == 8)));
+  static_assert((Bits == 4 || Bits == 5 || Bits == 6 || Bits == 8) && (Run == 32 || Run == 64));
   static constexpr int kBits = Bits, kRun = Run, kLines = Bits * Run / 32;
 #if defined(__ARM_FEATURE_DOTPROD)
   static constexpr int kOffset = Bits == 8 ? 0 : 1 << (Bits - 1);

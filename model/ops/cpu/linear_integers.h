@@ -4,15 +4,11 @@
 
 namespace isthmus {
 
-// group: inputs of a weight that share a scale. As many numbers of x do, in a run of 64 or, of int8, 128 that is turned;
-// else, or where groups don't divide by that, of 32.
+// group: inputs of a weight that share a scale. Of x, 64 numbers do where they are turned and groups divide by that; else 32.
 template <int Bits>
 ffi::Error integers(ffi::AnyBuffer x, ffi::RemainingArgs arguments, ffi::RemainingRets results, int64_t group,
                     bool rotated) {
   REQUIRE(group > 0 && group % 32 == 0, "a group must be a multiple of 32 inputs");
-  if constexpr (Bits == 8)
-    if (rotated && group % 128 == 0)
-      return linear<Integers<Bits, 128>, Integers<Bits, 128>>(x, group, rotated, arguments, results);
   if (rotated && group % 64 == 0) return linear<Integers<Bits, 64>, Integers<Bits, 64>>(x, group, rotated, arguments, results);
   return linear<Integers<Bits, 32>, Integers<Bits, 32>>(x, group, rotated, arguments, results);
 }

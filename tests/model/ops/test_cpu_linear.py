@@ -67,7 +67,7 @@ def hadamard(size: int) -> np.ndarray:
 
 
 def block_of(weight: Quantized) -> int:
-    sizes = (32,) if not weight.rotated else (128, 64, 32) if weight.bits == 8 else (64, 32)
+    sizes = (64, 32) if weight.rotated else (32,)
     return next(size for size in sizes if weight.group % size == 0)
 
 
