@@ -190,13 +190,20 @@ def _training(record: Record) -> str:
     return text + (f"\n\nRatio of medians: {peer['ratio']:.2f}." if peer is not None else "")
 
 
+def _kept(record: Record) -> str:
+    made = record.config.get("quantize", "none")
+    return (
+        record.figures["dtype"] if made == "none" else f"{record.figures['dtype']}, matrices in {made} made meanwhile"
+    )
+
+
 def _weights(record: Record) -> str:
     figures = record.figures
     rate = lambda key: number(figures["bytes"] / median(figures[key]) / 1e9)  # noqa: E731
     rows = [("reading the files", rate("read_seconds")), ("loading the model", rate("load_seconds"))]
     cache = "in" if figures["warm"] else "dropped from"
     return (
-        f"{figures['bytes'] / 1e9:.2f} GB of safetensors, {cache} the page cache, kept in {figures['dtype']}; "
+        f"{figures['bytes'] / 1e9:.2f} GB, {cache} the page cache, kept in {_kept(record)}; "
         f"host memory above the model's own: {figures['host_bytes_above_model'] / 1e9:.2f} GB (the largest file: "
         f"{figures['largest_file'] / 1e9:.2f} GB); {figures['share_of_reading']:.0%} of plain reading.\n\n"
         + table(("", "GB/s"), rows)

@@ -1,4 +1,4 @@
-"""`isthmus bench weights`: loading a published folder, beside reading its files and nothing more."""
+"""`isthmus bench weights`: loading a published folder or a GGUF file, beside reading its files and nothing more."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
@@ -26,13 +27,15 @@ from benchmarks.record import Record
 from benchmarks.statistics import median
 from model.cleaning import temporary_folder
 from model.config import ConfigError, ModelConfig
+from model.folder import ModelFolder
 from model.huggingface.export import published_config
 from model.huggingface.families import read_config, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import INDEX, TensorFiles
 from model.huggingface.load import leaves_of, load_params, parts_of, path_name
 from model.sharding import MeshShape, build_mesh
-from model.transformer import abstract_params
+from model.transformer import Params, abstract_params
+from serve.engine.build import open_model
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class WeightsBench:
     """How fast weights are read onto the device, and how much host memory that takes."""
 
     model: Path | None = None
-    """A published folder; without one, random bfloat16 weights of --preset are written to a temporary folder"""
+    """A folder with safetensors, or a GGUF file in one part; without one, random bfloat16 weights of --preset are
+    written to a temporary folder"""
     preset: str = "1b"
     vocab_size: int = 32000
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """What the weights are kept in"""
+    quantize: str = "none"
+    """With --model: integers made while loading, as serving takes it; what a file holds as integers that we can keep
+    stays so in any case, as when it is served"""
     repeats: int = 5
     """Of each, in turns"""
     warm: bool = False
@@ -54,13 +61,56 @@ class WeightsBench:
 
 
 def run(config: WeightsBench, console: Console) -> Record:
-    """Raises ConfigError for a folder that can't be read."""
+    """Raises ConfigError for a model that can't be read."""
     if config.model is not None:
-        return _measure(config, config.model, config.model.resolve().name, console)
+        kept = config.dtype if config.quantize == "none" else config.quantize
+        return _measure(config, _Served(config.model, config), f"{config.model.resolve().stem}-{kept}", console)
+    if config.quantize != "none":
+        raise ConfigError("quantize: with --model only; what --preset writes is loaded as it is")
     with temporary_folder("isthmus-bench-") as temporary:
         model = as_served(preset(config.preset, config.vocab_size))
         write_random(temporary, model)
-        return _measure(config, temporary, config.preset, console)
+        return _measure(config, _Tensors(temporary, config), f"{config.preset}-{config.dtype}", console)
+
+
+class _Loading(Protocol):
+    """One way to load a model, opened anew each time: what is mapped doesn't leave the page cache."""
+
+    def files(self) -> list[Path]: ...
+
+    def load(self, mesh: Mesh) -> Params: ...
+
+
+class _Served(_Loading):
+    """A model with all that belongs to it, as serving loads it."""
+
+    def __init__(self, path: Path, config: WeightsBench) -> None:
+        self._path, self._config = path, config
+        if not self.files():
+            raise ConfigError(f"model: {path} is neither a folder with safetensors nor a GGUF file")
+
+    def _open(self) -> ModelFolder:
+        return open_model(self._path, self._config.dtype, quantize=self._config.quantize)
+
+    def files(self) -> list[Path]:
+        return [self._path] if self._path.is_file() else sorted(self._path.glob("*.safetensors"))
+
+    def load(self, mesh: Mesh) -> Params:
+        return self._open().load_params(mesh, self._config.dtype)
+
+
+class _Tensors(_Loading):
+    """A folder of tensors alone."""
+
+    def __init__(self, path: Path, config: WeightsBench) -> None:
+        self._path, self._dtype = path, config.dtype
+
+    def files(self) -> list[Path]:
+        return sorted({stored.file for stored in TensorFiles(self._path).tensors.values()})
+
+    def load(self, mesh: Mesh) -> Params:
+        family, model = read_config(self._path / "config.json")
+        return load_params(TensorFiles(self._path), family, model, mesh, self._dtype)
 
 
 def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:
@@ -81,9 +131,8 @@ def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
 
 
-def _measure(config: WeightsBench, folder: Path, subject: str, console: Console) -> Record:
-    family, model = read_config(folder / "config.json")
-    files = sorted({stored.file for stored in TensorFiles(folder, codes=True).tensors.values()})
+def _measure(config: WeightsBench, loading: _Loading, subject: str, console: Console) -> Record:
+    files = loading.files()
     size = sum(file.stat().st_size for file in files)
     mesh = build_mesh(MeshShape())
     plain, loaded, memory = [], [], []
@@ -96,7 +145,7 @@ def _measure(config: WeightsBench, folder: Path, subject: str, console: Console)
             _drop(files, config.warm)
             with HostMemory() as host:
                 start = time.perf_counter()
-                params = load_params(TensorFiles(folder), family, model, mesh, config.dtype)
+                params = jax.block_until_ready(loading.load(mesh))
                 loaded.append(time.perf_counter() - start)
             kept = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
             # On CPU the model's own arrays are host memory, too.
@@ -114,7 +163,7 @@ def _measure(config: WeightsBench, folder: Path, subject: str, console: Console)
         "dtype": config.dtype,
         "warm": config.warm,
     }
-    return Record("weights", f"{subject}-{config.dtype}", describe(), dataclasses.asdict(config), figures)
+    return Record("weights", subject, describe(), dataclasses.asdict(config), figures)
 
 
 def _drop(files: list[Path], warm: bool) -> None:

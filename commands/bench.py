@@ -24,7 +24,7 @@ examples:
   isthmus bench serve --model runs/mine --rates 1 2 4    a model folder, at rates of one's own (requests a second)
   isthmus bench serve --address 127.0.0.1:50051          a server that runs already
   isthmus bench train --peer                             a training step, beside nanoGPT in torch (make peers)
-  isthmus bench weights                                  loading a published folder, beside reading its files
+  isthmus bench weights                                  loading a model, beside reading its files
   isthmus bench peers --model models/125m                beside llama.cpp, vLLM and transformers (benchmarks/peers)
   isthmus bench peers --cells decode1 --merge            a part of that, added to the result
   isthmus bench peer-servers --model models/125m         their servers and ours, under the same requests
