@@ -30,7 +30,7 @@ from model.huggingface.export import DTYPES_FILE, network_of, published_config, 
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
 from model.progress import Stages, stages
-from model.quantization import formats, quantize_params
+from model.quantization import formats, quantize_params, spelt_out
 from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
@@ -213,7 +213,7 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
             else:
                 quantizing = shown.begin("quantizing", None)
                 quantize_params(plain.config, params, rules, quantizing.advance)
-            _write_isthmus(plain.with_config(quantization=tuple(rules)), params, target, shown)
+            _write_isthmus(plain.with_config(quantization=spelt_out(plain.config, rules)), params, target, shown)
 
         with opened(config.gate, plain, sample.comparison, partial, shown, console) as gate:
             gate.write(config.quantize, write)

@@ -30,11 +30,11 @@ from model.huggingface.families import Family, read_fields
 from model.huggingface.fields import Fields
 from model.huggingface.files import INDEX, SINGLE, WeightFiles
 from model.huggingface.load import check_size
-from model.huggingface.whole import Kept, rules_for
+from model.huggingface.whole import Kept
 from model.matrices import replace_matrices
 from model.ops.linear import Weight
 from model.ops.rounding import narrowed
-from model.quantization import formats, quantizer
+from model.quantization import formats, quantizer, rules_for
 from model.tokenizer import Tokenizer
 from model.transformer import Params, abstract_params, kept_dtype
 

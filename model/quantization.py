@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -38,6 +38,10 @@ _PARTS = ("values", "scales")
 """What a matrix of integers is made of in a checkpoint"""
 
 
+Path = tuple[str, ...]
+"""Of a parameter, in the unstacked layout"""
+
+
 class Format(NamedTuple):
     bits: Bits
     group: int
@@ -47,6 +51,12 @@ class Format(NamedTuple):
     scales: Literal["bfloat16", "float16"] = "bfloat16"
     fixed: bool = True
     """Whether the group is to be what it is, however many inputs there are"""
+
+    @property
+    def kind(self) -> str:
+        """As a rule names it."""
+        how = "" if self.rotated else ":half" if self.scales == "float16" else ":plain"
+        return f"int{self.bits}:{self.group}{how}"
 
     def fitted(self, inputs: int) -> Format:
         """With a fixed group: this one, or half of it where it would fill up inputs by more than a thirtieth."""
@@ -85,6 +95,11 @@ def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], 
 
     Raises ConfigError for a rule that can't be read, or where none of them matches anything.
     """
+    return {path: chosen for path, (_, chosen) in _decided(config, rules).items()}
+
+
+def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[Path, tuple[int, Format]]:
+    """With the place of the rule that decides. Raises ConfigError."""
     parsed = [parse_rule(rule) for rule in rules]
     found, matched = {}, False
     for path, inputs in matrix_inputs(config).items():
@@ -94,10 +109,43 @@ def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], 
             continue
         matched = True
         if (chosen := parsed[index][1]) is not None:
-            found[path] = chosen.fitted(inputs)
+            found[path] = index, chosen.fitted(inputs)
     if rules and not matched:
         raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {name}")
     return found
+
+
+def spelt_out(config: ModelConfig, rules: Sequence[str]) -> tuple[str, ...]:
+    """Rules that mean the same and name every group, as a folder keeps them: what goes without saying may become
+    another one day. Raises ConfigError."""
+    decided = _decided(config, rules)
+    spelt: list[str] = []
+    for index, rule in enumerate(rules):
+        kinds = {path: chosen.kind for path, (decisive, chosen) in decided.items() if decisive == index}
+        if len(set(kinds.values())) > 1:
+            spelt += rules_for(kinds)
+        else:
+            spelt += [f"{rule.rpartition('=')[0]}={kind}" for kind in set(kinds.values())] or [rule]
+    return tuple(spelt)
+
+
+_LAYER = re.compile(r"blocks/(\d+)/(.*)")
+
+
+def rules_for(kinds: Mapping[Path, str]) -> tuple[str, ...]:
+    """Rules that give each of these matrices its kind, and no other matrix any."""
+    layers: dict[tuple[str, str], list[str]] = {}
+    for path, kind in kinds.items():
+        match = _LAYER.fullmatch("/".join(path))
+        rest, layer = (match[2], match[1]) if match else ("/".join(path), "")
+        layers.setdefault((rest, kind), []).append(layer)
+    patterns: dict[tuple[str, str], list[str]] = {}
+    for (rest, kind), found in layers.items():
+        patterns.setdefault(("|".join(found), kind), []).append(rest)
+    return tuple(
+        f"{f'blocks/({numbers})/' if numbers else ''}({'|'.join(rests)})={kind}"
+        for (numbers, kind), rests in patterns.items()
+    )
 
 
 def quantize_params(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,8 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from model.huggingface.files import Exact, View, WeightFiles
 from model.ops.quantized import Quantized, from_integers
-
-Path = tuple[str, ...]
+from model.quantization import Format
 
 
 class Kept(NamedTuple):
@@ -30,7 +27,7 @@ class Kept(NamedTuple):
     @property
     def kind(self) -> str:
         """As a rule of model/quantization.py names it."""
-        return f"int{self.exact.bits}:{self.exact.group}:{'half' if self.exact.scales == 'float16' else 'plain'}"
+        return Format(self.exact.bits, self.exact.group, rotated=False, scales=self.exact.scales).kind
 
 
 def kept_matrix(
@@ -70,22 +67,3 @@ def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
     split = "tp" if len(kept.outputs) % mesh.shape["tp"] == 0 else None
     sharding = NamedSharding(mesh, PartitionSpec(None, split))
     return jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, sharding), made))
-
-
-_LAYER = re.compile(r"blocks/(\d+)/(.*)")
-
-
-def rules_for(kinds: Mapping[Path, str]) -> tuple[str, ...]:
-    """Rules of model/quantization.py that give each of these matrices its kind, and no other matrix any."""
-    layers: dict[tuple[str, str], list[str]] = {}
-    for path, kind in kinds.items():
-        match = _LAYER.fullmatch("/".join(path))
-        rest, layer = (match[2], match[1]) if match else ("/".join(path), "")
-        layers.setdefault((rest, kind), []).append(layer)
-    patterns: dict[tuple[str, str], list[str]] = {}
-    for (rest, kind), found in layers.items():
-        patterns.setdefault(("|".join(found), kind), []).append(rest)
-    return tuple(
-        f"{f'blocks/({numbers})/' if numbers else ''}({'|'.join(rests)})={kind}"
-        for (numbers, kind), rests in patterns.items()
-    )

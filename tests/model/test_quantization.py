@@ -20,7 +20,7 @@ from model.folder import open_folder
 from model.gptq import quantize_by_moments
 from model.matrices import replace_matrices
 from model.ops.quantized import Quantized, from_integers, quantize, shapes
-from model.quantization import SCHEMES, formats, quantize_params, weight_bytes
+from model.quantization import SCHEMES, formats, parse_rule, quantize_params, spelt_out, weight_bytes
 from model.sharding import MeshShape, build_mesh, use_mesh
 from model.transformer import Params, bind
 from serve.engine.build import open_model
@@ -141,6 +141,17 @@ def test_a_group_fits_the_inputs_unless_a_rule_names_it(inputs: int, group: int)
     assert formats(config, (".*=int8:32:plain",))[path] == (8, 32, False, "bfloat16", True)
 
 
+@pytest.mark.parametrize("rules", [*SCHEMES.values(), ("head=none", ".*mlp.*=int4:32:half", "no/such=int8", ".*=int6")])
+def test_a_folder_names_every_group(rules: tuple[str, ...]) -> None:
+    """Else another default would make another network of it. 344 inputs would leave a group of 64 half empty: one rule,
+    two groups."""
+    config = dataclasses.replace(CONFIG, dim=192, mlp_dim=344, heads=3, kv_heads=1, head_dim=8)
+    spelt = spelt_out(config, rules)
+    assert formats(config, spelt) == {path: each._replace(fixed=True) for path, each in formats(config, rules).items()}
+    named = [parse_rule(rule)[1] for rule in spelt if "no/such" not in rule]
+    assert all(each is None or each.fixed for each in named)
+
+
 @pytest.mark.parametrize(
     "rule",
     ["int8", "=int8", ".*=int7", ".*=int8:16", ".*=int4:48", ".*=int4:plain:32", ".*=none:32", "(=int8", "no=int4"],
@@ -235,7 +246,7 @@ def test_conversion_writes_what_serving_reads_on_any_mesh(tmp_path: Path, capsys
     assert main(["convert", str(source), str(tmp_path / "small"), *flags]) == 0
     assert "KL" in capsys.readouterr().out
     folder = open_folder(tmp_path / "small")
-    assert folder.config.quantization == SCHEMES["int8"]
+    assert folder.config.quantization == (".*=int8:32",)
     original = open_folder(source)
     want: Params = original.with_config(scan_layers=False).load_params(build_mesh(MeshShape()))
     quantize_params(dataclasses.replace(original.config, scan_layers=False), want, SCHEMES["int8"])
