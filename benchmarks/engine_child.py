@@ -28,18 +28,19 @@ FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
 
 
 class _Steps:
-    """Notes when every sequence had its first token, and when each of `steps` more steps was known."""
+    """Notes when every sequence of some requests had its first token, and when each of `steps` more steps was known."""
 
-    def __init__(self, sequences: int, steps: int) -> None:
-        self._sequences, self._wanted = sequences, 1 + steps
+    def __init__(self, requests: list[Request], steps: int) -> None:
+        self._own, self._sequences, self._wanted = set(requests), len(requests), 1 + steps
         self._begun: set[str] = set()
         self.times: list[float] = []
         self.error: str | None = None
         self.done = threading.Event()
 
     def take(self, outputs: list[Output]) -> None:
-        """On the engine's thread."""
-        if self.done.is_set():
+        """On the engine's thread. The last question's requests are heard to be cancelled in this one's time."""
+        outputs = [output for output in outputs if output.request in self._own]
+        if self.done.is_set() or not outputs:
             return
         now = time.perf_counter()
         drawn = [output.request.id for output in outputs if output.token is not None]
@@ -150,7 +151,7 @@ class EngineChild:
         longest = self._limits[1] - length if steps else 1
         self._questions += 1
         requests = [Request(f"q{self._questions}-{i}", prompt, GREEDY, longest) for i, prompt in enumerate(tokens)]
-        watch = _Steps(len(tokens), steps)
+        watch = _Steps(requests, steps)
         self._watch = watch
         for request in requests:
             self._engine.submit(request)

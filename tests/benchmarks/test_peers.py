@@ -168,18 +168,20 @@ def test_a_stack_that_is_not_installed_is_reported_and_the_rest_goes_on(tmp_path
 def test_decoding_is_timed_from_everybodys_first_token() -> None:
     requests = [Request(name, [1], SamplingParams(), 9) for name in "ab"]
     a, b = (Output(request, 5, None) for request in requests)
-    steps = _Steps(2, 2)
+    steps = _Steps(requests, 2)
     for outputs in ([a], [a, b], [a, b]):
         steps.take(outputs)
         assert not steps.done.is_set()
     steps.take([a, b])
     steps.take([a, b])
     assert steps.done.is_set() and len(steps.times) == 3 and steps.error is None
-    short = _Steps(2, 5)
+    short = _Steps(requests, 5)
     for outputs in ([a, b], [a]):
         short.take(outputs)
     assert short.error is not None and short.done.is_set()
-    failed = _Steps(2, 5)
+    failed = _Steps(requests, 5)
+    failed.take([Output(Request("of the question before", [1], SamplingParams(), 9), None, FinishReason.CANCELLED)])
+    assert failed.error is None
     failed.take([Output(requests[0], None, FinishReason.ERROR)])
     assert failed.error == "a request failed"
 
