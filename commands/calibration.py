@@ -26,10 +26,11 @@ def quantize_on_text(
     params: Params,
     rules: Sequence[str],
     texts: np.ndarray,
-    tick: Callable[[int], None] = lambda matrices: None,
+    tick: Callable[[float], None] = lambda matrices: None,
 ) -> None:
     """Turns matrices into integers as model/gptq.py does, in place. params: unstacked, of a network that computes in
-    float32 or bfloat16; texts: int32[windows, tokens]; tick(matrices) after some are done.
+    float32 or bfloat16; texts: int32[windows, tokens]; tick(matrices) as they get done, half of each while the text
+    goes through.
 
     Matrices whose moments fit into MOMENTS_BYTES are watched together; those behind then meet what is lost in these.
     The embedding is rounded to the nearest: it is looked up as well. Raises ConfigError where activations are not
@@ -37,7 +38,7 @@ def quantize_on_text(
     """
     wanted = formats(config, rules)
     for paths in _parts(config, wanted):
-        moments = _moments(config, params, paths, texts)
+        moments = _moments(config, params, paths, texts, tick)
         if broken := [path for path in paths if not jnp.isfinite(moments[path]).all()]:
             name = "/".join(broken[0])
             raise ConfigError(f"calibration: {name} meets activations that are not finite; --calibration 0 rounds")
@@ -49,11 +50,12 @@ def quantize_on_text(
             bits, group, rotated, scales, _ = wanted[path]
             matrix = as_matrix(path, weight, inputs)
             changed = quantize_by_moments(matrix, moments.pop(path), bits, group, rotated=rotated, scales=scales)
-            return jax.block_until_ready(changed)
+            jax.block_until_ready(changed)
+            tick(0.5)
+            return changed
 
         replace_matrices(config, params, change)
-        tick(len(paths))
-    quantize_params(config, params, rules)
+    quantize_params(config, params, rules, lambda size: tick(1))
 
 
 def _parts(config: ModelConfig, wanted: dict[Path, Format]) -> Iterator[list[Path]]:
@@ -74,8 +76,10 @@ def _place(path: Path) -> tuple[float, Path]:
     return (int(path[1]) if path[0] == "blocks" else float("inf"), path)
 
 
-def _moments(config: ModelConfig, params: Params, paths: Sequence[Path], texts: np.ndarray) -> dict[Path, jax.Array]:
-    """float32[inputs, inputs] of each path: the sum over all tokens of x.T @ x."""
+def _moments(
+    config: ModelConfig, params: Params, paths: Sequence[Path], texts: np.ndarray, tick: Callable[[float], None]
+) -> dict[Path, jax.Array]:
+    """float32[inputs, inputs] of each path: the sum over all tokens of x.T @ x. tick(matrices), half of them in all."""
     inputs = matrix_inputs(config)
 
     def observed(moments: dict[Path, jax.Array], params: Params, tokens: jax.Array) -> jax.Array:
@@ -96,5 +100,6 @@ def _moments(config: ModelConfig, params: Params, paths: Sequence[Path], texts: 
 
     total = {path: jnp.zeros((inputs[path], inputs[path]), jnp.float32) for path in paths}
     for tokens in texts:
-        total = add(total, params, tokens)
-    return jax.block_until_ready(total)
+        total = jax.block_until_ready(add(total, params, tokens))
+        tick(len(paths) / 2 / len(texts))
+    return total
