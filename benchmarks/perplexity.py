@@ -89,6 +89,10 @@ class BaseLogits:
         return words[:, 4 : 4 + self.vocab] * scale[:, None] + least[:, None]
 
 
+TRIES = 3
+"""llama-perplexity prints from a thread that its end doesn't wait for: now and then the last lines are lost"""
+
+
 def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n_ctx: int, threads: int) -> None:
     """Writes the predictions of a GGUF file of a text, with a float32 cache. Raises BenchError."""
     partial = path.with_name(path.name + ".partial")
@@ -100,7 +104,14 @@ def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n
 def divergence(llama: Path, model: Path, base: BaseLogits, threads: int) -> Divergence:
     """Of a GGUF file, as llama.cpp runs it by default. Raises BenchError."""
     arguments = ["--kl-divergence", "--kl-divergence-base", str(base.path)]
-    return parse(_run(llama, model, base.n_ctx, threads, arguments), base.windows * base.predicted)
+    for left in reversed(range(TRIES)):
+        output = _run(llama, model, base.n_ctx, threads, arguments)
+        try:
+            return parse(output, base.windows * base.predicted)
+        except BenchError:
+            if not left:
+                raise
+    raise AssertionError
 
 
 def _run(llama: Path, model: Path, n_ctx: int, threads: int, arguments: list[str]) -> str:

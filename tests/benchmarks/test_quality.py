@@ -214,6 +214,18 @@ def test_a_program_that_is_not_there_or_fails_is_named(tmp_path: Path) -> None:
         divergence(tmp_path, tmp_path / "m.gguf", base, 1)
 
 
+def test_figures_that_get_lost_at_its_end_are_asked_for_again(tmp_path: Path) -> None:
+    """Now and then they do, on a busy machine: a run over many types would have been for nothing."""
+    program, told = tmp_path / "bin" / "llama-perplexity", tmp_path / "told"
+    program.parent.mkdir()
+    (tmp_path / "whole").write_text(OUTPUT)
+    program.write_text(f"#!/bin/sh\ncd {tmp_path}\n[ -e told ] && cat whole || echo ' 23  568.8605'\ntouch told\n")
+    program.chmod(0o755)
+    base = BaseLogits(tmp_path / "base", 8, 5, 1)
+    assert divergence(tmp_path, tmp_path / "m.gguf", base, 1) == parse(OUTPUT, base.windows * base.predicted)
+    assert told.exists()
+
+
 def test_the_corpus_is_two_texts_that_share_no_paragraph() -> None:
     """Scales that were chosen on what is measured would look better than they are."""
     calibration, evaluation = corpus.text("calibration", 60_000), corpus.text("evaluation", 60_000)
