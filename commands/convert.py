@@ -18,8 +18,8 @@ from commands.calibration import quantize_on_text
 from commands.gate import GateConfig, QualityError, opened
 from commands.suggest import rules_of
 from commands.texts import texts
-from model.checkpoint import CheckpointError, Checkpoints
-from model.cleaning import cleaning, remove, temporary_folder
+from model.checkpoint import QUANTIZATION, CheckpointError, Checkpoints
+from model.cleaning import temporary_folder
 from model.companions import copy_companions
 from model.config import ConfigError, LoraConfig
 from model.files import present, read_json
@@ -30,7 +30,7 @@ from model.huggingface.export import DTYPES_FILE, network_of, published_config, 
 from model.huggingface.families import Family, read_config, read_fields
 from model.huggingface.fields import Fields
 from model.progress import Stages, stages
-from model.quantization import formats, quantize_params, spelt_out
+from model.quantization import SCHEMES, check_rules, formats, quantize_params, spelt_out
 from model.sharding import MeshShape, build_mesh
 from model.tokenizer import END_OF_TEXT, Tokenizer
 from model.transformer import Params
@@ -50,7 +50,7 @@ TARGET must not exist. It appears when all of it is written."""
 @dataclass(frozen=True)
 class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A model folder of either kind, or an adapter; or Org/Name, in the local Hugging Face cache"""
+    """A model folder of either kind, an adapter or a GGUF file; or Org/Name, in the local Hugging Face cache"""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to make, or with --gguf the file"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
@@ -63,10 +63,10 @@ class ConvertConfig:
     max_shard_gb: float = 5.0
     """Most of a file, in GB; more weights go into several, with an index"""
     gguf: Literal["none", "f32", "f16", "bf16", "q8_0", "q4_0"] = "none"
-    """Write one GGUF file, for llama.cpp, with matrices of this kind"""
+    """Write one GGUF file, for llama.cpp, with matrices of this kind (its llama-quantize makes others of f32)"""
     quantize: str = "none"
-    """int8, int6, int5 or int4 (embedding and head are int8), or rules of one's own, joined by commas, the first that
-    matches deciding: "blocks/0/.*=int8,.*mlp.*=int4:32,.*=none" """
+    """int8, int6, int5 or int4 (the last three keep embedding and head in 8 bits, int4 attention's values in 6), or
+    rules of one's own, joined by commas, the first that matches deciding: "head=none,.*mlp.*=int4:32,.*=int8" """
     gate: Annotated[GateConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=GateConfig)
 
 
@@ -96,6 +96,7 @@ def convert(config: ConvertConfig, console: Console) -> None:
         _to_gguf(config, folder, console)
         return _report(config, folder, console)
     with _appearing(config.target) as partial, stages(console) as shown:
+        partial.mkdir()
         if kind == "huggingface":
             _to_huggingface(config, folder, partial, shown)
         else:
@@ -105,19 +106,22 @@ def convert(config: ConvertConfig, console: Console) -> None:
 
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to write to, which takes its own name once all is written."""
-    partial = target.with_name(target.name + ".partial")
-    remove(partial)
-    with cleaning(lambda: remove(partial)):
+    """A folder to write to, or a place for a file, which takes its own name once all is written: whoever else converts
+    to the same name has one too. Raises ConfigError where nothing can be made, or the name is taken meanwhile."""
+    with contextlib.ExitStack() as stack:
         try:
-            partial.mkdir(parents=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            made = stack.enter_context(temporary_folder(f"{target.name}.partial-", target.parent)) / target.name
         except OSError as error:
-            raise ConfigError(f"target: {target} can't be made: {error.strerror}") from None
-        try:
-            yield partial
-            partial.rename(target)
-        finally:
-            remove(partial)
+            raise ConfigError(f"target: {target} can't be made: {_reason(error)}") from None
+        yield made
+        if target.exists():
+            raise ConfigError(f"target: {target} was made by somebody else meanwhile")
+        made.rename(target)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -155,13 +159,12 @@ def _to_gguf(config: ConvertConfig, folder: ModelFolder, console: Console) -> No
     architecture_name(values["model_type"])
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
     try:
-        with temporary_folder("isthmus-gguf-", config.target.parent) as partial, stages(console) as shown:
+        with _appearing(config.target) as partial, stages(console) as shown:
             params = _read(plain, shown)
             writing = shown.begin("writing", 4 * plain.config.parameters)
-            write_model(partial / "model", plain, values["model_type"], family, params, config.gguf, writing.advance)
-            (partial / "model").rename(config.target)
+            write_model(partial, plain, values["model_type"], family, params, config.gguf, writing.advance)
     except OSError as error:
-        raise ConfigError(f"target: {config.target} can't be written: {error.strerror}") from None
+        raise ConfigError(f"target: {config.target} can't be written: {_reason(error)}") from None
 
 
 def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
@@ -198,11 +201,14 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
     if folder.config.quantization:
         raise ConfigError(f"{config.source} is quantized already: convert the model that it was made from")
     plain = folder.with_config(lora=LoraConfig(), scan_layers=False, remat="none")
+    if config.quantize not in SCHEMES:
+        check_rules(plain.config, rules_of(config.quantize))
     fitted = any(chosen.bits < 8 for chosen in formats(plain.config, rules_of(config.quantize)).values())
     sample = texts(config.gate, plain, config.gate.calibration if fitted else 0)
     for warning in sample.warnings:
         console.print(warning, style="yellow", markup=False)
     with _appearing(config.target) as partial, stages(console) as shown:
+        partial.mkdir()
 
         def write(rules: Sequence[str], target: Path) -> None:
             params = _read(plain, shown)
@@ -223,7 +229,7 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
 def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:
     shown.say(f"writing {sum(array.nbytes for array in jax.tree.leaves(params)) / 1e9:.2f} GB")
     checkpoints = Checkpoints(target)
-    checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
+    checkpoints.save(0, params, None, {"step": 0, "tokens": 0, QUANTIZATION: list(folder.config.quantization)})
     checkpoints.close()
     folder.config.save(target / "config.json")
     _copy_companions(folder, target)

@@ -103,7 +103,7 @@ def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:
     dtype = model.config.dtype
     if model.config.quantization:
         if (cost := measured(model.path)) is None:
-            yield f"what its integers cost isn't known: {model.path} has no {FILE}, which isthmus convert writes"
+            yield f"what its integers cost isn't known: {model.path} has no {FILE} of isthmus convert's that says so"
             return
         yield (
             f"{cost.quantize}: {cost.text()}, measured on {cost.date} over {cost.tokens:,} tokens of {cost.source}, in "
@@ -112,8 +112,9 @@ def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:
     elif config.quantize != "none":
         told = [f"{cost.text()} on {name}" for name, cost in known(config.quantize, dtype).items()]
         yield (
-            f"--quantize {config.quantize} changes what the model says; by how much is measured by isthmus convert "
-            f"--quantize {config.quantize}" + (f". It cost, in {dtype}, {'; '.join(told)}" if told else "")
+            f"--quantize {config.quantize} rounds while loading, which changes what the model says. isthmus convert "
+            f"{config.model} TARGET --quantize {config.quantize} measures by how much, and loses less with fewer than "
+            "8 bits" + (f". Measured in {dtype} elsewhere: {'; '.join(told)}" if told else "")
         )
 
 

@@ -24,10 +24,10 @@ PIECE = 1 << 18
 @dataclass(frozen=True)
 class TextConfig:
     text: tuple[str, ...] = ()
-    """Files or folders of text, like --data of `isthmus train`, that a quantized model is compared with the original
-    on; default: documentation that Python brings"""
+    """Files or folders of text, like --data of `isthmus train`: on its first --windows a quantized model is compared
+    with the original, to the --calibration that follow it is fitted; default: documentation that Python brings"""
     windows: int = 64
-    """Of 512 tokens, that are compared. A default text has about 150"""
+    """Of 512 tokens, that are compared; the default text has about 150 of them"""
     calibration: int = 24
     """Windows of other text that integers of fewer than 8 bits are fitted to, which loses about a quarter as much as
     rounding to the nearest and takes minutes; 0 rounds"""
@@ -49,7 +49,7 @@ def texts(config: TextConfig, folder: ModelFolder, calibration: int = 0) -> Text
     and of what is left, `calibration` windows. Raises ConfigError for less than a window to compare."""
     size = min(WINDOW, folder.config.context_length)
     if config.text:
-        documents = _distinct(read_documents(config.text))
+        documents = _distinct(read_documents(config.text, setting="text"))
         cut = _windows(folder.tokenizer, documents, config.windows + calibration, size)
         compared, calibrated = cut[: config.windows], cut[config.windows :]
     else:

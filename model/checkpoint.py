@@ -28,6 +28,8 @@ from model.transformer import Params, abstract_params, kept_dtype, stack_blocks,
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates saves, and each error before it raises it
 
 FOLDER = "checkpoints"
+QUANTIZATION = "quantization"
+"""In a checkpoint's progress: the rules that its integers were made by"""
 
 
 class CheckpointError(RuntimeError):
@@ -115,6 +117,10 @@ class Checkpoints:
         """The newest parameters alone. Raises CheckpointError when there are none, or they can't be read."""
         return self._restore(self._newest(), params=ocp.args.StandardRestore(params))["params"]
 
+    def progress(self) -> dict:
+        """The newest checkpoint's. Raises CheckpointError when there is none, or it can't be read."""
+        return self._restore(self._newest(), progress=ocp.args.JsonRestore())["progress"]
+
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -161,12 +167,13 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None
         raise ConfigError(f"{folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
     checkpoints = Checkpoints(folder)
     try:
+        made_by = tuple(checkpoints.progress().get(QUANTIZATION, ()))
+        if made_by != config.quantization:  # the same bytes would mean other numbers
+            raise CheckpointError(
+                f"{folder / 'config.json'}: quantization isn't what the integers were made by, which is "
+                f"{', '.join(made_by) or 'not known'}; put it back, or convert the model that it was made from again"
+            )
         params = checkpoints.restore_params(quantization.abstract_stored(config, mesh))
-    except CheckpointError as error:
-        if not config.quantization:
-            raise
-        hint = "if an earlier version quantized it, convert the model that it was made from again"
-        raise CheckpointError(f"{error}; {hint}") from error
     finally:
         checkpoints.close()
     if config.quantization:

@@ -75,7 +75,8 @@ def measured(folder: Path) -> MeasuredCost | None:
         cost.text()
     except (ConfigError, TypeError, ValueError):
         return None
-    return cost
+    numbers = (cost.tokens, cost.windows)
+    return cost if all(type(number) is int for number in numbers) else None
 
 
 def known(scheme: str, dtype: str) -> dict[str, Cost]:

@@ -50,7 +50,7 @@ def find_folder(path: Path, *, download: bool = False, revision: str | None = No
         raise ConfigError(f"{path} is {_kind_of_file(path)}")
     name = str(path)
     if not is_hub_name(name):
-        raise ConfigError(f"{shortened(name)}: there is no such folder")
+        raise ConfigError(f"{shortened(name)}: there is no such folder or GGUF file")
     return _download(name, revision) if download else _cached(name, revision)
 
 

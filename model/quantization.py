@@ -18,6 +18,7 @@ from model.matrices import as_matrix, matrix_inputs, replace_matrices
 from model.ops.linear import Weight
 from model.ops.quantized import Bits, Quantized, quantize, shapes
 from model.ops.rounding import narrowed
+from model.patterns import check_pattern
 from model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
 
 SCHEMES: dict[str, tuple[str, ...]] = {
@@ -32,6 +33,8 @@ SCHEMES: dict[str, tuple[str, ...]] = {
 _KINDS = ("int8", "int6", "int5", "int4")
 _GROUP = 64
 """At most, unless a rule says otherwise: half of it where that leaves less of the last group empty"""
+_PATTERN = 1 << 14
+"""Characters of a rule's regular expression: one that names every layer is long"""
 _SIZES = ("32", "64", "128", "256")
 
 _PARTS = ("values", "scales")
@@ -72,15 +75,17 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     kind, *options = name.split(":")
     plain, half = options[1:] in (["plain"], ["half"]), options[1:] == ["half"]
     sizes = options[:1] if plain else options
+    if not pattern and rule.partition(":")[0] in SCHEMES:
+        raise ConfigError(f"quantize: {rule!r} stands alone; among rules, or with a group's size, write '.*={rule}'")
     if not pattern or kind not in (*_KINDS, "none") or len(sizes) > 1 or (options and kind == "none"):
-        raise ConfigError(f"quantize: {rule!r} must be REGEX=none, or REGEX=KIND, REGEX=KIND:GROUP or "
-                          f"REGEX=KIND:GROUP:plain (or half), with a KIND of {', '.join(_KINDS)}")  # fmt: skip
+        raise ConfigError(f"quantize: {rule!r} is neither {', '.join(_KINDS)} nor a rule: REGEX=none, or REGEX=KIND, "
+                          "REGEX=KIND:GROUP or REGEX=KIND:GROUP:plain (or half), with one of these as its KIND; "
+                          "GGUF's own kinds are --gguf's of isthmus convert")  # fmt: skip
     if sizes and sizes[0] not in _SIZES:
         raise ConfigError(f"quantize: {rule!r}: a group has {', '.join(_SIZES)} numbers")
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"quantize: {rule!r} has no regular expression before the =: {error}") from None
+    if (why := check_pattern(pattern, longest=_PATTERN)) is not None:
+        raise ConfigError(f"quantize: {rule!r}: what is before the = {why}")
+    compiled = re.compile(pattern)
     if kind == "none":
         return compiled, None
     bits = cast(Bits, int(kind.removeprefix("int")))
@@ -113,6 +118,20 @@ def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[Path, tuple[int,
     if rules and not matched:
         raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {name}")
     return found
+
+
+def check_rules(config: ModelConfig, rules: Sequence[str]) -> None:
+    """Raises ConfigError where one of somebody's own rules changes nothing, which is a typo in it or in the order."""
+    _decided(config, rules)
+    for place, rule in enumerate(rules):
+        pattern, _ = parse_rule(rule)
+        names = ["/".join(path) for path in matrix_inputs(config) if "router" not in path]
+        found = [name for name in names if pattern.fullmatch(name)]
+        before = [parse_rule(earlier)[0] for earlier in rules[:place]]
+        if not found:
+            raise ConfigError(f"quantize: {rule!r} matches no parameter's path; one is {names[-1]}")
+        if all(any(earlier.fullmatch(name) for earlier in before) for name in found):
+            raise ConfigError(f"quantize: {rule!r} comes too late: rules before it decide all that it matches")
 
 
 def spelt_out(config: ModelConfig, rules: Sequence[str]) -> tuple[str, ...]:

@@ -51,9 +51,10 @@ class Document:
         return len(self.text.encode())
 
 
-def read_documents(paths: Sequence[str], reading: Reading | None = None) -> Iterator[Document]:
+def read_documents(paths: Sequence[str], reading: Reading | None = None, setting: str = "data") -> Iterator[Document]:
     """Every non-empty document under `paths`, in an order that depends on names only.
 
+    setting: what gave the paths, for errors.
     reading: told of each file that was read or left out. Raises ConfigError for a path that was named and can't be
     read, and for a file of documents one of which isn't.
     """
@@ -67,14 +68,14 @@ def read_documents(paths: Sequence[str], reading: Reading | None = None) -> Iter
                 except Unreadable as reason:
                     reading.skip(name, reason.reason)
         elif not path.exists():
-            raise ConfigError(f"data: {printable(path)} does not exist")
+            raise ConfigError(f"{setting}: {printable(path)} does not exist")
         elif not path.is_file():
-            raise ConfigError(f"data: {printable(path)} is neither a file nor a folder")
+            raise ConfigError(f"{setting}: {printable(path)} is neither a file nor a folder")
         else:
             try:
                 yield from _counted(_documents(path, printable(path), None), reading)
             except Unreadable as reason:
-                raise ConfigError(f"data: {printable(path)}: {reason}") from None
+                raise ConfigError(f"{setting}: {printable(path)}: {reason}") from None
 
 
 def _counted(documents: Iterator[Document], reading: Reading) -> Iterator[Document]:

@@ -155,6 +155,8 @@ def file_names(architecture: Architecture, name: str) -> str:
 def _head_dim(metadata: Metadata, default: int) -> int:
     rotated = metadata.integer(metadata.own("rope.dimension_count"), default)
     size: int = metadata.integer(metadata.own("attention.key_length"), max(default, rotated))
+    if not size:
+        raise metadata.error(metadata.own("attention.key_length"), "must be at least 1")
     if metadata.integer(metadata.own("attention.value_length"), size) != size:
         raise metadata.error(metadata.own("attention.value_length"), f"must be {size}, the length of keys")
     return size

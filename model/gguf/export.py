@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,15 +81,27 @@ def write_model(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     leaves = jax.tree.leaves(params)
-    for written, names, _, stored in plan:
-        arrays = [_changed(architecture, config, written, assemble(targets[each], leaves, config)) for each in names]
-        whole = arrays[0] if len(names) == 1 else np.stack(arrays)
-        writer.write_tensor_data(_as_stored(np.ascontiguousarray(whole), stored))
-        tick(whole.nbytes)
-    for array in constants.values():
-        writer.write_tensor_data(array)
-    writer.close()
+    with contextlib.ExitStack() as failed:
+        failed.callback(_drop, writer)
+        for written, names, _, stored in plan:
+            arrays = [
+                _changed(architecture, config, written, assemble(targets[each], leaves, config)) for each in names
+            ]
+            whole = arrays[0] if len(names) == 1 else np.stack(arrays)
+            writer.write_tensor_data(_as_stored(np.ascontiguousarray(whole), stored))
+            tick(whole.nbytes)
+        for array in constants.values():
+            writer.write_tensor_data(array)
+        writer.close()
+        failed.pop_all()
     _check(path, config)
+
+
+def _drop(writer: Any) -> None:
+    """Closes what can't be written, without trying once more when it is collected."""
+    for file in writer.fout or ():
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _tokenizer(folder: ModelFolder) -> dict[str, Any]:

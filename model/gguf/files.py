@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from model.config import ConfigError
+from model.files import shortened
 from model.gguf.architectures import Architecture, published_name
 from model.gguf.blocks import EXACT, dequantize, integers
 from model.gguf.header import Header, Stored, read_header
@@ -185,13 +186,13 @@ def _halves(tensor: Tensor) -> np.ndarray:
 def read_headers(path: Path) -> Header:
     """The header of a file, or of all parts that a model is split into, one of which `path` is. Raises ConfigError."""
     header = read_header(path)
-    count = header.metadata.get("split.count", 1)
-    if count == 1:
+    count = _count(header, "split.count", 1)
+    if count <= 1:  # a file put together from parts says 0
         return header
     match = _PART.fullmatch(path.name)
-    if type(count) is not int or not 1 < count <= MAX_PARTS or match is None or int(match[3]) != count:
+    if count > MAX_PARTS or match is None or int(match[3]) != count:
         raise ConfigError(
-            f"{path} is a part of a model in {count!r} files: they must lie side by side, and be called NAME-00001-of-"
+            f"{path} is a part of a model in {count} files: they must lie side by side, and be called NAME-00001-of-"
             "0000N.gguf"
         )
     parts = [read_header(path.with_name(f"{match[1]}-{n:05d}-of-{match[3]}.gguf")) for n in range(1, count + 1)]
@@ -200,7 +201,15 @@ def read_headers(path: Path) -> Header:
         if twice := tensors.keys() & part.tensors.keys():
             raise ConfigError(f"{part.path}: the tensor {min(twice)} is in another part already")
         tensors |= part.tensors
-    whole = parts[0].metadata.get("split.tensors.count", len(tensors))
+    whole = _count(parts[0], "split.tensors.count", len(tensors))
     if whole != len(tensors):
         raise ConfigError(f"{parts[0].path}: its parts hold {len(tensors)} tensors, and it says {whole}")
     return Header(parts[0].path, parts[0].metadata, tensors)
+
+
+def _count(header: Header, name: str, default: int) -> int:
+    """Of a part, which needn't have the architecture that Metadata wants."""
+    value = header.metadata.get(name, default)
+    if type(value) is not int or value < 0:
+        raise ConfigError(f"{header.path}: {name}={shortened(repr(value))} must be a whole number that is not negative")
+    return value

@@ -90,7 +90,12 @@ class Metadata:
         prefix = f"{self.architecture}."
         for name, value in self._values.items():
             own = name.removeprefix(prefix)
-            if own == name or name in self._read or own in harmless or not np.any(value):
+            if own == name or name in self._read or own in harmless or not _on(value):
                 continue
             raise self.error(name, "is not supported, and may change what the model computes; to go on without it: "
                                    f"--ignore-field {shortened(name)}")  # fmt: skip
+
+
+def _on(value: Any) -> bool:
+    """numpy would make every string of a list as long as the longest."""
+    return any(value) if isinstance(value, list) else bool(np.any(value))

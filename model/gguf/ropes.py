@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from model.config import ConfigError
+from model.files import shortened
 from model.gguf.header import Header
 from model.gguf.metadata import Metadata
 
@@ -19,10 +20,19 @@ def fields(metadata: Metadata, header: Header, head_dim: int) -> dict[str, Any]:
     """The fields of config.json. Raises ConfigError for a kind of scaling that isn't known."""
     theta = metadata.number(metadata.own("rope.freq_base"), 10000.0)
     rotated = metadata.integer(metadata.own("rope.dimension_count"), head_dim)
+    if rotated % 2:
+        raise metadata.error(metadata.own("rope.dimension_count"), f"must be even; heads have {head_dim} numbers")
     found: dict[str, Any] = {"rope_theta": theta}
     if rotated != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
     scaling = _divided(metadata, header, theta, rotated) or _scaled(metadata)
+    attention = metadata.own("rope.scaling.attn_factor")
+    if "attention_factor" not in scaling and _attention(metadata) != 1.0:
+        raise metadata.error(
+            attention,
+            "is supported only with 'yarn' or 'longrope' scaling, and may change what the model computes; to go on "
+            f"without it: --ignore-field {shortened(attention)}",
+        )
     if scaling.get("rope_type") == "longrope":  # Phi's config.json has the length beside it
         found["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")
     return found | ({"rope_scaling": scaling} if scaling else {})
@@ -30,12 +40,10 @@ def fields(metadata: Metadata, header: Header, head_dim: int) -> dict[str, Any]:
 
 def _scaled(metadata: Metadata) -> dict[str, Any]:
     name = metadata.own("rope.scaling.type")
-    kind = metadata.text(name, "none")
-    factor = metadata.number(
-        metadata.own("rope.scaling.factor"), metadata.number(metadata.own("rope.scale_linear"), 0.0)
-    )
+    kind = metadata.text(name, "linear")  # as llama.cpp has it
+    factor = _factor(metadata)
     original = metadata.integer(metadata.own("rope.scaling.original_context_length"), 0)
-    attention = metadata.number(metadata.own("rope.scaling.attn_factor"), 1.0)
+    attention = _attention(metadata)
     if not factor or kind == "none":
         return {}
     if kind == "linear":
@@ -52,17 +60,35 @@ def _scaled(metadata: Metadata) -> dict[str, Any]:
     return found | ({"original_max_position_embeddings": original} if original else {})
 
 
+def _attention(metadata: Metadata) -> float:
+    """What rotated queries and keys are multiplied by, beside what the scaling itself gives."""
+    found: float = metadata.number(metadata.own("rope.scaling.attn_factor"), 1.0)
+    return found
+
+
+def _factor(metadata: Metadata) -> float:
+    """0 is none."""
+    found = 0.0
+    for name in ("rope.scale_linear", "rope.scaling.factor"):  # the old name, and the one that goes before it
+        found = metadata.number(metadata.own(name), found)
+        if found < 0:
+            raise metadata.error(metadata.own(name), "must be positive")
+    return found
+
+
 def _divided(metadata: Metadata, header: Header, theta: float, rotated: int) -> dict[str, Any]:
     one = _factors(header, "rope_freqs.weight", rotated)
     if one is not None:
-        return _llama3(theta, rotated, one) or _by_table(one, one, metadata.integer(metadata.own("context_length")))
+        if _attention(metadata) == 1.0 and (found := _llama3(theta, rotated, one)):
+            return found
+        table = _by_table(one, one, metadata.integer(metadata.own("context_length")))
+        return table | {"attention_factor": _attention(metadata)}
     long, short = (_factors(header, f"rope_factors_{each}.weight", rotated) for each in ("long", "short"))
     if long is None or short is None:
         return {}
     metadata.text(metadata.own("rope.scaling.type"), "longrope")
     original = metadata.integer(metadata.own("rope.scaling.original_context_length"))
-    attention = metadata.number(metadata.own("rope.scaling.attn_factor"), 1.0)
-    return _by_table(short, long, original) | {"attention_factor": attention}
+    return _by_table(short, long, original) | {"attention_factor": _attention(metadata)}
 
 
 def _by_table(short: np.ndarray, long: np.ndarray, original: int) -> dict[str, Any]:

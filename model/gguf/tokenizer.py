@@ -185,6 +185,9 @@ def _sentence_piece(metadata: Metadata, tokens: list[str], types: np.ndarray) ->
 
 MAX_TOKEN = 1024
 """Characters of one that others are put together to: the work grows by their square. Published ones have 130"""
+MAX_CUTTING = 1 << 26
+"""Characters looked at, and at most kept, to find what is put together: the squares of all tokens' lengths. Gemma's
+262k have 11 million"""
 
 
 def _spell_spaces(tokens: list[str], types: np.ndarray) -> None:
@@ -213,12 +216,18 @@ def _scored_merges(
     if (np.diff(scores[types == NORMAL]) > 0).any():
         words = words[np.argsort(-scores[words].astype(np.float64), kind="stable")]
     text = {tokens[index] for index in words.tolist()}
-    merges = []
+    merges, cutting = [], 0
     for index in words.tolist():
         token = tokens[index]
+        cutting += len(token) ** 2
         if len(token) > MAX_TOKEN:
             raise metadata.error(
                 "tokenizer.ggml.tokens", f"has a token of {len(token)} characters; at most {MAX_TOKEN}"
+            )
+        if cutting > MAX_CUTTING:
+            raise metadata.error(
+                "tokenizer.ggml.tokens",
+                f"has too many long tokens: the squares of their lengths come to more than {MAX_CUTTING:,} characters",
             )
         for cut in range(len(token) - 1, 0, -1):
             if token[:cut] in text and token[cut:] in text:

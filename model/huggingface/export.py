@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from model.config import ConfigError, LoraConfig, ModelConfig
@@ -162,7 +163,10 @@ def write_weights(
             tensors[name] = assemble(targets[name], leaves, config)
             placed[name] = file
             tick(targets[name].nbytes)
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ConfigError(f"{folder / file} can't be written: {error}") from None
     if len(shards) > 1:
         total = sum(target.nbytes for target in targets.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}

@@ -47,7 +47,8 @@ def open_model(
     folder = open_folder(path, options)
     if quantize != "none" and folder.config.quantization:
         raise ConfigError(
-            f"quantize={quantize}: {path} is quantized already, by {', '.join(folder.config.quantization)}"
+            f"quantize={quantize}: leave it out; {path} is quantized already, by "
+            + ", ".join(folder.config.quantization)
         )
     dtype = default_dtype() if dtype == "auto" else dtype
     check_dtype(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from model.folder import open_folder
 from model.gptq import quantize_by_moments
 from model.matrices import replace_matrices
 from model.ops.quantized import Quantized, from_integers, quantize, shapes
-from model.quantization import SCHEMES, formats, parse_rule, quantize_params, spelt_out, weight_bytes
+from model.quantization import SCHEMES, check_rules, formats, parse_rule, quantize_params, spelt_out, weight_bytes
 from model.sharding import MeshShape, build_mesh, use_mesh
 from model.transformer import Params, bind
 from serve.engine.build import open_model
@@ -141,6 +142,21 @@ def test_a_group_fits_the_inputs_unless_a_rule_names_it(inputs: int, group: int)
     assert formats(config, (".*=int8:32:plain",))[path] == (8, 32, False, "bfloat16", True)
 
 
+@pytest.mark.parametrize(
+    "rules, said",
+    [
+        (("lm_haed=int8", ".*=int4"), "'lm_haed=int8' matches no parameter's path"),
+        ((".*=int8", ".*mlp.*=int4"), "'.*mlp.*=int4' comes too late"),
+        (("blocks/0/.*=int4", ".*=int8", ".*mlp/up.*=none"), "comes too late"),
+    ],
+)
+def test_a_rule_of_ones_own_that_changes_nothing_is_an_error(rules: tuple[str, ...], said: str) -> None:
+    """A typo would otherwise quantize the head to 4 bits, and say nothing."""
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_rules(CONFIG, rules)
+    check_rules(CONFIG, ("blocks/0/.*=int4", "head=none", ".*=int8"))
+
+
 @pytest.mark.parametrize("rules", [*SCHEMES.values(), ("head=none", ".*mlp.*=int4:32:half", "no/such=int8", ".*=int6")])
 def test_a_folder_names_every_group(rules: tuple[str, ...]) -> None:
     """Else another default would make another network of it. 344 inputs would leave a group of 64 half empty: one rule,
@@ -154,7 +170,18 @@ def test_a_folder_names_every_group(rules: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    ["int8", "=int8", ".*=int7", ".*=int8:16", ".*=int4:48", ".*=int4:plain:32", ".*=none:32", "(=int8", "no=int4"],
+    [
+        "int8",
+        "=int8",
+        ".*=int7",
+        ".*=int8:16",
+        ".*=int4:48",
+        ".*=int4:plain:32",
+        ".*=none:32",
+        "(=int8",
+        "no=int4",
+        "(.*)*X=int8",
+    ],
 )
 def test_a_rule_that_means_nothing_is_an_error(rule: str) -> None:
     """It would otherwise serve another model than was asked for, quietly."""
@@ -258,6 +285,14 @@ def test_conversion_writes_what_serving_reads_on_any_mesh(tmp_path: Path, capsys
         open_model(tmp_path / "small", quantize="int8")
     assert main(["convert", str(tmp_path / "small"), str(tmp_path / "back")]) == 2
     assert "quantized" in capsys.readouterr().out
+    for edited in (
+        (".*=int8:32:plain",),
+        (".*=int8:64",),
+        (),
+    ):  # the first takes as many bytes, which mean other numbers
+        config = dataclasses.replace(folder.config, quantization=edited, scan_layers=False)
+        with pytest.raises(CheckpointError, match=r"made by, which is \.\*=int8:32; put it back"):
+            load_params(folder.path, config, build_mesh(MeshShape()))
 
 
 def test_integers_of_an_earlier_version_are_refused(tmp_path: Path, mesh: Mesh) -> None:
@@ -275,7 +310,7 @@ def test_integers_of_an_earlier_version_are_refused(tmp_path: Path, mesh: Mesh) 
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()
-    with pytest.raises(CheckpointError, match="earlier version quantized it, convert"):
+    with pytest.raises(CheckpointError, match="made by, which is not known"):
         load_params(tmp_path, config, mesh)
 
 
@@ -290,5 +325,5 @@ def test_a_model_that_loses_too_much_is_not_written(tmp_path: Path, capsys: pyte
     assert config["model_type"] == "llama"
     assert main(flags) == 2
     assert "--force" in capsys.readouterr().out
-    assert not (tmp_path / "small").exists() and not (tmp_path / "small.partial").exists()
+    assert not list(tmp_path.glob("small*"))
     assert main([*flags, "--force"]) == 0

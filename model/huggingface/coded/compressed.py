@@ -18,14 +18,17 @@ from model.huggingface.coded.matrix import (
     Found,
     OutputsFirst,
     fits,
+    fits_tiles,
     group_of,
     plain_dtype,
     scales_of,
+    two_axes,
     wanted,
 )
-from model.huggingface.coded.numbers import packed, plain
+from model.huggingface.coded.numbers import Numbers, packed
 from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
+from model.patterns import check_pattern
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _STRATEGIES = ("tensor", "channel", "group", "block")
@@ -86,8 +89,11 @@ def _scheme(fields: Fields) -> Scheme | None:
         fields.raw(name, None)
     fields.among("format", (*_FORMATS, None), None)
     targets = fields.raw("targets")
-    if not isinstance(targets, list) or not all(isinstance(target, str) and _readable(target) for target in targets):
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise fields.error("targets", "must be a list of modules' names, classes and regular expressions")
+    for target in targets:
+        if target.startswith("re:") and (why := check_pattern(target.removeprefix("re:"))):
+            raise fields.error("targets", f"is not supported: {target!r} {why}")
     if fields.raw("weights") is None:
         return None
     weights = fields.inner("weights")
@@ -111,13 +117,6 @@ def _scheme(fields: Fields) -> Scheme | None:
     weights.finish()
     fields.finish()
     return scheme
-
-
-def _readable(target: str) -> bool:
-    try:
-        return bool(re.compile(target.removeprefix("re:")))
-    except re.error:
-        return False
 
 
 def _scheme_of(files: TensorFiles, module: str, schemes: list[Scheme]) -> Scheme:
@@ -181,11 +180,8 @@ def _scale(files: TensorFiles, module: str, owner: str, shape: tuple[int, ...], 
     """The name of the scales, whose shape is checked."""
     name = f"{module}.weight_scale"
     stored = wanted(files, name, owner, SCALES)
-    if len(shape) != 2:
-        raise ConfigError(f"{files.folder}: {owner} has the shape {list(shape)}, and two axes are expected")
-    tiled = _tiles(shape, scheme)
-    if 1 not in tiled or math.prod(stored.shape) != math.prod(tiled):  # one axis of scales is kept in many shapes
-        fits(files, name, stored, tiled, f"config.json's {scheme.strategy} scales make it")
+    tiled = _tiles(two_axes(files, owner, shape), scheme)
+    fits_tiles(files, name, stored, tiled, f"config.json's {scheme.strategy} scales make it")
     return name
 
 
@@ -223,12 +219,26 @@ def _integers(
         if (groups != np.arange(shape[1]) // tile[1]).any():
             scales, tile = scales[:, groups], (tile[0], 1)
             zero = zero if isinstance(zero, int) else zero[:, groups]
-        numbers = packed(scheme.bits) if in_words else plain()
+        numbers = packed(scheme.bits) if in_words else _in_bytes(files, name, scheme.bits)
         raw = files.array(name)
         return OutputsFirst(raw, numbers, (shape[0], shape[1]), scales, tile, zero, scheme.bits)
 
     size = sum(files.tensors[part].nbytes for part in parts)
     return Coded(f"{module}.weight", shape, parts, size, scheme.what, grid, dtype=plain_dtype(kept))
+
+
+def _in_bytes(files: TensorFiles, name: str, bits: int) -> Numbers:
+    """Integers with a sign, a byte each."""
+    return Numbers(1, 1, lambda raw: _in_range(files, name, raw, bits))
+
+
+def _in_range(files: TensorFiles, name: str, integers: np.ndarray, bits: int) -> np.ndarray:
+    """The same integers. Raises ConfigError where they are more than fit in so many bits."""
+    half = 1 << (bits - 1)
+    if bits < 8 and integers.size and not (integers.min() >= -half and integers.max() < half):
+        raise ConfigError(f"{files.folder}: {name} holds integers outside {-half}..{half - 1}, which {bits} bits are; "
+                          "damaged")  # fmt: skip
+    return integers
 
 
 def _check_zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: int) -> None:
@@ -237,14 +247,14 @@ def _check_zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: in
     in_words = (math.ceil(tiled[0] * bits / 32), tiled[1])
     if stored.dtype == np.int32:
         fits(files, name, stored, in_words, "its scales make it")
-    elif 1 not in tiled or math.prod(stored.shape) != math.prod(tiled):
-        fits(files, name, stored, tiled, "its scales make it")
+    else:
+        fits_tiles(files, name, stored, tiled, "its scales make it")
 
 
 def _zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: int, half: int) -> np.ndarray | int:
     """float32 of the shape of the scales. half: what codes and zeros that have no sign are too large by."""
     array = files.array(name)
     if array.dtype == np.int8:
-        return (array.reshape(tiled) + np.float32(half)).astype(np.float32)
+        return (_in_range(files, name, array, bits).reshape(tiled) + np.float32(half)).astype(np.float32)
     unsigned = packed(bits).decode(np.ascontiguousarray(array.T)).T[: tiled[0]]
     return np.ascontiguousarray(unsigned, np.float32)

@@ -6,7 +6,17 @@ import math
 from functools import partial
 
 from model.config import ConfigError
-from model.huggingface.coded.matrix import Coded, Find, Found, OutputsFirst, fits, scales_of, wanted
+from model.huggingface.coded.matrix import (
+    Coded,
+    Find,
+    Found,
+    OutputsFirst,
+    fits,
+    fits_tiles,
+    scales_of,
+    two_axes,
+    wanted,
+)
 from model.huggingface.coded.numbers import float4, float8
 from model.huggingface.fields import Fields
 from model.huggingface.files import TensorFiles
@@ -46,13 +56,10 @@ def _fp8(files: TensorFiles, name: str, tile: tuple[int, ...]) -> list[Coded]:
         (each for each in (f"{name}_scale", f"{name}_scale_inv") if each in files.tensors), f"{name}_scale_inv"
     )
     stored = wanted(files, scale, name, SCALES)
-    shape = files.tensors[name].shape
-    if len(shape) != 2:
-        raise ConfigError(f"{files.folder}: {name} has the shape {list(shape)}, and two axes are expected")
+    shape = two_axes(files, name, files.tensors[name].shape)
     tiled = _tile(files, scale, shape, tile)
     down, across = (math.ceil(size / part) for size, part in zip(shape, tiled, strict=True))
-    if math.prod(stored.shape) != down * across:
-        fits(files, scale, stored, (down, across), f"tiles of {list(tiled)} make it")
+    fits_tiles(files, scale, stored, (down, across), f"tiles of {list(tiled)} make it")
     what = f"fp8, a scale for {_tile_name(shape, tiled)}"
     return [tiles(files, name, (name, scale), shape, what, scale, tiled)]
 

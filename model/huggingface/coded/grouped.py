@@ -18,6 +18,7 @@ from model.huggingface.coded.matrix import (
     group_of,
     plain_dtype,
     scales_of,
+    two_axes,
     wanted,
 )
 from model.huggingface.coded.numbers import awq_words, unpack_rows
@@ -162,8 +163,7 @@ def _parts(
     names = tuple(f"{module}.{part}" for part in kinds)
     shapes = [wanted(files, name, owner, kinds[part]).shape for name, part in zip(names, kinds, strict=True)]
     for name, shape in zip(names, shapes, strict=True):
-        if len(shape) != 2:
-            raise ConfigError(f"{files.folder}: {name} has the shape {list(shape)}, and two axes are expected")
+        two_axes(files, name, shape)
     return shapes[0], shapes[1], shapes[2], names
 
 

@@ -281,6 +281,20 @@ def fits(files: TensorFiles, name: str, stored: Stored, shape: tuple[int, ...], 
         raise ConfigError(f"{files.folder}: {name} has the shape {list(stored.shape)}, and {why} {list(shape)}")
 
 
+def fits_tiles(files: TensorFiles, name: str, stored: Stored, tiled: tuple[int, int], why: str) -> None:
+    """As `fits`, for a number for each tile [down, across]: those along one axis are kept in many shapes."""
+    if 1 not in tiled or [size for size in stored.shape if size != 1] != [size for size in tiled if size != 1]:
+        fits(files, name, stored, tiled, why)
+
+
+def two_axes(files: TensorFiles, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape of a matrix. Raises ConfigError for another one, and a matrix without rows or columns."""
+    if len(shape) != 2 or min(shape) < 1:
+        empty = ", none of them empty" if len(shape) == 2 else ""
+        raise ConfigError(f"{files.folder}: {name} has the shape {list(shape)}, and two axes are expected{empty}")
+    return shape[0], shape[1]
+
+
 def group_of(files: TensorFiles, name: str, inputs: int, group: int, groups: int) -> np.ndarray:
     """The group of each input: one after the other, unless a tensor of that name has them in another order. Raises
     ConfigError for a group that isn't there."""

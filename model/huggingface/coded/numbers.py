@@ -29,10 +29,6 @@ class Numbers:
         return math.ceil(values * self.items / self.values)
 
 
-def plain() -> Numbers:
-    return Numbers(1, 1, lambda raw: raw)
-
-
 def packed(bits: int) -> Numbers:
     """Unsigned numbers one after the other from the lowest bit of each int32 on, across words where 32 isn't a multiple
     of `bits`."""

@@ -7,7 +7,9 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from hypothesis import given
@@ -16,7 +18,10 @@ from jax.sharding import Mesh
 
 from model.config import ConfigError
 from model.folder import open_folder
-from model.gguf.header import read_header
+from model.gguf.architectures import config_of
+from model.gguf.files import read_headers
+from model.gguf.header import Header, read_header
+from model.gguf.metadata import Metadata
 from model.hub import FolderOptions
 from tests.model.gguf.made import write_gguf
 from tests.model.gguf.test_families import wide_llama
@@ -151,3 +156,69 @@ def test_a_key_that_may_change_the_model_is_not_passed_over(tmp_path: Path, whol
     with pytest.raises(ConfigError, match=message):
         open_folder(path)
     assert open_folder(path, FolderOptions(ignore_field=("llama.attention.kee_length",))).config.head_dim == 32
+
+
+COUNTS = [np.array([1, 2]), np.array([1]), True, 1.0, "2", ["2"], -1]
+
+
+@pytest.mark.parametrize("name", ["split.count", "split.tensors.count"])
+@pytest.mark.parametrize("value", COUNTS, ids=repr)
+def test_counts_of_parts_are_whole_numbers(
+    name: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An array ended in a traceback, and true was taken for 1."""
+    monkeypatch.setattr("model.gguf.files.read_header", lambda path: Header(path, {"split.count": 2, name: value}, {}))
+    with pytest.raises(ConfigError, match=rf"m-00001-of-00002\.gguf: {name}=.* must be a whole number"):
+        read_headers(tmp_path / "m-00001-of-00002.gguf")
+
+
+def test_a_file_put_together_from_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp's gguf-split --merge leaves split.count=0."""
+    whole = Header(tmp_path / "m.gguf", {"split.count": 0}, {})
+    monkeypatch.setattr("model.gguf.files.read_header", lambda path: whole)
+    assert read_headers(whole.path) is whole
+
+
+def config(data: bytes, path: Path, ignore: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+    path.write_bytes(data)
+    header = read_header(path)
+    more = {f"llama.{name.replace('__', '.')}": value for name, value in changes.items()}
+    return config_of(Metadata(header.metadata | more, path, ignore), header)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rope__scaling__type": "yarn", "rope__scaling__factor": -2.0, "rope__scaling__attn_factor": 2.0},
+     r"rope\.scaling\.factor=-2\.0 must be positive"),
+    ({"rope__scaling__type": "linear", "rope__scaling__factor": -2.0}, "must be positive"),
+    ({"rope__scale_linear": -2.0}, r"rope\.scale_linear=-2\.0 must be positive"),
+    ({"rope__scaling__attn_factor": 2.0}, r"--ignore-field llama\.rope\.scaling\.attn_factor"),
+    ({"rope__scaling__attn_factor": 0.0}, r"--ignore-field llama\.rope\.scaling\.attn_factor"),
+    ({"rope__scaling__type": "linear", "rope__scaling__factor": 2.0, "rope__scaling__attn_factor": 2.0},
+     r"--ignore-field llama\.rope\.scaling\.attn_factor"),
+    ({"rope__dimension_count": 5}, r"rope\.dimension_count=5 must be even"),
+    ({"attention__key_length": 0, "attention__value_length": 0}, r"attention\.key_length=0 must be at least 1"),
+])  # fmt: skip
+def test_a_rope_that_can_not_be_is_named(changes: dict[str, Any], message: str, whole: bytes, tmp_path: Path) -> None:
+    """Some ended in a traceback; others were passed over, and the model computed something else than llama.cpp."""
+    with pytest.raises(ConfigError, match=rf"model\.gguf: llama\..*{message}"):
+        config(whole, tmp_path / "model.gguf", **changes)
+
+
+def test_a_factor_of_attention_is_taken_off_or_harmless(whole: bytes, tmp_path: Path) -> None:
+    path, key = tmp_path / "model.gguf", "llama.rope.scaling.attn_factor"
+    plain = config(whole, path)
+    assert config(whole, path, rope__scaling__attn_factor=1.0) == plain
+    assert config(whole, path, (key,), rope__scaling__attn_factor=2.0) == plain
+
+
+@pytest.mark.parametrize("name", ["rope__scaling__factor", "rope__scale_linear"])
+def test_a_factor_without_a_kind_is_linear(name: str, whole: bytes, tmp_path: Path) -> None:
+    """As llama.cpp has it; it was passed over."""
+    found = config(whole, tmp_path / "model.gguf", **{name: 4.0})
+    assert found["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_an_unknown_list_of_strings_takes_no_memory(whole: bytes, tmp_path: Path) -> None:
+    """numpy would make each as long as the longest: 4 TB."""
+    with pytest.raises(ConfigError, match=r"llama\.words=.* is not supported"):
+        config(whole, tmp_path / "model.gguf", words=["x" * 1_000_000, *[""] * 1_000_000])

@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from model.config import ConfigError
 from model.folder import open_folder
+from model.gguf.metadata import Metadata
+from model.gguf.tokenizer import MAX_CUTTING, tokenizer_of
 from model.gguf.tokenizer_export import tokenizer_metadata
 from model.tokenizer_file import PATTERNS
 from tests.model.gguf.made import finish, published, write_config
@@ -186,3 +188,19 @@ def test_a_pre_tokenizer_that_llama_cpp_has_not_is_refused() -> None:
     ])  # fmt: skip
     with pytest.raises(ConfigError, match="no pre-tokenizer that cuts text"):
         tokenizer_metadata(json.loads(tokenizer.to_str()), {}, [2], [], 421)
+
+
+def test_long_tokens_are_refused_before_they_are_put_together() -> None:
+    """A vocabulary of 1.5 MB made half a million merges of 250 MB in 15 s, and was refused afterwards."""
+    tokens = ["a" * size for size in range(1, 1000)]
+    values = {
+        "general.architecture": "llama", "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": -np.arange(len(tokens), dtype=np.float32),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"m\.gguf: tokenizer\.ggml\.tokens=.* more than {MAX_CUTTING:,}"):
+        tokenizer_of(Metadata(values, Path("m.gguf")))
+    few = values | {
+        "tokenizer.ggml.tokens": tokens[:500],
+        "tokenizer.ggml.scores": values["tokenizer.ggml.scores"][:500],
+    }
+    assert len(tokenizer_of(Metadata(few, Path("m.gguf")))["model"]["merges"]) == 500 * 499 // 2

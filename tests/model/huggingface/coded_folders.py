@@ -190,6 +190,8 @@ def compressed(
             "block": block or (0, 0),
         }[strategy]
 
+    half = 1 << (bits - 1)
+
     def make(rng: Rng, module: str, outputs: int, inputs: int) -> Tensors:
         down, across = tiled(outputs, inputs, tile(outputs, inputs))
         shape = (1,) if strategy == "tensor" else (down, across)
@@ -200,9 +202,9 @@ def compressed(
         elif kind == "float":
             tensors["weight"] = fp8_codes(rng, outputs, inputs)
         else:
-            tensors["weight"] = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+            tensors["weight"] = rng.integers(-half, half, (outputs, inputs)).astype(np.int8)
         if not symmetric:
-            zeros = rng.integers(-128, 128, shape).astype(np.int8)
+            zeros = rng.integers(-half, half, shape).astype(np.int8)
             tensors["weight_zero_point"] = words(rng, -(-down * bits // 32), across) if packed else zeros
         if order:
             tensors["weight_g_idx"] = rng.permutation(np.arange(inputs) // (group or inputs)).astype(np.int32)
@@ -212,7 +214,6 @@ def compressed(
         high, wide = tile(outputs, inputs)
         down, across = tiled(outputs, inputs, (high, wide))
         kept = tensors["weight_scale"].reshape(down, across)
-        half = 1 << (bits - 1)
 
         def code(o: int, i: int) -> float:
             if packed:

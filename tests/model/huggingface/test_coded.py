@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -70,6 +71,9 @@ KINDS: dict[str, Kind] = {
     "int8 channels": compressed(8, "channel", packed=False),
     "int8 a matrix": compressed(8, "tensor", packed=False),
     "int8 groups, zeros": compressed(8, "group", group=32, packed=False, symmetric=False),
+    "int4 in bytes": compressed(4, "group", group=32, packed=False),
+    "int4 in bytes, zeros": compressed(4, "group", group=32, packed=False, symmetric=False),
+    "int6 in bytes": compressed(6, "channel", packed=False),
     "float a matrix": compressed(8, "tensor", packed=False, kind="float"),
     "float channels": compressed(8, "channel", packed=False, kind="float"),
     "float blocks": compressed(8, "block", packed=False, kind="float", block=(16, 24)),
@@ -211,6 +215,37 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     ),
     "int4 with a group less": ("int4 groups", put("weight_scale", lambda x: x[:, 1:]), r"weight_scale has the shape"),
     "int8 of one axis": ("int8 channels", put("weight", lambda x: x.reshape(-1)), r"two axes are expected"),
+    "fp8 tiles turned": (
+        "fp8 tiles",
+        put("weight_scale_inv", lambda x: x.reshape(-1)),
+        r"scale_inv has the shape \[9\], and .* make it \[3, 3\]",
+    ),
+    "fp8 rows in two axes": (
+        "fp8 a row",
+        put("weight_scale_inv", lambda x: x.reshape(5, 8)),
+        r"has the shape \[5, 8\]",
+    ),
+    "float blocks turned": (
+        "float blocks",
+        put("weight_scale", lambda x: x.reshape(1, 9)),
+        r"weight_scale has the shape \[1, 9\], and .* make it \[3, 3\]",
+    ),
+    "channels in two axes": (
+        "int8 channels",
+        put("weight_scale", lambda x: x.reshape(5, 8)),
+        r"weight_scale has the shape \[5, 8\]",
+    ),
+    "fp8 without rows": ("fp8 a matrix", put("weight", lambda x: x[:0]), r"weight has the shape \[0, 56\], .*empty"),
+    "int8 without columns": ("int8 channels", put("weight", lambda x: x[:, :0]), r"the shape \[40, 0\], .*empty"),
+    "int8 without rows": ("int8 a matrix", put("weight", lambda x: x[:0]), r"the shape \[0, 56\], .*empty"),
+    "gptq without columns": ("gptq", put("qweight", lambda x: x[:, :0]), r"qweight has the shape \[7, 0\], .*empty"),
+    "int4 of more": ("int4 in bytes", put("weight", lambda x: x | 8), r"down_proj\.weight holds .* -8\.\.7, .*damaged"),
+    "int6 of less": ("int6 in bytes", put("weight", lambda x: x - 60), r"down_proj\.weight holds .* -32\.\.31"),
+    "int4 zeros of more": (
+        "int4 in bytes, zeros",
+        put("weight_zero_point", lambda x: x * 0 + 9),
+        r"weight_zero_point holds integers outside -8\.\.7",
+    ),
     "int8 for floats": ("int8 channels", put("weight", lambda x: x.view(ml_dtypes.float8_e4m3fn)), "not as int8"),
 }
 
@@ -299,6 +334,16 @@ def test_a_matrix_takes_the_scheme_that_names_it_best(mesh: Mesh, tmp_path: Path
         open_folder(folder)
 
 
+@pytest.mark.parametrize("target", ["re:(.*)*(.*)*(.*)*X", "re:" + ".*" * 4 + "X", "re:("])
+def test_a_pattern_that_could_take_for_ever_is_named(target: str, tmp_path: Path) -> None:
+    folder, _ = write_coded(tmp_path / "model", "llama3", KINDS["int4 groups"])
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [target, "Linear"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"targets=.*{re.escape(target)}' (has|is) "):
+        open_folder(folder)
+
+
 # What our own formats hold exactly stays integers where it is served.
 
 WHOLE: dict[str, tuple[Kind, int]] = {
@@ -347,6 +392,18 @@ def test_what_our_formats_hold_stays_integers(case: str, tp: int, tmp_path: Path
 
     replace_matrices(model.config, params, same)
     assert found == count
+
+
+def test_integers_that_are_served_fit_in_their_bits(mesh: Mesh, tmp_path: Path) -> None:
+    """100 in 4 bits would be served as 4, and is refused as it is where it's read as floats."""
+    folder, _ = write_coded(tmp_path / "model", "llama3", KINDS["int4 in bytes"], **WIDE)
+    tensors = stored(folder)
+    tensors[f"{MODULE}.weight"] = np.full_like(tensors[f"{MODULE}.weight"], 100)
+    write_tensors(folder, tensors)
+    model = served(folder)
+    assert model.whole
+    with pytest.raises(ConfigError, match=rf"{MODULE}\.weight holds integers outside -8\.\.7, .*damaged"):
+        model.load_params(mesh)
 
 
 def test_fused_and_reordered_matrices_stay_integers(mesh: Mesh, tmp_path: Path) -> None:

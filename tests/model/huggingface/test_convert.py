@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from commands.convert import _appearing
 from commands.main import main
 from model.checkpoint import Checkpoints, serving_layout
 from model.config import PRESETS, ConfigError, MixtureConfig, ModelConfig
@@ -29,7 +31,7 @@ from model.transformer import Params, abstract_params, stack_blocks, stacked
 from tests.model.huggingface.folders import write_folder
 from tests.model.test_hub import adapter as write_adapter
 from tests.parity.families import golden, others_slow, published
-from tests.support import TINY, forward, on_host, random_params, relative_error
+from tests.support import TINY, forward, largest_file, on_host, random_params, relative_error
 
 PEERS_PYTHON = Path(__file__).parents[3] / ".venv-peers" / "bin" / "python"
 
@@ -187,6 +189,34 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, capsys: pytest
     assert main(["convert", str(source), str(tmp_path / "new")]) == 2
     assert "not a whole safetensors file" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "taken"]
+
+
+def test_two_conversions_to_one_name_do_not_mix(tmp_path: Path) -> None:
+    """One writes into its own folder whatever the other does, and the later one is told; a folder of somebody else's
+    stays as it was, whatever it is called."""
+    (tmp_path / "new.partial").mkdir()
+    with contextlib.ExitStack() as other:
+        with _appearing(tmp_path / "new") as first:
+            second = other.enter_context(_appearing(tmp_path / "new"))
+            first.mkdir()
+            second.mkdir()
+            (first / "a").touch()
+            (second / "b").touch()
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+        with pytest.raises(ConfigError, match="made by somebody else"):
+            other.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.partial"]
+
+
+@pytest.mark.parametrize("options", [["--to", "huggingface"], ["--gguf", "f32"], ["--quantize", "int8", "--force"]])
+def test_a_full_disk_is_one_line(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_folder(tmp_path / "source", "llama3")
+    capsys.readouterr()
+    with largest_file(2_000):
+        assert main(["convert", str(source), str(tmp_path / "new"), *options]) == 2
+    said = capsys.readouterr().out
+    assert "File too large" in said and "None" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 EXPORTED = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -41,7 +42,7 @@ def test_a_context_that_was_cut_is(start_server: StartServer, monkeypatch: pytes
 def test_integers_made_while_loading_are_said_to_cost(start_server: StartServer) -> None:
     """And where it is measured how much: nothing here knows."""
     text = said(start_server(engine=SMALL, quantize="int8"))
-    assert "--quantize int8 changes what the model says" in text and "isthmus convert --quantize int8" in text
+    assert "--quantize int8 rounds while loading" in text and "TARGET --quantize int8 measures by how much" in text
 
 
 def test_what_integers_cost_known_models_is_told(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,7 @@ def test_what_integers_cost_known_models_is_told(start_server: StartServer, monk
     monkeypatch.setattr(costs, "_table", lambda: table)
     text = said(start_server(engine=SMALL, quantize="int8", dtype="float32"))
     assert "KL 0.0041 ± 0.0002 nats a token" in text and "perplexity +0.30 ± 0.1%" in text and "on small-1b" in text
-    assert "other-1b" not in text and "isthmus convert --quantize int8" in text
+    assert "other-1b" not in text and "TARGET --quantize int8 measures" in text
 
 
 def test_a_quantized_folder_tells_what_was_measured(start_server: StartServer) -> None:
@@ -68,6 +69,9 @@ def test_a_quantized_folder_tells_what_was_measured(start_server: StartServer) -
             "2026-01-02",
         ).save(model.path)  # fmt: skip
         text = said(server)
+        kept = json.loads((model.path / FILE).read_text())
+        (model.path / FILE).write_text(json.dumps({**kept, "tokens": "many"}))
+        assert "no quality.json" in said(server), "nothing depends on it"
     finally:
         server.server.session.model = model
         (model.path / FILE).unlink(missing_ok=True)
