@@ -110,7 +110,8 @@ def _appearing(target: Path) -> Iterator[Path]:
     to the same name has one too. Raises ConfigError where nothing can be made, or the name is taken meanwhile."""
     with contextlib.ExitStack() as stack:
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
             made = stack.enter_context(temporary_folder(f"{target.name}.partial-", target.parent)) / target.name
         except OSError as error:
             raise ConfigError(f"target: {target} can't be made: {_reason(error)}") from None
