@@ -126,7 +126,7 @@ int main() {
         check<Bfloat16, float>(16, rows, inputs, outputs);
         check<Bfloat16Pairs, uint16_t>(16, rows, inputs, outputs);
         check<Integers<8, 32>, float>(8, rows, inputs, outputs, 96);
-        check<Integers<8, 128>, uint16_t>(8, rows, inputs, outputs, 256);
+        check<Integers<8, 64>, uint16_t>(8, rows, inputs, outputs, 256);
         check<Integers<6, 32>, float>(6, rows, inputs, outputs, 32);
         check<Integers<6, 64>, uint16_t>(6, rows, inputs, outputs, 64);
         check<Integers<5, 64>, float>(5, rows, inputs, outputs, 128);
