@@ -78,7 +78,7 @@ def integers(rows: np.ndarray, kind: Kind, order: np.ndarray | None) -> Integers
             values |= np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little") << np.uint8(4)
         values = values - np.uint8(2 ** (EXACT[kind.name] - 1))
     across = np.ascontiguousarray(values).view(np.int8).reshape(len(rows), -1)
-    return Integers(np.ascontiguousarray(across.T), np.ascontiguousarray(scales.T))
+    return Integers(across.T, scales.T)
 
 
 @cache

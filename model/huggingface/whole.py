@@ -54,6 +54,11 @@ def _indices(view: View, shape: tuple[int, ...], axis: int) -> np.ndarray:
     return view(np.broadcast_to(indices[:, None] if axis == 0 else indices, shape))
 
 
+def _turned_by_xla(matrix: np.ndarray) -> jax.Array:
+    """The same; numpy would turn what lies outputs first byte by byte."""
+    return jnp.asarray(matrix) if matrix.flags.c_contiguous else jnp.asarray(np.ascontiguousarray(matrix.T)).T
+
+
 def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
     """The matrix, split along its outputs where the devices divide them. Raises ConfigError for scales that are not
     finite."""
@@ -61,9 +66,8 @@ def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
     chosen: slice | np.ndarray = kept.outputs
     if np.array_equal(kept.outputs, np.arange(found.values.shape[1])):
         chosen = slice(None)
-    made = from_integers(
-        jnp.asarray(found.values[:, chosen]), jnp.asarray(found.scales[:, chosen]), kept.exact.bits, kept.exact.group
-    )
+    values, scales = (_turned_by_xla(array[:, chosen]) for array in (found.values, found.scales))
+    made = from_integers(values, scales, kept.exact.bits, kept.exact.group)
     split = "tp" if len(kept.outputs) % mesh.shape["tp"] == 0 else None
     sharding = NamedSharding(mesh, PartitionSpec(None, split))
     return jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, sharding), made))
