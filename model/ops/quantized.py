@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import jax
@@ -120,6 +121,7 @@ def _integers(values: jax.Array, bits: int) -> jax.Array:
     return numbers.reshape(-1, outputs).astype(jnp.int8) - jnp.int8(2 ** (bits - 1))
 
 
+@partial(jax.jit, static_argnums=(2, 3))
 def from_integers(integers: jax.Array, scales: jax.Array, bits: Bits, group: int) -> Quantized:
     """The matrix of int8[inputs, outputs] within -2^(bits - 1) and 2^(bits - 1) - 1, and scales, bfloat16 or
     float16[groups, outputs], as they are."""
