@@ -167,18 +167,25 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None
         raise ConfigError(f"{folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
     checkpoints = Checkpoints(folder)
     try:
-        made_by = tuple(checkpoints.progress().get(QUANTIZATION, ()))
-        if made_by != config.quantization:  # the same bytes would mean other numbers
-            raise CheckpointError(
-                f"{folder / 'config.json'}: quantization isn't what the integers were made by, which is "
-                f"{', '.join(made_by) or 'not known'}; put it back, or convert the model that it was made from again"
-            )
+        _check_made_by(config, checkpoints.progress(), folder)
         params = checkpoints.restore_params(quantization.abstract_stored(config, mesh))
     finally:
         checkpoints.close()
     if config.quantization:
         return quantization.restored(config, params, dtype)
     return serving_layout(config, mesh, dtype)(params)
+
+
+def _check_made_by(config: ModelConfig, progress: Any, folder: Path) -> None:
+    """Raises CheckpointError where config.json has other rules than the integers were made by: the same bytes would
+    mean other numbers."""
+    made_by = progress.get(QUANTIZATION, []) if isinstance(progress, dict) else None
+    if made_by != list(config.quantization):
+        said = ", ".join(map(str, made_by)) if isinstance(made_by, list) else ""
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization isn't what the integers were made by, which is "
+            f"{said or 'not known'}; put it back, or convert the model that it was made from again"
+        )
 
 
 def serving_layout(config: ModelConfig, mesh: Mesh, dtype: str | None) -> Callable[[Params], Params]:

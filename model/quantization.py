@@ -122,16 +122,16 @@ def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[Path, tuple[int,
 
 def check_rules(config: ModelConfig, rules: Sequence[str]) -> None:
     """Raises ConfigError where one of somebody's own rules changes nothing, which is a typo in it or in the order."""
-    _decided(config, rules)
-    for place, rule in enumerate(rules):
+    names = ["/".join(path) for path in matrix_inputs(config) if "router" not in path]
+    undecided = set(names)
+    for rule in rules:
         pattern, _ = parse_rule(rule)
-        names = ["/".join(path) for path in matrix_inputs(config) if "router" not in path]
-        found = [name for name in names if pattern.fullmatch(name)]
-        before = [parse_rule(earlier)[0] for earlier in rules[:place]]
+        found = {name for name in names if pattern.fullmatch(name)}
         if not found:
             raise ConfigError(f"quantize: {rule!r} matches no parameter's path; one is {names[-1]}")
-        if all(any(earlier.fullmatch(name) for earlier in before) for name in found):
+        if not found & undecided:
             raise ConfigError(f"quantize: {rule!r} comes too late: rules before it decide all that it matches")
+        undecided -= found
 
 
 def spelt_out(config: ModelConfig, rules: Sequence[str]) -> tuple[str, ...]:

@@ -86,8 +86,7 @@ void write(const float* from, int64_t size, C* to) {
 inline void spread(float* x, int64_t size) {
   const int64_t block = size & -size;
   const Floats scale = splat(1.f / std::sqrt(float(block)));
-  Ints lane;
-  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  const Ints lane = lane_numbers();
   for (int64_t d = 0; d < size; d += kLanes) {
     Floats a = load<Floats>(x + d) * scale;
 #pragma GCC unroll 4

@@ -63,8 +63,7 @@ void score(const float* q, const void* const* keys, int64_t width, int count, fl
 
 // A square of kLanes vectors turned: the blocks beside its diagonal change places, smallest first.
 inline void transpose(Words (&square)[kLanes]) {
-  Words lane;
-  for (int i = 0; i < kLanes; i++) lane[i] = i;
+  const Words lane = (Words)lane_numbers();
 #pragma GCC unroll 4
   for (int half = 1; half < kLanes; half *= 2) {
     const Words first = (lane & half) ? lane - half + kLanes : lane, second = (lane & half) ? lane + kLanes : lane + half;

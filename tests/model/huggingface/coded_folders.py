@@ -3,6 +3,7 @@ the stored tensors, written from the formats' definitions, number by number."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
+from model.huggingface.coded.files import open_tensors
 from model.huggingface.families import read_config
-from model.huggingface.files import SINGLE
-from model.huggingface.load import leaves_of, parts_of, path_name
+from model.huggingface.files import SINGLE, TensorFiles
+from model.huggingface.load import leaves_of, load_params, parts_of, path_name
 from model.transformer import abstract_params
 from tests.model.huggingface.folders import write_folder, write_tensors
 
@@ -324,3 +327,15 @@ def write_mxfp4(folder: Path, **fields: Any) -> tuple[Path, Tensors]:
     (folder / SINGLE).unlink(missing_ok=True)
     write_tensors(folder, stored)
     return folder, plain
+
+
+def stored(folder: Path) -> Tensors:
+    """As the file has them, in memory of their own."""
+    files = TensorFiles(folder, codes=True)
+    return {name: np.array(files.array(name)) for name in files.tensors}
+
+
+def loaded(folder: Path, mesh: Mesh, dtype: str | None = None, **changes: Any) -> Any:
+    family, config = read_config(folder / "config.json")
+    files = open_tensors(folder, family.method)
+    return load_params(files, family, dataclasses.replace(config, **changes), mesh, dtype)
