@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from model.cleaning import cleaning
+from isthmus.model.process.cleaning import cleaning
 
 
 class BenchError(RuntimeError):

@@ -1,4 +1,4 @@
-"""Isthmus' engine in a process of its own (`python -m benchmarks.engine_child`): the questions of
+"""Isthmus' engine in a process of its own (`python -m isthmus.benchmarks.engine_child`): the questions of
 benchmarks/peers/protocol.py, timed as the vLLM peer is, and the same requests that a server gets."""
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 
-from benchmarks.child import answer
-from benchmarks.peers.protocol import check, cores
-from benchmarks.workload import PlannedRequest
-from model.compilation import enable_compilation_cache
-from model.matrices import place_matrices
-from model.memory import keep_heap
-from model.ops.cpu.packed import Packed
-from model.sharding import MeshShape
-from serve.engine.build import build_engine, open_model
-from serve.engine.config import EngineConfig
-from serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.benchmarks.child import answer
+from isthmus.benchmarks.peers.protocol import check, cores
+from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.device.memory import keep_heap
+from isthmus.model.ops.cpu.packed import Packed
+from isthmus.model.sharding import MeshShape
+from isthmus.model.weights.packing import place_matrices
+from isthmus.serve.engine.build import build_engine, open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)

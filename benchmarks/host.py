@@ -1,5 +1,8 @@
-"""A server with a way around it, a process of its own (`python -m benchmarks.host`): the same compiled programs and the
-same memory behind gRPC and behind an engine that is called directly, so that what differs is the serving alone."""
+"""A server with a way around it, a process of its own (`python -m isthmus.benchmarks.host`).
+
+The same compiled programs and the same memory are behind gRPC and behind an engine that is called directly, so that
+what differs is the serving alone.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,17 @@ from typing import Any
 import tyro
 import uvloop
 
-from benchmarks.child import answer
-from benchmarks.machine import describe, measure_limits
-from benchmarks.models import preset, write_model
-from benchmarks.workload import PlannedRequest
-from model.compilation import enable_compilation_cache
-from model.hardware import default_dtype
-from serve.api.config import ServeConfig
-from serve.api.server import Server
-from serve.engine.build import open_model
-from serve.engine.engine import Engine
-from serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.benchmarks.child import answer
+from isthmus.benchmarks.machine import describe, measure_limits
+from isthmus.benchmarks.models import preset, write_model
+from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.device.hardware import default_dtype
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.server import Server
+from isthmus.serve.engine.build import open_model
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
 
 
 class _Direct:

@@ -1,4 +1,5 @@
-"""The load generator, a process of its own (`python -m benchmarks.load`): sends requests over gRPC when they are due.
+"""The load generator, a process of its own (`python -m isthmus.benchmarks.load`): it sends requests over gRPC when they
+are due.
 
 Open loop: a request is sent at its time whatever became of the ones before, and its latencies count from that time, not
 from when the generator got round to it, so that a server that stalls can't hide it.
@@ -13,8 +14,8 @@ from typing import Any
 
 import grpc
 
-from benchmarks.child import answer
-from benchmarks.workload import PlannedRequest
+from isthmus.benchmarks.child import answer
+from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.client import bearer, generate_request, tls_credentials
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 

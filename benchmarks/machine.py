@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax
 
-from model import hardware
-from model.resources import usable_cpus
+from isthmus.model.device import hardware
+from isthmus.model.process.resources import usable_cpus
 
 VECTORS = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 """What Linux calls the vector instructions that make the difference, best first"""

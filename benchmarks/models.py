@@ -11,12 +11,13 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from model.checkpoint import Checkpoints, serving_layout
-from model.config import PRESETS, ConfigError, Dtype, ModelConfig
-from model.hardware import default_dtype
-from model.sharding import MeshShape, build_mesh, use_mesh
-from model.tokenizer import Tokenizer
-from model.transformer import Params, init_params, stacked
+from isthmus.errors import ConfigError
+from isthmus.model.config import PRESETS, Dtype, ModelConfig
+from isthmus.model.device.hardware import default_dtype
+from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.transformer import Params, init_params, stacked
+from isthmus.model.weights.checkpoint import Checkpoints, serving_layout
 
 DEFAULT_VOCAB = 32000
 """For presets that leave the vocabulary to the tokenizer"""

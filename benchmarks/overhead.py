@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.plans import build_plan
-from benchmarks.roofline import Workload
-from benchmarks.statistics import median
-from benchmarks.timing import time_plan
-from serve.engine.engine import Engine, StepTimes
-from serve.engine.executor import Executor
-from serve.engine.request import Output, Request, SamplingParams
+from isthmus.benchmarks.plans import build_plan
+from isthmus.benchmarks.roofline import Workload
+from isthmus.benchmarks.statistics import median
+from isthmus.benchmarks.timing import time_plan
+from isthmus.serve.engine.engine import Engine, StepTimes
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.request import Output, Request, SamplingParams
 
 PROMPT_TOKENS = 16
 BARE_REPEATS = 20

@@ -1,4 +1,4 @@
-"""The load generator for any server, a process of its own (`python -m benchmarks.peer_load`).
+"""The load generator for any server, a process of its own (`python -m isthmus.benchmarks.peer_load`).
 
 The same requests to `isthmus serve` over gRPC, to llama-server and to vLLM's over HTTP, as token ids, streamed, greedy
 and past any end of text. Open loop: a request is sent at its time, and its latencies count from that. Closed loop: so
@@ -16,10 +16,10 @@ from typing import Any
 
 import grpc
 
-from benchmarks import load
-from benchmarks.child import answer
-from benchmarks.load import Outcome, Target
-from benchmarks.workload import PlannedRequest
+from isthmus.benchmarks import load
+from isthmus.benchmarks.child import answer
+from isthmus.benchmarks.load import Outcome, Target
+from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.v1 import inference_pb2_grpc
 
 Send = Callable[[PlannedRequest, float], Awaitable[Outcome]]

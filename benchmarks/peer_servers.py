@@ -19,13 +19,13 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.child import BenchError, stop, tail
-from benchmarks.servers import START_SECONDS, serve_flags
-from benchmarks.stacks import Installed, Stack, gguf_path
-from model.cleaning import cleaning
-from model.config import ModelConfig
-from model.resources import usable_cpus
-from serve.engine.config import EngineConfig
+from isthmus.benchmarks.child import BenchError, stop, tail
+from isthmus.benchmarks.servers import START_SECONDS, serve_flags
+from isthmus.benchmarks.stacks import Installed, Stack, gguf_path
+from isthmus.model.config import ModelConfig
+from isthmus.model.process.cleaning import cleaning
+from isthmus.model.process.resources import usable_cpus
+from isthmus.serve.engine.config import EngineConfig
 
 VLLM_BLOCK = 128
 """Tokens of a block of vLLM's cache on CPUs"""
@@ -85,7 +85,7 @@ def isthmus_command(stack: Stack, model: Path, sizes: Sizes) -> list[str]:
     )
     flags = serve_flags(model, "bfloat16", 1, engine)
     quantize = [] if stack.quantize == "none" else ["--quantize", stack.quantize]
-    return [sys.executable, "-m", "commands.main", "serve", *flags, *quantize]
+    return [sys.executable, "-m", "isthmus.commands.main", "serve", *flags, *quantize]
 
 
 def llama_command(stack: Stack, model: Path, sizes: Sizes, installed: Installed, port: int) -> list[str]:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.child import BenchError
-from benchmarks.divergence import Divergence
-from model.config import ConfigError
+from isthmus.benchmarks.child import BenchError
+from isthmus.errors import ConfigError
+from isthmus.quality.divergence import Divergence
 
 MAGIC = b"_logits_"
 HEADER = len(MAGIC) + 12

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Record
-from benchmarks.stacks import CLASSES, STACKS, Stack
-from benchmarks.statistics import median
-from model.config import ConfigError
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.stacks import CLASSES, STACKS, Stack
+from isthmus.benchmarks.statistics import median
+from isthmus.errors import ConfigError
 
 Piece = dict[str, Any]
 

@@ -6,9 +6,9 @@ import dataclasses
 
 import numpy as np
 
-from benchmarks.roofline import Workload
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
+from isthmus.benchmarks.roofline import Workload
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
 
 
 def with_room(engine: EngineConfig, depth: int) -> EngineConfig:

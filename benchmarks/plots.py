@@ -11,10 +11,10 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
-from benchmarks import pieces
-from benchmarks.record import Record
-from benchmarks.stacks import CLASSES, STACKS
-from benchmarks.statistics import median
+from isthmus.benchmarks import pieces
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.stacks import CLASSES, STACKS
+from isthmus.benchmarks.statistics import median
 
 MEASURED, LIMIT = "#2f6f9f", "#c9c9c9"
 LATENCIES = (

@@ -15,20 +15,20 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import corpus
-from benchmarks.child import BenchError
-from benchmarks.divergence import Divergence
-from benchmarks.machine import describe
-from benchmarks.perplexity import BaseLogits, divergence, write_base
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record, results_folder
-from benchmarks.served import measure
-from benchmarks.statistics import number
-from model.cleaning import temporary_folder
-from model.config import ConfigError
-from model.folder import open_folder
-from model.quantization import SCHEMES
-from model.resources import usable_cpus
+from isthmus.benchmarks import corpus
+from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks.machine import describe
+from isthmus.benchmarks.perplexity import BaseLogits, divergence, write_base
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record, results_folder
+from isthmus.benchmarks.served import measure
+from isthmus.benchmarks.statistics import number
+from isthmus.errors import ConfigError
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.process.resources import usable_cpus
+from isthmus.model.weights.folder import open_folder
+from isthmus.model.weights.quantization import SCHEMES
+from isthmus.quality.divergence import Divergence
 
 KIND = "quality"
 """Of the record"""
@@ -229,7 +229,7 @@ def known(records: Sequence[Record]) -> Qualities:
 
 
 def costs(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What `isthmus serve --quantize` tells, model/costs.py: {scheme: {dtype: {model: fields of Cost}}}."""
+    """What `isthmus serve --quantize` tells, quality/costs.py: {scheme: {dtype: {model: fields of Cost}}}."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for record in (record for record in records if record.kind == KIND):
         for row in record.figures["rows"]:

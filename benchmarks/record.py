@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import Machine
-from model.config import ConfigError
+from isthmus.benchmarks.machine import Machine
+from isthmus.errors import ConfigError
 
 FORMAT = 1
 """Of the files; a reader refuses another"""

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import quality
-from benchmarks.pieces import errors, label, newest
-from benchmarks.plots import plot_peers, plot_quality, plot_rates, plot_steps
-from benchmarks.quality import Qualities
-from benchmarks.record import Record, load_all
-from benchmarks.stacks import STACKS
-from benchmarks.statistics import median, number, percentiles
-from benchmarks.versus_serve import LATENCY_HEAD, engine_lines, latency_rows, start_line
+from isthmus.benchmarks import quality
+from isthmus.benchmarks.pieces import errors, label, newest
+from isthmus.benchmarks.plots import plot_peers, plot_quality, plot_rates, plot_steps
+from isthmus.benchmarks.quality import Qualities
+from isthmus.benchmarks.record import Record, load_all
+from isthmus.benchmarks.stacks import STACKS
+from isthmus.benchmarks.statistics import median, number, percentiles
+from isthmus.benchmarks.versus_serve import LATENCY_HEAD, engine_lines, latency_rows, start_line
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from benchmarks.machine import Limits
-from model.config import ModelConfig
-from model.transformer import abstract_params
-from serve.engine.config import Bucket
+from isthmus.benchmarks.machine import Limits
+from isthmus.model.config import ModelConfig
+from isthmus.model.transformer import abstract_params
+from isthmus.serve.engine.config import Bucket
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.child import Child, module
-from benchmarks.machine import Machine, describe_remote
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record
-from benchmarks.servers import Served, serve_flags, served
-from benchmarks.statistics import median, percentiles, summarize
-from benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
+from isthmus.benchmarks.child import Child, module
+from isthmus.benchmarks.machine import Machine, describe_remote
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.servers import Served, serve_flags, served
+from isthmus.benchmarks.statistics import median, percentiles, summarize
+from isthmus.benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
 from isthmus.client import read_token, tls_credentials
-from model.cleaning import temporary_folder
-from model.config import ConfigError, Dtype
-from serve.engine.config import EngineConfig
+from isthmus.errors import ConfigError
+from isthmus.model.config import Dtype
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.serve.engine.config import EngineConfig
 
 DEFAULT_LOADS = (0.25, 0.5, 0.75, 0.9)
 """Of the saturated request rate, when no rates are given"""
@@ -201,7 +202,7 @@ def run(bench: ServeBench, console: Console) -> Record:
     bench.validate()
     with (
         temporary_folder("isthmus-bench-") as folder,
-        Child(module("benchmarks.load"), folder / "load.log") as child,
+        Child(module("isthmus.benchmarks.load"), folder / "load.log") as child,
     ):
         if bench.address is not None:
             return _run_remote(bench, console, child, bench.address)
@@ -210,7 +211,7 @@ def run(bench: ServeBench, console: Console) -> Record:
 
 def _run_local(bench: ServeBench, console: Console, child: Child, folder: Path) -> Record:
     compared: dict[str, Any] | None = None
-    with Child(module("benchmarks.host"), folder / "host.log") as host:
+    with Child(module("isthmus.benchmarks.host"), folder / "host.log") as host:
         model = bench.model
         if model is None:
             model = folder / bench.preset

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.divergence import Gathered, Quality
-from benchmarks.perplexity import BaseLogits
-from model.config import ConfigError
-from model.folder import ModelFolder
-from model.quantization import SCHEMES, weight_bytes
-from serve.engine.build import open_model
-from serve.engine.scoring import predictions
+from isthmus.benchmarks.perplexity import BaseLogits
+from isthmus.errors import ConfigError
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.model.weights.quantization import SCHEMES, weight_bytes
+from isthmus.quality.divergence import Gathered, Quality
+from isthmus.serve.engine.build import open_model
+from isthmus.serve.engine.scoring import predictions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,8 @@ def measure(
 ) -> Served:
     """Runs the model of a folder over a base file's tokens; tick() after each window.
 
-    quantize: a scheme of model/quantization.py, or rules; "none" for a folder that is quantized already, or is to be
-    measured in `dtype`. dtype and cache_dtype: as serving takes them. Raises ConfigError.
+    quantize: a scheme of model/weights/quantization.py, or rules; "none" for a folder that is quantized already, or is
+    to be measured in `dtype`. dtype and cache_dtype: as serving takes them. Raises ConfigError.
     """
     folder = _open(model, quantize, dtype)
     size = weight_bytes(folder.config, folder.quantize or folder.config.quantization)

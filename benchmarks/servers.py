@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.child import BenchError, stop, tail
-from model.cleaning import cleaning
-from model.config import Dtype
-from serve.engine.config import EngineConfig
+from isthmus.benchmarks.child import BenchError, stop, tail
+from isthmus.model.config import Dtype
+from isthmus.model.process.cleaning import cleaning
+from isthmus.serve.engine.config import EngineConfig
 
 START_SECONDS = 1800.0
 """To load and compile"""
@@ -49,7 +49,7 @@ def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig)
 def served(flags: list[str], log: Path) -> Iterator[Served]:
     """Starts the server and waits until it says SERVING; SIGTERM at the end. Raises BenchError with what it printed."""
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "commands.main", "serve", *flags]
+        command = [sys.executable, "-m", "isthmus.commands.main", "serve", *flags]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
         with cleaning(process.terminate):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.child import BenchError, module
-from model.config import ConfigError, ModelConfig
+from isthmus.benchmarks.child import BenchError, module
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
 
 Engine = Literal["isthmus", "llama", "vllm", "transformers"]
 PEERS = Path(__file__).parent / "peers"
@@ -82,7 +83,7 @@ class Installed:
     def command(self, stack: Stack) -> list[str]:
         """What starts the stack's child, which answers as benchmarks/peers/protocol.py says. Raises BenchError."""
         if stack.engine == "isthmus":
-            return module("benchmarks.engine_child")
+            return module("isthmus.benchmarks.engine_child")
         if stack.engine == "llama":
             self.program("llama-batched-bench")
             return [str(_existing(self.peers_python, "make peers")), str(PEERS / "llama_cpp.py"), str(self.llama)]

@@ -11,19 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.machine import Limits, better, describe, measure_limits
-from benchmarks.models import as_served, preset, random_params
-from benchmarks.overhead import measure_overhead
-from benchmarks.plans import build_plan, with_room
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record
-from benchmarks.roofline import Workload, cost, limit_seconds, workload
-from benchmarks.statistics import median
-from benchmarks.timing import Timing, time_plan
-from model.config import ConfigError, Dtype, ModelConfig
-from model.sharding import MeshShape, build_mesh, check_divisible
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import Executor
+from isthmus.benchmarks.machine import Limits, better, describe, measure_limits
+from isthmus.benchmarks.models import as_served, preset, random_params
+from isthmus.benchmarks.overhead import measure_overhead
+from isthmus.benchmarks.plans import build_plan, with_room
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.roofline import Workload, cost, limit_seconds, workload
+from isthmus.benchmarks.statistics import median
+from isthmus.benchmarks.timing import Timing, time_plan
+from isthmus.errors import ConfigError
+from isthmus.model.config import Dtype, ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh, check_divisible
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.executor import Executor
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serve.engine.executor import Executor, Launched
-from serve.engine.plan import StepPlan
+from isthmus.serve.engine.executor import Executor, Launched
+from isthmus.serve.engine.plan import StepPlan
 
 
 @dataclass(frozen=True)

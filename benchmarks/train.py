@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.child import BenchError, Child
-from benchmarks.machine import Limits, better, describe, measure_limits
-from benchmarks.models import python_source
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record
-from benchmarks.statistics import median, summarize
-from model.cleaning import temporary_folder
-from model.config import PRESETS, ConfigError, ModelConfig
-from model.sharding import MeshShape, build_mesh
-from train.config import OptimizerConfig
-from train.data import TokenFile, TrainingData
-from train.loop import RUN_AHEAD
-from train.optimizer import build_optimizer
-from train.step import Metrics, Trainer, TrainState
+from isthmus.benchmarks.child import BenchError, Child
+from isthmus.benchmarks.machine import Limits, better, describe, measure_limits
+from isthmus.benchmarks.models import python_source
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.statistics import median, summarize
+from isthmus.errors import ConfigError
+from isthmus.model.config import PRESETS, ModelConfig
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.train.config import OptimizerConfig
+from isthmus.train.data import TokenFile, TrainingData
+from isthmus.train.loop import RUN_AHEAD
+from isthmus.train.optimizer import build_optimizer
+from isthmus.train.step import Metrics, Trainer, TrainState
 
 PEER_SCRIPT = Path(__file__).parent / "peers" / "nanogpt_torch.py"
 TEXT_BYTES = 4 << 20

@@ -16,17 +16,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.child import BenchError, Child
-from benchmarks.machine import Machine, describe, measure_limits
-from benchmarks.pieces import Piece, errors, label, merged, newest, rotated, with_comparison
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record, results_folder
-from benchmarks.roofline import Workload, cost
-from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question, weight_bytes
-from benchmarks.statistics import median, number
-from model.cleaning import temporary_folder
-from model.config import ConfigError, ModelConfig
-from model.folder import open_folder
+from isthmus.benchmarks.child import BenchError, Child
+from isthmus.benchmarks.machine import Machine, describe, measure_limits
+from isthmus.benchmarks.pieces import Piece, errors, label, merged, newest, rotated, with_comparison
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record, results_folder
+from isthmus.benchmarks.roofline import Workload, cost
+from isthmus.benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question, weight_bytes
+from isthmus.benchmarks.statistics import median, number
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.weights.folder import open_folder
 
 MAX_SEQUENCES = 32
 """That every engine is loaded for, as a server would be, whatever a cell asks"""

@@ -14,20 +14,21 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.child import BenchError, Child, module
-from benchmarks.machine import Machine, describe
-from benchmarks.peer_servers import PeerServer, Sizes, peer_server, version
-from benchmarks.pieces import Piece, errors, label, merged, newest, rotated, with_comparison
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record, results_folder
-from benchmarks.serve import as_json, load_figures
-from benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question
-from benchmarks.statistics import median, number
-from benchmarks.versus import PAUSE_SECONDS, machine_limits, show_rates, show_ratios, show_spinning
-from benchmarks.workload import PlannedRequest, poisson_arrivals
-from model.cleaning import temporary_folder
-from model.config import ConfigError, ModelConfig
-from model.folder import open_folder
+from isthmus.benchmarks.child import BenchError, Child, module
+from isthmus.benchmarks.machine import Machine, describe
+from isthmus.benchmarks.peer_servers import PeerServer, Sizes, peer_server, version
+from isthmus.benchmarks.pieces import Piece, errors, label, merged, newest, rotated, with_comparison
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record, results_folder
+from isthmus.benchmarks.serve import as_json, load_figures
+from isthmus.benchmarks.stacks import STACKS, Installed, Stack, chosen, load_question
+from isthmus.benchmarks.statistics import median, number
+from isthmus.benchmarks.versus import PAUSE_SECONDS, machine_limits, show_rates, show_ratios, show_spinning
+from isthmus.benchmarks.workload import PlannedRequest, poisson_arrivals
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.weights.folder import open_folder
 
 SERVERS = tuple(name for name, stack in STACKS.items() if stack.engine != "transformers")
 PROMPTS, COMPLETIONS = (16, 256), (16, 96)
@@ -138,7 +139,7 @@ class _Run:
             self.stacks[stack.name] = {"version": version(server), "seconds": seconds}
             self._console.print(f"{stack.name}: ready after {seconds:.1f} s", highlight=False)
             if stack.engine == "isthmus" and bench.engine and bench.streams:
-                child = running.enter_context(Child(module("benchmarks.engine_child"), folder / "engine.log"))
+                child = running.enter_context(Child(module("isthmus.benchmarks.engine_child"), folder / "engine.log"))
                 size = sizes(bench)
                 child.ask("load", **load_question(stack, model, size.sequences, size.context))
                 self._engines[stack.name] = child
@@ -267,7 +268,7 @@ def run(bench: PeerServersBench, console: Console) -> Record:
         piece = _Run(bench, config, console, tick)
         for stack in stacks:
             piece.start(stack, running, folder)
-        child = running.enter_context(Child(module("benchmarks.peer_load"), folder / "load.log"))
+        child = running.enter_context(Child(module("isthmus.benchmarks.peer_load"), folder / "load.log"))
         piece.warm_up(child)
         for turn in range(bench.repeats):
             piece.repeat(child, turn)

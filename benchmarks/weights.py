@@ -20,22 +20,23 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from benchmarks.machine import describe
-from benchmarks.models import as_served, preset
-from benchmarks.progress import progress_bar
-from benchmarks.record import Record
-from benchmarks.statistics import median
-from model.cleaning import temporary_folder
-from model.config import ConfigError, ModelConfig
-from model.folder import ModelFolder
-from model.huggingface.export import published_config
-from model.huggingface.families import read_config, read_fields
-from model.huggingface.fields import Fields
-from model.huggingface.files import INDEX, TensorFiles
-from model.huggingface.load import leaves_of, load_params, parts_of, path_name
-from model.sharding import MeshShape, build_mesh
-from model.transformer import Params, abstract_params
-from serve.engine.build import open_model
+from isthmus.benchmarks.machine import describe
+from isthmus.benchmarks.models import as_served, preset
+from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.statistics import median
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.model.weights.huggingface.export import published_config
+from isthmus.model.weights.huggingface.families import read_config, read_fields
+from isthmus.model.weights.huggingface.fields import Fields
+from isthmus.model.weights.huggingface.files import INDEX, TensorFiles
+from isthmus.model.weights.huggingface.load import leaves_of, load_params, parts_of, path_name
+from isthmus.serve.engine.build import open_model
 
 
 @dataclass(frozen=True)

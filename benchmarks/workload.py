@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.config import ConfigError
+from isthmus.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from benchmarks import quality, report, serve, step, train, versus, versus_serve, weights
-from benchmarks.child import BenchError
-from benchmarks.record import Record, results_folder
-from model.checkpoint import CheckpointError
-from model.compilation import enable_compilation_cache
-from model.config import ConfigError
+from isthmus.benchmarks import quality, report, serve, step, train, versus, versus_serve, weights
+from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks.record import Record, results_folder
+from isthmus.errors import ConfigError
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.weights.checkpoint import CheckpointError
 
 HELP = """Measures a step, a server or training against the hardware's limits; makes tables and plots of the results.
 

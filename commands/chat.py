@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import grpc
 
-from serve.engine.request import InvalidRequest
+from isthmus.serve.engine.request import InvalidRequest
 
 PROMPT = "> "
 

@@ -14,26 +14,27 @@ import jax
 import tyro
 from rich.console import Console
 
-from commands.calibration import quantize_on_text
-from commands.gate import GateConfig, QualityError, opened
-from commands.suggest import rules_of
-from commands.texts import texts
-from model.checkpoint import QUANTIZATION, CheckpointError, Checkpoints
-from model.cleaning import temporary_folder
-from model.companions import copy_companions
-from model.config import ConfigError, LoraConfig
-from model.files import present, read_json
-from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
-from model.hub import FolderOptions
-from model.huggingface.coded.method import FIELD as CODED
-from model.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
-from model.huggingface.families import Family, read_config, read_fields
-from model.huggingface.fields import Fields
-from model.progress import Stages, stages
-from model.quantization import SCHEMES, check_rules, formats, quantize_params, spelt_out
-from model.sharding import MeshShape, build_mesh
-from model.tokenizer import END_OF_TEXT, Tokenizer
-from model.transformer import Params
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.process.files import present, read_json
+from isthmus.model.process.progress import Stages, stages
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.model.transformer import Params
+from isthmus.model.weights.checkpoint import QUANTIZATION, CheckpointError, Checkpoints
+from isthmus.model.weights.companions import copy_companions
+from isthmus.model.weights.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
+from isthmus.model.weights.hub import FolderOptions
+from isthmus.model.weights.huggingface.coded.method import FIELD as CODED
+from isthmus.model.weights.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
+from isthmus.model.weights.huggingface.families import Family, read_config, read_fields
+from isthmus.model.weights.huggingface.fields import Fields
+from isthmus.model.weights.quantization import SCHEMES, check_rules, formats, quantize_params, spelt_out
+from isthmus.quality.calibration import quantize_on_text
+from isthmus.quality.gate import GateConfig, QualityError, opened
+from isthmus.quality.suggest import rules_of
+from isthmus.quality.texts import texts
 
 HELP = """Converts a model folder between Hugging Face's layout and ours. Weights come out bit for bit as they went in.
 
@@ -134,7 +135,7 @@ def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> Non
 
 
 def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, shown: Stages) -> None:
-    from model.huggingface.export import weight_bytes, write_weights
+    from isthmus.model.weights.huggingface.export import weight_bytes, write_weights
 
     family, values = _published(folder)
     dtypes = _dtypes(config.dtype, folder)
@@ -154,7 +155,7 @@ def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, sh
 
 def _to_gguf(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
     """All of it is written before it takes its own name."""
-    from model.gguf.export import architecture_name, write_model
+    from isthmus.model.weights.gguf.export import architecture_name, write_model
 
     family, values = _published(folder)
     architecture_name(values["model_type"])
@@ -181,7 +182,7 @@ def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
 
 
 def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
-    """See model/huggingface/export.py: stored_dtypes."""
+    """See model/weights/huggingface/export.py: stored_dtypes."""
     if wanted != "source":
         return {"": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]}
     if folder.weights is not None:

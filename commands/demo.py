@@ -21,17 +21,18 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.child import BenchError
-from benchmarks.servers import served
+from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks.servers import served
 from isthmus.client import Client, finish_reason_name
-from model.checkpoint import CheckpointError
-from model.config import ConfigError, ModelConfig
-from model.progress import working
-from train.config import DataConfig, OptimizerConfig, TrainConfig
-from train.documents import read_documents
-from train.heldout import split
-from train.loop import Report, TrainError, train
-from train.metrics import save_curve, terminal_curve
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.process.progress import working
+from isthmus.model.weights.checkpoint import CheckpointError
+from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig
+from isthmus.train.documents import read_documents
+from isthmus.train.heldout import split
+from isthmus.train.loop import Report, TrainError, train
+from isthmus.train.metrics import save_curve, terminal_curve
 
 HELP = """Trains a small model on the source of Python's own standard library, read where it lies, serves it over gRPC,
 and streams completions for eight prompts at once."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from model.cleaning import interrupts_raised
-from model.hub import FolderOptions
+from isthmus.model.process.cleaning import interrupts_raised
+from isthmus.model.weights.hub import FolderOptions
 
 if TYPE_CHECKING:
     import grpc
@@ -71,7 +71,7 @@ class GenerateConfig:
     def read_token(self) -> str | None:
         """Raises ConfigError when the file can't be read."""
         from isthmus.client import read_token
-        from model.config import ConfigError
+        from isthmus.errors import ConfigError
 
         try:
             return None if self.auth_token_file is None else read_token(self.auth_token_file)
@@ -80,7 +80,7 @@ class GenerateConfig:
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        from model.config import ConfigError
+        from isthmus.errors import ConfigError
 
         if self.prompt is None and not self.chat:
             raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
@@ -120,13 +120,13 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
     from rich.console import Console
 
     from isthmus.client import generate_request
-    from model.compilation import enable_compilation_cache
-    from model.progress import working
-    from model.sharding import MeshShape
-    from serve.api.validation import build_request, prompt_ids
-    from serve.engine.build import build_engine, open_model
-    from serve.engine.config import EngineConfig
-    from serve.engine.request import FinishReason, Output
+    from isthmus.model.device.compilation import enable_compilation_cache
+    from isthmus.model.process.progress import working
+    from isthmus.model.sharding import MeshShape
+    from isthmus.serve.api.validation import build_request, prompt_ids
+    from isthmus.serve.engine.build import build_engine, open_model
+    from isthmus.serve.engine.config import EngineConfig
+    from isthmus.serve.engine.request import FinishReason, Output
 
     console = Console(stderr=True, soft_wrap=True)
     if warning := enable_compilation_cache():
@@ -170,7 +170,7 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
 
 def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
     """The prompt comes with the first of what follows it: a call that fails has printed nothing."""
-    from model.tokenizer import looks_special
+    from isthmus.model.text.tokenizer import looks_special
 
     if not parse_special and (spelt := looks_special(prompt)):
         print(
@@ -207,10 +207,10 @@ def main(argv: Sequence[str]) -> int:
     import grpc
 
     config = tyro.cli(GenerateConfig, args=list(argv), description=HELP, prog="isthmus generate")
-    from commands.chat import chat
-    from model.checkpoint import CheckpointError
-    from model.config import ConfigError
-    from serve.engine.request import InvalidRequest
+    from isthmus.commands.chat import chat
+    from isthmus.errors import ConfigError
+    from isthmus.model.weights.checkpoint import CheckpointError
+    from isthmus.serve.engine.request import InvalidRequest
 
     try:
         config.validate()

@@ -11,10 +11,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from model.cache_folder import CacheError
-from model.ops.cpu import library
-from model.ops.cpu.library import KernelError
-from model.progress import working
+from isthmus.model.ops.cpu import library
+from isthmus.model.ops.cpu.library import KernelError
+from isthmus.model.process.cache_folder import CacheError
+from isthmus.model.process.progress import working
 
 HELP = """Compiles the CPU's kernels ahead of time, and shows which there are.
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from model.signals import stop_at_once
+from isthmus.model.process.signals import stop_at_once
 
 COMMANDS = {
-    "train": ("train.cli", "train a transformer on text"),
-    "serve": ("commands.serve", "serve a model folder over gRPC"),
-    "convert": ("commands.convert", "convert a model folder from or to Hugging Face's layout; merge an adapter"),
-    "generate": ("commands.generate", "complete a prompt, on a running server or on a model folder"),
-    "kernels": ("commands.kernels", "compile the CPU's kernels ahead of time, or list them"),
-    "bench": ("commands.bench", "measure a step, a server or training against the hardware's limits"),
-    "demo": ("commands.demo", "train a small model on Python's own source, serve it and call it"),
+    "train": ("isthmus.commands.train", "train a transformer on text"),
+    "serve": ("isthmus.commands.serve", "serve a model folder over gRPC"),
+    "convert": (
+        "isthmus.commands.convert",
+        "convert a model folder from or to Hugging Face's layout",
+    ),
+    "generate": ("isthmus.commands.generate", "complete a prompt, on a running server or on a model folder"),
+    "kernels": ("isthmus.commands.kernels", "compile the CPU's kernels ahead of time, or list them"),
+    "bench": ("isthmus.commands.bench", "measure a step, a server or training against the hardware's limits"),
+    "demo": ("isthmus.commands.demo", "train a small model on Python's own source, serve it and call it"),
 }
 
 
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:
         stop_at_once()  # before all else is imported
 
-        from model.process import run
+        from isthmus.model.process.command import run
 
         return run(lambda: main(sys.argv[1:]))
     words = list(argv)

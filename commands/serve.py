@@ -9,17 +9,17 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from model.checkpoint import CheckpointError
-from model.compilation import enable_compilation_cache
-from model.config import ConfigError
-from model.costs import FILE, known, measured
-from model.folder import ModelFolder
-from model.progress import working
-from model.signals import end_at_once
-from serve.api.config import ServeConfig
-from serve.api.logs import bound_logs
-from serve.api.server import Server
-from serve.engine.build import open_model
+from isthmus.errors import ConfigError
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.process.progress import working
+from isthmus.model.process.signals import end_at_once
+from isthmus.model.weights.checkpoint import CheckpointError
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.quality.costs import FILE, known, measured
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.logs import bound_logs
+from isthmus.serve.api.server import Server
+from isthmus.serve.engine.build import open_model
 
 HELP = """Serves a model folder over gRPC, with continuous batching on a paged KV cache.
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import LayerKind, ModelConfig
-from model.experts import Mixture
-from model.layers import MLP, STREAM, Attend, Attention, Cache, LatentAttention, RMSNorm
-from model.rotary import Angles
-from model.sharding import shard
+from isthmus.model.config import LayerKind, ModelConfig
+from isthmus.model.experts import Mixture
+from isthmus.model.layers import MLP, STREAM, Attend, Attention, Cache, LatentAttention, RMSNorm
+from isthmus.model.rotary import Angles
+from isthmus.model.sharding import shard
 
 
 class Block(nnx.Module):

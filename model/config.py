@@ -11,16 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config_parts import (
-    MAX_LAYERS,
-    ConfigError,
-    LatentConfig,
-    LayerKind,
-    LoraConfig,
-    MixtureConfig,
-    RopeScaling,
-)
-from model.files import read_json
+from isthmus.errors import ConfigError
+from isthmus.model.config_parts import MAX_LAYERS, LatentConfig, LayerKind, LoraConfig, MixtureConfig, RopeScaling
+from isthmus.model.process.files import read_json
 
 Dtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "dots", "full"]
@@ -86,8 +79,8 @@ class ModelConfig:
     latent: LatentConfig = field(default_factory=LatentConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantization: tuple[str, ...] = ()
-    """Rules by which the folder's matrices are integers (model/quantization.py); `isthmus convert --quantize` sets
-    it"""
+    """Rules by which the folder's matrices are integers (model/weights/quantization.py); `isthmus convert --quantize`
+    sets it"""
     dtype: Dtype = "float32"
     """Of activations and KV cache; parameters are trained in float32"""
     scan_layers: bool = False

@@ -7,14 +7,12 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from isthmus.errors import ConfigError
+
 RopeKind = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
 MAX_LAYERS = 4096
 """More are a mistake, or meant to fill memory"""
-
-
-class ConfigError(ValueError):
-    """A configuration that can't work; the message names the field and the limit."""
 
 
 @dataclass(frozen=True)

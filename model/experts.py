@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from model.config import MixtureConfig, ModelConfig
-from model.layers import INIT_STD, MLP, Linear, parameter
-from model.ops.gated import gated
-from model.ops.grouped_matmul import grouped_matmul
-from model.sharding import partition_spec
+from isthmus.model.config import MixtureConfig, ModelConfig
+from isthmus.model.layers import INIT_STD, MLP, Linear, parameter
+from isthmus.model.ops.gated import gated
+from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.sharding import partition_spec
 
 
 class Router(nnx.Module):

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from model.config import LayerKind, ModelConfig
-from model.ops.attention import Scoring
-from model.ops.gated import gated
-from model.ops.linear import linear, linears
-from model.ops.norm import rms_norm
-from model.ops.rotary import rotate
-from model.rotary import Angles
-from model.sharding import shard
+from isthmus.model.config import LayerKind, ModelConfig
+from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.gated import gated
+from isthmus.model.ops.linear import linear, linears
+from isthmus.model.ops.norm import rms_norm
+from isthmus.model.ops.rotary import rotate
+from isthmus.model.rotary import Angles
+from isthmus.model.sharding import shard
 
 Cache = TypeVar("Cache")
 Attend = Callable[

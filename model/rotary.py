@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, RopeScaling
+from isthmus.model.config import ModelConfig, RopeScaling
 
 Angles = dict[str, tuple[jax.Array, jax.Array]]
 """For each LayerKind.rope that occurs: cos and signed sin, float32[..., 1, rotated dimensions]."""

@@ -16,7 +16,8 @@ import jax
 from flax.core import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from model.config import ConfigError, ModelConfig
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
 
 MESH_AXES = ("dp", "fsdp", "ep", "tp")
 

@@ -21,13 +21,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from model.block import Block
-from model.compilation import same_bits
-from model.config import LayerKind, ModelConfig
-from model.layers import STREAM, Attend, Cache, RMSNorm, parameter
-from model.ops.linear import linear, lookup, unembed
-from model.rotary import Angles, rotary_angles
-from model.sharding import named_sharding, shard, use_mesh
+from isthmus.model.block import Block
+from isthmus.model.config import LayerKind, ModelConfig
+from isthmus.model.device.compilation import same_bits
+from isthmus.model.layers import STREAM, Attend, Cache, RMSNorm, parameter
+from isthmus.model.ops.linear import linear, lookup, unembed
+from isthmus.model.rotary import Angles, rotary_angles
+from isthmus.model.sharding import named_sharding, shard, use_mesh
 
 Params = dict[str, Any]
 

@@ -12,7 +12,7 @@ build() {
     mkdir -p "$home/$1"
     HOME="$home/$1" "$python" - "$@" <<'PYTHON'
 import sys
-from model.ops.cpu import library
+from isthmus.model.ops.cpu import library
 library.build(library.user_folder(), sys.argv[1], sys.argv[2:])
 PYTHON
 }
@@ -25,7 +25,7 @@ check() {
 import sys
 from pathlib import Path
 import pytest
-from model.ops.cpu import library
+from isthmus.model.ops.cpu import library
 path = library.load().path
 assert Path.home() in path.parents, path
 print("testing", path.name, flush=True)

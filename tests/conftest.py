@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.sharding import MeshShape, build_mesh
-from model.transformer import Params
+from isthmus.model.config import ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.transformer import Params
 from tests.support import TINY, random_params
 
 # The same examples on every run: a red test is a change in the code, never in the dice.

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.config import ConfigError, Dtype, ModelConfig
-from model.hardware import check_dtype
-from model.matrices import pack_params, place_matrices
-from model.ops.cpu import library
-from model.transformer import Params, abstract_params, bind
-from train.step import packed_attention
+from isthmus.errors import ConfigError
+from isthmus.model.config import Dtype, ModelConfig
+from isthmus.model.device.hardware import check_dtype
+from isthmus.model.ops.cpu import library
+from isthmus.model.transformer import Params, abstract_params, bind
+from isthmus.model.weights.packing import pack_params, place_matrices
+from isthmus.train.step import packed_attention
 
 TINY = ModelConfig(
     vocab_size=96,

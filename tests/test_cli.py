@@ -16,8 +16,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from commands.main import COMMANDS, main
-from tests.model.huggingface.folders import write_folder
+from isthmus.commands.main import COMMANDS, main
+from tests.model.weights.huggingface.folders import write_folder
 
 ISTHMUS = Path(sys.executable).with_name("isthmus")
 WITHOUT_ARGUMENTS = {"demo"}
@@ -34,7 +34,7 @@ def test_the_installed_command_lists_every_command() -> None:
 
 def test_the_list_of_commands_is_quick() -> None:
     """Help must not import JAX first: it takes seconds."""
-    code = "import sys; from commands.main import main; main(['--help']); print('jax' in sys.modules)"
+    code = "import sys; from isthmus.commands.main import main; main(['--help']); print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -160,8 +160,8 @@ def test_a_token_file_that_can_not_be_sent_is_named(
 
 def test_generate_asks_for_what_was_given_and_no_more() -> None:
     """Every prompt was drawn at 0.8 and 0.95, against what the model's makers recommend and the API promises."""
-    from commands.generate import GenerateConfig
     from isthmus import generate_request
+    from isthmus.commands.generate import GenerateConfig
 
     assert not generate_request("a", **GenerateConfig(prompt="a").options()).HasField("sampling")
     asked = generate_request("a", **GenerateConfig(prompt="a", top_k=0, parse_special=True).options())
@@ -233,8 +233,8 @@ def talk(monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> int:
 @contextmanager
 def model_of(folder: Path) -> Iterator[Callable[[str], str]]:
     """What the model goes on with after a text as a template writes it, led by no token."""
-    from commands.generate import GenerateConfig, _on_folder
-    from model.tokenizer import Tokenizer
+    from isthmus.commands.generate import GenerateConfig, _on_folder
+    from isthmus.model.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     with _on_folder(GenerateConfig(model=folder, temperature=0.0, max_tokens=6), folder) as complete:
@@ -303,8 +303,8 @@ def test_an_answer_that_is_stopped_was_said_and_one_that_fails_was_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C must end the answer alone, and the request with it; an error must leave the conversation as it was."""
-    from commands.chat import chat
-    from serve.engine.request import InvalidRequest
+    from isthmus.commands.chat import chat
+    from isthmus.serve.engine.request import InvalidRequest
 
     asked, ended = [], []
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from commands.main import COMMANDS
 from isthmus import Client
-from tests.model.huggingface.folders import write_folder
+from isthmus.commands.main import COMMANDS
+from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.api.harness import (
     PATIENCE,
     SERVING,
@@ -59,11 +59,11 @@ if kind == "import":
 else:
     threading.setprofile(calls)
     sys.setprofile(calls)
-if words[0] == "python -m train":
+if words[0] == "python -m isthmus":
     import runpy
-    sys.argv = ["train", *words[1:]]
-    runpy.run_module("train", run_name="__main__", alter_sys=True)
-from commands.main import main
+    sys.argv = words
+    runpy.run_module("isthmus", run_name="__main__", alter_sys=True)
+from isthmus.commands.main import main
 sys.argv = ["isthmus", *words]
 status = main()
 print("never told" if not told else "told, and went on")
@@ -114,7 +114,7 @@ def check(ended: Ended, status: int = 130) -> None:
 
 WORDS = {name: [name] for name in COMMANDS} | {"bench": ["bench", "step"], "kernels": ["kernels", "list"]}
 WORDS |= {"train": ["train", "text"], "serve": ["serve", "--model", "m"], "convert": ["convert", "a", "b"]}
-WORDS |= {"generate": ["generate", "a", "--model", "m"], "python -m train": ["python -m train", "text"]}
+WORDS |= {"generate": ["generate", "a", "--model", "m"], "python -m isthmus": ["python -m isthmus", "train", "text"]}
 
 
 @pytest.mark.parametrize("command, module", [*((name, "numpy") for name in WORDS), ("serve", "jax.numpy")])
@@ -126,9 +126,9 @@ def test_ctrl_c_while_modules_are_imported(command: str, module: str) -> None:
 @pytest.mark.parametrize(
     "stage, number, status",
     [
-        ("call serve.engine.build:open_model", "SIGHUP", 129),
-        ("call serve.engine.build:_load", "SIGTERM", 143),  # on the thread that loads
-        ("call serve.engine.executor:compile_steps", "SIGINT", 130),  # on the one that compiles
+        ("call isthmus.serve.engine.build:open_model", "SIGHUP", 129),
+        ("call isthmus.serve.engine.build:_load", "SIGTERM", 143),  # on the thread that loads
+        ("call isthmus.serve.engine.executor:compile_steps", "SIGINT", 130),  # on the one that compiles
     ],
 )
 def test_a_server_that_loads(folder: Path, stage: str, number: str, status: int) -> None:
@@ -136,7 +136,7 @@ def test_a_server_that_loads(folder: Path, stage: str, number: str, status: int)
     check(tell(number, stage, "serve", "--model", folder, "--port", 0), status)
 
 
-@pytest.mark.parametrize("stage", ["call serve.engine.build:_load", "call serve.engine.engine:submit"])
+@pytest.mark.parametrize("stage", ["call isthmus.serve.engine.build:_load", "call isthmus.serve.engine.engine:submit"])
 def test_generating_here(folder: Path, stage: str) -> None:
     check(tell("SIGINT", stage, "generate", "a", "--model", folder))
 
@@ -149,13 +149,13 @@ def test_calling_a_server_that_does_not_answer() -> None:
 @pytest.mark.parametrize(
     "stage, words, number, status",
     [
-        ("call model.huggingface.load:load_params", ["--to", "isthmus"], "SIGINT", 130),
-        ("call model.huggingface.export:write_weights", ["--to", "huggingface"], "SIGTERM", 143),
+        ("call isthmus.model.weights.huggingface.load:load_params", ["--to", "isthmus"], "SIGINT", 130),
+        ("call isthmus.model.weights.huggingface.export:write_weights", ["--to", "huggingface"], "SIGTERM", 143),
         pytest.param(
-            *("call commands.quality:compare", ["--quantize", "int8", "--text", "{text}"], "SIGINT", 130),
+            *("call isthmus.quality.compare:compare", ["--quantize", "int8", "--text", "{text}"], "SIGINT", 130),
             marks=pytest.mark.slow,
         ),
-        ("call model.checkpoint:save", ["--to", "isthmus"], "SIGTERM", 143),
+        ("call isthmus.model.weights.checkpoint:save", ["--to", "isthmus"], "SIGTERM", 143),
     ],
 )
 def test_a_conversion_leaves_nothing(
@@ -173,11 +173,11 @@ def test_training_before_its_first_step(tmp_path: Path) -> None:
     """From the first step on the run saves a checkpoint when it is told; before, there is nothing to save."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 600)
     words = ["train", tmp_path / "text.txt", "--out", tmp_path / "out", "--preset", "5m"]
-    check(tell("SIGINT", "call train.data:prepare", *words))
+    check(tell("SIGINT", "call isthmus.train.data:prepare", *words))
 
 
 def test_compiling_the_kernels_leaves_nothing(tmp_path: Path) -> None:
-    check(tell("SIGINT", "call model.ops.cpu.library:_compile", "kernels", "build", home=tmp_path))
+    check(tell("SIGINT", "call isthmus.model.ops.cpu.library:_compile", "kernels", "build", home=tmp_path))
     assert not list((tmp_path / ".cache/isthmus/kernels").iterdir())
 
 
@@ -187,8 +187,8 @@ def test_a_server_ends_with_who_started_it(folder: Path, tmp_path: Path) -> None
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from benchmarks import servers
-from model.process import run
+from isthmus.benchmarks import servers
+from isthmus.model.process.command import run
 
 def work():
     with servers.served(["--model", {str(folder)!r}, "--port", "0"], Path({str(tmp_path / "log")!r})):
@@ -214,8 +214,8 @@ def test_told_twice_it_does_not_clean_up_again() -> None:
     """Cleaning may take its time on a slow disk; who is in a hurry tells it once more."""
     code = """
 import os, signal
-from model.cleaning import cleaning
-from model.signals import stop_at_once
+from isthmus.model.process.cleaning import cleaning
+from isthmus.model.process.signals import stop_at_once
 stop_at_once()
 with cleaning(lambda: os.kill(os.getpid(), signal.SIGTERM)), cleaning(lambda: print("cleaned", flush=True)):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -228,7 +228,7 @@ def test_what_is_ignored_stays_ignored() -> None:
     """nohup isthmus …"""
     code = """
 import os, signal
-from model.signals import stop_at_once
+from isthmus.model.process.signals import stop_at_once
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 stop_at_once()
 os.kill(os.getpid(), signal.SIGHUP)

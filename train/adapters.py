@@ -9,11 +9,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from model import lora
-from model.compilation import same_bits
-from model.config import LoraConfig, ModelConfig
-from model.sharding import use_mesh
-from model.transformer import Params, Transformer, abstract_params, stacked, unstack_blocks
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.device.compilation import same_bits
+from isthmus.model.sharding import use_mesh
+from isthmus.model.transformer import Params, Transformer, abstract_params, stacked, unstack_blocks
+from isthmus.model.weights import lora
 
 
 def init_adapters(config: ModelConfig, seed: int, mesh: Mesh) -> Params:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from model.config import PRESETS, ConfigError, ModelConfig
-from model.sharding import MeshShape
+from isthmus.errors import ConfigError
+from isthmus.model.config import PRESETS, ModelConfig
+from isthmus.model.sharding import MeshShape
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model.config import ConfigError
-from model.folder import ModelFolder
-from model.tokenizer import Tokenizer
-from train.config import DataConfig
-from train.documents import Document, read_documents
-from train.examples import Encoder, FineTuning, Pretraining
-from train.files import Reading
-from train.heldout import split
+from isthmus.errors import ConfigError
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.train.config import DataConfig
+from isthmus.train.documents import Document, read_documents
+from isthmus.train.examples import Encoder, FineTuning, Pretraining
+from isthmus.train.files import Reading
+from isthmus.train.heldout import split
 
 TOKENIZER_SAMPLE_BYTES = 32 << 20
 """Text that the tokenizer is trained on: more changes its merges little and takes long."""

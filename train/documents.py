@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import ConfigError
-from train.files import (
+from isthmus.errors import ConfigError
+from isthmus.train.files import (
     DAMAGED,
     MAX_TEXT_BYTES,
     Reading,

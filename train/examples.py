@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from model.added_tokens import FLAGS, declared_tokens
-from model.chat import ChatError, Span
-from model.config import ConfigError
-from model.folder import ModelFolder
-from model.tokenizer import TextError, Tokenizer, looks_special
-from train.documents import Document
+from isthmus.errors import ConfigError
+from isthmus.model.text.added_tokens import FLAGS, declared_tokens
+from isthmus.model.text.chat import ChatError, Span
+from isthmus.model.text.tokenizer import TextError, Tokenizer, looks_special
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.train.documents import Document
 
 _log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from train.documents import Document
+from isthmus.train.documents import Document
 
 TAIL_BYTES = 8 << 10
 """The most that is held out of a text whose share of it would be less: about four sequences"""

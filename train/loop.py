@@ -22,24 +22,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
-from model import lora
-from model.checkpoint import CheckpointError, Checkpoints
-from model.config import ConfigError
-from model.folder import ModelFolder
-from model.hardware import check_dtype
-from model.progress import working
-from model.sharding import build_mesh, check_divisible
-from model.transformer import runs, stack_blocks, stacked, unstack_blocks
-from train.adapters import init_adapters, step_flops
-from train.config import TrainConfig
-from train.data import TrainingData, prepare
-from train.files import Reading, described
-from train.metrics import MetricsLog, read_metrics
-from train.optimizer import LearningRates, build_optimizer
-from train.resume import FILE, load_saved, resolve_resume, save_settings
-from train.speed import Speed
-from train.start import load_start, open_start, take_over
-from train.step import Metrics, Trainer, TrainState
+from isthmus.errors import ConfigError
+from isthmus.model.device.hardware import check_dtype
+from isthmus.model.process.progress import working
+from isthmus.model.sharding import build_mesh, check_divisible
+from isthmus.model.transformer import runs, stack_blocks, stacked, unstack_blocks
+from isthmus.model.weights import lora
+from isthmus.model.weights.checkpoint import CheckpointError, Checkpoints
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.train.adapters import init_adapters, step_flops
+from isthmus.train.config import TrainConfig
+from isthmus.train.data import TrainingData, prepare
+from isthmus.train.files import Reading, described
+from isthmus.train.metrics import MetricsLog, read_metrics
+from isthmus.train.optimizer import LearningRates, build_optimizer
+from isthmus.train.resume import FILE, load_saved, resolve_resume, save_settings
+from isthmus.train.speed import Speed
+from isthmus.train.start import load_start, open_start, take_over
+from isthmus.train.step import Metrics, Trainer, TrainState
 
 RUN_AHEAD = 2
 """Steps launched before the oldest one's loss is read."""

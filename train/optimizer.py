@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from model.transformer import Params
-from train.config import OptimizerConfig
+from isthmus.model.transformer import Params
+from isthmus.train.config import OptimizerConfig
 
 DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")
 """Matrices; norms and biases are left alone."""

@@ -6,10 +6,10 @@ import dataclasses
 import os
 from pathlib import Path
 
-from model.checkpoint import FOLDER, Checkpoints
-from model.config import ConfigError
-from train.config import TrainConfig, check_resumable
-from train.optimizer import first_difference
+from isthmus.errors import ConfigError
+from isthmus.model.weights.checkpoint import FOLDER, Checkpoints
+from isthmus.train.config import TrainConfig, check_resumable
+from isthmus.train.optimizer import first_difference
 
 FILE = "train.json"
 

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from model.hardware import measure_gemm, peak_flops
+from isthmus.model.device.hardware import measure_gemm, peak_flops
 
 REMEASURE_SECONDS = 60.0
 """A peak that was measured here is measured again in a pause, this long after the last time."""

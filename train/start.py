@@ -9,14 +9,15 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from model.companions import copy_companions
-from model.config import ConfigError, LoraConfig, ModelConfig
-from model.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
-from model.hardware import default_dtype
-from model.hub import FolderOptions
-from model.progress import stages
-from model.transformer import Params
-from train.config import DataConfig, OptimizerConfig, TrainConfig, flat
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.device.hardware import default_dtype
+from isthmus.model.process.progress import stages
+from isthmus.model.transformer import Params
+from isthmus.model.weights.companions import copy_companions
+from isthmus.model.weights.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
+from isthmus.model.weights.hub import FolderOptions
+from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
 SETTABLE = ("dtype", "remat", "scan_layers", "mixture.correction_rate")
 """Fields of the model that change nothing of what it computes; lora.* besides."""

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model import lora
-from model.config import ModelConfig
-from model.experts import balanced
-from model.layers import Attend
-from model.ops import attention
-from model.ops.attention import Scoring
-from model.ops.rounding import narrowed
-from model.sharding import partition_spec, use_mesh
-from model.transformer import Params, abstract_params, bind, init_params, kept_dtype
-from train.data import Batch
-from train.optimizer import abstract_optimizer
+from isthmus.model.config import ModelConfig
+from isthmus.model.experts import balanced
+from isthmus.model.layers import Attend
+from isthmus.model.ops import attention
+from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.rounding import narrowed
+from isthmus.model.sharding import partition_spec, use_mesh
+from isthmus.model.transformer import Params, abstract_params, bind, init_params, kept_dtype
+from isthmus.model.weights import lora
+from isthmus.train.data import Batch
+from isthmus.train.optimizer import abstract_optimizer
 
 
 class TrainState(NamedTuple):

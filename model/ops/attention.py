@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ops.backend import cpu_kernels
-from model.ops.hadamard import hadamard
+from isthmus.model.ops.backend import cpu_kernels
+from isthmus.model.ops.hadamard import hadamard
 
 MASKED = -1e30
 """Stands for minus infinity: a row with nothing to attend to gives a finite, meaningless average instead of NaN."""

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import Activation
-from model.ops.backend import cpu_kernels
+from isthmus.model.config import Activation
+from isthmus.model.ops.backend import cpu_kernels
 
 KERNELS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
 """Numbers of the activations that elementwise.cc knows"""

@@ -12,8 +12,8 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from model.ops.cpu.packed import Packed, multiply
-from model.ops.quantized import Quantized, rotate
+from isthmus.model.ops.cpu.packed import Packed, multiply
+from isthmus.model.ops.quantized import Quantized, rotate
 
 
 @jax.tree_util.register_dataclass

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ops.backend import cpu_kernels
+from isthmus.model.ops.backend import cpu_kernels
 
 
 def rms_norm(

@@ -10,7 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from model.ops.hadamard import hadamard
+from isthmus.model.ops.hadamard import hadamard
 
 Bits = Literal[8, 6, 5, 4]
 RUN = 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from model.ops.backend import cpu_kernels
+from isthmus.model.ops.backend import cpu_kernels
 
 
 def rotate(angles: tuple[jax.Array, jax.Array], *xs: jax.Array) -> list[jax.Array]:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from google.rpc import code_pb2
 
-from serve.api.errors import abort, plain
+from isthmus.serve.api.errors import abort, plain
 
 _OPEN = "/grpc.health.v1.Health/"
 

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 import tyro
 
 from isthmus.client import read_token
-from model.config import ConfigError
-from model.hub import FolderOptions
-from serve.engine.config import EngineConfig
+from isthmus.errors import ConfigError
+from isthmus.model.weights.hub import FolderOptions
+from isthmus.serve.engine.config import EngineConfig
 
 MAX_SECONDS = 1_000_000
 """gRPC counts milliseconds in 31 bits"""

@@ -7,10 +7,10 @@ from importlib.metadata import version
 import grpc
 import jax
 
+from isthmus.serve.api.errors import abort, invalid
+from isthmus.serve.api.session import Session
 from isthmus.v1 import control_pb2 as pb
 from isthmus.v1 import control_pb2_grpc
-from serve.api.errors import abort, invalid
-from serve.api.session import Session
 
 MAX_CANCELS = 1024
 

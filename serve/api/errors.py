@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from serve.engine.request import (
+from isthmus.serve.engine.request import (
     Draining,
     DuplicateId,
     EngineDead,

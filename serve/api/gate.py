@@ -15,10 +15,10 @@ from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 
-from serve.api.errors import abort, internal, plain, retry_later, status_of
-from serve.api.wire import check_wire
-from serve.api.workers import SHORT, Workers
-from serve.engine.request import EngineError, InvalidRequest
+from isthmus.serve.api.errors import abort, internal, plain, retry_later, status_of
+from isthmus.serve.api.wire import check_wire
+from isthmus.serve.api.workers import SHORT, Workers
+from isthmus.serve.engine.request import EngineError, InvalidRequest
 
 Parse = Callable[[bytes], Any]
 

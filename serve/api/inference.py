@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import grpc
 from google.protobuf import duration_pb2
 
+from isthmus.serve.api.errors import abort, cancelled, closed, internal, status_of
+from isthmus.serve.api.session import Session
+from isthmus.serve.api.validation import build_request, detokenized, prompt_ids, tokenized
+from isthmus.serve.engine.request import FinishReason, InvalidRequest, Output, Request
 from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
-from serve.api.errors import abort, cancelled, closed, internal, status_of
-from serve.api.session import Session
-from serve.api.validation import build_request, detokenized, prompt_ids, tokenized
-from serve.engine.request import FinishReason, InvalidRequest, Output, Request
 
 MOST_AT_ONCE = 512
 """Tokens that are decoded in a row, for a client that has read nothing for long: about 3 ms"""

@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 
-from model.config import ConfigError
+from isthmus.errors import ConfigError
 
 _REASONS = {
     errno.EADDRINUSE: "it is taken, perhaps by another server; --port 0 takes a free one",

@@ -14,21 +14,21 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from isthmus.errors import ConfigError
+from isthmus.model.process.signals import end_at_once
+from isthmus.model.sharding import MeshShape
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.serve.api.auth import TokenAuth
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.control import ControlService
+from isthmus.serve.api.gate import Gate
+from isthmus.serve.api.health import Health
+from isthmus.serve.api.inference import InferenceService
+from isthmus.serve.api.listen import target
+from isthmus.serve.api.session import Session
+from isthmus.serve.engine.build import build_engine
+from isthmus.serve.engine.engine import Engine
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from model.config import ConfigError
-from model.folder import ModelFolder
-from model.sharding import MeshShape
-from model.signals import end_at_once
-from serve.api.auth import TokenAuth
-from serve.api.config import ServeConfig
-from serve.api.control import ControlService
-from serve.api.gate import Gate
-from serve.api.health import Health
-from serve.api.inference import InferenceService
-from serve.api.listen import target
-from serve.api.session import Session
-from serve.engine.build import build_engine
-from serve.engine.engine import Engine
 
 T = TypeVar("T")
 

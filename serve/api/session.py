@@ -8,12 +8,12 @@ import contextlib
 import grpc
 from google.rpc import code_pb2
 
-from model.folder import ModelFolder
-from serve.api.config import ServeConfig
-from serve.api.errors import abort, retry_later, status_of
-from serve.api.workers import Workers
-from serve.engine.engine import Engine
-from serve.engine.request import EngineError, InvalidRequest, Output, Request, Stalled
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.errors import abort, retry_later, status_of
+from isthmus.serve.api.workers import Workers
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.request import EngineError, InvalidRequest, Output, Request, Stalled
 
 
 class Session:

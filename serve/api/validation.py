@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.model.text.chat import ChatError, ChatTemplate
+from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
+from isthmus.model.weights.folder import GenerationDefaults
+from isthmus.serve.engine.request import InvalidRequest, Request, SamplingParams
 from isthmus.v1 import inference_pb2
-from model.chat import ChatError, ChatTemplate
-from model.folder import GenerationDefaults
-from model.tokenizer import TextError, Tokenizer, TooManyTokens
-from serve.engine.request import InvalidRequest, Request, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID = 128

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from serve.engine.request import Draining, QueueFull
+from isthmus.serve.engine.request import Draining, QueueFull
 
 T = TypeVar("T")
 

@@ -12,18 +12,19 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from model.config import ConfigError, LoraConfig, ModelConfig
-from model.folder import ModelFolder, open_folder
-from model.hardware import check_dtype, default_dtype, free_memory
-from model.hub import FolderOptions
-from model.matrices import Packing, pack_params
-from model.memory import release_heap
-from model.quantization import SCHEMES, quantize_params, weight_bytes
-from model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
-from model.transformer import Params, abstract_params, kept_dtype
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.engine import Engine, Sink
-from serve.engine.executor import Compiled, Executor, abstract_like, compile_steps, uses_kernels
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.device.hardware import check_dtype, default_dtype, free_memory
+from isthmus.model.device.memory import release_heap
+from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
+from isthmus.model.transformer import Params, abstract_params, kept_dtype
+from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.model.weights.hub import FolderOptions
+from isthmus.model.weights.packing import Packing, pack_params
+from isthmus.model.weights.quantization import SCHEMES, quantize_params, weight_bytes
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.engine import Engine, Sink
+from isthmus.serve.engine.executor import Compiled, Executor, abstract_like, compile_steps, uses_kernels
 
 PROGRAM_BYTES = 300 << 20
 """Of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured with
@@ -40,7 +41,7 @@ def open_model(
 ) -> ModelFolder:
     """Opens a model folder as serving runs it. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
     merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded. quantize: a name
-    of model/quantization.py's SCHEMES; matrices become integers when they are loaded.
+    of model/weights/quantization.py's SCHEMES; matrices become integers when they are loaded.
 
     Raises ConfigError when the folder isn't a model's, or is quantized already.
     """

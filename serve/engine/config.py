@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from model.config import ConfigError, ModelConfig
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
 
 
 class Bucket(NamedTuple):
@@ -80,7 +81,7 @@ class EngineConfig:
 
     def kv_bytes_per_token(self, model: ModelConfig) -> int:
         """Bytes of KV cache a token takes, all layers together."""
-        from model.ops.attention import scales_of
+        from isthmus.model.ops.attention import scales_of
 
         dtype = self.cache_dtype if self.cache_dtype != "model" else model.dtype
         size = model.head_dim

@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.engine.config import EngineConfig
-from serve.engine.executor import Executor, Launched
-from serve.engine.request import (
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.executor import Executor, Launched
+from isthmus.serve.engine.request import (
     Draining,
     DuplicateId,
     EngineDead,
@@ -25,7 +25,7 @@ from serve.engine.request import (
     QueueFull,
     Request,
 )
-from serve.engine.scheduler import Counters, Scheduler
+from isthmus.serve.engine.scheduler import Counters, Scheduler
 
 logger = logging.getLogger("isthmus.engine")
 

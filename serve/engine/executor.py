@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.compilation import compilations
-from model.config import ModelConfig
-from model.layers import Attend
-from model.matrices import is_packed, pack_params, place_matrices
-from model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of
-from model.ops.backend import use_cpu_kernels
-from model.ops.cpu import library
-from model.ops.cpu.memory import allocate
-from model.sharding import named_sharding, use_mesh
-from model.transformer import Params, Transformer, abstract_params, bind
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from serve.engine.sampling import sample
+from isthmus.model.config import ModelConfig
+from isthmus.model.device.compilation import compilations
+from isthmus.model.layers import Attend
+from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of
+from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.cpu import library
+from isthmus.model.ops.cpu.memory import allocate
+from isthmus.model.sharding import named_sharding, use_mesh
+from isthmus.model.transformer import Params, Transformer, abstract_params, bind
+from isthmus.model.weights.packing import is_packed, pack_params, place_matrices
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
+from isthmus.serve.engine.sampling import sample
 
 
 def abstract_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Cache:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from serve.engine.config import EngineConfig
-from serve.engine.plan import FROM_DEVICE, PADDING, SAMPLING, PlanArrays, StepPlan, plan_size, split_plan
-from serve.engine.request import Request
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, SAMPLING, PlanArrays, StepPlan, plan_size, split_plan
+from isthmus.serve.engine.request import Request
 
 
 @dataclass(eq=False)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serve.engine.config import Bucket
-from serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.config import Bucket
+from isthmus.serve.engine.request import Request, SamplingParams
 
 FROM_DEVICE = -1
 """Stands for the token that the slot drew last, which the host may not know yet."""

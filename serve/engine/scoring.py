@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.folder import ModelFolder
-from model.matrices import Packing, place_matrices
-from model.ops.attention import Cache
-from model.sharding import MeshShape, build_mesh, use_mesh
-from model.transformer import Params, bind
-from serve.engine.build import abstract_served
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import abstract_cache, forward, uses_kernels
-from serve.engine.plan import PADDING, plan_size, split_plan
+from isthmus.model.config import ModelConfig
+from isthmus.model.ops.attention import Cache
+from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
+from isthmus.model.transformer import Params, bind
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.model.weights.packing import Packing, place_matrices
+from isthmus.serve.engine.build import abstract_served
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.executor import abstract_cache, forward, uses_kernels
+from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
 
 
 def predictions(folder: ModelFolder, cache_dtype: str, windows: np.ndarray, first: int) -> Iterator[np.ndarray]:

@@ -14,25 +14,26 @@ import tyro
 from jax.sharding import Mesh
 from rich.console import Console
 
-from benchmarks import models, roofline, serve, step, train
-from benchmarks.child import BenchError, Child, module
-from benchmarks.machine import Limits, describe, name_of
-from benchmarks.models import preset, write_model
-from benchmarks.plans import build_plan, with_room
-from benchmarks.record import Record, finite, load_all, results_folder
-from benchmarks.report import write_report
-from benchmarks.servers import serve_flags
-from benchmarks.statistics import summarize
-from benchmarks.workload import Lengths, all_at_once, open_loop, poisson_arrivals
-from commands import bench as command
-from model.checkpoint import serving_layout
-from model.config import PRESETS, ConfigError, ModelConfig
-from model.transformer import Params, stack_blocks
-from serve.api.config import ServeConfig
-from serve.engine.build import open_model
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.plan import split_plan
-from train.data import TrainingData
+from isthmus.benchmarks import models, roofline, serve, step, train
+from isthmus.benchmarks.child import BenchError, Child, module
+from isthmus.benchmarks.machine import Limits, describe, name_of
+from isthmus.benchmarks.models import preset, write_model
+from isthmus.benchmarks.plans import build_plan, with_room
+from isthmus.benchmarks.record import Record, finite, load_all, results_folder
+from isthmus.benchmarks.report import write_report
+from isthmus.benchmarks.servers import serve_flags
+from isthmus.benchmarks.statistics import summarize
+from isthmus.benchmarks.workload import Lengths, all_at_once, open_loop, poisson_arrivals
+from isthmus.commands import bench as command
+from isthmus.errors import ConfigError
+from isthmus.model.config import PRESETS, ModelConfig
+from isthmus.model.transformer import Params, stack_blocks
+from isthmus.model.weights.checkpoint import serving_layout
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.engine.build import open_model
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.plan import split_plan
+from isthmus.train.data import TrainingData
 
 QUIET = Console(quiet=True)
 SMALL = ModelConfig(
@@ -272,7 +273,7 @@ def test_a_written_model_opens_with_its_whole_vocabulary(monkeypatch: pytest.Mon
 
 def test_a_failing_child_says_why(tmp_path: Path) -> None:
     target = {"address": "127.0.0.1:1", "timeout": 1.0}
-    with Child(module("benchmarks.load"), tmp_path / "log") as child:
+    with Child(module("isthmus.benchmarks.load"), tmp_path / "log") as child:
         with pytest.raises(BenchError, match="KeyError"):
             child.ask("nothing")
         with pytest.raises(BenchError, match="UNAVAILABLE"):

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.peers.make_gguf import exact
-from benchmarks.peers.rescale import rescale
-from model.folder import open_folder
-from model.sharding import MeshShape, build_mesh
-from tests.model.huggingface.folders import write_folder, write_tensors
+from isthmus.benchmarks.peers.make_gguf import exact
+from isthmus.benchmarks.peers.rescale import rescale
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.weights.folder import open_folder
+from tests.model.weights.huggingface.folders import write_folder, write_tensors
 from tests.parity.families import GOLDEN
 from tests.parity.weights import family_tensors
 from tests.support import forward

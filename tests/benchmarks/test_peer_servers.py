@@ -11,20 +11,28 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import versus_serve
-from benchmarks.load import Outcome, Target
-from benchmarks.machine import describe
-from benchmarks.peer_load import HttpError, checked, closed_loop, llama_tokens, post, send_http, vllm_tokens
-from benchmarks.peer_servers import Sizes, isthmus_command, llama_command, vllm_command
-from benchmarks.pieces import with_comparison
-from benchmarks.record import Record
-from benchmarks.report import write_report
-from benchmarks.serve import load_figures
-from benchmarks.stacks import STACKS, Installed
-from benchmarks.versus_serve import COMPLETIONS, PROMPTS, PeerServersBench, plan, pooled, served_of_engine, sizes
-from benchmarks.workload import PlannedRequest
-from commands import bench as command
-from model.config import ModelConfig
+from isthmus.benchmarks import versus_serve
+from isthmus.benchmarks.load import Outcome, Target
+from isthmus.benchmarks.machine import describe
+from isthmus.benchmarks.peer_load import HttpError, checked, closed_loop, llama_tokens, post, send_http, vllm_tokens
+from isthmus.benchmarks.peer_servers import Sizes, isthmus_command, llama_command, vllm_command
+from isthmus.benchmarks.pieces import with_comparison
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.report import write_report
+from isthmus.benchmarks.serve import load_figures
+from isthmus.benchmarks.stacks import STACKS, Installed
+from isthmus.benchmarks.versus_serve import (
+    COMPLETIONS,
+    PROMPTS,
+    PeerServersBench,
+    plan,
+    pooled,
+    served_of_engine,
+    sizes,
+)
+from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.commands import bench as command
+from isthmus.model.config import ModelConfig
 
 QUIET = Console(quiet=True)
 PLANNED = PlannedRequest(0.0, [1, 2], 3, 0)

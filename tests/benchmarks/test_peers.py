@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from benchmarks import versus
-from benchmarks.engine_child import _Steps
-from benchmarks.machine import describe
-from benchmarks.pieces import compare, errors, label, merged, newest, rotated, with_comparison
-from benchmarks.record import Record
-from benchmarks.report import write_report
-from benchmarks.stacks import STACKS, Installed, chosen, load_question
-from benchmarks.versus import PeersBench, amount, cell_tokens, parse_cell, room
-from commands import bench as command
-from model.config import ConfigError, ModelConfig
-from serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.benchmarks import versus
+from isthmus.benchmarks.engine_child import _Steps
+from isthmus.benchmarks.machine import describe
+from isthmus.benchmarks.pieces import compare, errors, label, merged, newest, rotated, with_comparison
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.report import write_report
+from isthmus.benchmarks.stacks import STACKS, Installed, chosen, load_question
+from isthmus.benchmarks.versus import PeersBench, amount, cell_tokens, parse_cell, room
+from isthmus.commands import bench as command
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
 
 QUIET = Console(quiet=True)
 

@@ -12,24 +12,24 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import corpus, quality, versus
-from benchmarks.child import BenchError
-from benchmarks.divergence import Divergence, Gathered, kl_divergence
-from benchmarks.machine import describe
-from benchmarks.perplexity import BaseLogits, divergence, parse
-from benchmarks.pieces import with_comparison
-from benchmarks.quality import Ours, QualityBench, known, ours
-from benchmarks.record import Record, load_all
-from benchmarks.report import write_report
-from benchmarks.served import measure
-from commands import bench as command
-from model.config import ConfigError
-from model.costs import KNOWN, Cost
-from model.folder import open_folder
-from model.sharding import MeshShape, build_mesh
-from serve.engine.build import build_executor, open_model
-from serve.engine.config import EngineConfig
-from serve.engine.request import Request, SamplingParams
+from isthmus.benchmarks import corpus, quality, versus
+from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks.machine import describe
+from isthmus.benchmarks.perplexity import BaseLogits, divergence, parse
+from isthmus.benchmarks.pieces import with_comparison
+from isthmus.benchmarks.quality import Ours, QualityBench, known, ours
+from isthmus.benchmarks.record import Record, load_all
+from isthmus.benchmarks.report import write_report
+from isthmus.benchmarks.served import measure
+from isthmus.commands import bench as command
+from isthmus.errors import ConfigError
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.weights.folder import open_folder
+from isthmus.quality.costs import KNOWN, Cost
+from isthmus.quality.divergence import Divergence, Gathered, kl_divergence
+from isthmus.serve.engine.build import build_executor, open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.request import Request, SamplingParams
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward

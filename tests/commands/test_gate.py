@@ -13,22 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import corpus
-from benchmarks.divergence import Quality, kl_divergence, log_softmax
-from commands import quality
-from commands.main import main
-from commands.quality import KeptPredictions, described, original_kept, passes, undecided
-from commands.suggest import candidates, coarsest, kinds, suggestion
-from commands.texts import TextConfig, _pieces, texts
-from model import costs
-from model.config import ConfigError
-from model.costs import MeasuredCost, measured
-from model.folder import open_folder
-from model.ops.cpu import library
-from model.quantization import SCHEMES, quantize_params
-from model.sharding import MeshShape, build_mesh
-from serve.api.config import ServeConfig
-from tests.model.huggingface.folders import write_folder
+from isthmus.benchmarks import corpus
+from isthmus.commands.main import main
+from isthmus.errors import ConfigError
+from isthmus.model.ops.cpu import library
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.weights.folder import open_folder
+from isthmus.model.weights.quantization import SCHEMES, quantize_params
+from isthmus.quality import compare as quality
+from isthmus.quality import costs
+from isthmus.quality.compare import KeptPredictions, described, original_kept, passes, undecided
+from isthmus.quality.costs import MeasuredCost, measured
+from isthmus.quality.divergence import Quality, kl_divergence, log_softmax
+from isthmus.quality.suggest import candidates, coarsest, kinds, suggestion
+from isthmus.quality.texts import TextConfig, _pieces, texts
+from isthmus.serve.api.config import ServeConfig
+from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.support import TINY, forward, largest_file
 

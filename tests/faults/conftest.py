@@ -19,13 +19,13 @@ import jax
 import numpy as np
 import pytest
 
-from model.checkpoint import Checkpoints, load_params
-from model.config import ModelConfig
-from model.sharding import MeshShape, build_mesh
-from model.tokenizer import END_OF_TEXT
+from isthmus.model.config import ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.text.tokenizer import END_OF_TEXT
+from isthmus.model.weights.checkpoint import Checkpoints, load_params
+from isthmus.train.metrics import read_metrics
 from tests.faults.storms import StartServing
 from tests.serve.api.harness import CHAT_TEMPLATE, ServeProcess, save_model, train_tokenizer, varied_params
-from train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 240.0
@@ -61,7 +61,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class TrainProcess:
-    """`python -m train`."""
+    """`isthmus train`."""
 
     out: Path
     process: subprocess.Popen[str]
@@ -138,7 +138,7 @@ def start_training(shared_folder: SharedFolder) -> StartTraining:
 
     def start(out: Path, *arguments: str) -> TrainProcess:
         process = subprocess.Popen(
-            [sys.executable, "-m", "train", *arguments, "--out", str(out)],
+            [sys.executable, "-m", "isthmus", "train", *arguments, "--out", str(out)],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

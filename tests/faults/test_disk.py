@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import Checkpoints
+from isthmus.commands.train import main
+from isthmus.model.weights.checkpoint import Checkpoints
+from isthmus.train.data import TrainingData
+from isthmus.train.metrics import read_metrics
+from isthmus.train.resume import load_saved, save_settings
 from tests.faults.conftest import NETWORK, losses, newest_checkpoint, parameters_hash
 from tests.support import largest_file
-from train.cli import main
-from train.data import TrainingData
-from train.metrics import read_metrics
-from train.resume import load_saved, save_settings
 
 STEPS, EVERY = 24, 8
 SETTINGS = (
@@ -190,7 +190,7 @@ def test_a_run_that_is_stopped_while_it_is_evaluated_has_all_its_steps(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop._Run._final_heldout", stopped)
+        patch.setattr("isthmus.train.loop._Run._final_heldout", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(out, "--checkpoint-every", "1000")
     assert newest_checkpoint(out) == STEPS

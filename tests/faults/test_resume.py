@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.commands.train import main
+from isthmus.train.config import TrainConfig
 from tests.faults.conftest import (
     CHECKPOINT_EVERY,
     SETTINGS,
@@ -20,8 +22,6 @@ from tests.faults.conftest import (
     newest_checkpoint,
     parameters_hash,
 )
-from train.cli import main
-from train.config import TrainConfig
 
 KILLS = 3
 

@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from isthmus import Client, generate_request
+from isthmus.serve.api.server import CANCEL_GRACE_SECONDS
 from isthmus.v1 import inference_pb2 as pb
-from serve.api.server import CANCEL_GRACE_SECONDS
 from tests.faults.storms import OK, Caller, End, StartServing, one_by_one, requests
 from tests.serve.api.harness import LONG, PATIENCE, PROMPT, ServeProcess, idle, wait_for
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from model.config import ModelConfig
+from isthmus.model.config import ModelConfig
 
 
 def logits(

@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.config import ConfigError, MixtureConfig
-from model.experts import balanced
-from model.ops.grouped_matmul import grouped_matmul
-from model.sharding import MeshShape, build_mesh, check_divisible, partition_spec, use_mesh
-from model.transformer import bind, param_shardings, stack_blocks, stacked, unstack_blocks
+from isthmus.errors import ConfigError
+from isthmus.model.config import MixtureConfig
+from isthmus.model.experts import balanced
+from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, partition_spec, use_mesh
+from isthmus.model.transformer import bind, param_shardings, stack_blocks, stacked, unstack_blocks
+from isthmus.train.data import Batch
+from isthmus.train.step import balance_experts, gradients, packed_attention
 from tests.parity.test_families import batch_of
 from tests.support import TINY, on_host, random_params, relative_error
-from train.data import Batch
-from train.step import balance_experts, gradients, packed_attention
 
 MIXTURE = MixtureConfig(
     experts=8, per_token=3, dim=16, shared_dim=16, dense_layers=(0,), router_bias=True, correction=True, scale=1.5
@@ -92,7 +93,7 @@ def test_a_mixture_is_each_tokens_own_experts(mesh: Mesh) -> None:
     params = on_host(random_params(SPARSE, mesh))["blocks"]["1"]["mlp"]
     from flax import nnx
 
-    from model.experts import Mixture
+    from isthmus.model.experts import Mixture
 
     with nnx.use_eager_sharding(False):
         module = Mixture(SPARSE, nnx.Rngs(0))

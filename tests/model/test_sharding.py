@@ -10,13 +10,14 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from model.config import ConfigError, ModelConfig
-from model.sharding import MeshShape, build_mesh, check_divisible
-from model.transformer import Params, abstract_params, init_params, param_shardings, stacked, unstack_blocks
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh, check_divisible
+from isthmus.model.transformer import Params, abstract_params, init_params, param_shardings, stacked, unstack_blocks
+from isthmus.train.config import OptimizerConfig
+from isthmus.train.optimizer import build_optimizer
+from isthmus.train.step import Trainer
 from tests.support import TINY, on_host, random_params
-from train.config import OptimizerConfig
-from train.optimizer import build_optimizer
-from train.step import Trainer
 
 GROUPED = dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, qk_norm="head")
 """Every kind of parameter there is."""

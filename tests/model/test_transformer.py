@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.config import PRESETS, ModelConfig
-from model.transformer import Params, abstract_params, bind, stack_blocks, stacked, unstack_blocks
+from isthmus.model.config import PRESETS, ModelConfig
+from isthmus.model.transformer import Params, abstract_params, bind, stack_blocks, stacked, unstack_blocks
+from isthmus.train.step import packed_attention
 from tests.model import reference
 from tests.support import TINY, forward, on_host, random_params, relative_error
-from train.step import packed_attention
 
 BASE = dataclasses.replace(TINY, kv_heads=4, tie_embeddings=True)
 VARIANTS = {

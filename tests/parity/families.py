@@ -16,11 +16,11 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from model.config import ModelConfig
-from model.huggingface.families import Family, read_config
-from model.huggingface.files import TensorFiles
-from model.huggingface.load import load_params
-from model.transformer import Params
+from isthmus.model.config import ModelConfig
+from isthmus.model.transformer import Params
+from isthmus.model.weights.huggingface.families import Family, read_config
+from isthmus.model.weights.huggingface.files import TensorFiles
+from isthmus.model.weights.huggingface.load import load_params
 from tests.parity.weights import family_tensors
 
 GOLDEN = Path(os.environ.get("ISTHMUS_GOLDEN", Path(__file__).parent / "golden"))

@@ -5,7 +5,7 @@
 config_variants.json: of each change in config_variants.py whether transformers takes it, which earlier change computes
 the same, and its rotary frequencies. known_fields.json: which fields can change the logits of a family, found by
 changing each of them; which can't; and the names of all that is no part of a model: settings of training, generation,
-tokenizers. The second is read by model/huggingface/known.py.
+tokenizers. The second is read by model/weights/huggingface/known.py.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from model.config import ConfigError, LoraConfig
-from model.folder import ModelFolder, open_folder
-from model.lora import join, load_adapter, merge, save_adapter, split
-from model.tokenizer import Tokenizer
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.model.weights.lora import join, load_adapter, merge, save_adapter, split
 from tests.parity.weights import family_tensors
 from tests.support import forward, random_params, relative_error
 

@@ -2,7 +2,7 @@
 
 The templates are those that the trl package comes with. It has none of mistral, olmo2 and smollm3: what theirs are made
 of (slices of messages, namespaces that loops write to, string methods, raise_exception, tojson, strftime_now) is what
-tests/model/test_chat.py renders, and many of these do.
+tests/model/text/test_chat.py renders, and many of these do.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from model.chat import ChatError, ChatTemplate
-from model.endings import turn_end
-from model.tokenizer import Tokenizer
+from isthmus.model.text.chat import ChatError, ChatTemplate
+from isthmus.model.text.endings import turn_end
+from isthmus.model.text.tokenizer import Tokenizer
 
 PEERS = Path(__file__).resolve().parents[2] / ".venv-peers" / "bin" / "python"
 

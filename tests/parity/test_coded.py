@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.folder import open_folder
-from model.huggingface.coded.files import open_tensors
-from tests.model.huggingface.coded_folders import Kind, compressed, fp8, write_coded, write_mxfp4
+from isthmus.model.weights.folder import open_folder
+from isthmus.model.weights.huggingface.coded.files import open_tensors
+from tests.model.weights.huggingface.coded_folders import Kind, compressed, fp8, write_coded, write_mxfp4
 from tests.parity.test_families import TOLERANCE, _logits, batch_of
 from tests.support import relative_error
 

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.config import ConfigError, ModelConfig, RopeScaling
-from model.huggingface import known
-from model.huggingface.export import network_of
-from model.huggingface.families import FAMILIES, read_fields
-from model.huggingface.fields import Fields
-from model.rotary import frequencies
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig, RopeScaling
+from isthmus.model.rotary import frequencies
+from isthmus.model.weights.huggingface import known
+from isthmus.model.weights.huggingface.export import network_of
+from isthmus.model.weights.huggingface.families import FAMILIES, read_fields
+from isthmus.model.weights.huggingface.fields import Fields
 from tests.parity.config_variants import BASES, changed, variants
 from tests.parity.families import GOLDEN
 

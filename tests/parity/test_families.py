@@ -16,23 +16,23 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.huggingface.families import read_config
-from model.huggingface.load import leaves_of, parts_of, path_name
-from model.ops.attention import Cache
-from model.ops.backend import use_cpu_kernels
-from model.sharding import use_mesh
-from model.transformer import Params, bind
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import Executor, abstract_cache, paged_attention, sequence_of_token
-from serve.engine.plan import split_plan
-from serve.engine.request import Request, SamplingParams
-from serve.engine.scheduler import Scheduler
+from isthmus.model.config import ModelConfig
+from isthmus.model.ops.attention import Cache
+from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.sharding import use_mesh
+from isthmus.model.transformer import Params, bind
+from isthmus.model.weights.huggingface.families import read_config
+from isthmus.model.weights.huggingface.load import leaves_of, parts_of, path_name
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.executor import Executor, abstract_cache, paged_attention, sequence_of_token
+from isthmus.serve.engine.plan import split_plan
+from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.scheduler import Scheduler
+from isthmus.train.data import Batch
+from isthmus.train.step import gradients, long_sequences, packed_attention
 from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load, others_slow
 from tests.serve.engine.harness import Arrival, play
 from tests.support import packed_params, relative_error
-from train.data import Batch
-from train.step import gradients, long_sequences, packed_attention
 
 TOLERANCE = 2e-5
 """Relative, of a sequence's logits together (Euclidean); float32 in another order of operations moves them by 5e-6."""

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.config import ModelConfig
-from model.ops.attention import Cache
-from model.ops.backend import use_cpu_kernels
-from model.sharding import MeshShape, build_mesh, use_mesh
-from model.transformer import Params, bind
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import Executor, abstract_cache, paged_attention
-from serve.engine.plan import split_plan
-from serve.engine.request import FinishReason, Request, SamplingParams
-from serve.engine.scheduler import Scheduler
+from isthmus.model.config import ModelConfig
+from isthmus.model.ops.attention import Cache
+from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
+from isthmus.model.transformer import Params, bind
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.executor import Executor, abstract_cache, paged_attention
+from isthmus.serve.engine.plan import split_plan
+from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward, next_tokens, packed_params, random_params
 

@@ -16,18 +16,18 @@ from jax import export
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from model.config import MixtureConfig, ModelConfig
-from model.ops.attention import Cache
-from model.sharding import MESH_AXES, use_mesh
-from model.transformer import stacked
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.executor import abstract_cache, lower_step, step_and_arguments
-from serve.engine.plan import PADDING, plan_size, split_plan
+from isthmus.model.config import MixtureConfig, ModelConfig
+from isthmus.model.ops.attention import Cache
+from isthmus.model.sharding import MESH_AXES, use_mesh
+from isthmus.model.transformer import stacked
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.executor import abstract_cache, lower_step, step_and_arguments
+from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
+from isthmus.train.config import OptimizerConfig
+from isthmus.train.data import Batch
+from isthmus.train.optimizer import build_optimizer
+from isthmus.train.step import Metrics, Trainer
 from tests.support import TINY, random_params
-from train.config import OptimizerConfig
-from train.data import Batch
-from train.optimizer import build_optimizer
-from train.step import Metrics, Trainer
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, kernels=False).resolve(TINY)

@@ -20,17 +20,17 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from model.config import LoraConfig, ModelConfig
-from model.folder import ModelFolder, open_folder
-from model.huggingface.export import published_config, write_weights
-from model.huggingface.families import read_config
-from model.tokenizer import Tokenizer
-from model.transformer import Params, init_params
-from train.adapters import init_adapters
-from train.config import OptimizerConfig
-from train.data import Batch
-from train.optimizer import build_optimizer
-from train.step import gradients, loss_sum, multiplied, whole
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.transformer import Params, init_params
+from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.model.weights.huggingface.export import published_config, write_weights
+from isthmus.model.weights.huggingface.families import read_config
+from isthmus.train.adapters import init_adapters
+from isthmus.train.config import OptimizerConfig
+from isthmus.train.data import Batch
+from isthmus.train.optimizer import build_optimizer
+from isthmus.train.step import gradients, loss_sum, multiplied, whole
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from model.endings import unheeded_flags
-from model.folder import open_folder
-from model.tokenizer import Tokenizer
-from tests.model.huggingface.folders import write_folder
-from tests.model.tokenizers import KINDS
+from isthmus.model.text.endings import unheeded_flags
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.weights.folder import open_folder
+from tests.model.text.tokenizers import KINDS
+from tests.model.weights.huggingface.folders import write_folder
 from tests.parity.test_chat_templates import PEERS
 
 TEXTS = ["a b", "", "  ab\n a", "<s>a</s> b", "<|turn|>a<|turn|>", "é漢😀!", "<tool é> a", "a" * 40]

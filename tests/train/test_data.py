@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
 from tokenizers import processors
 
-from model.config import ConfigError
-from model.tokenizer import END_OF_TEXT, Tokenizer
-from train.config import DataConfig
-from train.data import TokenFile, TrainingData, permute, prepare
-from train.documents import Document
-from train.examples import Pretraining
+from isthmus.errors import ConfigError
+from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.train.config import DataConfig
+from isthmus.train.data import TokenFile, TrainingData, permute, prepare
+from isthmus.train.documents import Document
+from isthmus.train.examples import Pretraining
 
 TOKENIZER = Tokenizer.train(["some text to learn a few merges from, some more text"] * 3, 280)
 EOS = TOKENIZER.eos_id

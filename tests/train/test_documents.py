@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from model.config import ConfigError
-from train import documents
-from train.documents import read_documents
-from train.files import Reading
+from isthmus.errors import ConfigError
+from isthmus.train import documents
+from isthmus.train.documents import read_documents
+from isthmus.train.files import Reading
 
 
 def read(*paths: Path, reading: Reading | None = None) -> dict[str, str]:

@@ -12,15 +12,16 @@ import pytest
 from tokenizers import Tokenizer as Inner
 from tokenizers import models, pre_tokenizers, processors
 
-from model.chat import ChatTemplate
-from model.config import ConfigError, ModelConfig
-from model.folder import GenerationDefaults, ModelFolder
-from model.tokenizer import Tokenizer
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.text.chat import ChatTemplate
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
+from isthmus.train.config import DataConfig
+from isthmus.train.data import TokenFile, prepare
+from isthmus.train.documents import Document
+from isthmus.train.examples import FineTuning
 from tests.train.chat_model import CHAT_ML, END, START
-from train.config import DataConfig
-from train.data import TokenFile, prepare
-from train.documents import Document
-from train.examples import FineTuning
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "hello"), ("Ġ", "Ġ"), ("o", "k"), ("Ċ", "Ċ")]

@@ -19,23 +19,23 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from commands.convert import main as convert
-from model import lora
-from model.checkpoint import Checkpoints
-from model.config import MixtureConfig, ModelConfig
-from model.folder import ModelFolder, open_folder
-from model.tokenizer import Tokenizer
-from model.transformer import stacked
+from isthmus.commands.convert import main as convert
+from isthmus.commands.train import main, parse
+from isthmus.model.config import MixtureConfig, ModelConfig
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.transformer import stacked
+from isthmus.model.weights import lora
+from isthmus.model.weights.checkpoint import Checkpoints
+from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig
+from isthmus.train.data import TokenFile, TrainingData
+from isthmus.train.loop import train
+from isthmus.train.metrics import read_metrics
+from isthmus.train.optimizer import build_optimizer
+from isthmus.train.resume import load_saved, save_settings
+from isthmus.train.step import Trainer
 from tests.support import forward, on_host, random_params
 from tests.train.chat_model import END, write_chat_model, write_chats
-from train.cli import main, parse
-from train.config import DataConfig, OptimizerConfig, TrainConfig
-from train.data import TokenFile, TrainingData
-from train.loop import train
-from train.metrics import read_metrics
-from train.optimizer import build_optimizer
-from train.resume import load_saved, save_settings
-from train.step import Trainer
 
 STEPS, KILLED_AFTER = 12, 6
 SETTINGS = (

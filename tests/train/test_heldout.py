@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.documents import Document, read_documents
-from train.heldout import TAIL_BYTES, part, split
+from isthmus.train.documents import Document, read_documents
+from isthmus.train.heldout import TAIL_BYTES, part, split
 
 WORDS = ["the", "a", "of", "größer", "and", "😀", "to", "in", "is", "it", "for", "that", "on", "with", "as"]
 

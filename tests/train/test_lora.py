@@ -12,16 +12,16 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from model import lora
-from model.config import LoraConfig, MixtureConfig, ModelConfig
-from model.sharding import MeshShape, build_mesh
-from model.transformer import Params, abstract_params, runs, stack_blocks, stacked, unstack_blocks
+from isthmus.model.config import LoraConfig, MixtureConfig, ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.transformer import Params, abstract_params, runs, stack_blocks, stacked, unstack_blocks
+from isthmus.model.weights import lora
+from isthmus.train.adapters import init_adapters, step_flops
+from isthmus.train.config import OptimizerConfig
+from isthmus.train.optimizer import build_optimizer
+from isthmus.train.step import Trainer, TrainState, gradients
 from tests.support import on_host, random_params, relative_error
 from tests.train.test_step import CONFIG, random_batch
-from train.adapters import init_adapters, step_flops
-from train.config import OptimizerConfig
-from train.optimizer import build_optimizer
-from train.step import Trainer, TrainState, gradients
 
 LORA = dataclasses.replace(CONFIG, lora=LoraConfig(3, 6.0, r"attention/(query|out)|mlp/up"))
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tensorboardX.proto.event_pb2 import Event
 
+from isthmus.train.metrics import MetricsLog, read_metrics
 from tests.support import largest_file
-from train.metrics import MetricsLog, read_metrics
 
 
 def test_rows_wait_for_a_disk_and_come_whole(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_curve_needs_no_home(tmp_path: Path) -> None:
     for step in range(1, 4):
         log.write(step, loss=1 / step)
     log.close()
-    code = f"from pathlib import Path; from train.metrics import save_curve; save_curve(Path({str(tmp_path)!r}))"
+    code = f"import pathlib; from isthmus.train.metrics import save_curve; save_curve(pathlib.Path({str(tmp_path)!r}))"
     environment = {**os.environ, "HOME": "/proc/nowhere"}
     for name in "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR":
         environment.pop(name, None)

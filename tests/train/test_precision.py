@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model import lora
-from model.checkpoint import serving_layout
-from model.ops.linear import linear, lookup
-from model.transformer import stack_blocks
+from isthmus.model.ops.linear import linear, lookup
+from isthmus.model.transformer import stack_blocks
+from isthmus.model.weights import lora
+from isthmus.model.weights.checkpoint import serving_layout
+from isthmus.train.step import gradients, multiplied
 from tests.support import on_host, random_params
 from tests.train.test_lora import LORA
 from tests.train.test_step import CONFIG, random_batch
-from train.step import gradients, multiplied
 
 BF16 = dataclasses.replace(CONFIG, dtype="bfloat16")
 

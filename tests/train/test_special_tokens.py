@@ -11,14 +11,14 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 from tokenizers.processors import Sequence
 
-from model.config import ConfigError
-from model.folder import open_folder
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.errors import ConfigError
+from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.model.weights.folder import open_folder
+from isthmus.train.config import DataConfig
+from isthmus.train.data import prepare
+from isthmus.train.documents import Document
+from isthmus.train.examples import FineTuning, Pretraining
 from tests.train.chat_model import END, START, write_chat_model
-from train.config import DataConfig
-from train.data import prepare
-from train.documents import Document
-from train.examples import FineTuning, Pretraining
 
 TEXT = f"{START}user\nhi{END}\nyes"
 

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.config import PRESETS
-from train import optimizer, speed
-from train.cli import main, parse
-from train.config import OptimizerConfig, TrainConfig
-from train.optimizer import LearningRates, build_schedule, first_difference
-from train.speed import Speed
+from isthmus.commands.train import main, parse
+from isthmus.model.config import PRESETS
+from isthmus.train import optimizer, speed
+from isthmus.train.config import OptimizerConfig, TrainConfig
+from isthmus.train.optimizer import LearningRates, build_schedule, first_difference
+from isthmus.train.speed import Speed
 
 TOKENS, FLOPS = 100, 1000
 

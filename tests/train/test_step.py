@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from model.config import ModelConfig
-from model.sharding import MeshShape, build_mesh, partition_spec, use_mesh
-from model.transformer import Params, stack_blocks, unstack_blocks
+from isthmus.model.config import ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh, partition_spec, use_mesh
+from isthmus.model.transformer import Params, stack_blocks, unstack_blocks
+from isthmus.train.config import OptimizerConfig
+from isthmus.train.data import Batch
+from isthmus.train.optimizer import build_optimizer, build_schedule
+from isthmus.train.step import Trainer, TrainState, gradients
 from tests.support import on_host, random_params, relative_error
-from train.config import OptimizerConfig
-from train.data import Batch
-from train.optimizer import build_optimizer, build_schedule
-from train.step import Trainer, TrainState, gradients
 
 CONFIG = ModelConfig(
     vocab_size=64,

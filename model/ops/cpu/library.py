@@ -26,9 +26,9 @@ from typing import Any
 import jax
 import jaxlib
 
-from model.cache_folder import CacheError, check_trusted, open_cache, user_cache
-from model.cleaning import temporary_folder
-from model.resources import free_main_memory, usable_cpus
+from isthmus.model.process.cache_folder import CacheError, check_trusted, open_cache, user_cache
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.process.resources import free_main_memory, usable_cpus
 
 SOURCES = Path(__file__).parent
 HANDLERS = (

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.ops.cpu.memory import allocate
-from model.ops.quantized import Bits, Quantized
+from isthmus.model.ops.cpu.memory import allocate
+from isthmus.model.ops.quantized import Bits, Quantized
 
 PANEL = 16
 Kind = Literal["float32", "bfloat16", "int8", "int6", "int5", "int4"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from model.ops.cpu import library
+from isthmus.model.ops.cpu import library
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from model.ops.attention import Cache, PagedStep, Scoring, paged_step
-from model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from isthmus.model.ops.backend import use_cpu_kernels
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

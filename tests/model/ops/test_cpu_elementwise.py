@@ -11,11 +11,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.config import Activation
-from model.ops.backend import use_cpu_kernels
-from model.ops.gated import gated
-from model.ops.norm import rms_norm
-from model.ops.rotary import rotate
+from isthmus.model.config import Activation
+from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.gated import gated
+from isthmus.model.ops.norm import rms_norm
+from isthmus.model.ops.rotary import rotate
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

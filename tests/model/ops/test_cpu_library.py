@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from model.ops.cpu import library
+from isthmus.model.ops.cpu import library
 
-ROOT = Path(library.__file__).parents[3]
+ROOT = Path(library.__file__).parents[4]
 MULTIPLY = """
 import sys
 import numpy as np
-from model.ops.cpu import library
-from model.ops.cpu.packed import multiply, pack
+from isthmus.model.ops.cpu import library
+from isthmus.model.ops.cpu.packed import multiply, pack
 library.FLAGS = (*library.FLAGS, "-O0")  # sooner compiled
 loaded = library.load()
 print(loaded.path)
@@ -26,7 +26,7 @@ for dtype in ("float32", "bfloat16"):
     assert (np.asarray(multiply(np.ones((7, 40), dtype), [pack(np.full((40, 30), 2, dtype), 40)])[0]) == 80).all()
 """
 NAME = """
-from model.ops.cpu import library
+from isthmus.model.ops.cpu import library
 library.FLAGS = (*library.FLAGS, "-O0")
 print(f"{library._native_name()}-{library._source_key()}.so")
 """
@@ -34,9 +34,9 @@ WITHOUT = """
 import jax
 from jax.sharding import Mesh
 import numpy as np
-from model.ops.cpu import library
-from serve.engine.config import EngineConfig
-from serve.engine.executor import uses_kernels
+from isthmus.model.ops.cpu import library
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.executor import uses_kernels
 print(library.why_not())
 assert not uses_kernels(EngineConfig(), Mesh(np.array(jax.devices()[:1]), "x"))
 try:
@@ -49,7 +49,7 @@ else:
 RUNS_HERE = """
 import sys
 from pathlib import Path
-from model.ops.cpu.library import Library
+from isthmus.model.ops.cpu.library import Library
 print([Library(Path(path), "native").runs_here for path in sys.argv[1:]])
 """
 

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from model.ops.cpu.packed import Packed, multiply, put, stack_like
-from model.ops.cpu.packed import pack as pack_eagerly
-from model.ops.linear import linears
-from model.ops.quantized import Bits, Quantized, as_bytes, shapes
+from isthmus.model.ops.cpu.packed import Packed, multiply, put, stack_like
+from isthmus.model.ops.cpu.packed import pack as pack_eagerly
+from isthmus.model.ops.linear import linears
+from isthmus.model.ops.quantized import Bits, Quantized, as_bytes, shapes
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

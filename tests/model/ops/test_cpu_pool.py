@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.ops.attention import Cache, PagedStep, Scoring, paged_step
-from model.ops.backend import use_cpu_kernels
-from model.ops.cpu import library
-from model.ops.cpu.packed import multiply, pack
+from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step
+from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.cpu import library
+from isthmus.model.ops.cpu.packed import multiply, pack
 
 THREADS, CALLS = 8, 60
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from model.ops.cpu import library
+from isthmus.model.ops.cpu import library
 
 pytestmark = pytest.mark.slow
 

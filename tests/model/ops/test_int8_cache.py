@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of, spread
-from model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of, spread
+from isthmus.model.ops.backend import use_cpu_kernels
 
 BLOCKS = {1: 1, 24: 8, 41: 1, 64: 64, 80: 16, 96: 32, 128: 128, 192: 64, 256: 256, 576: 64}
 """By head_dim: the numbers that are mixed with each other."""

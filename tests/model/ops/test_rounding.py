@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from model.ops.rounding import narrowed
-from model.sharding import MeshShape, build_mesh
+from isthmus.model.ops.rounding import narrowed
+from isthmus.model.sharding import MeshShape, build_mesh
 
 STEP = 2.0**-8
 """Between neighbours in bfloat16 from 0.5 to 1"""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from isthmus import Client
-from model.tokenizer import END_OF_TEXT, Tokenizer
-from serve.api.config import ServeConfig
+from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.harness import (
     CHAT_TEMPLATE,
     ENGINE,

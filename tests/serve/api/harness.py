@@ -27,21 +27,21 @@ from grpc_status import rpc_status
 from jax.experimental.compilation_cache import compilation_cache
 
 from isthmus import Client
+from isthmus.model.config import ModelConfig
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.transformer import Params, stacked
+from isthmus.model.weights.checkpoint import Checkpoints
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.server import Server
+from isthmus.serve.engine.build import open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.executor import Launched
+from isthmus.serve.engine.plan import StepPlan
 from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
-from model.checkpoint import Checkpoints
-from model.compilation import enable_compilation_cache
-from model.config import ModelConfig
-from model.sharding import MeshShape, build_mesh
-from model.tokenizer import Tokenizer
-from model.transformer import Params, stacked
-from serve.api.config import ServeConfig
-from serve.api.server import Server
-from serve.engine.build import open_model
-from serve.engine.config import EngineConfig
-from serve.engine.engine import Engine
-from serve.engine.executor import Launched
-from serve.engine.plan import StepPlan
 from tests.support import on_host, random_params
 
 PATIENCE = 60.0

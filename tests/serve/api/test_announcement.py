@@ -9,10 +9,10 @@ import json
 import pytest
 from rich.console import Console
 
-from commands.serve import announce
-from model import costs
-from model.costs import FILE, MeasuredCost
-from serve.engine import build
+from isthmus.commands.serve import announce
+from isthmus.quality import costs
+from isthmus.quality.costs import FILE, MeasuredCost
+from isthmus.serve.engine import build
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ENGINE, NETWORK, RunningServer
 

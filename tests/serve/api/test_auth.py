@@ -16,8 +16,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from isthmus import Client
 from isthmus.client import bearer
-from model.config import ConfigError
-from serve.api.config import ServeConfig
+from isthmus.errors import ConfigError
+from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import NOT_SERVING, PATIENCE, SERVING, RunningServer, check_health
 

@@ -11,9 +11,9 @@ import grpc
 import pytest
 
 from isthmus import Client, generate_request
-from model.chat import ChatTemplate
-from model.tokenizer import END_OF_TEXT, Tokenizer
-from serve.api.validation import MAX_ARGUMENTS, MAX_MESSAGES, prompt_ids
+from isthmus.model.text.chat import ChatTemplate
+from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.serve.api.validation import MAX_ARGUMENTS, MAX_MESSAGES, prompt_ids
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     NETWORK,
@@ -184,7 +184,7 @@ def test_a_malformed_template_is_named_at_start(
     start_server: StartServer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """The server would start, and fail on every chat."""
-    from model.config import ConfigError
+    from isthmus.errors import ConfigError
 
     folder = save_model(tmp_path / "broken", tokenizer, varied_params())
     (folder / "chat_template.jinja").write_text("{% if %}")

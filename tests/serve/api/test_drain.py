@@ -19,13 +19,13 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from isthmus import Client, generate_request
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.transformer import Params
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.server import Server
+from isthmus.serve.engine.build import open_model
 from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
-from model.tokenizer import Tokenizer
-from model.transformer import Params
-from serve.api.config import ServeConfig
-from serve.api.server import Server
-from serve.engine.build import open_model
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,
@@ -156,7 +156,7 @@ def test_a_port_that_is_taken_is_said(serve: Callable[..., ServeProcess]) -> Non
 
 def test_two_servers_never_share_a_port(start_server: StartServer, server: RunningServer) -> None:
     """With SO_REUSEPORT the kernel would split the traffic between them, silently."""
-    from model.config import ConfigError
+    from isthmus.errors import ConfigError
 
     with pytest.raises(ConfigError, match="port="):
         start_server(port=server.server.port, load=False)
@@ -175,7 +175,7 @@ def test_two_servers_never_share_a_port(start_server: StartServer, server: Runni
 def test_a_folder_that_is_no_model_is_said(
     tmp_path: Path, spoil: Callable[[Path], object], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from commands.serve import main
+    from isthmus.commands.serve import main
 
     spoil(tmp_path)
     assert main(["--model", str(tmp_path), "--port", "0", "--compilation-cache", str(tmp_path / "programs")]) == 2

@@ -18,13 +18,13 @@ from grpc_status import rpc_status
 
 from isthmus import Client, generate_request
 from isthmus.client import bearer
+from isthmus.model.text.text_stream import TextStream
+from isthmus.serve.api.logs import A_MINUTE, Bounded
+from isthmus.serve.api.server import MAX_REQUEST_BYTES, SERVICES, SPARE_CALLS
+from isthmus.serve.api.wire import MAX_FIELDS, MAX_NUMBERS_BYTES, MAX_TEXT_BYTES, check_wire
+from isthmus.serve.engine.request import InvalidRequest
 from isthmus.v1 import control_pb2, inference_pb2_grpc
 from isthmus.v1 import inference_pb2 as pb
-from model.text_stream import TextStream
-from serve.api.logs import A_MINUTE, Bounded
-from serve.api.server import MAX_REQUEST_BYTES, SERVICES, SPARE_CALLS
-from serve.api.wire import MAX_FIELDS, MAX_NUMBERS_BYTES, MAX_TEXT_BYTES, check_wire
-from serve.engine.request import InvalidRequest
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,
@@ -173,7 +173,7 @@ def test_who_watches_health_takes_no_place_from_who_asks(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Anybody may watch for as long as they like; an orchestrator that gets no answer ends the server."""
-    monkeypatch.setattr("serve.api.server.OTHER_CALLS", 3)
+    monkeypatch.setattr("isthmus.serve.api.server.OTHER_CALLS", 3)
     server = start_server(load=False)
     with server.client() as client:
         stub = health_pb2_grpc.HealthStub(client.channel)
@@ -374,7 +374,7 @@ def test_calls_that_never_send_their_message_are_counted_and_given_back(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a client that opens calls and says nothing shuts everybody else out."""
-    monkeypatch.setattr("serve.api.gate.READ_SECONDS", 0.5)
+    monkeypatch.setattr("isthmus.serve.api.gate.READ_SECONDS", 0.5)
     server = start_server(engine=dataclasses.replace(ENGINE, max_waiting=1))
     places = ENGINE.max_sequences + 1 + SPARE_CALLS
 

@@ -13,10 +13,10 @@ import grpc
 import pytest
 
 from isthmus import Client, generate_request
+from isthmus.serve.api.inference import MOST_AT_ONCE
+from isthmus.serve.api.validation import MAX_TOKENS
 from isthmus.v1 import control_pb2
 from isthmus.v1 import inference_pb2 as pb
-from serve.api.inference import MOST_AT_ONCE
-from serve.api.validation import MAX_TOKENS
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import LONG, NETWORK, PATIENCE, PROMPT, RunningServer, collect, wait_for
 

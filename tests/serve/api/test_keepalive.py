@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from isthmus import Client
-from serve.api.server import PING_SECONDS
+from isthmus.serve.api.server import PING_SECONDS
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import LONG, PATIENCE, PROMPT, Held, RunningServer, wait_for
 
@@ -131,7 +131,7 @@ def test_a_client_that_is_gone_is_noticed(
     start_server: StartServer, wire_to: Callable[[RunningServer], Wire], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A laptop that is shut says nothing; its requests would hold their places until they are done."""
-    monkeypatch.setattr("serve.api.server.PING_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr("isthmus.serve.api.server.PING_TIMEOUT_SECONDS", 1.0)
     server = start_server(keepalive_seconds=1.0)
     wire = wire_to(server)
     client = Client(wire.address)

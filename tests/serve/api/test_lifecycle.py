@@ -13,8 +13,8 @@ import pytest
 from google.rpc import error_details_pb2
 
 from isthmus import Client, generate_request
+from isthmus.serve.engine.config import EngineConfig
 from isthmus.v1 import inference_pb2 as pb
-from serve.engine.config import EngineConfig
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from model.config import ConfigError
-from serve.api.listen import target
+from isthmus.errors import ConfigError
+from isthmus.serve.api.listen import target
 from tests.serve.api.harness import PATIENCE
 
 
@@ -62,7 +62,7 @@ def test_a_server_on_a_taken_port_prints_one_line(model_folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         done = subprocess.run(
-            [sys.executable, "-m", "commands.main", "serve", "--model", str(model_folder), "--port", str(port)],
+            [sys.executable, "-m", "isthmus.commands.main", "serve", "--model", str(model_folder), "--port", str(port)],
             env={**os.environ, "COLUMNS": "1000"},
             capture_output=True,
             text=True,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from isthmus.client import generate_request
-from model.folder import GenerationDefaults
-from model.tokenizer import Tokenizer
-from serve.api.validation import build_request
-from serve.engine.request import InvalidRequest
-from tests.model.huggingface.folders import write_tokenizer
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.weights.folder import GenerationDefaults
+from isthmus.serve.api.validation import build_request
+from isthmus.serve.engine.request import InvalidRequest
+from tests.model.weights.huggingface.folders import write_tokenizer
 
 RECOMMENDED = GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
 

@@ -12,7 +12,6 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-import serve.api.server
 from isthmus import Client
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
@@ -66,7 +65,7 @@ def test_a_step_that_hangs_does_not_hold_up_the_shutdown(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Callers are told to ask another server, whether they ran or waited."""
-    monkeypatch.setattr(serve.api.server, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("isthmus.serve.api.server.CLOSE_SECONDS", 0.2)
     server = start_server()
     with server.client() as client:
         running = begin(client)
@@ -86,7 +85,7 @@ def test_a_step_that_hangs_does_not_hold_up_the_shutdown(
 
 STALLING_SERVE = """
 import sys, time
-from serve.engine.executor import Executor
+from isthmus.serve.engine.executor import Executor
 
 launch = Executor.launch
 
@@ -95,7 +94,7 @@ def stall(self, plan):
     return launch(self, plan)
 
 Executor.launch = stall
-from commands.serve import main
+from isthmus.commands.serve import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from commands.main import main
-from model.tokenizer import Tokenizer
-from tests.model.tokenizers import llama2
+from isthmus.commands.main import main
+from isthmus.model.text.tokenizer import Tokenizer
+from tests.model.text.tokenizers import llama2
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import PATIENCE, RunningServer, collect, cycle, save_model, scripted_params
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from benchmarks.load import Target, run_load, server_facts
-from benchmarks.workload import PlannedRequest
 from isthmus import Client
-from model.config import ConfigError
-from serve.api.config import ServeConfig
+from isthmus.benchmarks.load import Target, run_load, server_facts
+from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.errors import ConfigError
+from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ISTHMUS, PATIENCE, PROMPT, SERVING, RunningServer, check_health
 

@@ -12,8 +12,8 @@ import grpc
 import pytest
 
 from isthmus import Client, generate_request
+from isthmus.serve.api.validation import MAX_REQUEST_ID, MAX_STOP_TOKENS
 from isthmus.v1 import inference_pb2 as pb
-from serve.api.validation import MAX_REQUEST_ID, MAX_STOP_TOKENS
 from tests.serve.api.harness import (
     NETWORK,
     PROMPT,

@@ -13,8 +13,8 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from isthmus import Client, generate_request
+from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.v1 import inference_pb2 as pb
-from model.tokenizer import Tokenizer
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,

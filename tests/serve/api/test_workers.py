@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from serve.api.workers import SHORT, THREADS, Workers
-from serve.engine.request import Draining, QueueFull
+from isthmus.serve.api.workers import SHORT, THREADS, Workers
+from isthmus.serve.engine.request import Draining, QueueFull
 
 PATIENCE = 60
 

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from model.config import ModelConfig
-from serve.engine.config import EngineConfig
-from serve.engine.engine import Engine
-from serve.engine.executor import Executor, Launched
-from serve.engine.plan import StepPlan
-from serve.engine.request import Output, Request, SamplingParams
+from isthmus.model.config import ModelConfig
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.executor import Executor, Launched
+from isthmus.serve.engine.plan import StepPlan
+from isthmus.serve.engine.request import Output, Request, SamplingParams
 
 CONFIG = ModelConfig(
     vocab_size=32,

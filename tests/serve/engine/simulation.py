@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serve.engine.config import EngineConfig
-from serve.engine.pages import NULL_PAGE
-from serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
-from serve.engine.request import FinishReason, Output, Request, SamplingParams
-from serve.engine.sampling import BAD_ROW
-from serve.engine.scheduler import Scheduler
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.pages import NULL_PAGE
+from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
+from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.sampling import BAD_ROW
+from isthmus.serve.engine.scheduler import Scheduler
 
 VOCAB = 7
 EOS = 0

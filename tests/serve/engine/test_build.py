@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from commands.main import main
-from model.config import ConfigError, LatentConfig, ModelConfig
-from model.sharding import MeshShape, build_mesh
-from serve.engine import build
-from serve.engine.build import build_executor, fit_memory, open_model
-from serve.engine.config import EngineConfig
-from serve.engine.executor import Executor
-from serve.engine.request import Request, SamplingParams
-from tests.model.huggingface.folders import write_folder
+from isthmus.commands.main import main
+from isthmus.errors import ConfigError
+from isthmus.model.config import LatentConfig, ModelConfig
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.serve.engine import build
+from isthmus.serve.engine.build import build_executor, fit_memory, open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.request import Request, SamplingParams
+from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.engine.harness import Arrival, play
 
 LONG = ModelConfig(

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from serve.engine.engine import Engine
-from serve.engine.executor import Executor
-from serve.engine.request import (
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.request import (
     Draining,
     DuplicateId,
     EngineDead,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from serve.engine.engine import Engine
-from serve.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
 from tests.serve.engine.harness import Arrival, Client, HookedExecutor, make, play
 
 PATIENCE = 60

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from model.sharding import MeshShape, build_mesh
-from serve.engine.executor import Executor, abstract_cache
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.serve.engine.executor import Executor, abstract_cache
 from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, make, play
 from tests.support import forward, random_params
 

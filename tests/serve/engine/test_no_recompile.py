@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from serve.engine.config import EngineConfig
-from serve.engine.executor import Executor
-from serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
 

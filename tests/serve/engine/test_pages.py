@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from serve.engine.pages import NULL_PAGE, PagePool, page_key
+from isthmus.serve.engine.pages import NULL_PAGE, PagePool, page_key
 
 
 def test_a_key_stands_for_the_whole_prefix() -> None:

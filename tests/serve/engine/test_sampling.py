@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from serve.engine.sampling import BAD_ROW, filter_logits, sample
+from isthmus.serve.engine.sampling import BAD_ROW, filter_logits, sample
 
 draw = jax.jit(sample)
 keep = jax.jit(filter_logits)

@@ -10,11 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from model.config import ConfigError, ModelConfig
-from serve.engine.config import Bucket, EngineConfig
-from serve.engine.plan import split_plan
-from serve.engine.request import FinishReason, Request, SamplingParams
-from serve.engine.scheduler import Scheduler
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.plan import split_plan
+from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_completion, run_until
 
 MODEL = ModelConfig(vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_dim=8, context_length=40)

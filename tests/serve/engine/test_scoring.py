@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.folder import open_folder
-from model.ops.cpu import library
-from model.quantization import quantize_params
-from model.sharding import MeshShape, build_mesh
-from serve.engine.build import build_executor, open_model
-from serve.engine.config import EngineConfig
-from serve.engine.request import Request, SamplingParams
-from serve.engine.scoring import predictions
+from isthmus.model.ops.cpu import library
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.model.weights.folder import open_folder
+from isthmus.model.weights.quantization import quantize_params
+from isthmus.serve.engine.build import build_executor, open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward, narrowest_dtype

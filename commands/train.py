@@ -1,0 +1,177 @@
+"""The training command line, generated from TrainConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+from rich.console import Console
+
+from isthmus.errors import ConfigError
+from isthmus.model.config import PRESETS
+from isthmus.model.weights.hub import FolderOptions
+from isthmus.train.config import DataConfig, TrainConfig
+from isthmus.train.files import described
+
+if TYPE_CHECKING:
+    from isthmus.train.loop import Report
+
+
+def preset_table() -> str:
+    """A line for each preset."""
+    lines = []
+    for name, config in PRESETS.items():
+        sized = dataclasses.replace(config, vocab_size=config.vocab_size or DataConfig().vocab_size)
+        size = f"{sized.parameters / 1e6:,.1f}M"
+        lines.append(
+            f"  {name:<6}{size:>9}  {config.layers:>2} layers, width {config.dim:>4}, context {config.context_length}"
+        )
+    return "\n".join(lines)
+
+
+HELP = f"""Trains a transformer on text and leaves a model folder that `isthmus serve` reads; or fine-tunes one.
+
+examples:
+  isthmus train notes/ book.txt --preset 5m --steps 2000 --out runs/mine
+  isthmus train corpus.jsonl --preset 125m --mesh dp=2,fsdp=2,tp=2 --batch 64 --accumulate 4
+  isthmus train --init models/Qwen3-0.6B chats.jsonl --steps 300 --out runs/full
+  isthmus train --init models/Qwen3-0.6B chats.jsonl --steps 300 --model.lora.rank 8 --out runs/adapter
+  isthmus train --resume --out runs/mine
+
+--preset, by parameters with a vocabulary of its default size:
+{preset_table()}
+
+--init starts from a model folder, ours or as Hugging Face publishes it, with its tokenizer and chat template; the
+learning rate then defaults to 2e-5. With --model.lora.rank, adapters alone are trained (2e-4), and --out becomes a PEFT
+adapter folder. A .jsonl file holds a document a line (a .json file one, or an array of them), either of
+  {{"text": "all of it is learnt, and where it ends"}}
+  {{"messages": [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]}}
+
+Of messages, written as the chat template writes them, what the assistant says is learnt. A document longer than
+--text.seq is cut: what follows is learnt without seeing what came before. All other files are text, in UTF-8 or
+UTF-16; each may be gzipped. Of a folder all is read but what is hidden, linked, binary or a text above 64 MiB, and what
+was left out is said.
+
+Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit as if it had never stopped. With
+--optimizer.schedule wsd, --resume --steps N also lengthens a run, until its learning rate decays."""
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """Reads the command line. --preset, --init and --resume decide what the other settings default to. Raises
+    ConfigError."""
+    default = TrainConfig()
+    if "--resume" in argv:
+        from isthmus.train.resume import load_saved
+
+        default = load_saved(Path(_value(argv, "--out") or default.out))
+    elif (init := _value(argv, "--init")) not in (None, "None"):
+        from isthmus.train.start import fine_tuning
+
+        if _value(argv, "--preset") is not None:
+            raise ConfigError("preset can't be set with --init: the model in the folder has its size")
+        rank = _value(argv, "--model.lora.rank")
+        options = FolderOptions(ignore_field=_values(argv, "--ignore-field"), download="--download" in argv)
+        default = fine_tuning(Path(str(init)), adapters=rank not in (None, "0"), options=options)
+    elif (name := _value(argv, "--preset")) is not None:
+        if name not in PRESETS:
+            raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+        default = TrainConfig(preset=name, model=PRESETS[name], text=DataConfig().fitted(PRESETS[name].context_length))
+    config = tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+    # Repeated flags are laid after the default's, which a resumed run has already.
+    return dataclasses.replace(config, ignore_field=tuple(dict.fromkeys(config.ignore_field)))
+
+
+def _values(argv: Sequence[str], flag: str) -> tuple[str, ...]:
+    """All that a flag was given."""
+    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if _is(flag, word.partition("=")[0]))
+    return tuple(value for value in given if value is not None)
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    for index, word in enumerate(argv):
+        name, given, value = word.partition("=")
+        if _is(flag, name) and given:
+            return value
+        if _is(flag, name) and index + 1 < len(argv):
+            return argv[index + 1]
+    return None
+
+
+def _is(flag: str, word: str) -> bool:
+    """tyro takes either of - and _."""
+    return word.replace("_", "-") == flag
+
+
+@functools.cache
+def _hush_failed_saves() -> None:
+    """When a write of a checkpoint fails, TensorStore and asyncio report each of the others that were under way, in
+    tracebacks of their own; the error itself comes as a CheckpointError."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    inner = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            inner(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
+    work, 128 + the number of the signal that ended it early: it isn't done, whatever waits for it."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+
+    def failed(error: object, status: int) -> int:
+        try:
+            console.print(f"isthmus train: {error}", style="red")
+        except OSError:  # standard output is a file on the disk that is full, or a pipe that was closed
+            print(f"isthmus train: {error}", file=sys.stderr)
+        return status
+
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        from isthmus.model.device.compilation import enable_compilation_cache
+        from isthmus.train.loop import TrainError, train
+
+        _hush_failed_saves()
+        try:
+            if warning := enable_compilation_cache():
+                console.print(warning, style="yellow")
+            report = train(config, console)
+        except TrainError as error:
+            return failed(error, 1)
+    except ConfigError as error:
+        return failed(error, 2)
+    except OSError as error:
+        return failed(described(error), 1)
+    if report.interrupted:
+        console.print(
+            f"stopped at step {report.steps}, checkpoint saved; go on with: isthmus train --resume --out {config.out}"
+        )
+        return 128 + report.interrupted
+    _say_done(report, config.out, console)
+    return 0
+
+
+def _say_done(report: Report, out: Path, console: Console) -> None:
+    from isthmus.train.metrics import save_curve
+
+    bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.3f} bits a byte"
+    speed = f"{report.tokens_per_second:,.0f} tok/s, MFU {report.mfu:.1%}, " if report.tokens_per_second else ""
+    try:
+        curve = f"   loss curve: {save_curve(out)}"
+    except OSError as error:
+        curve = f"   no loss curve ({error.strerror})"
+    console.print(
+        f"done: held-out loss {report.heldout_loss:.3f} nats a token{bits}; {speed}{report.seconds:.0f} s\n"
+        f"model: {out}{curve}   serve it: isthmus serve --model {out}"
+    )

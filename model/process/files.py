@@ -1,0 +1,111 @@
+"""Reading the small files of a model folder, which may be a stranger's: regular files, and no more than a limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from isthmus.errors import ConfigError
+
+MAX_SETTINGS_BYTES = 16 << 20
+"""Of a file of settings: config.json, generation_config.json, tokenizer_config.json and their like"""
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_INDEX_BYTES = 256 << 20
+"""Of an index of safetensors"""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def present(path: Path) -> bool:
+    """Whether there is anything of this name: also what can't be read as a file, and a link that leads nowhere."""
+    return os.path.lexists(path)
+
+
+def check_file(path: Path) -> None:
+    """Raises ConfigError for what is missing, no regular file (nothing else is opened, so nothing hangs), or the
+    pointer that git leaves in a large file's place."""
+    with _opened(path):
+        pass
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """All of a regular file of at most `limit` bytes. Raises ConfigError, as check_file does too."""
+    with _opened(path) as file:
+        data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if data is None or len(data) > limit:
+        raise ConfigError(f"{path} has more than {limit >> 20} MiB, the most that such a file may have")
+    return data
+
+
+def read_text(path: Path, limit: int = MAX_SETTINGS_BYTES) -> str:
+    """As read_bytes, of UTF-8."""
+    try:
+        return read_bytes(path, limit).decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} can't be read as UTF-8: {error}") from None
+
+
+def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises ConfigError, as read_text does too."""
+    text = read_text(path, limit)
+    try:
+        values = json.loads(text)
+        if _HALF_A_CHARACTER.search(text):
+            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text, and can't be printed
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} can't be read as JSON: {shortened(str(error))}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return values
+
+
+def read_json_if_present(path: Path) -> dict[str, Any]:
+    """As read_json; empty when there is no such file."""
+    return read_json(path) if present(path) else {}
+
+
+def shortened(text: str, limit: int = 200) -> str:
+    """At most `limit` characters of `text`, printable: for an error that quotes what somebody wrote."""
+    start = text[:limit].encode("utf-8", "backslashreplace").decode()
+    return start if len(text) <= limit else f"{start}…"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        _check_kind(path, os.stat(path))
+        # Between the two looks it may have become a pipe, whose opening would wait for a writer.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            _check_kind(path, os.fstat(file.fileno()))
+            if os.pread(file.fileno(), len(_POINTER), 0) == _POINTER:
+                raise ConfigError(
+                    f"{path} is a Git LFS pointer instead of the file: run `git lfs pull` in {path.parent}, "
+                    "or download the file itself"
+                )
+            yield file
+    except FileNotFoundError:
+        link = f" is a link to {os.readlink(path)}, which" if path.is_symlink() else ""
+        raise ConfigError(f"{path}{link} does not exist") from None
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{shortened(str(path))} can't be read: {shortened(str(error))}") from None
+
+
+def _check_kind(path: Path, found: os.stat_result) -> None:
+    if kind := _KINDS.get(stat.S_IFMT(found.st_mode)):
+        raise ConfigError(f"{path} is {kind}, not a file")

@@ -1,0 +1,323 @@
+"""A model folder, of either kind: as `isthmus train` writes it, or as Hugging Face publishes it; or a GGUF file, opened
+as the folder that it was made from. Or an adapter's folder, in PEFT's layout, which names the model that it adapts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.ops.linear import Weight
+from isthmus.model.ops.rounding import narrowed
+from isthmus.model.process.files import present, read_json, read_json_if_present
+from isthmus.model.text.added_tokens import declared_tokens
+from isthmus.model.text.chat import ChatTemplate, special_tokens
+from isthmus.model.text.endings import end_ids, turn_end, unheeded_flags
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.transformer import Params, abstract_params, kept_dtype
+from isthmus.model.weights import checkpoint, lora
+from isthmus.model.weights.gguf.unpack import unpack
+from isthmus.model.weights.hub import FolderOptions, find_folder, is_gguf, name_of
+from isthmus.model.weights.huggingface import load
+from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
+from isthmus.model.weights.huggingface.coded.files import open_tensors
+from isthmus.model.weights.huggingface.coded.method import FIELD
+from isthmus.model.weights.huggingface.families import Family, read_fields
+from isthmus.model.weights.huggingface.fields import Fields
+from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
+from isthmus.model.weights.huggingface.load import check_size
+from isthmus.model.weights.huggingface.whole import Kept
+from isthmus.model.weights.packing import replace_matrices
+from isthmus.model.weights.quantization import formats, quantizer, rules_for
+
+PUBLISHED_CONFIG = "huggingface.json"
+"""In a folder of ours that was fine-tuned from a published one: the config.json of that"""
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What generation_config.json recommends; None leaves it to the server."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    ignored: tuple[str, ...] = ()
+    """What it recommends and we don't do"""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder says, before any array is read."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+    generation: GenerationDefaults
+    family: Family | None
+    """Of a published folder; None is one of our own"""
+    weights: WeightFiles | None = None
+    """The tensors of a published folder, or of a GGUF file; `path` is then a folder with what else that says, which is
+    gone when the process ends"""
+    adapter: Path | None = None
+    """The adapter's folder, where one was opened; path is its base model's then"""
+    quantize: tuple[str, ...] = ()
+    """Rules by which matrices become integers when they are loaded, beside those that already are"""
+    whole: Mapping[tuple[str, ...], Kept] = field(default_factory=dict)
+    """The matrices of a published folder that stay the integers that they are in its files; rules say so of them too"""
+    ignore_field: tuple[str, ...] = ()
+    """Fields of a published config.json that were not to be read, nor are to be where it is read again"""
+    warnings: tuple[str, ...] = ()
+    """What the user should hear of: what was passed over, and what the folder may not mean"""
+
+    @property
+    def name(self) -> str:
+        return name_of(self.adapter or self.path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on disk, of a published model; 0 is not known."""
+        return 0 if self.weights is None else self.weights.nbytes
+
+    @property
+    def source(self) -> Path:
+        """What to open to get this model again."""
+        return self.path if self.weights is None else self.weights.folder
+
+    @property
+    def end_id(self) -> int | None:
+        """The token that ends a text in training: eos_token of tokenizer_config.json, else the first id that stops."""
+        name = special_tokens(self.path).get("eos_token")
+        spelt = None if name is None else self.tokenizer.token_id(name)
+        candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
+        return next((token for token in candidates if token in self.tokenizer.eos_ids), None)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should hear of: warnings, and what becomes of matrices that are no plain numbers."""
+        whole = {kept.name for kept in self.whole.values()}
+        said = None if self.weights is None else self.weights.described(whole)
+        return self.warnings if said is None else (*self.warnings, f"{self.source}: {said}")
+
+    def keeping(self, rules: tuple[str, ...]) -> ModelFolder:
+        """As serving has it: `rules` make integers of matrices, and what is integers in the files stays so where a
+        format of ours holds them exactly, unless the rules ask for fewer bits. The layout isn't scanned."""
+        if self.family is None or self.weights is None or self.adapter is not None:
+            return dataclasses.replace(self, quantize=rules)
+        wanted = formats(self.config, rules)
+        found = load.whole_matrices(self.weights, self.family, self.config)
+        whole = {
+            path: kept for path, kept in found.items() if path not in wanted or wanted[path].bits >= kept.exact.bits
+        }
+        kinds = rules_for({path: kept.kind for path, kept in whole.items()})
+        return dataclasses.replace(self, quantize=(*kinds, *rules), whole=whole)
+
+    def with_config(self, **changes: Any) -> ModelFolder:
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+    def load_params(
+        self,
+        mesh: Mesh,
+        dtype: str | None = None,
+        tick: Callable[[int], None] = lambda _: None,
+        *,
+        merge_adapter: bool = False,
+        keep: Callable[[tuple[str, ...], Weight], Weight | None] = lambda path, weight: weight,
+    ) -> Params:
+        """The parameters over `mesh`, in the layout that `config` asks for; tick(bytes) as they are read.
+
+        dtype: of matrices; None is float32. merge_adapter: adds the adapter to the kernels beside it, which is also
+        done where `config` has no lora: the parameters are those of `config` without it. keep: what to keep of each
+        matrix, quantized if it is to be, as early as that is known; called from several threads. Raises ConfigError or
+        CheckpointError for a folder that doesn't hold them.
+        """
+        assert not (self.quantize and self.config.scan_layers), "rules speak of single layers"
+        quantized = quantizer(self.config, self.quantize)
+
+        def change(path: tuple[str, ...], weight: Weight) -> Weight | None:
+            return keep(path, quantized(path, weight))
+
+        if self.adapter is not None:
+            params = self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
+        elif self.family is None or self.weights is None:
+            params = checkpoint.load_params(self.path, self.config, mesh, dtype)
+        else:
+            return load.load_params(self.weights, self.family, self.config, mesh, dtype, tick, change, self.whole)
+        if not self.config.scan_layers:
+            replace_matrices(self.config, params, lambda path, weight, _: change(path, weight))
+        return params
+
+    def _load_adapted(
+        self, folder: Path, mesh: Mesh, dtype: str | None, tick: Callable[[int], None], merge: bool
+    ) -> Params:
+        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
+        settings, adapters = lora.load_adapter(folder, base)
+        if not merge and settings != self.config.lora:
+            raise ConfigError(f"{folder} holds an adapter of {settings}, not of {self.config.lora}")
+        config = dataclasses.replace(base.config, lora=settings)
+        _, abstract = lora.split(abstract_params(config, mesh))
+
+        def place(path: tuple, array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            kept = "float32" if merge else kept_dtype(path, dtype)
+            return jax.device_put(narrowed(array, kept), leaf.sharding)
+
+        placed = jax.tree_util.tree_map_with_path(place, adapters, abstract)
+        params = lora.join(base.load_params(mesh, dtype, tick), placed)
+        return lora.merge(config, params, donate=True)[1] if merge else params
+
+
+def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
+    """Reads all but a model's weights. path: a folder, a GGUF file, or a name like Org/Name in the local Hugging Face
+    cache.
+
+    A folder with adapter_config.json is an adapter's, also where it holds the model that it adapts, as transformers
+    takes it. Raises ConfigError when the folder is neither a model's nor an adapter's, we don't honour all it says, or
+    its files can't hold what it says.
+    """
+    options = options or FolderOptions()
+    path = find_folder(path, download=options.download)
+    if is_adapter_folder(path):
+        return _open_adapter(path, options)
+    if options.base is not None:
+        raise ConfigError(f"--base {options.base}: {path} is no adapter, and has no base model")
+    return _open_model(path, options)
+
+
+def copy_published_config(folder: Path, target: Path) -> None:
+    """Keeps a published folder's config.json in a folder of ours, whose weights are plain or quantized by our rules."""
+    values = read_json(folder / "config.json")
+    if FIELD not in values:
+        shutil.copyfile(folder / "config.json", target / PUBLISHED_CONFIG)
+        return
+    del values[FIELD]
+    (target / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
+    """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
+    where = _base_of(path, options)
+    base = _open_model(where, options, path if present(path / "tokenizer.json") else None)
+    if base.config.quantization:
+        raise ConfigError(f"{where} is quantized, and {path} adapts it: adapt the model that it was made from")
+    if base.config.lora.rank:
+        raise ConfigError(f"{where} has adapters itself (model.lora in config.json), and {path} adapts it")
+    chat = ChatTemplate.load(path) or base.chat
+    if chat is not base.chat and not present(path / "tokenizer_config.json"):
+        raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
+    base.tokenizer.eos_ids |= turn_end(base.tokenizer, chat)
+    settings, _ = lora.load_adapter(path, base)
+    warnings = base.warnings
+    if where == path:
+        warnings += (f"{path} holds an adapter beside the model, and it is applied: to leave it out, move "
+                     f"{ADAPTER_CONFIG} elsewhere",)  # fmt: skip
+    folder = dataclasses.replace(base, adapter=path, chat=chat, warnings=warnings).with_config(lora=settings)
+    folder.config.validate()
+    return folder
+
+
+def _base_of(path: Path, options: FolderOptions) -> Path:
+    """The folder of the model that the adapter in `path` adapts."""
+    if options.base is not None:
+        base = find_folder(options.base, download=options.download)
+    elif present(path / SINGLE) or present(path / INDEX):
+        return path
+    else:
+        base = base_folder(path, options.download)
+    if is_adapter_folder(base):
+        raise ConfigError(f"{base} is an adapter itself; the base of {path} must be a model's folder")
+    return base
+
+
+def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | None = None) -> ModelFolder:
+    """tokenizer_folder: None is the model's own."""
+    weights: WeightFiles | None = None
+    source = path / "config.json"  # for errors
+    if is_gguf(path):
+        unpacked = unpack(path, options.ignore_field)
+        source, path, weights = path, unpacked.folder, unpacked.files
+    fields = Fields(read_json(path / "config.json"), source, options.ignore_field)
+    published = "model_type" in fields
+    family, config = read_fields(fields) if published else (None, ModelConfig.load(path / "config.json"))
+    if family is not None:
+        weights = weights or open_tensors(path, family.method)
+        check_size(weights, config)
+    tokenizer_folder = tokenizer_folder or path
+    tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
+    chat = ChatTemplate.load(path)
+    if published or present(path / PUBLISHED_CONFIG):
+        # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.
+        tokenizer.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+        spelt = special_tokens(tokenizer_folder).get("eos_token")
+        tokenizer.eos_ids = end_ids(_end_ids(path), spelt, tokenizer, chat)
+    elif tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
+    else:
+        tokenizer.eos_ids |= turn_end(tokenizer, chat)
+    return ModelFolder(
+        path,
+        config,
+        tokenizer,
+        chat,
+        _generation(path),
+        family,
+        weights,
+        ignore_field=tuple(options.ignore_field),
+        warnings=(*fields.warnings, *unheeded_flags(tokenizer_folder, tokenizer)),
+    )
+
+
+def _end_ids(path: Path) -> list[int]:
+    """The ids that end a text: generation_config.json's, else those of the published config.json."""
+    for name in ("generation_config.json", "config.json", PUBLISHED_CONFIG):
+        ends = read_json_if_present(path / name).get("eos_token_id")
+        if ends is None:
+            continue
+        ends = ends if isinstance(ends, list) else [ends]
+        if not all(type(token) is int and token >= 0 for token in ends):
+            raise ConfigError(f"{path / name}: eos_token_id={ends!r} must be a token id or a list of them")
+        return ends
+    return []
+
+
+def _generation(path: Path) -> GenerationDefaults:
+    """As transformers takes it: a file that doesn't ask for sampling (do_sample) recommends greedy, whatever else it
+    says. Without a file there's no recommendation."""
+    if not present(path / "generation_config.json"):
+        return GenerationDefaults()
+    values = read_json_if_present(path / "generation_config.json")
+    neutral = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "typical_p": 1.0,
+        "num_beams": 1,
+        "length_penalty": 1.0,
+    }
+    ignored = tuple(
+        f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
+    )
+    if not values.get("do_sample", False):
+        return GenerationDefaults(temperature=0.0, ignored=ignored)
+
+    def number(name: str, low: float, high: float) -> Any:
+        value = values.get(name)
+        if value is None:
+            return None
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ConfigError(f"{path / 'generation_config.json'}: {name}={value!r} must be {low:g} to {high:g}")
+        return value
+
+    top_k = number("top_k", 0, 1 << 30)
+    return GenerationDefaults(
+        number("temperature", 0, 100), number("top_p", 1e-6, 1), None if top_k is None else int(top_k),
+        number("min_p", 0, 1), ignored,
+    )  # fmt: skip

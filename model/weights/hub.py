@@ -1,0 +1,132 @@
+"""Where a model lies on this machine: a folder, or a name like Org/Name in the local Hugging Face cache. Nothing here
+reaches the network unless it is asked to."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from isthmus.errors import ConfigError
+from isthmus.model.process.files import present, shortened
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_NOT_WANTED = ("*/*.json", "*/*.safetensors", "consolidated*")
+"""The same weights in other layouts"""
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How a model folder is found and read."""
+
+    base: Path | None = None
+    """Of an adapter: the folder of the model that it adapts, in place of the one that it names"""
+    ignore_field: tuple[str, ...] = ()
+    """A field of a published config.json to go on without, which may make it another model; may be given repeatedly"""
+    download: bool = False
+    """Fetch a model named Org/Name from huggingface.co where the local Hugging Face cache hasn't it"""
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` can be a model's on the hub: Org/Name."""
+    return _NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def find_folder(path: Path, *, download: bool = False, revision: str | None = None) -> Path:
+    """The folder that `path` is, or that the local Hugging Face cache has for a name like Org/Name; or a GGUF file: the
+    one that `path` is, or the only one in a folder that has no config.json.
+
+    download: fetches it from the hub where the cache hasn't all of it. revision: of a name, a branch, a tag or a
+    commit; None is main. Raises ConfigError, saying what `path` is instead.
+    """
+    if os.path.isdir(path):  # which, unlike Path.is_dir, is false for a name that no folder can have
+        return _checked_folder(path)
+    if is_gguf(path):
+        return path
+    if present(path):
+        raise ConfigError(f"{path} is {_kind_of_file(path)}")
+    name = str(path)
+    if not is_hub_name(name):
+        raise ConfigError(f"{shortened(name)}: there is no such folder or GGUF file")
+    return _download(name, revision) if download else _cached(name, revision)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file that is called as GGUF files are."""
+    return path.suffix == ".gguf" and os.path.isfile(path)
+
+
+def name_of(folder: Path) -> str:
+    """What a model is called: by its folder, or, in the cache, by the name that it has on the hub."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
+def _checked_folder(path: Path) -> Path:
+    if present(path / "config.json") or present(path / "adapter_config.json"):
+        return path
+    if path.name.startswith("models--") and present(path / "snapshots"):
+        name = path.name.removeprefix("models--").replace("--", "/")
+        raise ConfigError(
+            f"{path} is what the Hugging Face cache keeps of {name}: name the model {name}, or a folder in "
+            f"{path / 'snapshots'}"
+        )
+    for root in (path, path / "hub"):
+        names = sorted(each.name for each in root.glob("models--*--*"))
+        if names:
+            some = ", ".join(name.removeprefix("models--").replace("--", "/") for name in names[:5])
+            raise ConfigError(f"{path} is a Hugging Face cache, of several models: name one of them, as {some}")
+    # Of a model that is split, the first part stands for all.
+    files = sorted(each.name for each in path.glob("*.gguf") if not _LATER_PART.search(each.name))
+    if len(files) == 1:
+        return path / files[0]
+    if files:
+        raise ConfigError(f"{path} holds several GGUF files: name one of them, as {path / files[0]}")
+    raise ConfigError(f"{path} has no config.json: is it a model folder?")
+
+
+def _kind_of_file(path: Path) -> str:
+    if path.is_file():
+        return f"a file; name the folder that it is in, {path.parent}"
+    return "a link that leads nowhere" if path.is_symlink() else "no folder"
+
+
+def _cached(name: str, revision: str | None) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    for file in ("config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(name, file, revision=revision)
+        if isinstance(found, str):  # else it isn't known, or known not to exist
+            return Path(found).parent
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    if files := sorted(kept.glob("*/*.gguf")):
+        raise ConfigError(f"{name}: the Hugging Face cache holds GGUF files of it: name one, as {files[0]}")
+    version = "" if revision is None else f" at revision {shortened(revision)}"
+    raise ConfigError(
+        f"{name}{version}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
+        "--download fetches it"
+    )
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        wanted, not_wanted = list(_WANTED), list(_NOT_WANTED)
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=not_wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None
+    if not present(found / "config.json") and not present(found / "adapter_config.json"):
+        raise ConfigError(
+            f"{name} has no config.json. Of a repository of GGUF files, fetch one, as with `hf download {name} FILE`, "
+            "and name it"
+        )
+    return found

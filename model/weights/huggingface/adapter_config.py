@@ -1,0 +1,205 @@
+"""PEFT's adapter_config.json: which modules have which rank and scale, and what we don't honour."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import ConfigError
+from isthmus.model.process.files import present
+from isthmus.model.weights.hub import find_folder
+from isthmus.model.weights.huggingface.fields import Fields
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+_NO_EFFECT = {
+    "arrow_config", "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
+    "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
+}  # fmt: skip
+"""What doesn't change what a stored adapter computes, or only with another field that is refused."""
+
+_HONOURED = {
+    "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters",
+    "task_type", "use_rslora",
+}  # fmt: skip
+
+_HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
+"""How a and b were initialized without changing the base model's weights."""
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """A folder that says which model it adapts; it may hold that model as well."""
+    return present(path / ADAPTER_CONFIG)
+
+
+def base_folder(path: Path, download: bool = False) -> Path:
+    """The folder of the model that an adapter folder names: relative to itself or to the working directory, or a name
+    in the local Hugging Face cache, at the revision that it says. Raises ConfigError when there is none."""
+    fields = Fields.load(path / ADAPTER_CONFIG)
+    name = fields.raw("base_model_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        raise fields.error(
+            "base_model_name_or_path", "must name the base model's folder; --base FOLDER says where it is"
+        )
+    beside = path / name  # which is `name` itself where that is absolute
+    if os.path.isdir(beside):
+        return beside
+    try:
+        return find_folder(Path(name), download=download, revision=_revision(fields))
+    except ConfigError as error:
+        raise fields.error("base_model_name_or_path", f"isn't here: {error}. --base FOLDER says where it is") from None
+
+
+def _revision(fields: Fields) -> str | None:
+    revision = fields.raw("revision", None)
+    if revision is not None and (
+        not isinstance(revision, str) or not re.fullmatch(r"(?!/|.*\.\.)[\w./-]{0,200}", revision)
+    ):
+        raise fields.error("revision", "must name a branch, a tag or a commit of the base model")
+    return revision or None
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What adapter_config.json says of a LoRA adapter."""
+
+    fields: Fields
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    """By a regular expression over modules' names, the first that matches; `rank` where none does"""
+    alphas: Mapping[str, float]
+    rank_stabilized: bool
+    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)"""
+
+    @classmethod
+    def load(cls, path: Path) -> AdapterSettings:
+        """Raises ConfigError naming the field that makes it another adapter than we compute."""
+        fields = Fields.load(path)
+        fields.among("peft_type", ("LORA",))
+        fields.among("task_type", ("CAUSAL_LM", None), None)
+        fields.among("bias", ("none",), "none")
+        fields.among("init_lora_weights", _HARMLESS_STARTS, True)
+        for name in sorted(set(fields) - _NO_EFFECT - _HONOURED):
+            if fields.raw(name) not in (None, False, "", [], {}):
+                raise fields.error(name, "is not supported")
+        alpha = fields.number("lora_alpha", 8)
+        if not alpha:
+            raise fields.error("lora_alpha", "must be positive")
+        stabilized = fields.flag("use_rslora", False)
+        return cls(
+            fields,
+            fields.integer("r", 8),
+            alpha,
+            _pattern(fields, "rank_pattern", lambda value: type(value) is int and value > 0, "whole numbers"),
+            _pattern(fields, "alpha_pattern", _is_positive, "positive numbers"),
+            stabilized,
+        )
+
+    def rank_of(self, key: str) -> int:
+        return _first_match(self.ranks, key, self.rank)
+
+    def scale_of(self, key: str) -> float:
+        """What multiplies B·A·x."""
+        return self._scale(_first_match(self.alphas, key, self.alpha), self.rank_of(key))
+
+    @property
+    def scale(self) -> float:
+        """Of modules that no pattern names."""
+        return self._scale(self.alpha, self.rank)
+
+    def _scale(self, alpha: float, rank: int) -> float:
+        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+
+    def key_of(self, module: str, layer: int) -> str:
+        """What PEFT matches patterns with for `module`. Raises ConfigError when it would leave out the adapter that is
+        stored for it."""
+        fields = self.fields
+        weight = f"{module}.weight"
+        if _names(fields, "target_parameters", weight):
+            return weight
+        if not _names(fields, "target_modules", module) and fields.raw("target_modules") != "all-linear":
+            raise fields.error("target_modules", f"leaves out {module}, for which the file holds an adapter")
+        if _names(fields, "exclude_modules", module):
+            raise fields.error("exclude_modules", f"leaves out {module}, for which the file holds an adapter")
+        layers = fields.raw("layers_to_transform", None)
+        if layers is None or layers == []:
+            return module
+        if fields.raw("layers_pattern", None) not in (None, "layers", [], ["layers"], ""):
+            raise fields.error("layers_pattern", "must be layers, as they are called in this model")
+        if layer not in (layers if isinstance(layers, list) else [layers]):
+            raise fields.error("layers_to_transform", f"leaves out {module}, for which the file holds an adapter")
+        return module
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[str, Any]:
+    values = fields.raw(name, None) or {}
+    if not isinstance(values, dict) or not all(map(is_right, values.values())):
+        raise fields.error(name, f"must map modules to {wanted}")
+    for key in values:
+        _compiled(fields, name, rf"(.*\.)?({key})$")
+    return values
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise fields.error(name, f"is not a regular expression: {error}") from None
+
+
+def _names(fields: Fields, name: str, module: str) -> bool:
+    """Whether the field, a regular expression or a list of names' ends, names a module or parameter."""
+    value = fields.raw(name, None)
+    if value is None:
+        return False
+    if isinstance(value, str):
+        return _compiled(fields, name, value).fullmatch(module) is not None
+    if not isinstance(value, list) or not all(isinstance(end, str) for end in value):
+        raise fields.error(name, "must be a list of names, or a regular expression")
+    return any(module == end or module.endswith(f".{end}") for end in value)
+
+
+def adapter_config(
+    base: Path, rank: int, alpha: float, targets: tuple[list[str], list[str]], parts: Mapping[str, int]
+) -> dict[str, Any]:
+    """adapter_config.json of an adapter of `base`. targets: modules, and parameters. parts: modules (by regular
+    expression) whose rank is a multiple of `rank`, and that multiple; their scale is everybody's all the same."""
+    return {
+        "alpha_pattern": {module: _whole(count * alpha) for module, count in parts.items()},
+        "base_model_name_or_path": str(base.resolve()),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": _whole(alpha),
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {module: count * rank for module, count in parts.items()},
+        "target_modules": targets[0],
+        "target_parameters": targets[1] or None,
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _whole(value: float) -> float | int:
+    """PEFT declares alpha as int."""
+    return int(value) if value == int(value) else value

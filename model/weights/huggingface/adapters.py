@@ -1,0 +1,343 @@
+"""Adapters in PEFT's layout: A [rank, inputs] and B [outputs, rank] for a published module.
+
+Which module, and in which order its rows and columns are, follows from the family's table of weights: a Piece is laid
+over an array of row (or column) numbers and says where each of our outputs (inputs) lies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.process.files import present
+from isthmus.model.transformer import Params, abstract_params, run_name, runs
+from isthmus.model.weights.huggingface import tensors
+from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, AdapterSettings, adapter_config
+from isthmus.model.weights.huggingface.families import read_config
+from isthmus.model.weights.huggingface.files import TensorFiles
+from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of, path_name
+
+if TYPE_CHECKING:
+    from isthmus.model.weights.folder import ModelFolder
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A projection of a layer, as (part of) a published module."""
+
+    layer: int
+    path: str
+    """As LoraConfig.targets sees it"""
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    tensor: tuple[int, int]
+    """[outputs, inputs] of the module, of all its parts"""
+    columns: np.ndarray
+    """int[inputs]: the module's column that each of our inputs is"""
+    rows: np.ndarray
+    """int[outputs]: the module's row that each of our outputs is"""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A slot's adapter: scale * (x @ a[inputs, rank]) @ b[rank, outputs], axes flattened, in our order."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+Modules = dict[str, list[Slot]]
+
+
+def _table(base: ModelFolder) -> tensors.Table:
+    """The base's names; for one of our own kind those of the model that it was fine-tuned from, or else Llama's, and
+    DeepSeek's for what Llama hasn't."""
+    from isthmus.model.weights.folder import PUBLISHED_CONFIG
+
+    family = base.family
+    if family is None and present(base.path / PUBLISHED_CONFIG):
+        family, _ = read_config(base.path / PUBLISHED_CONFIG, base.ignore_field)
+    if family is not None:
+        return family.table(base.config)
+    if not base.config.latent.rank:
+        return {**tensors.DEEPSEEK, **tensors.LLAMA}
+    return tensors.DEEPSEEK if base.config.latent.query_rank else tensors.DEEPSEEK_WHOLE_QUERY
+
+
+def _plain(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, lora=LoraConfig(), scan_layers=False)
+
+
+def adaptable_modules(config: ModelConfig, table: tensors.Table) -> Modules:
+    """Every module that can be adapted, by its published name, with the projections that it consists of."""
+    everything = sorted({path for kind in config.layer_kinds for path in config.projections(kind)})
+    probe = dataclasses.replace(_plain(config), lora=LoraConfig(1, targets="|".join(everything)))
+    blocks = abstract_params(probe)["blocks"]
+    modules: Modules = {}
+    for layer, kind in enumerate(config.layer_kinds):
+        for path in config.projections(kind):
+            linear = blocks[str(layer)]
+            for name in path.split("/"):
+                linear = linear[name]
+            inputs, outputs = linear["lora_a"].shape[:-1], linear["lora_b"].shape[1:]
+            part = parts_of(config, table, f"blocks/{layer}/{path}/kernel", linear["kernel"].shape)
+            assert isinstance(part, Part)
+            slot = _slot(config, layer, path, part, inputs, outputs)
+            modules.setdefault(part.name.removesuffix(".weight"), []).append(slot)
+    return modules
+
+
+def _slot(
+    config: ModelConfig, layer: int, path: str, part: Part, inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> Slot:
+    shape = part.piece.shape(part.shape, config)
+    rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
+    # Nothing of the tensor's size is made: views of a broadcast array repeat its numbers.
+    row_of, column_of = (part.piece.view(np.broadcast_to(n, shape), part.shape, config) for n in (rows, columns))
+    order = part.piece.order_of(config)
+    ours = row_of[(0,) * len(inputs)] if order is None else row_of[(0,) * len(inputs)][..., order]
+    first_output: tuple[Any, ...] = (..., *(0,) * len(outputs))
+    return Slot(
+        layer, path, inputs, outputs, (shape[0], shape[1]), column_of[first_output].reshape(-1), ours.reshape(-1)
+    )
+
+
+# writing
+
+
+def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: Params) -> None:
+    """Writes the adapters among `params` (in the layout of `config`, which has lora) to `folder` in PEFT's layout, as
+    an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
+    table, rank = _table(base), config.lora.rank
+    held = dict(_held(params))
+    modules = {
+        name: slots
+        for name, slots in adaptable_modules(config, table).items()
+        if any((slot.layer, slot.path) in held for slot in slots)
+    }
+    stored: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    for name, slots in modules.items():
+        a, b = _fused(slots, [held.get((slot.layer, slot.path)) for slot in slots], rank)
+        ranks[name] = len(a)
+        stored[f"base_model.model.{name}.lora_A.weight"] = a
+        stored[f"base_model.model.{name}.lora_B.weight"] = b
+    targets = _targets(config, modules, _weights(config, table))
+    settings = adapter_config(base.path, rank, config.lora.alpha, targets, _multiples(ranks, rank))
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / ADAPTER_FILE, lambda path: save_file(stored, path, {"format": "pt"}))
+    _replace(folder / ADAPTER_CONFIG, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    os.replace(part, path)
+
+
+def _held(params: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
+    """((layer, path), (lora_a, lora_b)) of every adapter, in float32."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path, _, name = path_name(keys).rpartition("/")
+        if name in ("lora_a", "lora_b"):
+            found.setdefault(path, {})[name] = np.asarray(leaf).astype(np.float32)
+    for path, pair in found.items():
+        _, run, inner = path.split("/", 2)
+        first, _, last = run.partition("-")
+        for layer in range(int(first), int(last or first) + 1):
+            index = (layer - int(first),) if last else ()
+            yield (layer, inner), (pair["lora_a"][index], pair["lora_b"][index])
+
+
+def _fused(
+    slots: list[Slot], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [n * rank, inputs] and B [outputs, n * rank] of a module that consists of n projections.
+
+    Each has its block of the rank, since each has an A of its own; where all have the same, it is stored once.
+    """
+    outputs, inputs = slots[0].tensor
+    present = [pair for pair in held if pair is not None]
+    shared = len(present) == len(held) and all(np.array_equal(pair[0], present[0][0]) for pair in present)
+    blocks = 1 if shared else len(slots)
+    a, b = np.zeros((blocks * rank, inputs), np.float32), np.zeros((outputs, blocks * rank), np.float32)
+    for index, (slot, pair) in enumerate(zip(slots, held, strict=True)):
+        if pair is None:
+            continue
+        start = 0 if shared else index * rank
+        a[start : start + rank, slot.columns] = pair[0].reshape(-1, rank).T
+        b[slot.rows, start : start + rank] = pair[1].reshape(rank, -1).T
+    return a, b
+
+
+def _weights(config: ModelConfig, table: tensors.Table) -> set[str]:
+    """Every published module with a matrix."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(_plain(config)))
+    kernels = [(path_name(keys), leaf.shape) for keys, leaf in flat]
+    parts = [
+        parts_of(config, table, path, shape) for path, shape in kernels if path == "head" or path.endswith("/kernel")
+    ]
+    return {part.name.removesuffix(".weight") for nested in parts for part in leaves_of(nested)}
+
+
+def _targets(config: ModelConfig, modules: Modules, everything: set[str]) -> tuple[list[str], list[str]]:
+    """target_modules and target_parameters: the modules' last names, or more of them where those would name others too.
+
+    In a model with experts, PEFT takes a module gate_proj, up_proj or down_proj for the experts' of that name, wherever
+    it is: there, those of other MLPs are named by their weight.
+    """
+    inner = {name: name.split(".", 3)[3] for name in modules}
+    by_weight = {name for name, slots in modules.items() if config.mixture.experts and slots[0].path.startswith("mlp/")}
+    by_name = set(modules) - by_weight
+    ends = {name.rpartition(".")[2] for name in by_name}
+    precise = {name for name in everything if name.rpartition(".")[2] in ends} == by_name
+    return (
+        sorted(ends if precise else {inner[name] for name in by_name}),
+        sorted({f"{inner[name]}.weight" for name in by_weight}),
+    )
+
+
+def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
+    """By module, in as few regular expressions as will do: how many times `rank` its rank is, where that isn't once."""
+    by_end: dict[str, set[int]] = {}
+    for name, size in ranks.items():
+        by_end.setdefault(name.rpartition(".")[2], set()).add(size // rank)
+    found: dict[str, int] = {}
+    for name, size in ranks.items():
+        end = name.rpartition(".")[2]
+        if by_end[end] != {1}:
+            found[end if len(by_end[end]) == 1 else re.escape(name)] = size // rank
+    return found
+
+
+# reading
+
+
+def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, Params]:
+    """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and float32 numpy arrays in the layout of
+    base.config, as `model.lora.join` takes them.
+
+    All get the largest rank there is: smaller ones are padded with zeros. A projection without an adapter, in a layer
+    where others of its kind have one, gets zeros. Raises ConfigError naming the field or the tensor for whatever would
+    make it another adapter than PEFT computes.
+    """
+    config = _plain(base.config)
+    settings = AdapterSettings.load(folder / ADAPTER_CONFIG)
+    files = TensorFiles(folder, ADAPTER_FILE)
+    modules = adaptable_modules(config, _table(base))
+    found: dict[tuple[int, str], Factors] = {}
+    for name in _stored_modules(files, modules):
+        slots = modules[name]
+        key = settings.key_of(name, slots[0].layer)
+        a, b = _stored_pair(files, name, slots[0].tensor, settings.rank_of(key))
+        for slot, factors in zip(slots, _split(slots, a, b, settings.scale_of(key), settings.rank), strict=True):
+            found[slot.layer, slot.path] = factors
+    used = {path for (_, path), factors in found.items() if factors.a.any() or factors.b.any()}
+    paths = sorted(used or {path for _, path in found})
+    rank = max(factors.rank for (_, path), factors in found.items() if path in paths)
+    alpha = settings.alpha if rank == settings.rank and not settings.rank_stabilized else settings.scale * rank
+    lora = LoraConfig(rank, float(alpha), "|".join(paths))
+    layers: dict[str, Params] = {}
+    for slot in (slot for slots in modules.values() for slot in slots if slot.path in paths):
+        a, b = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
+        node = layers.setdefault(str(slot.layer), {})
+        for key in slot.path.split("/"):
+            node = node.setdefault(key, {})
+        node.update(lora_a=a, lora_b=b)
+    return lora, {"blocks": _stacked(base.config, layers) if base.config.scan_layers else layers}
+
+
+def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
+    """The names of the modules adapted in the file, each with both its tensors."""
+    halves: dict[str, set[str]] = {}
+    for tensor in files.tensors:
+        match = _STORED.fullmatch(tensor)
+        if match is None or match[1] not in modules:
+            kind = "of an embedding or the head " if re.search(r"embed_tokens|lm_head", tensor) else ""
+            raise ConfigError(
+                f"{files.folder / ADAPTER_FILE}: the tensor {tensor} {kind}is no part of an adapter that is supported: "
+                "lora_A and lora_B of projections in attention, and of MLPs that are not experts"
+            )
+        halves.setdefault(match[1], set()).add(match[2])
+    for name, sides in halves.items():
+        if len(sides) < 2:
+            missing = "B" if "A" in sides else "A"
+            raise ConfigError(
+                f"{files.folder / ADAPTER_FILE}: the tensor base_model.model.{name}.lora_{missing}.weight is missing"
+            )
+    if not halves:
+        raise ConfigError(f"{files.folder / ADAPTER_FILE} holds no tensor")
+    return list(halves)
+
+
+def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    pair = []
+    for side, shape in (("A", (rank, tensor[1])), ("B", (tensor[0], rank))):
+        name = f"base_model.model.{module}.lora_{side}.weight"
+        if (found := files.tensors[name].shape) != shape:
+            raise ConfigError(
+                f"{files.folder / ADAPTER_FILE}: {name} has the shape {list(found)}, and the base model and "
+                f"{ADAPTER_CONFIG} make it {list(shape)}"
+            )
+        array = files.array(name).astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ConfigError(f"{files.folder / ADAPTER_FILE}: {name} holds numbers that are not finite")
+        pair.append(array)
+    return pair[0], pair[1]
+
+
+def _split(slots: list[Slot], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
+    """The adapters of the projections that a module consists of: each with its rows of B and all of A, or its block of
+    both where they were adapted one by one, which is how `_fused` stores them."""
+    blocks = [slice(index * rank, (index + 1) * rank) for index in range(len(slots))]
+    whole = [slice(None)] * len(slots)
+    apart = len(slots) > 1 and len(a) == len(slots) * rank
+    for slot, block in zip(slots, blocks, strict=True):
+        theirs = b[slot.rows]
+        apart = apart and not np.delete(theirs, np.arange(theirs.shape[1])[block], axis=1).any()
+    taken = blocks if apart else whole
+    return [
+        Factors(a[block][:, slot.columns].T, b[slot.rows][:, block].T, scale)
+        for slot, block in zip(slots, taken, strict=True)
+    ]
+
+
+def _padded(slot: Slot, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """lora_a and lora_b of `rank`, to be multiplied by `scale` instead of their own."""
+    a = np.zeros((len(slot.columns), rank), np.float32)
+    b = np.zeros((rank, len(slot.rows)), np.float32)
+    if factors is not None:
+        a[:, : factors.rank] = factors.a
+        b[: factors.rank] = factors.b if factors.scale == scale else factors.b * np.float32(factors.scale / scale)
+    return a.reshape(*slot.inputs, rank), b.reshape(rank, *slot.outputs)
+
+
+def _stacked(config: ModelConfig, layers: dict[str, Params]) -> Params:
+    """`layers` in the stacked layout: a dict a run of layers."""
+    return {
+        run_name(run): jax.tree.map(lambda *leaves: np.stack(leaves), *(layers[str(layer)] for layer in run))
+        for run in runs(config)
+        if str(run.start) in layers
+    }

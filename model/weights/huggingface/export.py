@@ -1,0 +1,241 @@
+"""Writes a model as Hugging Face publishes them: config.json, safetensors in shards with an index, and companions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from isthmus.errors import ConfigError
+from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.ops.rounding import narrowed
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.huggingface.families import FAMILIES, Family, read_fields
+from isthmus.model.weights.huggingface.fields import Fields
+from isthmus.model.weights.huggingface.files import DTYPES, INDEX, SINGLE, WeightFiles
+from isthmus.model.weights.huggingface.load import Part, parts_of, path_name
+
+DTYPES_FILE = "huggingface_dtypes.json"
+"""What a folder's tensors were stored in, kept beside a model that was converted, so that it can be written back."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parameter's part in a tensor."""
+
+    leaf: int
+    index: tuple[int, ...]
+    """Along the parameter's leading axes"""
+    part: Part
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be written."""
+
+    sources: list[Source]
+    """What it is put together from"""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def published_config(config: ModelConfig) -> dict[str, Any]:
+    """A config.json of the first family that computes this network. Raises ConfigError when there is none.
+
+    Reading is the proof: a candidate counts when what is read back from it is this very network.
+    """
+    for candidate in _candidates(config):
+        try:
+            _, read = read_fields(Fields(dict(candidate), Path("config.json")))
+        except ConfigError:
+            continue
+        if network_of(read) == network_of(config):
+            return candidate
+    raise ConfigError("no family of Hugging Face's computes this network; convert it from the folder it came from")
+
+
+def network_of(config: ModelConfig) -> ModelConfig:
+    """`config` without what changes how it is run or trained, and not what it computes."""
+    mixture = dataclasses.replace(config.mixture, correction_rate=0.0)
+    return dataclasses.replace(
+        config,
+        context_length=0,
+        dtype="float32",
+        remat="none",
+        scan_layers=False,
+        lora=LoraConfig(),
+        mixture=mixture,
+        windows=tuple(kind.window for kind in config.layer_kinds),
+        rope_pattern=tuple(kind.rope != "none" for kind in config.layer_kinds),
+        rotary_dim=config.rotated,
+        attention_scale=config.attention_scale or config.head_dim**-0.5,
+    )
+
+
+def _candidates(config: ModelConfig) -> list[dict[str, Any]]:
+    """What config.json could be, the commonest first."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    common = {
+        "hidden_act": "silu",
+        "hidden_size": config.dim,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.context_length,
+        "num_attention_heads": config.heads,
+        "num_hidden_layers": config.layers,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+    mixture, window = config.mixture, config.windows[0] or None
+    biases = {"attention_bias": config.attention_bias}
+    experts = {"num_local_experts": mixture.experts, "num_experts_per_tok": mixture.per_token}
+    without_head_dim = {name: value for name, value in common.items() if name != "head_dim"}
+    extras: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("llama", common, {**biases, "mlp_bias": config.mlp_bias}),
+        ("mistral", common, {"sliding_window": window}),
+        ("qwen2", without_head_dim, {}),
+        ("qwen3", common, biases),
+        ("olmo2", without_head_dim, biases),
+        ("mixtral", {**common, "intermediate_size": mixture.dim}, {**experts, "sliding_window": window}),
+        (
+            "qwen3_moe",
+            common,
+            {
+                **biases,
+                "num_experts": mixture.experts,
+                "num_experts_per_tok": mixture.per_token,
+                "moe_intermediate_size": mixture.dim,
+                "norm_topk_prob": mixture.normalize,
+                "mlp_only_layers": list(mixture.dense_layers),
+            },
+        ),
+    ]
+    return [
+        {"architectures": [FAMILIES[name].architecture], "model_type": name, **shared, **special}
+        for name, shared, special in extras
+    ]
+
+
+def stored_dtypes(files: WeightFiles) -> dict[str, str]:
+    """Each tensor's dtype as safetensors names it, the commonest under ""."""
+    names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+    dtypes = {name: names[stored.dtype] for name, stored in files.tensors.items()}
+    common = max(set(dtypes.values()), key=list(dtypes.values()).count)
+    return {"": common, **{name: dtype for name, dtype in dtypes.items() if dtype != common}}
+
+
+def write_weights(
+    folder: Path,
+    family: Family,
+    config: ModelConfig,
+    params: Params,
+    dtypes: dict[str, str],
+    max_shard_bytes: int,
+    tick: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes `params`, in the layout of `config`, as one file or as shards with an index.
+
+    dtypes: as stored_dtypes gives; a float32 that came from a narrower type goes back without loss.
+    """
+    targets = targets_of(config, family, dtypes)
+    shards = _shards({name: target.nbytes for name, target in targets.items()}, max_shard_bytes)
+    leaves = jax.tree.leaves(params)
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in shard:
+            tensors[name] = assemble(targets[name], leaves, config)
+            placed[name] = file
+            tick(targets[name].nbytes)
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ConfigError(f"{folder / file} can't be written: {error}") from None
+    if len(shards) > 1:
+        total = sum(target.nbytes for target in targets.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def weight_bytes(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> int:
+    """Bytes that write_weights will write."""
+    return sum(target.nbytes for target in targets_of(config, family, dtypes).values())
+
+
+def targets_of(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dict[str, Target]:
+    """Each tensor of a published model, in the order of the layers. dtypes: as stored_dtypes gives."""
+
+    def target(name: str, sources: list[Source]) -> Target:
+        part = sources[0].part
+        stored = dtypes.get(name) or dtypes.get(part.other_name) or dtypes[""]
+        dtype = np.dtype(DTYPES[stored])
+        return Target(sources, part.piece.shape(part.shape, config), dtype)
+
+    return {name: target(name, sources) for name, sources in _sources(config, family).items()}
+
+
+def _sources(config: ModelConfig, family: Family) -> dict[str, list[Source]]:
+    """What each tensor is put together from, in the order of the layers."""
+    table = family.table(config)
+    sources: dict[str, list[Source]] = {}
+
+    def add(leaf: int, index: tuple[int, ...], parts: Part | list) -> None:
+        if isinstance(parts, Part):
+            sources.setdefault(parts.name, []).append(Source(leaf, index, parts))
+        else:
+            for i, part in enumerate(parts):
+                add(leaf, (*index, i), part)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config))
+    for leaf, (path, abstract) in enumerate(flat):
+        add(leaf, (), parts_of(config, table, path_name(path), abstract.shape))
+    return dict(sorted(sources.items(), key=lambda item: _natural(item[0])))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
+
+
+def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Names in order, as many a shard as fit; a tensor that is larger has a shard of its own."""
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def assemble(target: Target, leaves: list[jax.Array], config: ModelConfig) -> np.ndarray:
+    """A tensor of the parameters' leaves."""
+    raw = np.empty(target.shape, target.dtype)
+    for source in target.sources:
+        piece = source.part.piece
+        view = piece.view(raw, source.part.shape, config)
+        values = np.asarray(narrowed(leaves[source.leaf][source.index], target.dtype))
+        order = piece.order_of(config)
+        if order is None:
+            view[...] = values
+        else:
+            view[..., order] = values
+    return raw

@@ -1,0 +1,320 @@
+"""Streams a published folder's weights onto devices: each shard of each parameter is read from the mapped file by
+itself, and forgotten by the host before the next one but one is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import mmap
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from isthmus.errors import ConfigError
+from isthmus.model.config import ModelConfig
+from isthmus.model.transformer import Params, abstract_params, kept_dtype
+from isthmus.model.weights.huggingface.families import Family
+from isthmus.model.weights.huggingface.files import WeightFiles
+from isthmus.model.weights.huggingface.tensors import Piece, Table, as_stored
+from isthmus.model.weights.huggingface.whole import Kept, kept_matrix, read_whole
+from isthmus.model.weights.packing import matrix_inputs
+
+Tick = Callable[[int], None]
+"""Called with the bytes read since the last call."""
+Keep = Callable[[tuple[str, ...], jax.Array], Any]
+"""(path, parameter) to what takes its place."""
+
+READERS = 2
+"""Parameters that are read at once."""
+
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Constants that old folders store."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of the file(s) that a parameter, or a slice [index] of it along leading axes, comes from."""
+
+    name: str
+    piece: Piece
+    shape: tuple[int, ...]
+    """Of the parameter's slice"""
+    other_name: str = ""
+    """Of the array, or the first of them, in files that keep it otherwise"""
+
+
+def parts_of(config: ModelConfig, table: Table, path: str, shape: tuple[int, ...]) -> Part | list:
+    """What the parameter at `path` ("blocks/0-3/mlp/up/kernel" in the stacked layout, "blocks/0/…" in the other) is
+    made of: a part, or a list of them along its leading axis."""
+    if not path.startswith("blocks/"):
+        return Part(table[path].name, table[path], shape)
+    _, run, rest = path.split("/", 2)
+    first, _, last = run.partition("-")
+    if last:
+        layers = range(int(first), int(last) + 1)
+        return [_layer_parts(config, table, layer, rest, shape[1:]) for layer in layers]
+    return _layer_parts(config, table, int(first), rest, shape)
+
+
+def _layer_parts(config: ModelConfig, table: Table, layer: int, path: str, shape: tuple[int, ...]) -> Part | list:
+    piece = table[f"blocks/{path}"] if f"blocks/{path}" in table else table[f"sparse/{path}"]
+    if config.layer_kind(layer).sparse and f"sparse/{path}" in table:
+        piece = table[f"sparse/{path}"]
+    other = piece.otherwise.name.format(layer=layer, expert=0) if piece.otherwise else ""
+    if not piece.by_expert:
+        return Part(piece.name.format(layer=layer), piece, shape, other)
+    names = [piece.name.format(layer=layer, expert=expert) for expert in range(shape[0])]
+    return [Part(name, piece, shape[1:], other) for name in names]
+
+
+def leaves_of(parts: Part | list) -> Iterator[Part]:
+    if isinstance(parts, Part):
+        yield parts
+    else:
+        for part in parts:
+            yield from leaves_of(part)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as "blocks/0/mlp/up/kernel"."""
+    return "/".join(entry.key for entry in path)
+
+
+def load_params(
+    files: WeightFiles,
+    family: Family,
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: str | None = None,
+    tick: Tick = lambda _: None,
+    keep: Keep = lambda _, array: array,
+    whole: Mapping[tuple[str, ...], Kept] | None = None,
+) -> Params:
+    """The parameters of a published model, sharded over `mesh`, in the layout that `config` asks for.
+
+    dtype: what to keep matrices in (see kept_dtype); None is float32. keep: what to keep of each as soon as it is read,
+    so that a model needn't fit into memory before it is made smaller; called from several threads. whole: the matrices
+    that stay the integers that they are in the files, of `whole_matrices`.
+
+    Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
+    that are not finite.
+    """
+    abstract = abstract_params(config, mesh)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    table = as_stored(family.table(config), files.tensors)
+    plan = [parts_of(config, table, path_name(path), leaf.shape) for path, leaf in flat]
+    check_tensors(files, config, plan)
+
+    def read(parts: Part | list, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        names = sorted({part.name for part in leaves_of(parts)})
+        for name in names:
+            files.advise(name, mmap.MADV_WILLNEED)
+        keys = tuple(entry.key for entry in path)
+        array: Any
+        if whole and keys in whole:
+            array = read_whole(files, whole[keys], mesh)
+        else:
+            array = _place(files, config, parts, leaf, np.dtype(kept_dtype(path, dtype)))
+        for name in names:
+            files.advise(name, mmap.MADV_DONTNEED)
+        tick(sum(files.tensors[name].nbytes for name in names))
+        return keep(keys, array)
+
+    # Two at a time: while one is turned in memory, the other comes from the disk.
+    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
+        todo = [readers.submit(read, parts, path, leaf) for parts, (path, leaf) in zip(plan, flat, strict=True)]
+        try:
+            return jax.tree.unflatten(treedef, [each.result() for each in todo])
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[tuple[str, ...], Kept]:
+    """By their paths in the unstacked layout, the matrices that are published as integers which a format of ours holds
+    exactly. Raises ConfigError."""
+    found: dict[tuple[str, ...], Kept] = {}
+    config = dataclasses.replace(config, scan_layers=False)
+    shapes = {
+        tuple(entry.key for entry in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
+    }
+    table = as_stored(family.table(config), files.tensors)
+    for path, inputs in matrix_inputs(config).items():
+        part = parts_of(config, table, "/".join(path), shapes[path])
+        if not isinstance(part, Part) or part.name not in files.tensors or "router" in path:
+            continue
+        if files.tensors[part.name].shape != part.piece.shape(part.shape, config):
+            continue
+        view = partial(_whole, config, part)
+        if kept := kept_matrix(files, part.name, view, part.shape, inputs, turned=path == ("embedding",)):
+            found[path] = kept
+    return found
+
+
+def _whole(config: ModelConfig, part: Part, raw: np.ndarray) -> np.ndarray:
+    view, order = part.piece.view(raw, part.shape, config), part.piece.order_of(config)
+    return view if order is None else np.take(view, order, axis=-1)
+
+
+def check_size(files: WeightFiles, config: ModelConfig) -> None:
+    """Raises ConfigError where what describes the model speaks of more than the files hold, before anything of that
+    size is made."""
+    layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
+    if config.layers > len(layers):
+        raise ConfigError(f"{files.folder}: {files.says} says num_hidden_layers={config.layers}, and the files hold "
+                          f"{len(layers)} layers")  # fmt: skip
+    held = sum(math.prod(stored.shape) for stored in files.tensors.values())
+    if config.parameters > 2 * held:  # for what is nearly right, check_tensors names the tensor
+        raise ConfigError(
+            f"{files.folder}: {files.says} makes a model of {config.parameters:,} parameters, and the files hold "
+            f"{held:,}: {_first_difference(files, config)}"
+        )
+
+
+def _first_difference(files: WeightFiles, config: ModelConfig) -> str:
+    shape = (config.vocab_size, config.dim)
+    found = files.tensors.get("model.embed_tokens.weight")
+    if found is not None and found.shape != shape:
+        return f"model.embed_tokens.weight is {list(found.shape)}, and {files.says} makes it {list(shape)}"
+    return "one of its sizes is too large"
+
+
+def check_tensors(files: WeightFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
+    """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
+    wanted: set[str] = set()
+    for parts in plan:
+        for part in leaves_of(parts):
+            wanted.add(part.name)
+            if part.name not in files.tensors:
+                raise ConfigError(f"{files.folder}: the tensor {part.name} is missing{_hint(part.name)}")
+            shape, found = part.piece.shape(part.shape, config), files.tensors[part.name].shape
+            if found != shape:
+                raise ConfigError(
+                    f"{files.folder}: {part.name} has the shape {list(found)}, and {files.says} makes it {list(shape)}"
+                )
+    for name in sorted(set(files.tensors) - wanted):
+        if not _may_be_left(files, config, name):
+            raise ConfigError(f"{files.folder}: the tensor {name} is no part of this architecture")
+
+
+def _hint(name: str) -> str:
+    if name != "lm_head.weight":
+        return ""
+    return "; if the head is the embedding, set tie_word_embeddings to true in config.json"
+
+
+def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
+    if _IGNORED.search(name) or files.means_nothing(name):
+        return True
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and config.latent.rank and int(layer[1]) == config.layers:
+        return True  # DeepSeek-V3's layer for predicting two tokens at once, which ordinary inference leaves out
+    if name == "lm_head.weight" and config.tie_embeddings:
+        embedding = "model.embed_tokens.weight"
+        same = embedding in files.tensors and np.array_equal(files.array(name), files.array(embedding))
+        if not same:
+            raise ConfigError(
+                f"{files.folder}: the head is the embedding (tie_word_embeddings is true), but the files hold an "
+                f"{name} that differs from {embedding}: set tie_word_embeddings to false in config.json to use it, as "
+                "transformers does, or delete the tensor"
+            )
+        return True
+    return False
+
+
+def _place(
+    files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
+) -> jax.Array:
+    """The parameter on its devices, each shard read by itself."""
+    by_index: dict[tuple, list[jax.Device]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        if device.process_index == jax.process_index():
+            key = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+            by_index.setdefault(key, []).append(device)
+    shards = []
+    for key, devices in by_index.items():
+        host = _fetch(files, config, parts, dtype, tuple(slice(*bounds) for bounds in key))
+        # The next one is written over this one's memory.
+        shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _fetch(
+    files: WeightFiles, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """The part of a parameter that `index` says, in `dtype`: a view, with its axes turned, of an array that has them in
+    the file's order. So the host copies at memory's speed, and JAX's transfer, which turns axes best, does it once.
+
+    Valid until the next call on this thread.
+    """
+    lead, chosen = _chosen(parts, index)
+    order = chosen[0][0].piece.order_of(config)
+    views = (_view(files, config, part, cut, dtype) for part, cut in chosen)  # one at a time: each may be decoded
+    first = next(views)
+    axes = tuple(sorted(range(first.ndim), key=lambda axis: -first.strides[axis]))  # as they lie in memory
+    wide = [axis for axis in axes if first.shape[axis] > 1]  # an axis of size 1 turns nothing in memory
+    turned = wide != sorted(wide)
+    shape = (*lead, *(first.shape[axis] for axis in axes))
+    if turned and not lead and first.dtype == dtype:
+        stored = first.transpose(axes)
+    else:
+        # What isn't turned may be taken as it is by the device, and live on in it: it needs memory of its own.
+        stored = _scratch(shape, dtype) if turned else np.empty(shape, dtype)
+        for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), chain((first,), views), strict=True):
+            np.copyto(target, view.transpose(axes), casting="unsafe")
+    if order is not None:
+        stored = np.take(stored, order[index[-1]], axis=len(lead) + axes.index(len(axes) - 1))
+    return stored.transpose(*range(len(lead)), *(len(lead) + axes.index(axis) for axis in range(len(axes))))
+
+
+def _chosen(parts: Part | list, index: tuple[slice, ...]) -> tuple[tuple[int, ...], list[tuple[Part, tuple]]]:
+    """What `index` leaves of a list of parts: the leading shape, and each part with what it leaves of that."""
+    if isinstance(parts, Part):
+        return (), [(parts, index)]
+    found = [_chosen(part, index[1:]) for part in parts[index[0]]]
+    return (len(found), *found[0][0]), [each for _, chosen in found for each in chosen]
+
+
+def _view(files: WeightFiles, config: ModelConfig, part: Part, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """What `index` leaves of a part, its last axis whole where it is yet to be put in order. Raises ConfigError for
+    numbers that are not finite."""
+    piece = part.piece
+    cut = index if piece.order is None else (*index[:-1], slice(None))
+    view = files.read(part.name, lambda raw: piece.view(raw, part.shape, config)[cut], dtype)
+    if not _finite(view.transpose(sorted(range(view.ndim), key=lambda axis: -view.strides[axis]))):
+        raise ConfigError(f"{files.folder}: {part.name} holds numbers that are not finite")
+    return view
+
+
+_THREAD = threading.local()
+
+
+def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory of this thread's, used again and again: new pages cost more than what is written to them."""
+    size = math.prod(shape) * dtype.itemsize
+    if getattr(_THREAD, "memory", np.empty(0, np.uint8)).nbytes < size:
+        _THREAD.memory = np.empty(size, np.uint8)
+    memory: np.ndarray = _THREAD.memory[:size]
+    return memory.view(dtype).reshape(shape)
+
+
+_EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F800000}, 8: {"float64": 0x7FF << 52}}
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether no exponent is all ones: four times as fast as isfinite, which ml_dtypes computes number by number."""
+    bits = array.view(f"u{array.dtype.itemsize}")
+    mask = bits.dtype.type(_EXPONENT[array.dtype.itemsize][array.dtype.name])
+    rows = max(1, (1 << 19) // max(1, bits[:1].size)) if bits.ndim else 1
+    if bits.ndim == 0:
+        return bool((bits & mask) != mask)
+    return all(((bits[i : i + rows] & mask) != mask).all() for i in range(0, len(bits), rows))

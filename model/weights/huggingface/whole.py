@@ -1,0 +1,73 @@
+"""Which matrices of a published model are integers that our own formats hold exactly, and these integers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from isthmus.model.ops.quantized import Quantized, from_integers
+from isthmus.model.weights.huggingface.files import Exact, View, WeightFiles
+from isthmus.model.weights.quantization import Format
+
+
+class Kept(NamedTuple):
+    """A matrix that stays integers."""
+
+    name: str
+    """Of the tensor that it is outputs of"""
+    exact: Exact
+    outputs: np.ndarray
+    """Which of the tensor's each of the matrix's is"""
+
+    @property
+    def kind(self) -> str:
+        """As a rule of model/weights/quantization.py names it."""
+        return Format(self.exact.bits, self.exact.group, rotated=False, scales=self.exact.scales).kind
+
+
+def kept_matrix(
+    files: WeightFiles, name: str, view: View, shape: tuple[int, ...], inputs: int, *, turned: bool
+) -> Kept | None:
+    """What a parameter of `shape` that is view(a tensor) is made of, where it is outputs of it with all their inputs in
+    order, and integers. inputs: of the matrix; turned: whether they are the parameter's last axis."""
+    held = files.tensors[name].shape
+    axes = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == inputs), None)
+    if len(held) != 2 or held[1] != inputs or (axes is None and not turned) or (exact := files.exact(name)) is None:
+        return None
+    rows, columns = (_indices(view, held, axis) for axis in range(2))
+    if turned:
+        outputs, order = rows[..., 0].reshape(-1), columns[(0,) * (len(shape) - 1)]
+    else:
+        assert axes is not None
+        outputs = rows[(0,) * axes].reshape(-1)
+        order = columns[(slice(None),) * axes + (0,) * (len(shape) - axes)].reshape(-1)
+    return Kept(name, exact, outputs) if np.array_equal(order, np.arange(inputs)) else None
+
+
+def _indices(view: View, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    indices = np.arange(shape[axis])
+    return view(np.broadcast_to(indices[:, None] if axis == 0 else indices, shape))
+
+
+def _turned_by_xla(matrix: np.ndarray) -> jax.Array:
+    """The same; numpy would turn what lies outputs first byte by byte."""
+    return jnp.asarray(matrix) if matrix.flags.c_contiguous else jnp.asarray(np.ascontiguousarray(matrix.T)).T
+
+
+def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
+    """The matrix, split along its outputs where the devices divide them. Raises ConfigError for scales that are not
+    finite."""
+    found = files.integers(kept.name)
+    chosen: slice | np.ndarray = kept.outputs
+    if np.array_equal(kept.outputs, np.arange(found.values.shape[1])):
+        chosen = slice(None)
+    values, scales = (_turned_by_xla(array[:, chosen]) for array in (found.values, found.scales))
+    made = from_integers(values, scales, kept.exact.bits, kept.exact.group)
+    split = "tp" if len(kept.outputs) % mesh.shape["tp"] == 0 else None
+    sharding = NamedSharding(mesh, PartitionSpec(None, split))
+    return jax.block_until_ready(jax.tree.map(lambda array: jax.device_put(array, sharding), made))

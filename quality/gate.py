@@ -1,0 +1,126 @@
+"""The gate of `isthmus convert --quantize`: it compares what was written with the original, and lets it pass or not."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from isthmus.model.device.memory import release_heap
+from isthmus.model.process.cleaning import temporary_folder
+from isthmus.model.process.progress import Stages
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.quality import compare as quality
+from isthmus.quality.compare import KeptPredictions, bounds, cost, described, passes, undecided
+from isthmus.quality.costs import MeasuredCost
+from isthmus.quality.divergence import Quality
+from isthmus.quality.suggest import coarsest, rules_of, suggestion
+from isthmus.quality.texts import TextConfig
+from isthmus.serve.engine.build import open_model
+
+Write = Callable[[Sequence[str], Path], None]
+"""Makes the original's integers by rules, into a folder that is there"""
+
+
+class QualityError(RuntimeError):
+    """A quantized model too far from the original."""
+
+
+@dataclass(frozen=True)
+class GateConfig(TextConfig):
+    serve_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compare a quantized model as `isthmus serve --dtype` runs it; the original runs in float32"""
+    cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
+    """Compare a quantized model as --engine.cache-dtype keeps keys and values; the original's are float32"""
+    suggest: bool = True
+    """Where a quantized model is refused, try others until one is not, which takes as long again for each"""
+    force: bool = False
+    """Write a quantized model however far it is from the original"""
+
+
+@dataclass(frozen=True)
+class Gate:
+    config: GateConfig
+    original: ModelFolder
+    windows: np.ndarray
+    """int32[windows, size]: of the text that is compared"""
+    kept: KeptPredictions
+    """The original's predictions of them"""
+    folder: Path
+    shown: Stages
+    console: Console
+
+    def write(self, quantize: str, write: Write) -> None:
+        """Writes the model by a scheme or rules into the folder, with quality.json. Raises QualityError when its means
+        are outside of the bounds, and it is not forced."""
+        rules = rules_of(quantize)
+        bits = coarsest(self.original.config, rules)
+        found = self._measure(rules, self.folder, write)
+        self._say(quantize, found)
+        if undecided(found, bits):
+            doubt = f"{quantize}: its interval reaches over the bounds, {bounds(bits)}; more --windows narrow it"
+            self.console.print(doubt, style="yellow", markup=False)
+        if not passes(found, bits) and not self.config.force:
+            instead = self._instead(rules, write)
+            raise QualityError(f"{quantize} moves this model too far: the bounds are {bounds(bits)}; {instead}")
+        self._cost(quantize, found).save(self.folder)
+
+    def _measure(self, rules: Sequence[str], folder: Path, write: Write, most: int | None = None) -> Quality:
+        write(rules, folder)
+        release_heap()
+        windows = self.windows[:most]
+        comparing = self.shown.begin("comparing with the original", len(windows), "windows")
+        served = open_model(folder, self.config.serve_dtype)
+        return quality.compare(self.kept, served, self.config.cache_dtype, windows, comparing.advance)
+
+    def _instead(self, refused: Sequence[str], write: Write) -> str:
+        """What the refusal advises."""
+        force = "--force writes it all the same"
+        if not self.config.suggest:
+            return force
+
+        def measure(rules: Sequence[str], most: int | None) -> Quality:
+            with temporary_folder("attempt-", self.folder) as folder:
+                return self._measure(rules, folder, write, most)
+
+        found = suggestion(self.original.config, refused, measure, self._say)
+        if found is None:
+            return f"nothing else that was tried would pass, {force}"
+        name, its = found
+        return f"--quantize '{name}' would pass: {described(its)}; {force}"
+
+    def _say(self, quantize: str, found: Quality) -> None:
+        self.console.print(f"{quantize}: {described(found)}", highlight=False, markup=False)
+
+    def _cost(self, quantize: str, found: Quality) -> MeasuredCost:
+        config = self.config
+        dtype = open_model(self.folder, config.serve_dtype).config.dtype
+        return MeasuredCost(
+            **vars(cost(found, dtype, dtype if config.cache_dtype == "model" else config.cache_dtype)),
+            quantize=quantize,
+            source=", ".join(config.text) or "Python's documentation",
+            perplexity=found.perplexity,
+            original_perplexity=found.base_perplexity,
+            windows=found.windows,
+            platform=jax.default_backend(),
+            date=datetime.date.today().isoformat(),
+        )
+
+
+@contextlib.contextmanager
+def opened(
+    config: GateConfig, original: ModelFolder, windows: np.ndarray, folder: Path, shown: Stages, console: Console
+) -> Iterator[Gate]:
+    """The gate before `folder`, once the original has predicted int32[windows, size]. original: unstacked, without
+    adapters of its own. Raises ConfigError when the folder's disk has no room for the predictions."""
+    predicting = shown.begin("predicting with the original", len(windows), "windows")
+    with quality.original_kept(original.with_config(dtype="float32"), windows, folder, predicting.advance) as kept:
+        release_heap()
+        yield Gate(config, original, windows, kept, folder, shown, console)

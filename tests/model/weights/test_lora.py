@@ -1,0 +1,220 @@
+"""Adapters: what they compute, how they lie in a tree, and which settings are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh
+
+from isthmus.errors import ConfigError
+from isthmus.model.block import Block
+from isthmus.model.config import LatentConfig, LoraConfig, MixtureConfig, ModelConfig
+from isthmus.model.layers import Linear
+from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
+from isthmus.model.transformer import Params, abstract_params, init_params, stack_blocks, stacked, unstack_blocks
+from isthmus.model.weights.lora import is_adapter, join, merge, split
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.request import Request, SamplingParams
+from tests.serve.engine.harness import Arrival, play
+from tests.support import TINY, forward, next_tokens, on_host, random_params, relative_error
+
+EVERYTHING = r"attention/(query_down|query|latent|out)|mlp/(shared/)?(gate|up|down)"
+"""What can be adapted in every network, with latent attention or without."""
+LORA = LoraConfig(3, 5.0)
+LATENT = dataclasses.replace(
+    TINY,
+    layers=3,
+    kv_heads=1,
+    head_dim=16,
+    latent=LatentConfig(rank=8, query_rank=12, rope_dim=8, nope_dim=6, value_dim=10),
+    mixture=MixtureConfig(experts=4, dim=8, shared_dim=16, dense_layers=(0,)),
+    lora=dataclasses.replace(LORA, targets=EVERYTHING),
+)
+ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16)
+NETWORKS = {
+    "dense": dataclasses.replace(TINY, lora=LORA),
+    "with biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, qk_norm="head", lora=LORA),
+    "attention alone": dataclasses.replace(TINY, lora=LoraConfig(2, 3.0, "attention/.*")),
+    "latent attention, shared expert": LATENT,
+}
+
+
+def some_tokens(config: ModelConfig, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, config.vocab_size, (2, 20)).astype(np.int32)
+
+
+def without(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, lora=LoraConfig())
+
+
+def assert_same(got: Any, want: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, on_host(got), on_host(want))
+
+
+# what they compute
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_adapter_is_a_change_of_the_kernel(name: str, tp: int) -> None:
+    """A merged model that answers otherwise than the trained one would waste the training."""
+    config, mesh = NETWORKS[name], build_mesh(MeshShape(tp=tp))
+    params, tokens = random_params(config, mesh), some_tokens(config)
+    with use_mesh(mesh):
+        adapted = forward(config, params, tokens)
+        merged = forward(*merge(config, params), tokens)
+        plain = forward(without(config), split(params)[0], tokens)
+    assert relative_error(adapted, merged) <= 5e-6
+    assert relative_error(adapted, plain) > 0.1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scanned_adapters_are_the_unrolled_ones(name: str, mesh: Mesh) -> None:
+    """What is trained under a scan is served unrolled, merged or not."""
+    config = NETWORKS[name]
+    params, tokens = random_params(config, mesh), some_tokens(config)
+    want = forward(config, params, tokens)
+    stack = stack_blocks(params)
+    assert relative_error(forward(stacked(config), stack, tokens), want) <= 1e-6
+    merged_config, merged = merge(stacked(config), stack)
+    assert merged_config == without(stacked(config))
+    assert relative_error(unstack_blocks(merged), merge(config, params)[1]) <= 1e-6
+
+
+def test_an_adapter_is_born_beside_the_same_model(mesh: Mesh) -> None:
+    """What else a model starts from must not depend on whether it has adapters; and b starts as zeros, a doesn't."""
+    config = NETWORKS["dense"]
+    base, adapters = split(init_params(config, 4, mesh))
+    assert_same(base, init_params(without(config), 4, mesh))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
+        assert bool(leaf.any()) == (path[-1].key == "lora_a")
+
+
+def zero_b(params: Params) -> Params:
+    """The same parameters with adapters that add nothing yet."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * 0 if path[-1].key == "lora_b" else leaf, params)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_new_adapter_changes_no_bit(name: str, dtype: Any, mesh: Mesh) -> None:
+    """Training starts from the base model's own answers. Operation by operation: XLA may round two programs apart."""
+    config = dataclasses.replace(NETWORKS[name], dtype=dtype)
+    params, tokens = zero_b(random_params(config, mesh)), some_tokens(config)
+    with jax.disable_jit():
+        got, want = forward(config, params, tokens), forward(without(config), split(params)[0], tokens)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_engine_serves_the_adapted_model(tp: int) -> None:
+    """Served with its adapter, split over devices or not, a model gives the text that it was trained to."""
+    config, mesh = NETWORKS["with biases"], build_mesh(MeshShape(tp=tp))
+    params = random_params(config, mesh)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(90) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
+    requests = [Request(f"{i}", prompt, SamplingParams(temperature=0), 16) for i, prompt in enumerate(prompts)]
+    executor = Executor(config, ENGINE.resolve(config), params, mesh, 90)
+    executor.compile()
+    play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
+    sequences, single = [request.tokens for request in requests], on_host(params)
+    adapted = next_tokens(config, single, sequences, 90)
+    plain = next_tokens(without(config), split(single)[0], sequences, 90)
+    for request, row, other in zip(requests, adapted, plain, strict=True):
+        part = slice(len(request.prompt) - 1, len(request.tokens) - 1)
+        assert request.completion == row[part].tolist(), request.id
+        assert request.completion != other[part].tolist(), "the adapter decides nothing"
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("donate", [False, True])
+def test_merging_keeps_dtype_and_sharding(scan_layers: bool, donate: bool) -> None:
+    """A merged model that lands on one device, or in float32, may not fit where the model did."""
+    mesh = build_mesh(MeshShape(fsdp=2, tp=2))
+    config = dataclasses.replace(NETWORKS["dense"], scan_layers=scan_layers)
+    exact = random_params(config, mesh)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype("float32" if is_adapter(path) else "bfloat16"), exact
+    )
+    want = jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), split(params)[0])
+    inside = on_host(jax.jit(lambda params: merge(config, params)[1])(params))
+    merged = merge(config, params, donate=donate)[1]
+    assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), merged) == want
+    assert_same(merged, inside)
+    assert relative_error(merged, merge(config, exact)[1]) <= 0.01
+
+
+# in a tree
+
+
+def test_split_and_join_are_inverses(mesh: Mesh) -> None:
+    """Training holds the two apart; a leaf on the wrong side would be frozen, or trained and not stored."""
+    for config in NETWORKS.values():
+        params = abstract_params(config)
+        base, adapters = split(params)
+        assert base == abstract_params(without(config))
+        assert all(is_adapter(path) for path, _ in jax.tree_util.tree_leaves_with_path(adapters))
+        assert not any(is_adapter(path) for path, _ in jax.tree_util.tree_leaves_with_path(base))
+        assert join(base, adapters) == params
+        assert split(base) == (base, {})
+    _, adapters = split(abstract_params(NETWORKS["attention alone"]))
+    assert adapters.keys() == {"blocks"} and adapters["blocks"]["0"].keys() == {"attention"}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_projection_can_be_named(name: str) -> None:
+    """A projection that is in the block and not on the list could never be adapted, and nobody would be told."""
+    config = without(NETWORKS[name])
+    for kind in set(config.layer_kinds):
+        with nnx.use_eager_sharding(False):
+            block = nnx.eval_shape(lambda kind=kind: Block(config, kind, nnx.Rngs(0)))
+        found = {"/".join(path) for path, module in nnx.iter_modules(block) if isinstance(module, Linear)}
+        read_past = {"attention/key", "attention/value"} if config.latent.rank else set()
+        assert set(config.projections(kind)) == found - read_past - {"mlp/router/linear"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "match"),
+    [
+        (LoraConfig(-1), r"model\.lora\.rank.*-1"),
+        (LoraConfig(1, 0.0), r"model\.lora\.alpha=0"),
+        (LoraConfig(1, math.inf), r"model\.lora\.alpha=inf"),
+        (LoraConfig(1, targets="attention/("), r"model\.lora\.targets.*regular expression"),
+        (LoraConfig(1, targets="query"), r"model\.lora\.targets='query' matches none of attention/latent, .*mlp/gate"),
+        (LoraConfig(1, targets="mlp/router/linear"), r"model\.lora\.targets.*matches none"),
+        (LoraConfig(1, targets="attention/(query|key)"), r"model\.lora\.targets.*matches attention/key, which can't"),
+        (LoraConfig(1.5), r"model\.lora\.rank=1\.5 must be a whole number"),  # type: ignore[arg-type]
+        (LoraConfig(1, targets=3), r"model\.lora\.targets=3"),  # type: ignore[arg-type]
+    ],
+)
+def test_wrong_settings_are_named(lora: LoraConfig, match: str) -> None:
+    """A typing error must not become an adapter that nobody asked for, or none."""
+    with pytest.raises(ConfigError, match=match):
+        dataclasses.replace(LATENT, lora=lora).validate()
+
+
+def test_experts_alone_can_not_be_adapted() -> None:
+    """Where every MLP is experts, mlp/gate is nothing that could be adapted."""
+    mixture = MixtureConfig(experts=4, dim=8)
+    config = dataclasses.replace(TINY, mixture=mixture, lora=LoraConfig(1, targets="mlp/(gate|up|down)"))
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets.*experts and their router can't be adapted"):
+        config.validate()
+    dense_first = dataclasses.replace(config, mixture=dataclasses.replace(mixture, dense_layers=(0,)))
+    dense_first.validate()
+    assert split(abstract_params(dense_first))[1]["blocks"].keys() == {"0"}
+
+
+def test_settings_are_kept_in_json(tmp_path: Path) -> None:
+    """config.json is how a run, and a server, learn them."""
+    config = NETWORKS["attention alone"]
+    config.save(tmp_path / "config.json")
+    assert ModelConfig.load(tmp_path / "config.json") == config
