@@ -136,7 +136,7 @@ def test_an_adapter_run_leaves_an_adapter(adapter: Path, room: Path, mesh: Mesh)
 def test_a_killed_adapter_run_goes_on_as_if_it_had_not_been(adapter: Path, room: Path) -> None:
     """Its checkpoints hold no base: --resume reads that again from --init."""
     out = room / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "train", *words(room, "killed", *LORA)], env=os.environ)
+    process = subprocess.Popen([sys.executable, "-m", "isthmus", "train", *words(room, "killed", *LORA)], env=os.environ)
     deadline = time.monotonic() + 240
     while max((row["step"] for row in read_metrics(out)), default=0) < KILLED_AFTER:
         assert process.poll() is None and time.monotonic() < deadline
