@@ -27,7 +27,7 @@ from isthmus.model.weights.companions import copy_companions
 from isthmus.model.weights.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.model.weights.huggingface.coded.method import FIELD as CODED
-from isthmus.model.weights.huggingface.export import DTYPES_FILE, network_of, published_config, stored_dtypes
+from isthmus.model.weights.huggingface.export import DTYPES_FILE, published_config, stored_dtypes
 from isthmus.model.weights.huggingface.families import Family, read_config, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.quantization import SCHEMES, check_rules, formats, quantize_params, spelt_out
@@ -139,7 +139,7 @@ def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, sh
 
     family, values = _published(folder)
     dtypes = _dtypes(config.dtype, folder)
-    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    plain = folder.with_config(lora=LoraConfig())
     params = _read(plain, shown)
     writing = shown.begin("writing", weight_bytes(plain.config, family, dtypes))
     limit = int(config.max_shard_gb * 1e9)
@@ -159,7 +159,7 @@ def _to_gguf(config: ConvertConfig, folder: ModelFolder, console: Console) -> No
 
     family, values = _published(folder)
     architecture_name(values["model_type"])
-    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    plain = folder.with_config(lora=LoraConfig())
     try:
         with _appearing(config.target) as partial, stages(console) as shown:
             params = _read(plain, shown)
@@ -176,7 +176,7 @@ def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
         values = published_config(folder.config)
         return read_fields(Fields(values, kept))[0], values
     family, read = read_config(kept, folder.ignore_field)
-    if network_of(read) != network_of(folder.config):
+    if not read.computes_as(folder.config):
         raise ConfigError(f"{kept} describes another network than {folder.path / 'config.json'}")
     return family, read_json(kept)
 
@@ -192,7 +192,7 @@ def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
 
 
 def _to_isthmus(folder: ModelFolder, target: Path, shown: Stages) -> None:
-    plain = folder.with_config(lora=LoraConfig(), scan_layers=False)
+    plain = folder.with_config(lora=LoraConfig())
     _write_isthmus(plain, _read(plain, shown), target, shown)
 
 
@@ -202,7 +202,7 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
         raise ConfigError("quantize: a quantized model is written in our own layout; leave out --to huggingface")
     if folder.config.quantization:
         raise ConfigError(f"{config.source} is quantized already: convert the model that it was made from")
-    plain = folder.with_config(lora=LoraConfig(), scan_layers=False, remat="none")
+    plain = folder.with_config(lora=LoraConfig())
     if config.quantize not in SCHEMES:
         check_rules(plain.config, rules_of(config.quantize))
     fitted = any(chosen.bits < 8 for chosen in formats(plain.config, rules_of(config.quantize)).values())

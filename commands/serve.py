@@ -76,11 +76,13 @@ def announce(server: Server, console: Console) -> None:
     config, model, engine = server.config, server.session.model, server.session.engine
     assert engine is not None
     pages = engine.config.pages - 1
+    token_bytes = engine.config.kv_bytes_per_token(model.config, model.execution.dtype)
+    token_bytes = engine.config.kv_bytes_per_token(model.config, model.execution.dtype)
     console.print(
-        f"{model.name}: {model.config.parameters / 1e6:.1f}M parameters, {model.config.dtype}; "
+        f"{model.name}: {model.config.parameters / 1e6:.1f}M parameters, {model.execution.dtype}; "
         f"{len(engine.config.buckets)} programs in {engine.executor.compile_seconds:.1f} s, "
         f"warm-up {engine.executor.warmup_seconds:.1f} s; {pages} pages of {engine.config.page_size} tokens, "
-        f"{pages * engine.config.page_size * engine.config.kv_bytes_per_token(model.config) / 1e6:.0f} MB",
+        f"{pages * engine.config.page_size * token_bytes / 1e6:.0f} MB",
         highlight=False,
     )
     if reason := engine.executor.without_kernels:
@@ -100,7 +102,7 @@ def announce(server: Server, console: Console) -> None:
 
 def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:
     """What integers cost, and where that was measured."""
-    dtype = model.config.dtype
+    dtype = model.execution.dtype
     if model.config.quantization:
         if (cost := measured(model.path)) is None:
             yield f"what its integers cost isn't known: {model.path} has no {FILE} of isthmus convert's that says so"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS
+from isthmus.model.execution import PRESET_EXECUTIONS, Execution
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.train.config import DataConfig, TrainConfig
 from isthmus.train.files import described
@@ -82,7 +83,10 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     elif (name := _value(argv, "--preset")) is not None:
         if name not in PRESETS:
             raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
-        default = TrainConfig(preset=name, model=PRESETS[name], text=DataConfig().fitted(PRESETS[name].context_length))
+        model = PRESETS[name]
+        execution = PRESET_EXECUTIONS.get(name, Execution())
+        text = DataConfig().fitted(model.context_length)
+        default = TrainConfig(preset=name, model=model, execution=execution, text=text)
     config = tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
     # Repeated flags are laid after the default's, which a resumed run has already.
     return dataclasses.replace(config, ignore_field=tuple(dict.fromkeys(config.ignore_field)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from isthmus.model.config import LayerKind, ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.experts import Mixture
 from isthmus.model.layers import MLP, STREAM, Attend, Attention, Cache, LatentAttention, RMSNorm
 from isthmus.model.rotary import Angles
@@ -18,20 +19,20 @@ from isthmus.model.sharding import shard
 class Block(nnx.Module):
     """x + norm(attention(norm(x))), then the same with the MLP; config.norm_placement says which norms there are."""
 
-    def __init__(self, config: ModelConfig, kind: LayerKind, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, execution: Execution, kind: LayerKind, rngs: nnx.Rngs) -> None:
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
 
         def norm(wanted: bool, dtype: str) -> RMSNorm | None:
             offset = config.norm_offset
             return RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=offset, dtype=dtype) if wanted else None
 
-        self.attention_norm = norm(before, config.dtype)
+        self.attention_norm = norm(before, execution.dtype)
         self.attention = LatentAttention(config, rngs) if config.latent.rank else Attention(config, rngs)
         self.attention_out_norm = norm(after, STREAM)
-        self.mlp_norm = norm(before, config.dtype)
+        self.mlp_norm = norm(before, execution.dtype)
         self.mlp = Mixture(config, rngs) if kind.sparse else MLP(config, config.mlp_dim, rngs)
         self.mlp_out_norm = norm(after, STREAM)
-        self.experts, self.dtype = config.mixture.experts, config.dtype
+        self.experts, self.dtype = config.mixture.experts, execution.dtype
         for path in config.adapted(kind):
             attrgetter(path.replace("/", "."))(self).add_adapter(config.lora.rank, config.lora.alpha, rngs)
 

@@ -15,9 +15,10 @@ from isthmus.errors import ConfigError
 from isthmus.model.config_parts import MAX_LAYERS, LatentConfig, LayerKind, LoraConfig, MixtureConfig, RopeScaling
 from isthmus.model.process.files import read_json
 
-Dtype = Literal["float32", "bfloat16"]
-Remat = Literal["none", "dots", "full"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
+
+EXECUTION_FIELDS = ("dtype", "scan_layers", "remat")
+"""Fields of `isthmus.model.execution.Execution` that config.json held in older folders."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,6 @@ class ModelConfig:
     quantization: tuple[str, ...] = ()
     """Rules by which the folder's matrices are integers (model/weights/quantization.py); `isthmus convert --quantize`
     sets it"""
-    dtype: Dtype = "float32"
-    """Of activations and KV cache; parameters are trained in float32"""
-    scan_layers: bool = False
-    """One compiled body for all layers: compile time stops growing with depth (right on accelerators, slow on CPU)"""
-    remat: Remat = "none"
-    """What the backward pass computes again: nothing, everything but matmuls, or everything"""
 
     def validate(self) -> None:
         """Raises ConfigError when no such network exists."""
@@ -130,6 +125,22 @@ class ModelConfig:
                 f"model.lora.targets={self.lora.targets!r} matches none of {', '.join(known)} "
                 "(experts and their router can't be adapted)"
             )
+
+    def computes_as(self, other: ModelConfig) -> bool:
+        """Whether both are the same function of parameters and tokens, however it is spelt, adapters aside."""
+        return self.canonical() == other.canonical()
+
+    def canonical(self) -> ModelConfig:
+        """The one spelling of all configurations that compute the same."""
+        return dataclasses.replace(
+            self,
+            context_length=0,
+            lora=LoraConfig(),
+            windows=tuple(kind.window for kind in self.layer_kinds),
+            rope_pattern=tuple(kind.rope != "none" for kind in self.layer_kinds),
+            rotary_dim=self.rotated,
+            attention_scale=self.attention_scale or self.head_dim**-0.5,
+        )
 
     @property
     def rotated(self) -> int:
@@ -250,16 +261,16 @@ class ModelConfig:
         """FLOPs of a training step, causal attention counted as the half that is needed: 3x the forward pass."""
         return 3 * self.forward_flops(batch * seq, batch * seq * (seq + 1) // 2)
 
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of KV cache a token takes, all layers together."""
-        return self.layers * self.cache_heads * self.head_dim * (4 if self.dtype == "float32" else 2)
-
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
-        """The inverse of dataclasses.asdict, JSON's lists taken for tuples. Raises TypeError for an unknown field."""
+        """The inverse of dataclasses.asdict, JSON's lists taken for tuples. What older folders say of how the network
+        is executed or trained is passed over. Raises TypeError for an unknown field."""
+        fields = {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
+        if isinstance(mixture := fields.get("mixture"), dict):
+            fields["mixture"] = {name: value for name, value in mixture.items() if name != "correction_rate"}
         nested = {"rope_scaling": RopeScaling, "mixture": MixtureConfig, "latent": LatentConfig, "lora": LoraConfig}
         made = {name: kind(**_tuples(fields[name])) for name, kind in nested.items() if name in fields}
         return cls(**{**_tuples(fields), **made})
@@ -309,7 +320,7 @@ def _preset(dims: tuple[int, int, int, int, int, int], **fields: Any) -> ModelCo
     )
 
 
-_LARGE: dict[str, Any] = {"scan_layers": True, "dtype": "bfloat16", "rope_theta": 500000.0}
+_LARGE: dict[str, Any] = {"context_length": 4096, "vocab_size": 128256, "rope_theta": 500000.0}
 
 PRESETS: dict[str, ModelConfig] = {
     # nanoGPT's CPU recipe in this architecture: SwiGLU of 8/3 the width has the parameters of a 4x GELU.
@@ -317,16 +328,9 @@ PRESETS: dict[str, ModelConfig] = {
     "5m": _preset((256, 4, 4, 2, 64, 768), vocab_size=0, context_length=512),
     "25m": _preset((384, 8, 6, 3, 64, 1024), vocab_size=0, context_length=1024),
     "125m": _preset((768, 12, 12, 12, 64, 2048)),
-    "350m": _preset((1024, 24, 16, 8, 64, 2816), scan_layers=True, dtype="bfloat16"),
-    "1b": _preset((2048, 16, 32, 8, 64, 8192), vocab_size=128256, context_length=4096, remat="dots", **_LARGE),
-    "3b": _preset((3072, 28, 24, 8, 128, 8192), vocab_size=128256, context_length=4096, remat="full", **_LARGE),
-    "8b": _preset(
-        (4096, 32, 32, 8, 128, 14336),
-        vocab_size=128256,
-        context_length=8192,
-        remat="full",
-        tie_embeddings=False,
-        **_LARGE,
-    ),
+    "350m": _preset((1024, 24, 16, 8, 64, 2816)),
+    "1b": _preset((2048, 16, 32, 8, 64, 8192), **_LARGE),
+    "3b": _preset((3072, 28, 24, 8, 128, 8192), **_LARGE),
+    "8b": _preset((4096, 32, 32, 8, 128, 14336), **{**_LARGE, "context_length": 8192}, tie_embeddings=False),
 }
 """Sizes to start from, by their rough number of parameters: dim, layers, heads, kv_heads, head_dim, mlp_dim, …"""

@@ -86,8 +86,6 @@ class MixtureConfig:
     router_bias: bool = False
     correction: bool = False
     """A bias that decides who is chosen and not with what weight; training moves it instead of a loss (DeepSeek-V3)"""
-    correction_rate: float = 0.001
-    """How far it moves in a training step, towards experts with less than their share"""
 
     def validate(self, layers: int) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -110,8 +108,6 @@ class MixtureConfig:
             raise ConfigError("model.mixture.group_score=top2 needs groups of at least two experts")
         if not all(0 <= layer < layers for layer in self.dense_layers):
             raise ConfigError(f"model.mixture.dense_layers={self.dense_layers} names a layer that isn't there")
-        if not 0 <= self.correction_rate < math.inf:
-            raise ConfigError(f"model.mixture.correction_rate={self.correction_rate} must not be negative, and finite")
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from isthmus.model.config import MixtureConfig, ModelConfig
-from isthmus.model.layers import INIT_STD, MLP, Linear, parameter
+from isthmus.model.layers import MLP, Linear, zeros
 from isthmus.model.ops.gated import gated
 from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.parameter import INIT_STD, Role, parameter
 from isthmus.model.sharding import partition_spec
 
 
@@ -23,9 +24,12 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         mixture = config.mixture
-        self.linear = Linear({"embed": config.dim}, {"routes": mixture.experts}, rngs, bias=mixture.router_bias)
-        start = nnx.initializers.zeros
-        self.correction = parameter(rngs, (mixture.experts,), ("routes",), start) if mixture.correction else None
+        routes = {"routes": mixture.experts}
+        self.linear = Linear({"embed": config.dim}, routes, rngs, bias=mixture.router_bias, role=Role.ROUTER)
+        self.correction: nnx.Param | None = None
+        if mixture.correction:
+            start = nnx.initializers.zeros
+            self.correction = parameter(rngs, (mixture.experts,), ("routes",), Role.CORRECTION, initializer=start)
         self.mixture = mixture
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -151,9 +155,9 @@ class ExpertLinear(nnx.Module):
     ) -> None:
         sizes = {**experts, **inputs, **outputs}
         self.axes = tuple(sizes)
-        self.kernel = parameter(rngs, tuple(sizes.values()), self.axes, nnx.initializers.normal(std))
-        shape, axes = (*experts.values(), *outputs.values()), (*experts, *outputs)
-        self.bias = parameter(rngs, shape, axes, nnx.initializers.zeros) if bias else None
+        start = nnx.initializers.normal(std)
+        self.kernel = parameter(rngs, tuple(sizes.values()), self.axes, Role.EXPERTS, initializer=start)
+        self.bias = zeros(rngs, {**experts, **outputs}) if bias else None
 
     def bias_or_none(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]

@@ -21,6 +21,7 @@ from isthmus.model.ops.gated import gated
 from isthmus.model.ops.linear import linear, linears
 from isthmus.model.ops.norm import rms_norm
 from isthmus.model.ops.rotary import rotate
+from isthmus.model.parameter import INIT_STD, Role, parameter
 from isthmus.model.rotary import Angles
 from isthmus.model.sharding import shard
 
@@ -38,19 +39,6 @@ cache of None, serving attention over the paged cache.
 STREAM = "float32"
 """The residual stream's dtype: it is a sum over all layers, forwards and backwards."""
 
-INIT_STD = 0.02
-NORMAL = nnx.initializers.normal(INIT_STD)
-
-
-def parameter(
-    rngs: nnx.Rngs,
-    shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
-    initializer: Callable = NORMAL,
-) -> nnx.Param:
-    """A float32 parameter that knows its logical axes."""
-    return nnx.Param(initializer(rngs.params(), shape, jnp.float32), out_sharding=axes)
-
 
 class Linear(nnx.Module):
     """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's share)."""
@@ -64,12 +52,14 @@ class Linear(nnx.Module):
         bias: bool = False,
         std: float = INIT_STD,
         dtype: str | None = None,
+        role: Role = Role.MATRIX,
     ) -> None:
-        """dtype: of the output; None is the input's."""
+        """dtype: what the output is in; None is the input's. role: the kernel's."""
         shape = (*inputs.values(), *outputs.values())
         self.axes = (*inputs, *outputs)
-        self.kernel = parameter(rngs, shape, self.axes, nnx.initializers.normal(std))
-        self.bias = parameter(rngs, tuple(outputs.values()), tuple(outputs), nnx.initializers.zeros) if bias else None
+        contracted, start = math.prod(inputs.values()), nnx.initializers.normal(std)
+        self.kernel = parameter(rngs, shape, self.axes, role, inputs=contracted, initializer=start)
+        self.bias = zeros(rngs, outputs) if bias else None
         self.inputs, self.outputs = len(inputs), tuple(outputs.values())
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
@@ -81,8 +71,9 @@ class Linear(nnx.Module):
         since lora_b starts as zeros."""
         inputs, outputs = self.kernel.get_value().shape[: self.inputs], self.outputs
         start = nnx.initializers.normal(1 / math.sqrt(math.prod(inputs)))
-        a = parameter(rngs, (*inputs, rank), (*self.axes[: self.inputs], None), start)
-        b = parameter(rngs, (rank, *outputs), (None, *self.axes[self.inputs :]), nnx.initializers.zeros)
+        a_axes, b_axes = (*self.axes[: self.inputs], None), (None, *self.axes[self.inputs :])
+        a = parameter(rngs, (*inputs, rank), a_axes, Role.ADAPTER, initializer=start)
+        b = parameter(rngs, (rank, *outputs), b_axes, Role.ADAPTER, initializer=nnx.initializers.zeros)
         self.lora_a, self.lora_b = nnx.data(a), nnx.data(b)
         self.lora_scale = alpha / rank
 
@@ -107,8 +98,16 @@ def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
 
 
+def zeros(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
+    """A bias with these axes, which starts as zeros."""
+    return parameter(rngs, tuple(sizes.values()), tuple(sizes), Role.VECTOR, initializer=nnx.initializers.zeros)
+
+
 class HeadLinear(Linear):
     """A Linear whose kernel is multiplied head by head: an einsum's operand, always a plain array."""
+
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], rngs: nnx.Rngs) -> None:
+        super().__init__(inputs, outputs, rngs, role=Role.HEADS)
 
     def per_head(self, equation: str, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -123,7 +122,7 @@ class RMSNorm(nnx.Module):
     ) -> None:
         """dtype: of the output; None is the input's."""
         start = nnx.initializers.constant(1 - offset)
-        self.scale = parameter(rngs, (size,), (axis,), start)
+        self.scale = parameter(rngs, (size,), (axis,), Role.VECTOR, initializer=start)
         self.eps, self.offset, self.dtype = eps, offset, dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -143,7 +142,7 @@ class Attention(nnx.Module):
         self.out = Linear(heads, embed, rngs, bias=config.attention_out_bias, std=out_std, dtype=STREAM)
         self.query_norm = self._norm(config, config.heads, rngs)
         self.key_norm = self._norm(config, config.kv_heads, rngs)
-        self.sinks = parameter(rngs, (config.heads,), ("heads",)) if config.attention_sinks else None
+        self.sinks = parameter(rngs, (config.heads,), ("heads",), Role.VECTOR) if config.attention_sinks else None
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.soft_cap = config.attention_soft_cap
         self.whole = config.qk_norm == "projection"

@@ -1,19 +1,20 @@
 """The network: embed → blocks → norm → head. Training and serving run this same code; read it first.
 
-Outside this room parameters are a nested dict of arrays (`Params`), so that a step is a pure function of it; `bind`
-gives back the module inside a traced function. Under "blocks" lies either a dict a run of layers that are built alike,
-named "first-last", whose arrays have a leading layer axis (**stacked**: what a checkpoint holds and `lax.scan` runs
-over) or a dict a layer, by index (**unstacked**). Most networks are a single run; DeepSeek's dense first layers are one
-of their own.
+Outside this room parameters are a dict from paths to arrays (`Params`), so that a step is a pure function of it; `bind`
+gives back the module inside a traced function. A path is spelt "blocks/3/attention/query/kernel": of layer 3, in the
+**unstacked** layout. In the **stacked** one, which a checkpoint holds and `lax.scan` runs over, layers that are built
+alike share an array with a leading axis of layers, and its path names the first and the last of them:
+"blocks/0-11/attention/query/kernel". Most networks are a single run of such layers; DeepSeek's dense first layers are
+one of their own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,28 +24,34 @@ from jax.sharding import Mesh
 
 from isthmus.model.block import Block
 from isthmus.model.config import LayerKind, ModelConfig
-from isthmus.model.device.compilation import same_bits
-from isthmus.model.layers import STREAM, Attend, Cache, RMSNorm, parameter
-from isthmus.model.ops.linear import linear, lookup, unembed
+from isthmus.model.execution import Execution
+from isthmus.model.layers import STREAM, Attend, Cache, RMSNorm
+from isthmus.model.ops.linear import linear, lookup, unembed, unpacked
+from isthmus.model.parameter import Role, Spec, parameter
 from isthmus.model.rotary import Angles, rotary_angles
-from isthmus.model.sharding import named_sharding, shard, use_mesh
+from isthmus.model.sharding import named_sharding, shard
 
 Params = dict[str, Any]
+"""Parameters by their paths, or what stands for them: arrays, integers, packed matrices, shapes"""
 
 
 class Transformer(nnx.Module):
     """A decoder-only transformer; ModelConfig says of which family."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.config = config
-        table = (config.vocab_size, config.dim)
-        self.embedding = parameter(rngs, table, ("vocab", "embed"))
-        if config.scan_layers:
-            self.blocks = nnx.Dict({run_name(run): _stacked_blocks(config, run, rngs) for run in runs(config)})
+    def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
+        self.config, self.execution = config, execution
+        dim, dtype = config.dim, execution.dtype
+        table = (config.vocab_size, dim)
+        self.embedding = parameter(rngs, table, ("vocab", "embed"), Role.EMBEDDING, inputs=dim)
+        if execution.scan_layers:
+            blocks = {run_name(run): _stacked_blocks(config, execution, run, rngs) for run in runs(config)}
+            self.blocks = nnx.Dict(blocks)
         else:
-            self.blocks = nnx.List([Block(config, kind, rngs) for kind in config.layer_kinds])
-        self.norm = RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=config.dtype)
-        self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], ("embed", "vocab"))
+            self.blocks = nnx.List([Block(config, execution, kind, rngs) for kind in config.layer_kinds])
+        self.norm = RMSNorm(dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=dtype)
+        self.head: nnx.Param | None = None
+        if not config.tie_embeddings:
+            self.head = parameter(rngs, table[::-1], ("embed", "vocab"), Role.MATRIX, inputs=dim)
 
     def __call__(
         self,
@@ -73,7 +80,7 @@ class Transformer(nnx.Module):
         config = self.config
         x = lookup(self.embedding.get_value(), tokens, config.dim, STREAM)
         if config.embedding_scale != 1:
-            x = x * jnp.asarray(config.embedding_scale, config.dtype).astype(STREAM)
+            x = x * jnp.asarray(config.embedding_scale, self.execution.dtype).astype(STREAM)
         x = shard(x, "residual")
         x, cache, loads = self._run_blocks(x, rotary_angles(config, positions, long), attend, cache)
         return self.norm(x), cache, jnp.concatenate(loads)
@@ -84,7 +91,7 @@ class Transformer(nnx.Module):
         kinds = self.config.layer_kinds
         body = self._body(attend)
         loads = [jnp.zeros((0, self.config.mixture.experts), jnp.float32)]
-        if not self.config.scan_layers:
+        if not self.execution.scan_layers:
             for layer, block in enumerate(self.blocks):
                 x, cache, load = body(*nnx.split(block), kinds[layer], jnp.int32(layer), angles, x, cache)
                 loads.append(load)
@@ -101,14 +108,15 @@ class Transformer(nnx.Module):
             block: Block = nnx.merge(graph, state)
             return block(x, kind, angles, layer, attend, cache)
 
-        if self.config.remat == "none":
+        scanned, remat = self.execution.scan_layers, self.execution.remat
+        if remat == "none":
             # Traced once for all layers that are alike; XLA inlines it.
-            return body if self.config.scan_layers else jax.jit(body, static_argnums=(0, 2))
+            return body if scanned else jax.jit(body, static_argnums=(0, 2))
         policy = {
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             "full": jax.checkpoint_policies.nothing_saveable,
-        }[self.config.remat]
-        return jax.checkpoint(body, policy=policy, prevent_cse=not self.config.scan_layers, static_argnums=(0, 2))
+        }[remat]
+        return jax.checkpoint(body, policy=policy, prevent_cse=not scanned, static_argnums=(0, 2))
 
     def _scan(
         self, run: range, body: Callable[..., Any], angles: Angles, x: jax.Array, cache: Cache
@@ -156,9 +164,9 @@ class Transformer(nnx.Module):
         return shard(logits, "vocab")
 
 
-def _stacked_blocks(config: ModelConfig, run: range, rngs: nnx.Rngs) -> Any:
+def _stacked_blocks(config: ModelConfig, execution: Execution, run: range, rngs: nnx.Rngs) -> Any:
     create = nnx.vmap(
-        lambda r: Block(config, config.layer_kind(run.start), r),
+        lambda r: Block(config, execution, config.layer_kind(run.start), r),
         transform_metadata={nnx.PARTITION_NAME: "layers"},
         in_axes=0,
         out_axes=0,
@@ -183,130 +191,46 @@ def _period(kinds: list[LayerKind]) -> int:
 
 
 @lru_cache(maxsize=32)
-def _abstract(config: ModelConfig) -> tuple[Any, Any]:
+def _abstract(config: ModelConfig, execution: Execution) -> tuple[Any, Any]:
     with nnx.use_eager_sharding(False):
-        return nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+        return nnx.split(nnx.eval_shape(lambda: Transformer(config, execution, nnx.Rngs(0))))
 
 
-def abstract_module(config: ModelConfig) -> Transformer:
-    """The module with shapes in the place of arrays."""
-    return nnx.merge(*_abstract(config))
+def by_path(state: Any) -> dict[str, Any]:
+    """The variables of a module's state by their paths."""
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
-def bind(config: ModelConfig, params: Params) -> Transformer:
+def bind(config: ModelConfig, execution: Execution, params: Params) -> Transformer:
     """The module over `params`; cheap, meant for inside a traced function. Raises KeyError on a wrong layout."""
-    graph, state = _abstract(config)
-    leaves = [_lookup(params, path) for path, _ in nnx.to_flat_state(state)]
+    graph, state = _abstract(config, execution)
+    placed = unpacked(params)
+    leaves = [placed[path] for path in by_path(state)]
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
 
-def _lookup(params: Params, path: tuple) -> Any:
-    for key in path:
-        params = params[str(key)]
-    return params
+@lru_cache(maxsize=64)
+def parameter_specs(config: ModelConfig, *, stacked: bool = False) -> Mapping[str, Spec]:
+    """Every parameter of a network by its path, in either layout."""
+    _, state = _abstract(config, Execution(scan_layers=stacked))
+
+    def spec(variable: nnx.Param) -> Spec:
+        told = variable.get_metadata()
+        return Spec(variable.get_value().shape, tuple(told["out_sharding"]), told["role"], told["inputs"])
+
+    return MappingProxyType({path: spec(variable) for path, variable in by_path(state).items()})
 
 
-def _nest(leaves: dict[tuple, Any]) -> Params:
-    nested: Params = {}
-    for path, leaf in leaves.items():
-        *parents, last = map(str, path)
-        node = nested
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return nested
+def abstract_params(
+    config: ModelConfig, mesh: Mesh | None = None, *, stacked: bool = False, dtype: str | None = None
+) -> Params:
+    """Shapes and dtypes of every parameter, with its sharding when a mesh is given; no array is made.
 
+    dtype: what the network computes in, for the dtypes that serving keeps parameters in; None is float32 for all.
+    """
 
-def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
-    """Shapes and dtypes of every parameter, with its sharding when a mesh is given; no array is made."""
-    _, state = _abstract(config)
+    def leaf(spec: Spec) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else named_sharding(mesh, *spec.axes)
+        return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.storage_dtype(dtype)), sharding=sharding)
 
-    def leaf(variable: nnx.Param) -> jax.ShapeDtypeStruct:
-        axes = variable.get_metadata("out_sharding")
-        sharding = None if mesh is None else named_sharding(mesh, *axes)
-        return jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype, sharding=sharding)
-
-    return _nest({path: leaf(variable) for path, variable in nnx.to_flat_state(state)})
-
-
-def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
-
-
-def kept_dtype(path: tuple[Any, ...], dtype: str | None) -> str:
-    """What serving keeps the parameter at a tree path in: matrices in `dtype`, and in float32 what is small and added
-    or multiplied in float32. None is float32 for all."""
-    names = [entry.key for entry in path]
-    small = names[-1] in ("scale", "bias", "sinks", "correction") or "router" in names
-    return "float32" if dtype is None or small else dtype
-
-
-def init_params(config: ModelConfig, seed: int, mesh: Mesh) -> Params:
-    """Random parameters, each born in its shard. The same seed gives the same values on any mesh, scanned or not."""
-
-    def create(key: jax.Array) -> Params:
-        with nnx.use_eager_sharding(False):
-            state = nnx.state(Transformer(stacked(config), nnx.Rngs(key)))
-        params = _nest({path: variable.get_value() for path, variable in nnx.to_flat_state(state)})
-        return params if config.scan_layers else unstack_blocks(params)
-
-    with use_mesh(mesh):
-        shardings = param_shardings(config, mesh)
-        return jax.jit(create, out_shardings=shardings, compiler_options=same_bits(mesh))(jax.random.key(seed))
-
-
-def stacked(config: ModelConfig) -> ModelConfig:
-    """The same network with its layers scanned, which is how a checkpoint holds it."""
-    return dataclasses.replace(config, scan_layers=True)
-
-
-def _is_params(node: Any) -> bool:
-    return isinstance(node, dict) and "blocks" in node
-
-
-def _is_unstacked(node: Any) -> bool:
-    return _is_params(node) and all(name.isdecimal() for name in node["blocks"])
-
-
-def unstack_blocks(tree: Any) -> Any:
-    """One dict a layer under every "blocks" in `tree`: parameters, or an optimizer state that mirrors them."""
-
-    def unstack(node: Any) -> Any:
-        if not _is_params(node) or _is_unstacked(node):
-            return node
-        blocks = {}
-        for name, run in node["blocks"].items():
-            first, last = map(int, name.split("-"))
-            for layer in range(first, last + 1):
-                blocks[str(layer)] = jax.tree.map(lambda x, i=layer - first: x[i], run)
-        return {**node, "blocks": blocks}
-
-    return jax.tree.map(unstack, tree, is_leaf=_is_params)
-
-
-def stack_blocks(tree: Any, runs: Iterable[range] | None = None) -> Any:
-    """The inverse of unstack_blocks. Without `runs`, neighbours with the same arrays are a run; adapters need those of
-    the network, whose layers may differ in their experts alone. A run without any layer in `tree` is left out."""
-    given = None if runs is None else list(runs)
-
-    def stack(node: Any) -> Any:
-        if not _is_unstacked(node):
-            return node
-        layers = {int(name): layer for name, layer in node["blocks"].items()}
-        blocks = {}
-        for run in _alike(layers) if given is None else given:
-            present = [layers[layer] for layer in run if layer in layers]
-            assert len(present) in (0, len(run)), (run, sorted(layers))
-            if present:
-                blocks[run_name(run)] = jax.tree.map(lambda *x: jnp.stack(x), *present)
-        return {**node, "blocks": blocks}
-
-    return jax.tree.map(stack, tree, is_leaf=_is_params)
-
-
-def _alike(layers: dict[int, Any]) -> Iterator[range]:
-    """Neighbours with the same arrays."""
-    shapes = {layer: str(jax.tree.map(lambda x: (jnp.shape(x), x.dtype), layers[layer])) for layer in sorted(layers)}
-    for _, group in groupby(enumerate(shapes), key=lambda each: (each[1] - each[0], shapes[each[1]])):
-        run = [layer for _, layer in group]
-        yield range(run[0], run[-1] + 1)
+    return {path: leaf(spec) for path, spec in parameter_specs(config, stacked=stacked).items()}

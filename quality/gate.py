@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from isthmus.model.device.memory import release_heap
+from isthmus.model.execution import DEFAULT_EXECUTION
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.process.progress import Stages
 from isthmus.model.weights.folder import ModelFolder
@@ -101,7 +103,7 @@ class Gate:
 
     def _cost(self, quantize: str, found: Quality) -> MeasuredCost:
         config = self.config
-        dtype = open_model(self.folder, config.serve_dtype).config.dtype
+        dtype = open_model(self.folder, config.serve_dtype).execution.dtype
         return MeasuredCost(
             **vars(cost(found, dtype, dtype if config.cache_dtype == "model" else config.cache_dtype)),
             quantize=quantize,
@@ -121,6 +123,8 @@ def opened(
     """The gate before `folder`, once the original has predicted int32[windows, size]. original: unstacked, without
     adapters of its own. Raises ConfigError when the folder's disk has no room for the predictions."""
     predicting = shown.begin("predicting with the original", len(windows), "windows")
-    with quality.original_kept(original.with_config(dtype="float32"), windows, folder, predicting.advance) as kept:
+    with quality.original_kept(
+        dataclasses.replace(original, execution=DEFAULT_EXECUTION), windows, folder, predicting.advance
+    ) as kept:
         release_heap()
         yield Gate(config, original, windows, kept, folder, shown, console)

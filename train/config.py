@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import PRESETS, ModelConfig
+from isthmus.model.config import EXECUTION_FIELDS, PRESETS, ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape
 
 
@@ -57,6 +58,8 @@ class OptimizerConfig:
     """On matrices; norms and biases have none"""
     clip: float = 1.0
     """Largest global gradient norm"""
+    correction_rate: float = 0.001
+    """How far a step moves a router's correction towards experts with less than their share (DeepSeek-V3)"""
 
     def fitted(self, steps: int) -> OptimizerConfig:
         """With a warm-up of a tenth of the steps, where it would take all of them and more."""
@@ -67,7 +70,7 @@ class OptimizerConfig:
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be positive and finite")
-        for name in ("warmup_steps", "weight_decay", "final_lr"):
+        for name in ("warmup_steps", "weight_decay", "final_lr", "correction_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative, and finite")
         for name in ("beta1", "beta2"):
@@ -95,6 +98,7 @@ class TrainConfig:
     preset: str = "5m"
     """Size to start from, of those listed above; every --model.* overrides it"""
     model: ModelConfig = PRESETS["5m"]
+    execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = field(default_factory=Execution)
     text: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 1000
@@ -161,7 +165,12 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
+        """The inverse of `to_json`, of a run before this version too. Raises TypeError and KeyError for other text."""
         fields: dict[str, Any] = json.loads(text)
+        model = fields["model"]
+        if "execution" not in fields:  # it was part of the model once
+            fields["execution"] = {name: model[name] for name in EXECUTION_FIELDS}
+            fields["optimizer"].setdefault("correction_rate", model["mixture"]["correction_rate"])
         tokenizer, init = fields["text"]["tokenizer"], fields.get("init")
         return cls(
             **{
@@ -170,7 +179,8 @@ class TrainConfig:
                 "out": Path(fields["out"]),
                 "init": Path(init) if init else None,
                 "ignore_field": tuple(fields.get("ignore_field", ())),
-                "model": ModelConfig.from_dict(fields["model"]),
+                "model": ModelConfig.from_dict(model),
+                "execution": Execution(**fields["execution"]),
                 "text": DataConfig(**{**fields["text"], "tokenizer": Path(tokenizer) if tokenizer else None}),
                 "optimizer": OptimizerConfig(**fields["optimizer"]),
             }

@@ -26,18 +26,18 @@ from isthmus.errors import ConfigError
 from isthmus.model.device.hardware import check_dtype
 from isthmus.model.process.progress import working
 from isthmus.model.sharding import build_mesh, check_divisible
-from isthmus.model.transformer import runs, stack_blocks, stacked, unstack_blocks
-from isthmus.model.weights import lora
+from isthmus.model.transformer import runs
 from isthmus.model.weights.checkpoint import CheckpointError, Checkpoints
 from isthmus.model.weights.folder import ModelFolder
-from isthmus.train.adapters import init_adapters, step_flops
+from isthmus.model.weights.huggingface.adapters import save_adapter
+from isthmus.model.weights.layout import stack_params
 from isthmus.train.config import TrainConfig
 from isthmus.train.data import TrainingData, prepare
 from isthmus.train.files import Reading, described
 from isthmus.train.metrics import MetricsLog, read_metrics
 from isthmus.train.optimizer import LearningRates, build_optimizer
 from isthmus.train.resume import FILE, load_saved, resolve_resume, save_settings
-from isthmus.train.speed import Speed
+from isthmus.train.speed import Speed, step_flops
 from isthmus.train.start import load_start, open_start, take_over
 from isthmus.train.step import Metrics, Trainer, TrainState
 
@@ -83,7 +83,7 @@ def _go_on(out: Path) -> str:
 def _train(config: TrainConfig, console: Console) -> Report:
     config = resolve_resume(config)
     config.validate()
-    check_dtype(config.model.dtype)
+    check_dtype(config.execution.dtype)
     build_mesh(config.mesh_shape)
     folder = open_start(config)
     for warning in folder.remarks if folder else ():
@@ -178,11 +178,13 @@ class _Run:
     def __init__(self, config: TrainConfig, folder: ModelFolder | None, data: TrainingData, console: Console) -> None:
         self.config, self.folder, self.data, self.console = config, folder, data, console
         self.mesh = build_mesh(config.mesh_shape)
-        self.trainer = Trainer(config.model, build_optimizer(config.optimizer, config.steps), self.mesh)
+        optimizer = build_optimizer(config.optimizer, config.steps, config.model)
+        rate = config.optimizer.correction_rate
+        self.trainer = Trainer(config.model, optimizer, self.mesh, config.execution, rate)
         self.learning_rate = LearningRates(config.optimizer, config.steps)
         self.checkpoints = Checkpoints(config.out, keep=config.keep)
         flops = step_flops(config.model, config.batch, config.text.seq)
-        self.speed = Speed(config.batch * config.text.seq, flops, config.model.dtype, self.mesh.size)
+        self.speed = Speed(config.batch * config.text.seq, flops, config.execution.dtype, self.mesh.size)
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.losses: list[float] = []
         self.started = time.perf_counter()
@@ -220,25 +222,22 @@ class _Run:
     def _start(self) -> tuple[TrainState, int]:
         config = self.config
         if self.folder and config.model.lora.rank:
-            self.trainer.base = load_start(self.folder, config.model, self.mesh, self.console)
+            self.trainer.base = load_start(self.folder, config, self.mesh, self.console)
         if not config.resume or self.checkpoints.latest() is None:
             if config.resume:
                 self.console.print("no checkpoint was finished before the run ended: starting from step 0")
             return self._first_state(), 0
-        abstract = self.trainer.abstract_state(stacked(config.model))
+        abstract = self.trainer.abstract_state(stacked=True)
         restored = self.checkpoints.restore(abstract.params, abstract.optimizer)
-        layout = (lambda tree: tree) if config.model.scan_layers else unstack_blocks
-        state = self.trainer.adopt(TrainState(restored.params, restored.optimizer), layout)
+        state = self.trainer.reshard(TrainState(restored.params, restored.optimizer))
         self.console.print(f"resumed at step {restored.step}")
         return state, restored.step
 
     def _first_state(self) -> TrainState:
         config = self.config
-        if self.folder is None:
+        if self.folder is None or config.model.lora.rank:
             return self.trainer.init(config.seed)
-        if config.model.lora.rank:
-            return self.trainer.begin(init_adapters(config.model, config.seed, self.mesh))
-        return self.trainer.begin(load_start(self.folder, config.model, self.mesh, self.console))
+        return self.trainer.state_from_params(load_start(self.folder, config, self.mesh, self.console))
 
     def _parameters(self, state: TrainState) -> str:
         trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -327,7 +326,7 @@ class _Run:
         progress = {"step": step, "tokens": step * self.config.batch * self.config.text.seq}
         with self.mesh:
             if self.config.model.lora.rank:
-                state = stack_blocks(state, runs(self.config.model))
+                state = stack_params(state, runs(self.config.model))
             self.checkpoints.save(step, state.params, state.optimizer, progress)
         self._save_adapter(state)
 
@@ -335,7 +334,7 @@ class _Run:
         """Beside the checkpoint, as serving and PEFT read it."""
         if self.folder and self.config.model.lora.rank:
             try:
-                lora.save_adapter(self.config.out, self.folder, self.config.model, state.params)
+                save_adapter(self.config.out, self.folder, self.config.model, state.params)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"the adapter can't be written in {self.config.out}: {error}") from None
 

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from isthmus.model.transformer import Params
+from isthmus.model.config import ModelConfig
+from isthmus.model.transformer import Params, parameter_specs
 from isthmus.train.config import OptimizerConfig
-
-DECAYED = ("kernel", "embedding", "head", "lora_a", "lora_b")
-"""Matrices; norms and biases are left alone."""
 
 
 def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -63,9 +61,12 @@ def first_difference(config: OptimizerConfig, before: int, after: int, done: int
     return None
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> optax.GradientTransformation:
+    """AdamW for parameters of `model` in either layout; its weight decay leaves norms and biases alone."""
+    specs = {**parameter_specs(model), **parameter_specs(model, stacked=True)}
+
     def mask(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+        return {path: specs[path].role.decays for path in params}
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import jax
 
+from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.device.hardware import measure_gemm, peak_flops
+from isthmus.model.parameter import Role
+from isthmus.model.transformer import parameter_specs
 
 REMEASURE_SECONDS = 60.0
 """A peak that was measured here is measured again in a pause, this long after the last time."""
@@ -83,3 +87,16 @@ class Speed:
     def left(self, steps: int) -> str:
         """What `steps` more will take."""
         return "" if self.rate is None else f" | ETA {steps / self.rate:.0f} s"
+
+
+def step_flops(config: ModelConfig, batch: int, seq: int) -> int:
+    """FLOPs of a training step. Under adapters no parameter but theirs has a gradient: a matrix is multiplied by twice,
+    not three times."""
+    if not config.lora.rank:
+        return config.train_flops(batch, seq)
+    tokens, attended = batch * seq, batch * seq * (seq + 1) // 2
+    plain = dataclasses.replace(config, lora=LoraConfig())
+    matrices = plain.forward_flops(tokens, 0)
+    attention = plain.forward_flops(tokens, attended) - matrices
+    adapters = sum(spec.size for spec in parameter_specs(config).values() if spec.role is Role.ADAPTER)
+    return 2 * matrices + 3 * attention + 6 * adapters * tokens

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.config import LoraConfig
 from isthmus.model.device.hardware import default_dtype
+from isthmus.model.execution import Execution, Remat
 from isthmus.model.process.progress import stages
 from isthmus.model.transformer import Params
 from isthmus.model.weights.companions import copy_companions
@@ -19,24 +20,18 @@ from isthmus.model.weights.folder import PUBLISHED_CONFIG, ModelFolder, copy_pub
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
-SETTABLE = ("dtype", "remat", "scan_layers", "mixture.correction_rate")
-"""Fields of the model that change nothing of what it computes; lora.* besides."""
-
 
 def fine_tuning(path: Path, *, adapters: bool = False, options: FolderOptions | None = None) -> TrainConfig:
     """The settings that fine-tuning the model in `path` starts from. Raises ConfigError when it isn't a model's."""
     folder = open_folder(path, options)
     model = folder.config
-    if folder.family is not None:  # a published folder doesn't say how it is trained
-        accelerator = default_dtype() != "float32"
-        large = model.parameters > 500e6
-        model = dataclasses.replace(
-            model, dtype=default_dtype(), scan_layers=accelerator, remat="full" if accelerator and large else "none"
-        )
+    accelerator, large = default_dtype() != "float32", model.parameters > 500e6
+    remat: Remat = "full" if accelerator and large else "none"
     return TrainConfig(
         init=path,
         preset="",
         model=model,
+        execution=Execution(default_dtype(), scan_layers=accelerator, remat=remat),
         text=DataConfig().fitted(model.context_length),
         optimizer=OptimizerConfig(lr=2e-4 if adapters else 2e-5),
     )
@@ -57,20 +52,21 @@ def open_start(config: TrainConfig) -> ModelFolder | None:
         raise ConfigError(f"init: {config.init} is an adapter; start from the model that it was trained on")
     theirs, ours = (flat(dataclasses.asdict(model)) for model in (folder.config, config.model))
     for name, value in theirs.items():
-        if name not in SETTABLE and not name.startswith("lora.") and ours[name] != value:
+        if not name.startswith("lora.") and ours[name] != value:
             raise ConfigError(f"model.{name} can't be set with --init: it is {value!r} in {config.init}")
     if config.model.lora.rank and (config.out / "config.json").is_file():
         raise ConfigError(f"out: {config.out} holds a model already; adapters need a folder of their own")
     return folder
 
 
-def load_start(folder: ModelFolder, config: ModelConfig, mesh: Mesh, console: Console) -> Params:
-    """The folder's parameters in the layout and shardings of `config`, without adapters: in float32 to train them; what
+def load_start(folder: ModelFolder, config: TrainConfig, mesh: Mesh, console: Console) -> Params:
+    """The folder's parameters in the run's layout and shardings, without adapters: in float32 to train them; what
     adapters are trained on is kept as it is read each step."""
-    plain = dataclasses.replace(folder, config=dataclasses.replace(config, lora=LoraConfig()))
+    dtype = config.execution.dtype if config.model.lora.rank else None
+    plain = folder.with_config(lora=LoraConfig())
     with stages(console) as shown:
         loading = shown.begin("loading weights", folder.nbytes or None)
-        return plain.load_params(mesh, config.dtype if config.lora.rank else None, loading.advance)
+        return plain.load_params(mesh, dtype, loading.advance, stacked=config.execution.scan_layers)
 
 
 def take_over(folder: ModelFolder, config: TrainConfig) -> None:

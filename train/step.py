@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +10,19 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.experts import balanced
 from isthmus.model.layers import Attend
 from isthmus.model.ops import attention
 from isthmus.model.ops.attention import Scoring
 from isthmus.model.ops.rounding import narrowed
+from isthmus.model.parameter import Role
 from isthmus.model.sharding import partition_spec, use_mesh
-from isthmus.model.transformer import Params, abstract_params, bind, init_params, kept_dtype
+from isthmus.model.transformer import Params, abstract_params, bind, parameter_specs
 from isthmus.model.weights import lora
+from isthmus.model.weights.layout import layers_of, unstack_params
+from isthmus.model.weights.load import load_params
+from isthmus.model.weights.random import RandomSource
 from isthmus.train.data import Batch
 from isthmus.train.optimizer import abstract_optimizer
 
@@ -68,10 +72,10 @@ def long_sequences(config: ModelConfig, batch: Batch) -> jax.Array | None:
     return jax.vmap(longest)(batch.positions, jnp.maximum(batch.segments, 0)) >= config.rope_switch
 
 
-def loss_sum(config: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def loss_sum(config: ModelConfig, execution: Execution, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of cross-entropies, float32[], of a batch whose arrays are [sequences, seq]; and the experts' load,
     float32[sparse layers, experts]."""
-    model = bind(config, params)
+    model = bind(config, execution, params)
     attend, long = packed_attention(batch.segments), long_sequences(config, batch)
     hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, long)
     losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
@@ -88,27 +92,30 @@ class Gradients(NamedTuple):
     """float32[sparse layers, experts]: tokens that each expert got"""
 
 
-def whole(params: Params, base: Params | None) -> Params:
+def join_adapters(params: Params, base: Params | None) -> Params:
     """The network's parameters: `params`, or `base` with them for adapters."""
-    return params if base is None else lora.join(base, params)
+    return params if base is None else {**base, **params}
 
 
-def multiplied(config: ModelConfig, params: Params) -> Params:
-    """float32 `params` as the network multiplies by them, and as serving keeps them in the model's dtype."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: narrowed(x, kept_dtype(path, config.dtype)), params)
+def multiplied(config: ModelConfig, execution: Execution, params: Params) -> Params:
+    """float32 `params` as the network multiplies by them, and as serving keeps them in the same dtype."""
+    specs = parameter_specs(config, stacked=execution.scan_layers)
+    return {path: narrowed(x, specs[path].storage_dtype(execution.dtype)) for path, x in params.items()}
 
 
-def gradients(config: ModelConfig, params: Params, batch: Batch, base: Params | None = None) -> Gradients:
+def gradients(
+    config: ModelConfig, execution: Execution, params: Params, batch: Batch, base: Params | None = None
+) -> Gradients:
     """float32, of the mean loss over all targets of [accumulate, sequences, seq], at `params` as they are multiplied.
 
     The parts' sums are added and divided once, so any split of the same sequences gives the same mean. base: what
     `params` are adapters of.
     """
-    rounded = multiplied(config, params)
+    rounded = multiplied(config, execution, params)
 
     def part_of(part: Batch) -> Gradients:
         def loss_of(rounded: Params) -> tuple[jax.Array, jax.Array]:
-            return loss_sum(config, whole(rounded, base), part)
+            return loss_sum(config, execution, join_adapters(rounded, base), part)
 
         (loss, load), grads = jax.value_and_grad(loss_of, has_aux=True)(rounded)
         return Gradients(loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), load)
@@ -127,33 +134,36 @@ def gradients(config: ModelConfig, params: Params, batch: Batch, base: Params | 
     return Gradients(total.loss / weight, jax.tree.map(lambda g: g / weight, total.grads), total.load)
 
 
-def balance_experts(config: ModelConfig, params: Params, load: jax.Array) -> Params:
-    """`params` with every router's correction moved towards an even load; float32[sparse layers, experts]."""
-    if not config.mixture.correction:
-        return params
-    layers = iter(load)
-    blocks = {}
-    for name in sorted(params["blocks"], key=lambda name: int(name.split("-")[0])):
-        block = params["blocks"][name]
-        router = block["mlp"].get("router")
-        if router is None:
-            blocks[name] = block
-            continue
-        correction = router["correction"]
-        mine = next(layers) if correction.ndim == 1 else jnp.stack([next(layers) for _ in correction])
-        moved = {**router, "correction": balanced(correction, mine, config.mixture.correction_rate)}
-        blocks[name] = {**block, "mlp": {**block["mlp"], "router": moved}}
-    return {**params, "blocks": blocks}
+def balance_experts(config: ModelConfig, params: Params, load: jax.Array, rate: float) -> Params:
+    """`params` with every router's correction moved by `rate` towards an even load, float32[sparse layers, experts]."""
+    specs = {**parameter_specs(config), **parameter_specs(config, stacked=True)}
+    row = {layer: n for n, layer in enumerate(i for i, kind in enumerate(config.layer_kinds) if kind.sparse)}
+    moved = {}
+    for path, correction in params.items():
+        if specs[path].role is Role.CORRECTION and (found := layers_of(path)):
+            mine = load[jnp.array([row[layer] for layer in found[0]])]
+            moved[path] = balanced(correction, mine.reshape(correction.shape), rate)
+    return {**params, **moved}
 
 
 class Trainer:
     """The compiled programs of a run: init, step, evaluate. With LoRA, the state is the adapters'."""
 
-    def __init__(self, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> None:
-        self.config, self.mesh, self._optimizer = config, mesh, optimizer
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        execution: Execution = DEFAULT_EXECUTION,
+        correction_rate: float = 0.001,
+    ) -> None:
+        """correction_rate: how far a step moves the corrections of routers."""
+        self.config, self.execution, self.mesh = config, execution, mesh
+        self._optimizer, self._correction_rate = optimizer, correction_rate
         self.base: Params | None = None
         """What adapters are trained on, set before the first step; never donated"""
-        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state(config))
+        self.abstract = self.abstract_state(stacked=execution.scan_layers)
+        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self._batch_sharding = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("batch", "seq"))))
         replicated = NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(
@@ -163,25 +173,30 @@ class Trainer:
         )
         self._evaluate = jax.jit(self._nats)
 
-    def abstract_state(self, config: ModelConfig) -> TrainState:
-        """Shapes and shardings of the state in the layout of `config`."""
-        params = abstract_params(config, self.mesh)
-        if config.lora.rank:
-            params = lora.split(params)[1]
+    def abstract_state(self, *, stacked: bool) -> TrainState:
+        """Shapes and shardings of the state in either layout."""
+        params = abstract_params(self.config, self.mesh, stacked=stacked)
+        if self.config.lora.rank:
+            params = lora.split(self.config, params)[1]
         return TrainState(params, abstract_optimizer(self._optimizer, params))
 
     def init(self, seed: int) -> TrainState:
-        return self.begin(init_params(self.config, seed, self.mesh))
+        """The state before the first step from random parameters, or random adapters, which change nothing yet."""
+        return self.state_from_params(load_params(RandomSource(self.config, seed, self.mesh), self.abstract.params))
 
-    def begin(self, params: Params) -> TrainState:
+    def state_from_params(self, params: Params) -> TrainState:
         """The state before the first step from `params`, which are in this run's layout and shardings."""
         with use_mesh(self.mesh):
             return TrainState(params, jax.jit(self._optimizer.init, out_shardings=self.shardings.optimizer)(params))
 
-    def adopt(self, state: TrainState, layout: Callable[[Any], Any]) -> TrainState:
-        """`state` in this run's layout and shardings; `layout` stacks or unstacks."""
+    def reshard(self, state: TrainState) -> TrainState:
+        """A stacked `state` in this run's layout and shardings."""
+
+        def convert(state: TrainState) -> TrainState:
+            return state if self.execution.scan_layers else unstack_params(state)
+
         with use_mesh(self.mesh):
-            return jax.jit(layout, out_shardings=self.shardings)(state)
+            return jax.jit(convert, out_shardings=self.shardings)(state)
 
     def put(self, batch: Batch) -> Batch:
         return jax.device_put(batch, self._batch_sharding)
@@ -202,14 +217,14 @@ class Trainer:
             return self._step.lower(state, batch, base)
 
     def _nats(self, params: Params, batch: Batch, base: Params | None) -> jax.Array:
-        rounded = whole(multiplied(self.config, params), base)
-        return loss_sum(self.config, rounded, jax.tree.map(lambda x: x[0], batch))[0]
+        rounded = join_adapters(multiplied(self.config, self.execution, params), base)
+        return loss_sum(self.config, self.execution, rounded, jax.tree.map(lambda x: x[0], batch))[0]
 
     def _train_step(self, state: TrainState, batch: Batch, base: Params | None = None) -> tuple[TrainState, Metrics]:
-        loss, grads, load = gradients(self.config, state.params, batch, base)
+        loss, grads, load = gradients(self.config, self.execution, state.params, batch, base)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         if base is None:
-            params = balance_experts(self.config, params, load)
+            params = balance_experts(self.config, params, load, self._correction_rate)
         busiest = load.max(axis=-1) / load.mean(axis=-1) if load.size else jnp.zeros(1)
         return TrainState(params, optimizer), Metrics(loss, optax.global_norm(grads), busiest.mean())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import Dtype
+from isthmus.model.parameter import Dtype
 from isthmus.model.process.resources import free_main_memory, usable_cpus
 
 _DATA_SHEET = {

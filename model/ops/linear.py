@@ -5,7 +5,7 @@ kernel."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +29,15 @@ class Observed:
 
 
 Weight = jax.Array | Quantized | Packed
+
+
+def unpacked(params: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights by name, with each matrix of a packed stack in its place."""
+    named = {name: weight for name, weight in params.items() if not (isinstance(weight, Packed) and weight.names)}
+    for weight in params.values():
+        if isinstance(weight, Packed):
+            named |= {name: weight[index] for index, name in enumerate(weight.names)}
+    return named
 
 
 def linear(x: jax.Array, weight: Weight, outputs: tuple[int, ...], axes: int = 1) -> jax.Array:

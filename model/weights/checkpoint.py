@@ -1,7 +1,8 @@
 """Orbax checkpoints: saved in the background, committed atomically, restored to any mesh.
 
 A model folder holds `config.json`, `tokenizer.json` and `checkpoints/STEP/{params,optimizer,progress}`. Arrays are
-stored in the stacked layout whatever the run used, so that training on one layout can serve or resume on the other.
+stored in the stacked layout whatever the run used, so that training on one layout can serve or resume on the other; on
+disk, a parameter's path is a path through nested dicts.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.rounding import narrowed
-from isthmus.model.sharding import use_mesh
-from isthmus.model.transformer import Params, abstract_params, kept_dtype, stack_blocks, unstack_blocks
+from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights import quantization
+from isthmus.model.weights.layout import is_params, stack_params, unstack
+from isthmus.model.weights.load import Read
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates saves, and each error before it raises it
 
@@ -67,9 +72,10 @@ class Checkpoints:
         JSON. Raises CheckpointError when it, or the save before it, fails."""
         self.wait()
         snapshot = _snapshot((params, optimizer))
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(snapshot[0]), "progress": ocp.args.JsonSave(progress)}
+        params = _nested(quantization.to_arrays(snapshot[0]))
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "progress": ocp.args.JsonSave(progress)}
         if optimizer is not None:
-            items["optimizer"] = ocp.args.StandardSave(snapshot[1])
+            items["optimizer"] = ocp.args.StandardSave(_nested(snapshot[1]))
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -108,15 +114,15 @@ class Checkpoints:
         step = self._newest()
         items = self._restore(
             step,
-            params=ocp.args.StandardRestore(params),
-            optimizer=ocp.args.StandardRestore(optimizer),
+            params=ocp.args.StandardRestore(_nested(params)),
+            optimizer=ocp.args.StandardRestore(_nested(optimizer)),
             progress=ocp.args.JsonRestore(),
         )
-        return Restored(step, items["params"], items["optimizer"], items["progress"])
+        return Restored(step, _flat(items["params"]), _flat(items["optimizer"]), items["progress"])
 
-    def restore_params(self, params: Params) -> Params:
-        """The newest parameters alone. Raises CheckpointError when there are none, or they can't be read."""
-        return self._restore(self._newest(), params=ocp.args.StandardRestore(params))["params"]
+    def newest_params(self) -> StoredParams:
+        """The newest parameters, to be read one by one. Raises CheckpointError when there are none."""
+        return StoredParams(self._path / str(self._newest()))
 
     def progress(self) -> dict:
         """The newest checkpoint's. Raises CheckpointError when there is none, or it can't be read."""
@@ -126,10 +132,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # TensorStore's are of many types
-            raise CheckpointError(
-                f"{self._path / str(step)} can't be read as a checkpoint of this model: {_reason(error)}; where it is "
-                "damaged, delete it to go on from the one before"
-            ) from error
+            raise _unreadable(self._path / str(step), error) from error
 
     def _newest(self) -> int:
         step = self._manager.latest_step()
@@ -145,6 +148,52 @@ class Checkpoints:
             self._manager.close()
 
 
+class StoredParams:
+    """The parameters of one checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array by its path. Raises CheckpointError when the checkpoint can't be read."""
+        try:
+            tree = self._reader.metadata(self._folder / "params").item_metadata.tree
+            return {path: tuple(found.shape) for path, found in flatten_dict(tree, sep="/").items()}
+        except Exception as error:  # TensorStore's are of many types
+            raise _unreadable(self._folder, error) from error
+
+    def check(self, wanted: Params) -> None:
+        """Raises CheckpointError naming an array that is missing, of another shape than wanted, or surplus."""
+        for path in sorted(wanted.keys() | self.shapes.keys()):
+            held, shape = self.shapes.get(path), wanted[path].shape if path in wanted else None
+            if held != shape:
+                said = "is missing" if held is None else f"has the shape {list(held)}"
+                made = "is none of the model's" if shape is None else f"is {list(shape)} in the model"
+                raise CheckpointError(
+                    f"{self._folder} can't be read as a checkpoint of this model: {path} {said}, and {made}"
+                )
+
+    def read(self, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """One array with the dtype and the sharding of `leaf`. Raises CheckpointError when it can't be read."""
+        item = unflatten_dict({path: leaf}, sep="/")
+        arguments = ocp.args.PyTreeRestore(
+            item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        try:
+            return flatten_dict(self._reader.restore(self._folder / "params", args=arguments), sep="/")[path]
+        except Exception as error:  # TensorStore's are of many types
+            raise _unreadable(self._folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} can't be read as a checkpoint of this model: {_reason(error)}; where it is damaged, delete it to go "
+        "on from the one before"
+    )
+
+
 def _reason(error: Exception) -> str:
     """In one line; what the system said, where TensorStore quotes it."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -155,26 +204,110 @@ def _reason(error: Exception) -> str:
 @jax.jit
 def _snapshot(tree: Any) -> Any:
     """The stacked layout in fresh buffers, which the next step can't overwrite while they are being written."""
-    return quantization.to_arrays(jax.tree.map(jnp.copy, stack_blocks(tree)))
+    return jax.tree.map(jnp.copy, stack_params(tree))
 
 
-def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None = None) -> Params:
-    """A model folder's newest parameters, sharded over `mesh`, in the layout `config` asks for.
+def _nested(tree: Any) -> Any:
+    """`tree` with nested dicts in the place of parameters by their paths: the form that is on disk."""
+    return jax.tree.map(
+        lambda node: unflatten_dict(node, sep="/") if is_params(node) else node, tree, is_leaf=is_params
+    )
 
-    dtype: what to keep matrices in (norms stay float32); None keeps float32. Raises ConfigError when the folder is
-    not a model's, CheckpointError when it holds no checkpoint.
-    """
-    if not (folder / FOLDER).is_dir():
-        raise ConfigError(f"{folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
-    checkpoints = Checkpoints(folder)
-    try:
-        _check_made_by(config, checkpoints.progress(), folder)
-        params = checkpoints.restore_params(quantization.abstract_stored(config, mesh))
-    finally:
-        checkpoints.close()
-    if config.quantization:
-        return quantization.restored(config, params, dtype)
-    return serving_layout(config, mesh, dtype)(params)
+
+def _flat(tree: Any) -> Any:
+    """The inverse of `_nested`."""
+
+    def is_nested(node: Any) -> bool:
+        return isinstance(node, dict) and "blocks" in node
+
+    return jax.tree.map(lambda node: flatten_dict(node, sep="/") if is_nested(node) else node, tree, is_leaf=is_nested)
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """The newest parameters of a model folder of ours, as a source: each array that is stored is read by itself."""
+
+    folder: Path
+    config: ModelConfig
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError when the folder is not a model's, CheckpointError when it holds no checkpoint of it."""
+        if not (self.folder / FOLDER).is_dir():
+            raise ConfigError(f"{self.folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
+
+    @cached_property
+    def _params(self) -> StoredParams:
+        checkpoints = Checkpoints(self.folder)
+        try:
+            _check_made_by(self.config, checkpoints.progress(), self.folder)
+            return checkpoints.newest_params()
+        finally:
+            checkpoints.close()
+
+    @cached_property
+    def _stored(self) -> Params:
+        return quantization.abstract_stored(self.config, self.mesh)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays that are stored."""
+        return sum(map(_nbytes, self._stored.values()))
+
+    def reads(self, abstract: Params) -> Iterator[Read]:
+        """A read for each array, or for the two that a matrix of integers is."""
+        self._params.check(self._stored)
+        together: dict[str, dict[str, str]] = {}
+        for path in self._stored:
+            matrix, part = quantization.parts_of_integers(path) or (path, "")
+            together.setdefault(matrix, {})[part] = path
+        for matrix, parts in together.items():
+            size = sum(_nbytes(self._stored[path]) for path in parts.values())
+            yield Read(size, partial(self._read, matrix, parts, abstract))
+
+    def _read(self, matrix: str, parts: Mapping[str, str], abstract: Params) -> Params:
+        """The parameters, in the layout of `abstract`, of what is stored under a path or in parts below it."""
+        paths = [matrix] if matrix in abstract else [path for path, _ in unstack(matrix, None)]
+        arrays = {part: self._params.read(path, self._stored[path]) for part, path in parts.items()}
+        if "" in parts:
+            return dict(zip(paths, _layers(arrays[""], [abstract[path] for path in paths]), strict=True))
+        specs, formats = parameter_specs(self.config), quantization.formats(self.config, self.config.quantization)
+        layers = {part: _layers(array, [_layer_of(array, len(paths))] * len(paths)) for part, array in arrays.items()}
+        return {
+            path: quantization.from_parts(specs[path], formats[path], {part: layers[part][i] for part in layers})
+            for i, path in enumerate(paths)
+        }
+
+
+def _layers(array: jax.Array, leaves: Sequence[jax.ShapeDtypeStruct]) -> Sequence[jax.Array]:
+    """The layers of a stored array, or the array itself where there is one leaf of its shape, in the dtypes and the
+    shardings of the leaves: the very numbers that training in such a dtype multiplies by."""
+    stacked = array.shape != leaves[0].shape
+    return _program(stacked, leaves[0].dtype, tuple(leaf.sharding for leaf in leaves))(array)
+
+
+@lru_cache(maxsize=64)
+def _program(stacked: bool, dtype: np.dtype, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], Any]:
+    def convert(array: jax.Array) -> list[jax.Array]:
+        layers = [array[index] for index in range(len(shardings))] if stacked else [array]
+        return [narrowed(layer, dtype) for layer in layers]
+
+    return jax.jit(convert, out_shardings=list(shardings))
+
+
+def _layer_of(array: jax.Array, layers: int) -> jax.ShapeDtypeStruct:
+    """One of `layers` layers of a stored array, lying as the whole does; the array itself where it isn't stacked."""
+    sharding = array.sharding
+    if array.ndim == 2:
+        assert layers == 1, array.shape
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    assert isinstance(sharding, NamedSharding), sharding
+    spec = PartitionSpec(*sharding.spec[1:])
+    return jax.ShapeDtypeStruct(array.shape[1:], array.dtype, sharding=NamedSharding(sharding.mesh, spec))
+
+
+def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return leaf.size * leaf.dtype.itemsize
 
 
 def _check_made_by(config: ModelConfig, progress: Any, folder: Path) -> None:
@@ -187,20 +320,3 @@ def _check_made_by(config: ModelConfig, progress: Any, folder: Path) -> None:
             f"{folder / 'config.json'}: quantization isn't what the integers were made by, which is "
             f"{said or 'not known'}; put it back, or convert the model that it was made from again"
         )
-
-
-def serving_layout(config: ModelConfig, mesh: Mesh, dtype: str | None) -> Callable[[Params], Params]:
-    """Turns stacked float32 parameters into what serving reads each step: the very numbers that training in `dtype`
-    multiplies by."""
-
-    def convert(params: Params) -> Params:
-        params = params if config.scan_layers else unstack_blocks(params)
-        return jax.tree_util.tree_map_with_path(lambda path, x: narrowed(x, kept_dtype(path, dtype)), params)
-
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
-
-    def run(params: Params) -> Params:
-        with use_mesh(mesh):
-            return jax.jit(convert, out_shardings=shardings)(params)
-
-    return run

@@ -6,38 +6,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
-from isthmus.model.ops.linear import Weight
-from isthmus.model.ops.rounding import narrowed
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.process.files import present, read_json, read_json_if_present
 from isthmus.model.text.added_tokens import declared_tokens
 from isthmus.model.text.chat import ChatTemplate, special_tokens
 from isthmus.model.text.endings import end_ids, turn_end, unheeded_flags
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.transformer import Params, abstract_params, kept_dtype
-from isthmus.model.weights import checkpoint, lora
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.checkpoint import CheckpointSource
 from isthmus.model.weights.gguf.unpack import unpack
 from isthmus.model.weights.hub import FolderOptions, find_folder, is_gguf, name_of
-from isthmus.model.weights.huggingface import load
 from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
+from isthmus.model.weights.huggingface.adapters import load_adapter
 from isthmus.model.weights.huggingface.coded.files import open_tensors
 from isthmus.model.weights.huggingface.coded.method import FIELD
 from isthmus.model.weights.huggingface.families import Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
-from isthmus.model.weights.huggingface.load import check_size
+from isthmus.model.weights.huggingface.load import PublishedSource, check_size, whole_matrices
 from isthmus.model.weights.huggingface.whole import Kept
-from isthmus.model.weights.packing import replace_matrices
-from isthmus.model.weights.quantization import formats, quantizer, rules_for
+from isthmus.model.weights.load import OnProgress, Source, Transform, load_params
+from isthmus.model.weights.lora import AdapterSource, Merge
+from isthmus.model.weights.quantization import Quantize, formats, rules_for
 
 PUBLISHED_CONFIG = "huggingface.json"
 """In a folder of ours that was fine-tuned from a published one: the config.json of that"""
@@ -73,8 +72,10 @@ class ModelFolder:
     """The adapter's folder, where one was opened; path is its base model's then"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
-    whole: Mapping[tuple[str, ...], Kept] = field(default_factory=dict)
+    whole: Mapping[str, Kept] = field(default_factory=dict)
     """The matrices of a published folder that stay the integers that they are in its files; rules say so of them too"""
+    execution: Execution = DEFAULT_EXECUTION
+    """How the model is to be computed; a folder doesn't say it"""
     ignore_field: tuple[str, ...] = ()
     """Fields of a published config.json that were not to be read, nor are to be where it is read again"""
     warnings: tuple[str, ...] = ()
@@ -111,11 +112,11 @@ class ModelFolder:
 
     def keeping(self, rules: tuple[str, ...]) -> ModelFolder:
         """As serving has it: `rules` make integers of matrices, and what is integers in the files stays so where a
-        format of ours holds them exactly, unless the rules ask for fewer bits. The layout isn't scanned."""
+        format of ours holds them exactly, unless the rules ask for fewer bits."""
         if self.family is None or self.weights is None or self.adapter is not None:
             return dataclasses.replace(self, quantize=rules)
         wanted = formats(self.config, rules)
-        found = load.whole_matrices(self.weights, self.family, self.config)
+        found = whole_matrices(self.weights, self.family, self.config)
         whole = {
             path: kept for path, kept in found.items() if path not in wanted or wanted[path].bits >= kept.exact.bits
         }
@@ -129,51 +130,45 @@ class ModelFolder:
         self,
         mesh: Mesh,
         dtype: str | None = None,
-        tick: Callable[[int], None] = lambda _: None,
+        on_progress: OnProgress = lambda size: None,
         *,
+        stacked: bool = False,
         merge_adapter: bool = False,
-        keep: Callable[[tuple[str, ...], Weight], Weight | None] = lambda path, weight: weight,
+        transforms: Sequence[Transform] = (),
     ) -> Params:
-        """The parameters over `mesh`, in the layout that `config` asks for; tick(bytes) as they are read.
+        """The parameters over `mesh`, in either layout; on_progress(bytes) as they are read.
 
-        dtype: of matrices; None is float32. merge_adapter: adds the adapter to the kernels beside it, which is also
-        done where `config` has no lora: the parameters are those of `config` without it. keep: what to keep of each
-        matrix, quantized if it is to be, as early as that is known; called from several threads. Raises ConfigError or
+        dtype: what matrices are kept in; None is float32. merge_adapter: adds the adapter to the kernels beside it,
+        which is also done where `config` has no lora: the parameters are those of `config` without it. transforms: what
+        else happens to each as soon as it is there, once it is integers if it is to be. Raises ConfigError or
         CheckpointError for a folder that doesn't hold them.
         """
-        assert not (self.quantize and self.config.scan_layers), "rules speak of single layers"
-        quantized = quantizer(self.config, self.quantize)
-
-        def change(path: tuple[str, ...], weight: Weight) -> Weight | None:
-            return keep(path, quantized(path, weight))
-
+        assert not (self.quantize and stacked), "rules speak of single layers"
+        config, changes = self.config, list(transforms)
+        if self.quantize:
+            changes.insert(0, Quantize(config, self.quantize))
+        source = self._source(mesh)
         if self.adapter is not None:
-            params = self._load_adapted(self.adapter, mesh, dtype, tick, merge_adapter or not self.config.lora.rank)
-        elif self.family is None or self.weights is None:
-            params = checkpoint.load_params(self.path, self.config, mesh, dtype)
-        else:
-            return load.load_params(self.weights, self.family, self.config, mesh, dtype, tick, change, self.whole)
-        if not self.config.scan_layers:
-            replace_matrices(self.config, params, lambda path, weight, _: change(path, weight))
-        return params
+            settings, factors = load_adapter(self.adapter, self._base())
+            if merge_adapter or not config.lora.rank:
+                changes.insert(0, Merge(factors, settings.scale))
+                config = dataclasses.replace(config, lora=LoraConfig())
+            elif settings != config.lora:
+                raise ConfigError(f"{self.adapter} holds an adapter of {settings}, not of {config.lora}")
+            else:
+                source = AdapterSource(source, factors)
+        return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype), changes, on_progress)
 
-    def _load_adapted(
-        self, folder: Path, mesh: Mesh, dtype: str | None, tick: Callable[[int], None], merge: bool
-    ) -> Params:
-        base = dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
-        settings, adapters = lora.load_adapter(folder, base)
-        if not merge and settings != self.config.lora:
-            raise ConfigError(f"{folder} holds an adapter of {settings}, not of {self.config.lora}")
-        config = dataclasses.replace(base.config, lora=settings)
-        _, abstract = lora.split(abstract_params(config, mesh))
+    def _source(self, mesh: Mesh) -> Source:
+        """Where the parameters come from, an adapter's left out."""
+        config = self._base().config if self.adapter is not None else self.config
+        if self.family is None or self.weights is None:
+            return CheckpointSource(self.path, config, mesh)
+        return PublishedSource(self.weights, self.family, config, mesh, self.whole)
 
-        def place(path: tuple, array: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            kept = "float32" if merge else kept_dtype(path, dtype)
-            return jax.device_put(narrowed(array, kept), leaf.sharding)
-
-        placed = jax.tree_util.tree_map_with_path(place, adapters, abstract)
-        params = lora.join(base.load_params(mesh, dtype, tick), placed)
-        return lora.merge(config, params, donate=True)[1] if merge else params
+    def _base(self) -> ModelFolder:
+        """The model that the adapter adapts."""
+        return dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
 
 
 def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
@@ -215,7 +210,7 @@ def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     if chat is not base.chat and not present(path / "tokenizer_config.json"):
         raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
     base.tokenizer.eos_ids |= turn_end(base.tokenizer, chat)
-    settings, _ = lora.load_adapter(path, base)
+    settings, _ = load_adapter(path, base)
     warnings = base.warnings
     if where == path:
         warnings += (f"{path} holds an adapter beside the model, and it is applied: to leave it out, move "

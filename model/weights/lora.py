@@ -1,90 +1,101 @@
-"""Adapters in a tree of parameters: leaves "lora_a" and "lora_b" beside the "kernel" that they adapt.
+"""Adapters among a network's parameters: the factors "…/lora_a" and "…/lora_b" beside the "…/kernel" that they adapt.
 
 model/layers.py: Linear says what they compute, model/weights/huggingface/adapters.py how they are stored.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.config import ModelConfig
+from isthmus.model.ops.linear import Weight
 from isthmus.model.ops.rounding import narrowed
-from isthmus.model.transformer import Params
-from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapter
-
-__all__ = ["LEAVES", "is_adapter", "join", "load_adapter", "merge", "save_adapter", "split"]
-
-LEAVES = ("lora_a", "lora_b")
+from isthmus.model.parameter import Role
+from isthmus.model.transformer import Params, parameter_specs
+from isthmus.model.weights.layout import is_stacked, unstack
+from isthmus.model.weights.load import Read, Source
 
 
-def is_adapter(path: tuple[Any, ...]) -> bool:
-    """Whether the leaf at a tree path is an adapter's, or an optimizer's moment of one."""
-    return bool(path) and getattr(path[-1], "key", None) in LEAVES
+def split(config: ModelConfig, params: Params) -> tuple[Params, Params]:
+    """(base, adapters): the parameters without adapters, and the adapters alone. params: in either layout."""
+    adapters = adapter_paths(config)
+    return (
+        {path: weight for path, weight in params.items() if path not in adapters},
+        {path: weight for path, weight in params.items() if path in adapters},
+    )
 
 
-def split(params: Params) -> tuple[Params, Params]:
-    """(base, adapters): the parameters without adapters, and the adapters alone, without empty dicts."""
-    base: Params = {}
-    adapters: Params = {}
-    for name, node in params.items():
-        if isinstance(node, dict):
-            for side, part in zip((base, adapters), split(node), strict=True):
-                if part:
-                    side[name] = part
-        else:
-            (adapters if name in LEAVES else base)[name] = node
-    return base, adapters
+@lru_cache(maxsize=16)
+def adapter_paths(config: ModelConfig) -> frozenset[str]:
+    """The paths of all adapters' factors, in both layouts."""
+    layouts = (parameter_specs(config), parameter_specs(config, stacked=True))
+    return frozenset(path for specs in layouts for path, spec in specs.items() if spec.role is Role.ADAPTER)
 
 
-def join(base: Params, adapters: Params) -> Params:
-    """The inverse of split."""
-    joined = dict(base)
-    for name, node in adapters.items():
-        if isinstance(node, dict):
-            joined[name] = join(joined.get(name, {}), node)
-        else:
-            assert name in LEAVES and name not in joined, name
-            joined[name] = node
-    return joined
+@dataclass(frozen=True)
+class AdapterSource:
+    """A source of a base model's parameters with an adapter's beside them."""
+
+    base: Source
+    adapters: Mapping[str, np.ndarray]
+    """The factors in float32, by their paths in the unstacked layout"""
+
+    @property
+    def nbytes(self) -> int:
+        """The base model's alone; what an adapter takes is small beside it."""
+        return self.base.nbytes
+
+    def reads(self, abstract: Params) -> Iterator[Read]:
+        """The base model's reads, and one for all of the adapter."""
+        ours = {path: leaf for path, leaf in abstract.items() if next(unstack(path, None))[0] in self.adapters}
+        yield from self.base.reads({path: leaf for path, leaf in abstract.items() if path not in ours})
+        yield Read(0, lambda: {path: self._placed(path, leaf) for path, leaf in ours.items()})
+
+    def _placed(self, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(narrowed(_held(self.adapters, path), leaf.dtype), leaf.sharding)
 
 
-def merge(config: ModelConfig, params: Params, *, donate: bool = False) -> tuple[ModelConfig, Params]:
-    """The same network without adapters: each kernel + alpha / rank * a·b, computed in float32 and rounded to the
-    kernel's dtype so that what is less than its steps isn't lost, in the kernel's sharding.
+def _held(adapters: Mapping[str, np.ndarray], path: str) -> np.ndarray:
+    """A factor at a path of either layout, of factors in the unstacked one."""
+    layers = [adapters[each] for each, _ in unstack(path, None)]
+    return np.stack(layers) if is_stacked(path) else layers[0]
 
-    params: in the layout of `config`. donate: gives the kernels that are adapted away, so that no second copy is made.
+
+class Merge:
+    """Adds an adapter to the kernels beside it as they come: a transform of `isthmus.model.weights.load`.
+
+    A kernel becomes kernel + alpha / rank * a·b, computed in float32 and rounded to the kernel's dtype so that what is
+    less than its steps isn't lost, in the kernel's sharding and its memory.
     """
-    if not config.lora.rank:
-        return config, params
 
-    def walk(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        if LEAVES[0] not in node:
-            return {name: walk(child) for name, child in node.items()}
-        rest = {name: leaf for name, leaf in node.items() if name not in LEAVES}
-        kernel, a, b = (node[name] for name in ("kernel", *LEAVES))
-        return {**rest, "kernel": _merged(kernel, a, b, config.lora.scale, config.scan_layers, donate)}
+    def __init__(self, adapters: Mapping[str, np.ndarray], scale: float) -> None:
+        """adapters: float32, by their paths in the unstacked layout; scale: alpha / rank."""
+        self._adapters, self._scale = adapters, scale
 
-    return dataclasses.replace(config, lora=LoraConfig()), walk(params)
+    def __call__(self, path: str, weight: Weight) -> Weight:
+        """The kernel at a path of either layout with its adapter added; any other parameter as it is."""
+        first, _ = next(unstack(path, None))
+        if f"{_module(first)}/lora_a" not in self._adapters or not first.endswith("/kernel"):
+            return weight
+        a, b = (_held(self._adapters, f"{_module(path)}/{factor}") for factor in ("lora_a", "lora_b"))
+        assert isinstance(weight, jax.Array), "adapters are merged before matrices become integers"
+        return _program(weight.sharding)(weight, a, b, self._scale, stacked=is_stacked(path))
 
 
-def _merged(kernel: Any, a: Any, b: Any, scale: float, stacked: bool, donate: bool) -> jax.Array:
-    if isinstance(kernel, jax.core.Tracer):  # the program around this decides about sharding and donation
-        return _add_product(kernel, a, b, scale, stacked=stacked)
-    sharding = kernel.sharding if isinstance(kernel, jax.Array) else None
-    return _program(sharding, donate and sharding is not None)(kernel, a, b, scale, stacked=stacked)
+def _module(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 @lru_cache(maxsize=64)
-def _program(sharding: jax.sharding.Sharding | None, donate: bool) -> Any:
-    donated = ("kernel",) if donate else ()
-    return jax.jit(_add_product, static_argnames="stacked", donate_argnames=donated, out_shardings=sharding)
+def _program(sharding: jax.sharding.Sharding) -> Any:
+    return jax.jit(_add_product, static_argnames="stacked", donate_argnames="kernel", out_shardings=sharding)
 
 
 def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: Any, *, stacked: bool) -> jax.Array:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.linear import Weight
 from isthmus.model.ops.quantized import Bits, Quantized, quantize, shapes
-from isthmus.model.ops.rounding import narrowed
-from isthmus.model.transformer import Params, abstract_params, kept_dtype, stack_blocks, stacked, unstack_blocks
-from isthmus.model.weights.packing import as_matrix, matrix_inputs, replace_matrices
+from isthmus.model.parameter import Spec
+from isthmus.model.transformer import Params, abstract_params, parameter_specs
+from isthmus.model.weights.layout import stack_params
 from isthmus.model.weights.patterns import check_pattern
 
 SCHEMES: dict[str, tuple[str, ...]] = {
@@ -40,10 +39,6 @@ _SIZES = ("32", "64", "128", "256")
 
 _PARTS = ("values", "scales")
 """What a matrix of integers is made of in a checkpoint"""
-
-
-Path = tuple[str, ...]
-"""Of a parameter, in the unstacked layout"""
 
 
 class Format(NamedTuple):
@@ -94,36 +89,39 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     return compiled, Format(bits, group, not plain, "float16" if half else "bfloat16", bool(sizes))
 
 
-def formats(config: ModelConfig, rules: Sequence[str]) -> dict[tuple[str, ...], Format]:
+def matrices(config: ModelConfig) -> dict[str, Spec]:
+    """The parameters that may become integers, by their paths in the unstacked layout."""
+    return {path: spec for path, spec in parameter_specs(config).items() if spec.role.is_matrix}
+
+
+def formats(config: ModelConfig, rules: Sequence[str]) -> dict[str, Format]:
     """The format of each matrix that `rules` turn into integers, by its path in the unstacked layout. The first rule
-    that matches a whole path, such as "blocks/0/mlp/up/kernel", decides. A router stays as it is: it is small, and
-    chooses.
+    that matches a whole path, such as "blocks/0/mlp/up/kernel", decides.
 
     Raises ConfigError for a rule that can't be read, or where none of them matches anything.
     """
     return {path: chosen for path, (_, chosen) in _decided(config, rules).items()}
 
 
-def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[Path, tuple[int, Format]]:
-    """With the place of the rule that decides. Raises ConfigError."""
+def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[str, tuple[int, Format]]:
+    """For each matrix that becomes integers, the place of the rule that decides and the format. Raises ConfigError."""
     parsed = [parse_rule(rule) for rule in rules]
     found, matched = {}, False
-    for path, inputs in matrix_inputs(config).items():
-        name = "/".join(path)
-        index = next((i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(name)), None)
-        if index is None or "router" in path:
+    for path, spec in matrices(config).items():
+        index = next((i for i, (pattern, _) in enumerate(parsed) if pattern.fullmatch(path)), None)
+        if index is None:
             continue
         matched = True
         if (chosen := parsed[index][1]) is not None:
-            found[path] = index, chosen.fitted(inputs)
+            found[path] = index, chosen.fitted(spec.inputs)
     if rules and not matched:
-        raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {name}")
+        raise ConfigError(f"quantize: no parameter's path matches {', '.join(rules)}; one is {path}")
     return found
 
 
 def check_rules(config: ModelConfig, rules: Sequence[str]) -> None:
     """Raises ConfigError where one of somebody's own rules changes nothing, which is a typo in it or in the order."""
-    names = ["/".join(path) for path in matrix_inputs(config) if "router" not in path]
+    names = list(matrices(config))
     undecided = set(names)
     for rule in rules:
         pattern, _ = parse_rule(rule)
@@ -152,12 +150,12 @@ def spelt_out(config: ModelConfig, rules: Sequence[str]) -> tuple[str, ...]:
 _LAYER = re.compile(r"blocks/(\d+)/(.*)")
 
 
-def rules_for(kinds: Mapping[Path, str]) -> tuple[str, ...]:
+def rules_for(kinds: Mapping[str, str]) -> tuple[str, ...]:
     """Rules that give each of these matrices its kind, and no other matrix any."""
     layers: dict[tuple[str, str], list[str]] = {}
     for path, kind in kinds.items():
-        match = _LAYER.fullmatch("/".join(path))
-        rest, layer = (match[2], match[1]) if match else ("/".join(path), "")
+        match = _LAYER.fullmatch(path)
+        rest, layer = (match[2], match[1]) if match else (path, "")
         layers.setdefault((rest, kind), []).append(layer)
     patterns: dict[tuple[str, str], list[str]] = {}
     for (rest, kind), found in layers.items():
@@ -168,36 +166,35 @@ def rules_for(kinds: Mapping[Path, str]) -> tuple[str, ...]:
     )
 
 
+class Quantize:
+    """Turns matrices into integers as they come: a transform of `isthmus.model.weights.load`."""
+
+    def __init__(self, config: ModelConfig, rules: Sequence[str]) -> None:
+        """Raises ConfigError as `formats` does."""
+        self._specs, self._formats = matrices(config), formats(config, rules)
+
+    def __call__(self, path: str, weight: Weight) -> Weight:
+        """The parameter at a path of the unstacked layout, as integers where the rules say so and it is an array."""
+        if path not in self._formats or not isinstance(weight, jax.Array):
+            return weight
+        return jax.block_until_ready(_quantize(self._specs[path], weight, self._formats[path]))
+
+
 def quantize_params(
-    config: ModelConfig, params: Params, rules: Sequence[str], tick: Callable[[int], None] = lambda size: None
+    config: ModelConfig, params: Params, rules: Sequence[str], on_progress: Callable[[int], None] = lambda size: None
 ) -> None:
     """Turns matrices into integers, in place and one at a time; what already is integers stays. params: unstacked;
-    tick(bytes) after each."""
-    quantized = quantizer(config, rules)
-
-    def change(path: tuple[str, ...], weight: Weight, inputs: int) -> Weight:
-        changed = quantized(path, weight)
+    on_progress(bytes) after each."""
+    quantize = Quantize(config, rules)
+    for path, weight in params.items():
+        changed = quantize(path, weight)
         if changed is not weight and isinstance(changed, Quantized):
-            tick(changed.values.nbytes)
-        return changed
-
-    replace_matrices(config, params, change)
+            params[path] = changed
+            on_progress(changed.values.nbytes)
 
 
-def quantizer(config: ModelConfig, rules: Sequence[str]) -> Callable[[tuple[str, ...], Weight], Weight]:
-    """What turns the parameter at a path of the unstacked layout into integers, if `rules` say so and it isn't yet."""
-    wanted, inputs = formats(config, rules), matrix_inputs(config)
-
-    def change(path: tuple[str, ...], weight: Weight) -> Weight:
-        if path not in wanted or not isinstance(weight, jax.Array):
-            return weight
-        return jax.block_until_ready(_quantize(weight, path, inputs[path], wanted[path]))
-
-    return change
-
-
-def _quantize(weight: jax.Array, path: tuple[str, ...], inputs: int, wanted: Format) -> Quantized:
-    return _as_integers(as_matrix(path, weight, inputs), wanted)
+def _quantize(spec: Spec, weight: jax.Array, wanted: Format) -> Quantized:
+    return _as_integers(spec.as_matrix(weight), wanted)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -206,101 +203,64 @@ def _as_integers(matrix: jax.Array, wanted: Format) -> Quantized:
     return quantize(matrix, wanted.bits, wanted.group, rotated=wanted.rotated, scales=wanted.scales)
 
 
-def weight_bytes(config: ModelConfig, rules: Sequence[str]) -> int:
-    """Bytes of the parameters as serving keeps them, all devices together."""
-    unstacked = abstract_params(_unstacked(config))
-    wanted, inputs = formats(config, rules), matrix_inputs(config)
-    total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(unstacked)[0]:
-        name, numbers = tuple(entry.key for entry in path), math.prod(leaf.shape)
-        if (chosen := wanted.get(name)) is None:
-            total += numbers * jnp.dtype(kept_dtype(path, config.dtype)).itemsize
+def weight_bytes(config: ModelConfig, dtype: str, rules: Sequence[str]) -> int:
+    """Bytes of the parameters as serving keeps them in `dtype`, all devices together."""
+    wanted, total = formats(config, rules), 0
+    for path, spec in parameter_specs(config).items():
+        if (chosen := wanted.get(path)) is None:
+            total += spec.size * jnp.dtype(spec.storage_dtype(dtype)).itemsize
         else:
-            values, scales = shapes(
-                chosen.bits, chosen.group, inputs[name], numbers // inputs[name], rotated=chosen.rotated
-            )
+            outputs = spec.size // spec.inputs
+            values, scales = shapes(chosen.bits, chosen.group, spec.inputs, outputs, rotated=chosen.rotated)
             total += math.prod(values) + 2 * math.prod(scales)
     return total
 
 
-def _unstacked(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, scan_layers=False)
-
-
-# In a checkpoint, integers are two arrays in a dict of their own.
+# In a checkpoint, a matrix of integers is two arrays below its path.
 
 
 def to_arrays(params: Params) -> Params:
-    """With a dict of arrays in the place of each matrix of integers."""
-
-    def change(node: Any) -> Any:
-        return dict(zip(_PARTS, (node.values, node.scales), strict=True)) if isinstance(node, Quantized) else node
-
-    return cast(Params, jax.tree.map(change, params, is_leaf=lambda node: isinstance(node, Quantized)))
-
-
-def from_arrays(config: ModelConfig, params: Params) -> Params:
-    """The inverse of to_arrays: config.quantization says what the arrays are. params: unstacked."""
-    wanted = formats(config, config.quantization)
-
-    def change(path: tuple[str, ...], weight: Any, inputs: int) -> Weight:
-        if path not in wanted:
-            return cast(Weight, weight)
-        values, scales = (weight[part] for part in _PARTS)
-        chosen = wanted[path]
-        return Quantized(values, scales, chosen.bits, inputs, chosen.group, chosen.rotated)
-
-    replace_matrices(config, params, change)
-    return params
+    """With two arrays in the place of each matrix of integers."""
+    arrays: Params = {}
+    for path, weight in params.items():
+        if isinstance(weight, Quantized):
+            arrays |= {f"{path}/{part}": getattr(weight, part) for part in _PARTS}
+        else:
+            arrays[path] = weight
+    return arrays
 
 
-def is_part(path: tuple[Any, ...]) -> bool:
-    """Whether a tree path ends at an array of a matrix of integers."""
-    return path[-1].key in _PARTS
+def parts_of_integers(path: str) -> tuple[str, str] | None:
+    """The path of a matrix and which part of its integers an array of a checkpoint holds; None for any other array."""
+    matrix, _, part = path.rpartition("/")
+    return (matrix, part) if part in _PARTS else None
+
+
+def from_parts(spec: Spec, chosen: Format, parts: Mapping[str, jax.Array]) -> Quantized:
+    """The matrix that `to_arrays` took apart."""
+    values, scales = (parts[part] for part in _PARTS)
+    return Quantized(values, scales, chosen.bits, spec.inputs, chosen.group, chosen.rotated)
 
 
 def abstract_stored(config: ModelConfig, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of a checkpoint of `config`, quantized as config.quantization says: integers are
     split along their outputs where the devices divide them."""
-    plain = abstract_params(stacked(config), mesh)
+    plain = abstract_params(config, mesh, stacked=True)
     if not config.quantization:
         return plain
 
-    def make(params: Params) -> Params:
-        quantize_abstract(params)
-        return to_arrays(stack_blocks(params))
+    def stored(params: Params) -> Params:
+        wanted, specs = formats(config, config.quantization), parameter_specs(config)
+        integers = {path: _quantize(specs[path], params[path], chosen) for path, chosen in wanted.items()}
+        return to_arrays(stack_params({**params, **integers}))
 
-    def quantize_abstract(params: Params) -> None:
-        wanted = formats(config, config.quantization)
+    def sharding(path: str, shape: tuple[int, ...]) -> Sharding:
+        if parts_of_integers(path) is None:
+            return plain[path].sharding
+        split = "tp" if shape[-1] % mesh.shape["tp"] == 0 else None
+        return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 1), split))
 
-        def change(path: tuple[str, ...], weight: Weight, inputs: int) -> Weight:
-            assert isinstance(weight, jax.Array)
-            return _quantize(weight, path, inputs, wanted[path]) if path in wanted else weight
-
-        replace_matrices(config, params, change)
-
-    shapes = jax.eval_shape(lambda params: make(jax.tree.map(lambda x: x, params)), abstract_params(_unstacked(config)))
-    tensors = mesh.shape["tp"]
-
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if is_part(path):
-            split = "tp" if leaf.shape[-1] % tensors == 0 else None
-            spec = PartitionSpec(*(None,) * (len(leaf.shape) - 1), split)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-        node: Any = plain
-        for entry in path:
-            node = node[entry.key]
-        return cast(jax.ShapeDtypeStruct, node)
-
-    return cast(Params, jax.tree_util.tree_map_with_path(place, shapes))
-
-
-def restored(config: ModelConfig, params: Params, dtype: str | None) -> Params:
-    """What serving reads of a quantized checkpoint as `abstract_stored` describes it: integers as they are, the rest in
-    `dtype`, in the layout of `config`."""
-
-    def cast_leaf(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if is_part(path) else narrowed(leaf, kept_dtype(path, dtype))
-
-    params = jax.tree_util.tree_map_with_path(cast_leaf, params)
-    return from_arrays(config, unstack_blocks(params))
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(path, leaf.shape))
+        for path, leaf in jax.eval_shape(stored, abstract_params(config)).items()
+    }

@@ -34,7 +34,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            dtype=config.dtype,
+            dtype=model.execution.dtype,
             eos_token_ids=sorted(model.tokenizer.eos_ids),
         )
 

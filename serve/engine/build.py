@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.config import LoraConfig
 from isthmus.model.device.hardware import check_dtype, default_dtype, free_memory
 from isthmus.model.device.memory import release_heap
+from isthmus.model.execution import Execution
+from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
-from isthmus.model.transformer import Params, abstract_params, kept_dtype
+from isthmus.model.transformer import Params, abstract_params, parameter_specs
 from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.model.weights.packing import Packing, pack_params
 from isthmus.model.weights.quantization import SCHEMES, quantize_params, weight_bytes
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink
-from isthmus.serve.engine.executor import Compiled, Executor, abstract_like, compile_steps, uses_kernels
+from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_like, compile_steps, uses_kernels
 
 PROGRAM_BYTES = 300 << 20
 """Of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured with
@@ -33,7 +35,7 @@ PROGRAM_BYTES = 300 << 20
 
 def open_model(
     path: Path,
-    dtype: str = "auto",
+    dtype: Dtype | Literal["auto"] = "auto",
     *,
     merge_adapter: bool = False,
     quantize: str = "none",
@@ -53,23 +55,21 @@ def open_model(
         )
     dtype = default_dtype() if dtype == "auto" else dtype
     check_dtype(dtype)
-    # A scan copies each layer's weights out of the stack every step: serving unrolls.
-    folder = folder.with_config(dtype=dtype, scan_layers=False, remat="none").keeping(SCHEMES[quantize])
+    folder = dataclasses.replace(folder.keeping(SCHEMES[quantize]), execution=Execution(dtype))
     return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
 
 
-def fit_memory(
-    engine: EngineConfig, model: ModelConfig, mesh: MeshShape, free: int | None, quantize: tuple[str, ...] = ()
-) -> EngineConfig:
+def fit_memory(engine: EngineConfig, model: ModelFolder, mesh: MeshShape, free: int | None) -> EngineConfig:
     """Resolves `engine`, with fewer pages, and a shorter context where none was asked for, if the default doesn't fit
     into `free` bytes of a device (None is not known, and leaves the default). Raises ConfigError when not even that
     does."""
-    resolved = engine.resolve(model)
+    config, dtype = model.config, model.execution.dtype
+    resolved = engine.resolve(config)
     if engine.pages or free is None:
         return resolved
-    left = free - weight_bytes(model, quantize or model.quantization) // (mesh.tp * mesh.ep)
-    heads = 1 if model.latent.rank else mesh.tp
-    page_bytes = engine.kv_bytes_per_token(model) * engine.page_size // heads
+    left = free - weight_bytes(config, dtype, model.quantize or config.quantization) // (mesh.tp * mesh.ep)
+    heads = 1 if config.latent.rank else mesh.tp
+    page_bytes = engine.kv_bytes_per_token(config, dtype) * engine.page_size // heads
     share = 0.5 if jax.default_backend() == "cpu" else 0.8  # others live in main memory, too
     affordable = int(left * share) // page_bytes
     if affordable >= resolved.pages:
@@ -79,13 +79,15 @@ def fit_memory(
         context = min(context, (affordable - 1) * engine.page_size)
     if context < 2 or affordable < 1 + -(-context // engine.page_size):
         asked = (
-            f"engine.context_length={context}" if engine.context_length else f"memory for {model.context_length} tokens"
+            f"engine.context_length={context}"
+            if engine.context_length
+            else f"memory for {config.context_length} tokens"
         )
         raise ConfigError(
             f"{asked}: {free / 1e9:.2f} GB are free, and after the model's {(free - left) / 1e9:.2f} GB there is room "
             f"for {max(affordable, 0) * engine.page_size} tokens of KV cache; fewer bits take less (dtype, quantize)"
         )
-    return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(model)
+    return dataclasses.replace(engine, pages=affordable, context_length=context).resolve(config)
 
 
 def _room(device: jax.Device) -> int | None:
@@ -98,16 +100,14 @@ def abstract_served(model: ModelFolder, mesh: Mesh) -> Params | None:
     """Shapes, dtypes and shardings of the parameters before any is read. None: of integers over several devices, XLA
     only decides how they lie when they are made."""
     rules = model.quantize or model.config.quantization
-    plain = jax.tree_util.tree_map_with_path(
-        lambda path, x: jax.ShapeDtypeStruct(x.shape, kept_dtype(path, model.config.dtype), sharding=x.sharding),
-        abstract_params(model.config, mesh),
-    )
+    plain = abstract_params(model.config, mesh, dtype=model.execution.dtype)
     if not rules:
         return plain
 
     def quantized(params: Params) -> Params:
-        quantize_params(model.config, params, rules)
-        return params
+        made = dict(params)
+        quantize_params(model.config, made, rules)
+        return made
 
     return _on_one_device(jax.eval_shape(quantized, plain), mesh) if mesh.size == 1 else None
 
@@ -118,58 +118,64 @@ def _on_one_device(params: Params, mesh: Mesh) -> Params:
 
 
 def build_executor(
-    model: ModelFolder, engine: EngineConfig, mesh: MeshShape, tick: Callable[[str], None] = lambda text: None
+    model: ModelFolder, engine: EngineConfig, mesh: MeshShape, on_progress: Callable[[str], None] = lambda text: None
 ) -> Executor:
-    """Loads the newest checkpoint, and compiles every bucket meanwhile; tick(what) as either goes on, from any thread.
-    Raises ConfigError."""
+    """Loads the newest checkpoint, and compiles every bucket meanwhile; on_progress(what) as either goes on, from any
+    thread. Raises ConfigError."""
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
-    engine = fit_memory(engine, model.config, mesh, _room(devices.devices.flat[0]), model.quantize)
-    vocab = model.tokenizer.vocab_size
+    engine = fit_memory(engine, model, mesh, _room(devices.devices.flat[0]))
+    served = Served(model.config, engine, model.tokenizer.vocab_size, model.execution)
     cancelled = False
     done = count(1)
 
     def compile_all(params: Params) -> Compiled:
-        return compile_steps(model.config, engine, vocab, devices, params, compiled)
+        return compile_steps(served, devices, params, compiled)
 
     def compiled(bucket: Bucket) -> None:
         if cancelled:
             raise CancelledError
-        tick(f"compiled {next(done)}/{len(engine.buckets)} programs ({bucket.tokens} tokens)")
+        on_progress(f"compiled {next(done)}/{len(engine.buckets)} programs ({bucket.tokens} tokens)")
 
     abstract = abstract_served(model, devices)
     packing = None
     if abstract is not None and uses_kernels(engine, devices):
-        packing = Packing(model.config, abstract)
-        abstract = _on_one_device(jax.eval_shape(partial(pack_params, model.config), abstract), devices)
+        specs = parameter_specs(model.config)
+        packing = Packing(specs, abstract)
+        abstract = _on_one_device(jax.eval_shape(lambda params: pack_params(specs, dict(params)), abstract), devices)
     with ThreadPoolExecutor(1, "compile") as worker:
         ready = None if abstract is None else worker.submit(compile_all, abstract)
         try:
-            params = _load(model, devices, packing, tick)
-            executor = Executor(model.config, engine, params, devices, vocab)
+            executor = Executor(served, load_served(model, devices, packing, on_progress), devices)
         except BaseException:
             cancelled = True
             raise
-        programs = compile_all(abstract_like(params)) if ready is None else ready.result()
+        programs = compile_all(abstract_like(executor.params)) if ready is None else ready.result()
     release_heap()
-    tick("warming up")
-    executor.compile(programs)
+    on_progress("warming up")
+    executor.warm_up(programs)
     return executor
 
 
-def _load(model: ModelFolder, mesh: Mesh, packing: Packing | None, tick: Callable[[str], None]) -> Params:
-    """Each matrix is made integers, and packed, as soon as it is read: before, the model needn't fit into memory."""
-    tick("loading parameters")
+def load_served(
+    model: ModelFolder,
+    mesh: Mesh,
+    packing: Packing | None = None,
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> Params:
+    """The parameters as serving keeps them. Each matrix becomes integers, and is packed, as soon as it is read: before,
+    the model needn't fit into memory."""
+    on_progress("loading parameters")
     total, read = model.nbytes, 0
 
     def show(size: int) -> None:
         nonlocal read
         read += size
-        tick(f"loading parameters: {read / 1e9:.2f} of {total / 1e9:.2f} GB")
+        on_progress(f"loading parameters: {read / 1e9:.2f} of {total / 1e9:.2f} GB")
 
-    if packing is None:
-        return model.load_params(mesh, model.config.dtype, show)
-    return packing.finish(model.load_params(mesh, model.config.dtype, show, keep=packing.put))
+    transforms = () if packing is None else (packing,)
+    params = model.load_params(mesh, model.execution.dtype, show, transforms=transforms)
+    return params if packing is None else packing.finish(params)
 
 
 def build_engine(
@@ -177,7 +183,7 @@ def build_engine(
     engine: EngineConfig,
     mesh: MeshShape,
     sink: Sink,
-    tick: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """As build_executor, with the engine around it; not started."""
-    return Engine(build_executor(model, engine, mesh, tick), sink)
+    return Engine(build_executor(model, engine, mesh, on_progress), sink)

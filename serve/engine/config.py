@@ -79,13 +79,13 @@ class EngineConfig:
     def pages_per_sequence(self) -> int:
         return -(-self.context_length // self.page_size)
 
-    def kv_bytes_per_token(self, model: ModelConfig) -> int:
-        """Bytes of KV cache a token takes, all layers together."""
+    def kv_bytes_per_token(self, model: ModelConfig, dtype: str) -> int:
+        """Bytes of KV cache that a token takes, all layers together, of a model that runs in `dtype`."""
         from isthmus.model.ops.attention import scales_of
 
-        dtype = self.cache_dtype if self.cache_dtype != "model" else model.dtype
+        kept = self.cache_dtype if self.cache_dtype != "model" else dtype
         size = model.head_dim
-        vector = {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * scales_of(size)}[dtype]
+        vector = {"float32": 4 * size, "bfloat16": 2 * size, "int8": size + 4 * scales_of(size)}[kept]
         return model.layers * model.cache_heads * vector
 
     @cached_property

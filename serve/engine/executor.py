@@ -15,25 +15,39 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isthmus.model.config import ModelConfig
 from isthmus.model.device.compilation import compilations
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.layers import Attend
 from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of
 from isthmus.model.ops.backend import use_cpu_kernels
 from isthmus.model.ops.cpu import library
 from isthmus.model.ops.cpu.memory import allocate
 from isthmus.model.sharding import named_sharding, use_mesh
-from isthmus.model.transformer import Params, Transformer, abstract_params, bind
-from isthmus.model.weights.packing import is_packed, pack_params, place_matrices
+from isthmus.model.transformer import Params, Transformer, abstract_params, bind, parameter_specs
+from isthmus.model.weights.packing import is_packed, pack_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
 from isthmus.serve.engine.sampling import sample
 
 
-def abstract_cache(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Cache:
+@dataclass(frozen=True)
+class Served:
+    """All that decides the programs of an engine but its devices."""
+
+    model: ModelConfig
+    engine: EngineConfig
+    """Resolved for the model"""
+    vocab: int
+    """Ids from here on are padding of the vocabulary and never drawn"""
+    execution: Execution = DEFAULT_EXECUTION
+
+
+def abstract_cache(served: Served, mesh: Mesh) -> Cache:
     """One array for all layers, so that no layer is sliced out. Split over the key heads; a latent belongs to all
     heads, and so to all devices."""
+    model, engine = served.model, served.engine
     shape = (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
     axes = ("pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
-    dtype = jnp.dtype(engine.cache_dtype if engine.cache_dtype != "model" else model.dtype)
+    dtype = jnp.dtype(engine.cache_dtype if engine.cache_dtype != "model" else served.execution.dtype)
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
     if dtype != jnp.int8:
         return Cache(pages)
@@ -87,29 +101,28 @@ def forward(
 
 
 def engine_step(
-    model_config: ModelConfig,
-    engine: EngineConfig,
+    served: Served,
     bucket: Bucket,
-    vocab: int,
     kernels: bool,
     params: Params,
     cache: Cache,
     last_token: jax.Array,
     packed: jax.Array,
 ) -> tuple[Cache, jax.Array, jax.Array]:
-    """One step: (cache, last_token, drawn). Pure; the first five arguments are static.
+    """One step: (cache, last_token, drawn). Pure; the first three arguments are static.
 
     last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what nobody wants.
-    packed: int32, see PlanArrays. drawn: int32[samples]. vocab: ids from here on are padding and never drawn.
+    packed: int32, see PlanArrays. drawn: int32[samples].
     """
+    engine = served.engine
     arrays = split_plan(packed, bucket, engine.pages_per_sequence)
     singles = arrays.tokens[: bucket.rows]
     singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
-    model = bind(model_config, place_matrices(params))
+    model = bind(served.model, served.execution, params)
     hidden, cache = forward(model, engine, bucket, kernels, cache, arrays._replace(tokens=tokens))
     logits = model.logits(hidden[arrays.sample_token])
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab, logits, -jnp.inf)
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < served.vocab, logits, -jnp.inf)
     as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
     as_unsigned = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
     drawn = sample(
@@ -137,14 +150,14 @@ class Launched:
 
 
 class Executor:
-    """Device state and compiled programs of one engine. `compile` must have run before `launch`."""
+    """Device state and compiled programs of one engine. `warm_up` must have run before `launch`."""
 
-    def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh, vocab: int) -> None:
-        """params: in the layout and dtypes that serving reads, packed or not; engine: resolved."""
-        if uses_kernels(engine, mesh) and not model.scan_layers:
-            params = params if is_packed(params) else pack_params(model, jax.tree.map(lambda leaf: leaf, params))
-        self.model, self.engine, self.mesh, self._vocab = model, engine, mesh, vocab
-        self._params = params
+    def __init__(self, served: Served, params: Params, mesh: Mesh) -> None:
+        """params: in the layout and dtypes that serving reads, packed or not."""
+        if uses_kernels(served.engine, mesh) and not served.execution.scan_layers and not is_packed(params):
+            params = pack_params(parameter_specs(served.model), dict(params))
+        self.served, self.model, self.engine, self.mesh = served, served.model, served.engine, mesh
+        self.params = params
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._programs: dict[Bucket, Callable[..., Any]] = {}
         self.compile_seconds = 0.0
@@ -153,7 +166,7 @@ class Executor:
         self._reset_state()
 
     def _reset_state(self) -> None:
-        abstract = abstract_cache(self.model, self.engine, self.mesh)
+        abstract = abstract_cache(self.served, self.mesh)
 
         def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
             # Nothing is read that wasn't written, and memory is only taken for pages that were.
@@ -164,12 +177,13 @@ class Executor:
         self._cache = jax.jit(lambda: jax.tree.map(empty, abstract), out_shardings=shardings)()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
 
-    def compile(self, ready: Compiled | None = None, tick: Callable[[Bucket], None] = lambda bucket: None) -> None:
-        """Compiles every bucket's program unless they are `ready`, with tick(bucket) after each, and runs each once on
-        padding."""
+    def warm_up(
+        self, ready: Compiled | None = None, on_progress: Callable[[Bucket], None] = lambda bucket: None
+    ) -> None:
+        """Compiles every bucket's program unless they are `ready`, with on_progress(bucket) after each, and runs each
+        once on padding."""
         if ready is None:
-            params = abstract_like(self._params)
-            ready = compile_steps(self.model, self.engine, self._vocab, self.mesh, params, tick)
+            ready = compile_steps(self.served, self.mesh, abstract_like(self.params), on_progress)
         self._programs, self.compile_seconds = ready
         start = time.perf_counter()
         for bucket in self.engine.buckets:
@@ -185,7 +199,7 @@ class Executor:
 
     @property
     def recompilations(self) -> int:
-        """Programs compiled in this process since `compile`: in serving, 0 is the only right value."""
+        """Programs compiled in this process since `warm_up`: in serving, 0 is the only right value."""
         return compilations() - self._compilations_when_ready
 
     def _warm(self, bucket: Bucket) -> None:
@@ -198,7 +212,7 @@ class Executor:
     def launch(self, plan: StepPlan) -> Launched:
         """Starts a step and returns at once."""
         self._cache, self._last_token, drawn = self._programs[plan.bucket](
-            self._params, self._cache, self._last_token, plan.packed
+            self.params, self._cache, self._last_token, plan.packed
         )
         drawn.copy_to_host_async()
         return Launched(plan, drawn)
@@ -212,20 +226,15 @@ class Compiled(NamedTuple):
 
 
 def compile_steps(
-    model: ModelConfig,
-    engine: EngineConfig,
-    vocab: int,
-    mesh: Mesh,
-    params: Params,
-    tick: Callable[[Bucket], None] = lambda bucket: None,
+    served: Served, mesh: Mesh, params: Params, on_progress: Callable[[Bucket], None] = lambda bucket: None
 ) -> Compiled:
-    """Compiles every bucket's program, or reads it from JAX's persistent cache, for abstract parameters; tick(bucket)
-    after each."""
+    """Compiles every bucket's program, or reads it from JAX's persistent cache, for abstract parameters;
+    on_progress(bucket) after each."""
     start = time.perf_counter()
     programs: dict[Bucket, Callable[..., Any]] = {}
-    for bucket in engine.buckets:
-        programs[bucket] = lower_step(model, engine, bucket, vocab, mesh, params).compile()
-        tick(bucket)
+    for bucket in served.engine.buckets:
+        programs[bucket] = lower_step(served, bucket, mesh, params).compile()
+        on_progress(bucket)
     return Compiled(programs, time.perf_counter() - start)
 
 
@@ -233,46 +242,30 @@ def abstract_like(params: Params) -> Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
 
 
-def lower_step(
-    model: ModelConfig,
-    engine: EngineConfig,
-    bucket: Bucket,
-    vocab: int,
-    mesh: Mesh,
-    params: Params | None = None,
-) -> jax.stages.Lowered:
+def lower_step(served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None) -> jax.stages.Lowered:
     """Lowers a bucket's step for the devices of `mesh`, which may be ones that this machine doesn't have.
 
     params: abstract; None takes the model's parameters in its dtype.
     """
-    step, args = step_and_arguments(model, engine, bucket, vocab, mesh, params)
+    step, args = step_and_arguments(served, bucket, mesh, params)
     with use_mesh(mesh):
         return step.lower(*args)
 
 
-def step_and_arguments(
-    model: ModelConfig,
-    engine: EngineConfig,
-    bucket: Bucket,
-    vocab: int,
-    mesh: Mesh,
-    params: Params | None = None,
-) -> tuple[Any, tuple]:
+def step_and_arguments(served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None) -> tuple[Any, tuple]:
     """The jitted step of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
+    engine, execution = served.engine, served.execution
     replicated = NamedSharding(mesh, PartitionSpec())
     if params is None:
-        abstract = abstract_params(model, mesh)
-        params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(model.dtype), sharding=x.sharding), abstract
-        )
+        params = abstract_params(served.model, mesh, stacked=execution.scan_layers, dtype=execution.dtype)
 
     def ints(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
 
-    cache = abstract_cache(model, engine, mesh)
+    cache = abstract_cache(served, mesh)
     args = (params, cache, ints(engine.max_sequences + 1), ints(plan_size(bucket, engine.pages_per_sequence)))
     step = jax.jit(
-        partial(engine_step, model, engine, bucket, vocab, uses_kernels(engine, mesh)),
+        partial(engine_step, served, bucket, uses_kernels(engine, mesh)),
         donate_argnums=(1, 2),
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), replicated, replicated),
     )

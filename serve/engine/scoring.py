@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.attention import Cache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
-from isthmus.model.transformer import Params, bind
+from isthmus.model.transformer import Params, bind, parameter_specs
 from isthmus.model.weights.folder import ModelFolder
-from isthmus.model.weights.packing import Packing, place_matrices
-from isthmus.serve.engine.build import abstract_served
+from isthmus.model.weights.packing import Packing
+from isthmus.serve.engine.build import abstract_served, load_served
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import abstract_cache, forward, uses_kernels
+from isthmus.serve.engine.executor import Served, abstract_cache, forward, uses_kernels
 from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
 
 
@@ -32,36 +32,24 @@ def predictions(folder: ModelFolder, cache_dtype: str, windows: np.ndarray, firs
     """
     engine, mesh = _engine(folder.config, cache_dtype, windows.shape[1]), build_mesh(MeshShape())
     kernels = uses_kernels(engine, mesh)
-    return score(folder.config, engine, kernels, mesh, load_served(folder, mesh, kernels), windows, first)
-
-
-def load_served(folder: ModelFolder, mesh: Mesh, kernels: bool) -> Params:
-    """The parameters as serving keeps them, packed where it runs its kernels."""
-    dtype = folder.config.dtype
     abstract = abstract_served(folder, mesh) if kernels else None
-    if abstract is None:
-        return folder.load_params(mesh, dtype)
-    packing = Packing(folder.config, abstract)
-    return packing.finish(folder.load_params(mesh, dtype, keep=packing.put))
+    packing = None if abstract is None else Packing(parameter_specs(folder.config), abstract)
+    served = Served(folder.config, engine, folder.tokenizer.vocab_size, folder.execution)
+    return score(served, kernels, mesh, load_served(folder, mesh, packing), windows, first)
 
 
 def score(
-    config: ModelConfig,
-    engine: EngineConfig,
-    kernels: bool,
-    mesh: Mesh,
-    params: Params,
-    windows: np.ndarray,
-    first: int,
+    served: Served, kernels: bool, mesh: Mesh, params: Params, windows: np.ndarray, first: int
 ) -> Iterator[np.ndarray]:
-    """`predictions` of parameters as `load_served` gives them. engine: resolved, with a bucket for a whole window."""
+    """`predictions` of parameters as `load_served` gives them. The engine has a bucket for a whole window."""
+    engine = served.engine
     bucket = engine.buckets[-1]
     with use_mesh(mesh):
-        cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_cache(config, engine, mesh))
+        cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_cache(served, mesh))
         span = range(first, windows.shape[1] - 1)
-        step = jax.jit(partial(_logits, config, engine, bucket, kernels, span), donate_argnums=1)
+        step = jax.jit(partial(_logits, served, bucket, kernels, span), donate_argnums=1)
         for tokens in windows:
-            cache, logits = step(params, cache, _plan(bucket, engine, tokens, config.rope_switch))
+            cache, logits = step(params, cache, _plan(bucket, engine, tokens, served.model.rope_switch))
             yield np.asarray(logits)
 
 
@@ -78,8 +66,7 @@ def _engine(config: ModelConfig, cache_dtype: str, size: int) -> EngineConfig:
 
 
 def _logits(
-    config: ModelConfig,
-    engine: EngineConfig,
+    served: Served,
     bucket: Bucket,
     kernels: bool,
     span: range,
@@ -87,9 +74,9 @@ def _logits(
     cache: Cache,
     packed: jax.Array,
 ) -> tuple[Cache, jax.Array]:
-    model = bind(config, place_matrices(params))
-    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-    hidden, cache = forward(model, engine, bucket, kernels, cache, arrays)
+    model = bind(served.model, served.execution, params)
+    arrays = split_plan(packed, bucket, served.engine.pages_per_sequence)
+    hidden, cache = forward(model, served.engine, bucket, kernels, cache, arrays)
     return cache, model.logits(hidden[bucket.rows + span.start : bucket.rows + span.stop])
 
 

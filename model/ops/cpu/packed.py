@@ -45,6 +45,8 @@ class Packed:
     group: int = field(default=0, metadata={"static": True})
     rotated: bool = field(default=False, metadata={"static": True})
     """Of integers, as in Quantized"""
+    names: tuple[str, ...] = field(default=(), metadata={"static": True})
+    """The names of the matrices, where this is a whole stack among a network's parameters"""
 
     @property
     def layout(self) -> tuple[str, int, int, bool]:
@@ -53,7 +55,7 @@ class Packed:
 
     def __getitem__(self, index: int) -> Packed:
         """A matrix of the stack."""
-        return dataclasses.replace(self, index=jnp.int32(index))
+        return dataclasses.replace(self, index=jnp.int32(index), names=())
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]; zeros for an index that isn't there."""

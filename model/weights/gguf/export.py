@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from isthmus.errors import ConfigError
@@ -19,7 +18,7 @@ from isthmus.model.weights.gguf.files import read_headers
 from isthmus.model.weights.gguf.metadata import Metadata
 from isthmus.model.weights.gguf.ropes import llama3_factors
 from isthmus.model.weights.gguf.tokenizer_export import tokenizer_metadata
-from isthmus.model.weights.huggingface.export import assemble, network_of, targets_of
+from isthmus.model.weights.huggingface.export import assemble, targets_of
 from isthmus.model.weights.huggingface.families import Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 
@@ -55,7 +54,7 @@ def write_model(
     kind: str,
     tick: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes `params`, in the layout of the folder's configuration, with its tokenizer and chat template.
+    """Writes `params`, which are unstacked, with its tokenizer and chat template.
 
     kind: one of KINDS. tick(bytes) after each tensor, of float32. Raises ConfigError for a network or a tokenizer that
     a GGUF file can't describe: what is read back from it must be this very network.
@@ -81,12 +80,11 @@ def write_model(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    leaves = jax.tree.leaves(params)
     with contextlib.ExitStack() as failed:
         failed.callback(_drop, writer)
         for written, names, _, stored in plan:
             arrays = [
-                _changed(architecture, config, written, assemble(targets[each], leaves, config)) for each in names
+                _changed(architecture, config, written, assemble(targets[each], params, config)) for each in names
             ]
             whole = arrays[0] if len(names) == 1 else np.stack(arrays)
             writer.write_tensor_data(_as_stored(np.ascontiguousarray(whole), stored))
@@ -243,8 +241,8 @@ def _check(path: Path, config: ModelConfig) -> None:
     """Raises ConfigError where what a reader makes of the file is another network."""
     header = read_headers(path)
     values = config_of(Metadata(header.metadata, path), header)
-    read = network_of(read_fields(Fields(values, path))[1])
-    want = network_of(config)
+    read = read_fields(Fields(values, path))[1].canonical()
+    want = config.canonical()
     for name, value in vars(want).items():
         found = getattr(read, name)
         close = isinstance(value, float) and abs(found - value) <= 1e-6 * abs(value)

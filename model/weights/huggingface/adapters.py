@@ -15,25 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from safetensors.numpy import save_file
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.parameter import Role
 from isthmus.model.process.files import present
-from isthmus.model.transformer import Params, abstract_params, run_name, runs
+from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights.huggingface import tensors
 from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, AdapterSettings, adapter_config
 from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
-from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of, path_name
+from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of
+from isthmus.model.weights.layout import unstack_params
 
 if TYPE_CHECKING:
     from isthmus.model.weights.folder import ModelFolder
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_FACTOR = re.compile(r"/lora_[ab]$")
+_MODULES = (Role.MATRIX, Role.HEADS, Role.EXPERTS, Role.ROUTER)
+"""What is a module with a weight in a published model; PEFT calls an embedding another kind of module"""
 
 
 @dataclass(frozen=True)
@@ -85,22 +89,20 @@ def _table(base: ModelFolder) -> tensors.Table:
 
 
 def _plain(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, lora=LoraConfig(), scan_layers=False)
+    return dataclasses.replace(config, lora=LoraConfig())
 
 
 def adaptable_modules(config: ModelConfig, table: tensors.Table) -> Modules:
     """Every module that can be adapted, by its published name, with the projections that it consists of."""
     everything = sorted({path for kind in config.layer_kinds for path in config.projections(kind)})
     probe = dataclasses.replace(_plain(config), lora=LoraConfig(1, targets="|".join(everything)))
-    blocks = abstract_params(probe)["blocks"]
+    specs = parameter_specs(probe)
     modules: Modules = {}
     for layer, kind in enumerate(config.layer_kinds):
         for path in config.projections(kind):
-            linear = blocks[str(layer)]
-            for name in path.split("/"):
-                linear = linear[name]
-            inputs, outputs = linear["lora_a"].shape[:-1], linear["lora_b"].shape[1:]
-            part = parts_of(config, table, f"blocks/{layer}/{path}/kernel", linear["kernel"].shape)
+            linear = f"blocks/{layer}/{path}"
+            inputs, outputs = specs[f"{linear}/lora_a"].shape[:-1], specs[f"{linear}/lora_b"].shape[1:]
+            part = parts_of(config, table, f"{linear}/kernel", specs[f"{linear}/kernel"].shape)
             assert isinstance(part, Part)
             slot = _slot(config, layer, path, part, inputs, outputs)
             modules.setdefault(part.name.removesuffix(".weight"), []).append(slot)
@@ -126,8 +128,8 @@ def _slot(
 
 
 def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: Params) -> None:
-    """Writes the adapters among `params` (in the layout of `config`, which has lora) to `folder` in PEFT's layout, as
-    an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
+    """Writes the adapters among `params` (in either layout, of `config`, which has lora) to `folder` in PEFT's layout,
+    as an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
     table, rank = _table(base), config.lora.rank
     held = dict(_held(params))
     modules = {
@@ -158,17 +160,12 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _held(params: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
     """((layer, path), (lora_a, lora_b)) of every adapter, in float32."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path, _, name = path_name(keys).rpartition("/")
-        if name in ("lora_a", "lora_b"):
-            found.setdefault(path, {})[name] = np.asarray(leaf).astype(np.float32)
-    for path, pair in found.items():
-        _, run, inner = path.split("/", 2)
-        first, _, last = run.partition("-")
-        for layer in range(int(first), int(last or first) + 1):
-            index = (layer - int(first),) if last else ()
-            yield (layer, inner), (pair["lora_a"][index], pair["lora_b"][index])
+    layers = unstack_params({path: np.asarray(array) for path, array in params.items() if _FACTOR.search(path)})
+    for path, a in layers.items():
+        linear, _, name = path.rpartition("/")
+        if name == "lora_a":
+            _, layer, inner = linear.split("/", 2)
+            yield (int(layer), inner), (a.astype(np.float32), layers[f"{linear}/lora_b"].astype(np.float32))
 
 
 def _fused(
@@ -194,11 +191,8 @@ def _fused(
 
 def _weights(config: ModelConfig, table: tensors.Table) -> set[str]:
     """Every published module with a matrix."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(_plain(config)))
-    kernels = [(path_name(keys), leaf.shape) for keys, leaf in flat]
-    parts = [
-        parts_of(config, table, path, shape) for path, shape in kernels if path == "head" or path.endswith("/kernel")
-    ]
+    specs = {path: spec for path, spec in parameter_specs(_plain(config)).items() if spec.role in _MODULES}
+    parts = [parts_of(config, table, path, spec.shape) for path, spec in specs.items()]
     return {part.name.removesuffix(".weight") for nested in parts for part in leaves_of(nested)}
 
 
@@ -235,9 +229,9 @@ def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
 # reading
 
 
-def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, Params]:
-    """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and float32 numpy arrays in the layout of
-    base.config, as `model.lora.join` takes them.
+def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
+    the unstacked layout.
 
     All get the largest rank there is: smaller ones are padded with zeros. A projection without an adapter, in a layer
     where others of its kind have one, gets zeros. Raises ConfigError naming the field or the tensor for whatever would
@@ -259,14 +253,12 @@ def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, Params]:
     rank = max(factors.rank for (_, path), factors in found.items() if path in paths)
     alpha = settings.alpha if rank == settings.rank and not settings.rank_stabilized else settings.scale * rank
     lora = LoraConfig(rank, float(alpha), "|".join(paths))
-    layers: dict[str, Params] = {}
+    ours: dict[str, np.ndarray] = {}
     for slot in (slot for slots in modules.values() for slot in slots if slot.path in paths):
-        a, b = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
-        node = layers.setdefault(str(slot.layer), {})
-        for key in slot.path.split("/"):
-            node = node.setdefault(key, {})
-        node.update(lora_a=a, lora_b=b)
-    return lora, {"blocks": _stacked(base.config, layers) if base.config.scan_layers else layers}
+        linear = f"blocks/{slot.layer}/{slot.path}"
+        pair = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
+        ours[f"{linear}/lora_a"], ours[f"{linear}/lora_b"] = pair
+    return lora, ours
 
 
 def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
@@ -332,12 +324,3 @@ def _padded(slot: Slot, factors: Factors | None, rank: int, scale: float) -> tup
         a[:, : factors.rank] = factors.a
         b[: factors.rank] = factors.b if factors.scale == scale else factors.b * np.float32(factors.scale / scale)
     return a.reshape(*slot.inputs, rank), b.reshape(rank, *slot.outputs)
-
-
-def _stacked(config: ModelConfig, layers: dict[str, Params]) -> Params:
-    """`layers` in the stacked layout: a dict a run of layers."""
-    return {
-        run_name(run): jax.tree.map(lambda *leaves: np.stack(leaves), *(layers[str(layer)] for layer in run))
-        for run in runs(config)
-        if str(run.start) in layers
-    }

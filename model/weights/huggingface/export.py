@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -10,19 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.config import ModelConfig
 from isthmus.model.ops.rounding import narrowed
-from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights.huggingface.families import FAMILIES, Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import DTYPES, INDEX, SINGLE, WeightFiles
-from isthmus.model.weights.huggingface.load import Part, parts_of, path_name
+from isthmus.model.weights.huggingface.load import Part, parts_of
 
 DTYPES_FILE = "huggingface_dtypes.json"
 """What a folder's tensors were stored in, kept beside a model that was converted, so that it can be written back."""
@@ -32,7 +30,8 @@ DTYPES_FILE = "huggingface_dtypes.json"
 class Source:
     """A parameter's part in a tensor."""
 
-    leaf: int
+    path: str
+    """The parameter's"""
     index: tuple[int, ...]
     """Along the parameter's leading axes"""
     part: Part
@@ -62,27 +61,9 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
             _, read = read_fields(Fields(dict(candidate), Path("config.json")))
         except ConfigError:
             continue
-        if network_of(read) == network_of(config):
+        if read.computes_as(config):
             return candidate
     raise ConfigError("no family of Hugging Face's computes this network; convert it from the folder it came from")
-
-
-def network_of(config: ModelConfig) -> ModelConfig:
-    """`config` without what changes how it is run or trained, and not what it computes."""
-    mixture = dataclasses.replace(config.mixture, correction_rate=0.0)
-    return dataclasses.replace(
-        config,
-        context_length=0,
-        dtype="float32",
-        remat="none",
-        scan_layers=False,
-        lora=LoraConfig(),
-        mixture=mixture,
-        windows=tuple(kind.window for kind in config.layer_kinds),
-        rope_pattern=tuple(kind.rope != "none" for kind in config.layer_kinds),
-        rotary_dim=config.rotated,
-        attention_scale=config.attention_scale or config.head_dim**-0.5,
-    )
 
 
 def _candidates(config: ModelConfig) -> list[dict[str, Any]]:
@@ -149,19 +130,18 @@ def write_weights(
     max_shard_bytes: int,
     tick: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes `params`, in the layout of `config`, as one file or as shards with an index.
+    """Writes `params`, which are unstacked, as one file or as shards with an index.
 
     dtypes: as stored_dtypes gives; a float32 that came from a narrower type goes back without loss.
     """
     targets = targets_of(config, family, dtypes)
     shards = _shards({name: target.nbytes for name, target in targets.items()}, max_shard_bytes)
-    leaves = jax.tree.leaves(params)
     placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
         for name in shard:
-            tensors[name] = assemble(targets[name], leaves, config)
+            tensors[name] = assemble(targets[name], params, config)
             placed[name] = file
             tick(targets[name].nbytes)
         try:
@@ -196,16 +176,15 @@ def _sources(config: ModelConfig, family: Family) -> dict[str, list[Source]]:
     table = family.table(config)
     sources: dict[str, list[Source]] = {}
 
-    def add(leaf: int, index: tuple[int, ...], parts: Part | list) -> None:
+    def add(path: str, index: tuple[int, ...], parts: Part | list) -> None:
         if isinstance(parts, Part):
-            sources.setdefault(parts.name, []).append(Source(leaf, index, parts))
+            sources.setdefault(parts.name, []).append(Source(path, index, parts))
         else:
             for i, part in enumerate(parts):
-                add(leaf, (*index, i), part)
+                add(path, (*index, i), part)
 
-    flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config))
-    for leaf, (path, abstract) in enumerate(flat):
-        add(leaf, (), parts_of(config, table, path_name(path), abstract.shape))
+    for path, spec in parameter_specs(config).items():
+        add(path, (), parts_of(config, table, path, spec.shape))
     return dict(sorted(sources.items(), key=lambda item: _natural(item[0])))
 
 
@@ -226,13 +205,13 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def assemble(target: Target, leaves: list[jax.Array], config: ModelConfig) -> np.ndarray:
-    """A tensor of the parameters' leaves."""
+def assemble(target: Target, params: Params, config: ModelConfig) -> np.ndarray:
+    """A tensor of the parameters."""
     raw = np.empty(target.shape, target.dtype)
     for source in target.sources:
         piece = source.part.piece
         view = piece.view(raw, source.part.shape, config)
-        values = np.asarray(narrowed(leaves[source.leaf][source.index], target.dtype))
+        values = np.asarray(narrowed(params[source.path][source.index], target.dtype))
         order = piece.order_of(config)
         if order is None:
             view[...] = values

@@ -1,19 +1,16 @@
 """Streams a published folder's weights onto devices: each shard of each parameter is read from the mapped file by
-itself, and forgotten by the host before the next one but one is read."""
+itself, and forgotten by the host soon after."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import mmap
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,20 +18,13 @@ from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
-from isthmus.model.transformer import Params, abstract_params, kept_dtype
+from isthmus.model.ops.linear import Weight
+from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights.huggingface.families import Family
 from isthmus.model.weights.huggingface.files import WeightFiles
 from isthmus.model.weights.huggingface.tensors import Piece, Table, as_stored
 from isthmus.model.weights.huggingface.whole import Kept, kept_matrix, read_whole
-from isthmus.model.weights.packing import matrix_inputs
-
-Tick = Callable[[int], None]
-"""Called with the bytes read since the last call."""
-Keep = Callable[[tuple[str, ...], jax.Array], Any]
-"""(path, parameter) to what takes its place."""
-
-READERS = 2
-"""Parameters that are read at once."""
+from isthmus.model.weights.load import Read
 
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Constants that old folders store."""
@@ -84,78 +74,61 @@ def leaves_of(parts: Part | list) -> Iterator[Part]:
             yield from leaves_of(part)
 
 
-def path_name(path: tuple[Any, ...]) -> str:
-    """A tree path as "blocks/0/mlp/up/kernel"."""
-    return "/".join(entry.key for entry in path)
+@dataclass(frozen=True)
+class PublishedSource:
+    """The parameters of a published model, as a source: each shard of each is read by itself."""
 
+    files: WeightFiles
+    family: Family
+    config: ModelConfig
+    mesh: Mesh
+    whole: Mapping[str, Kept] = field(default_factory=dict)
+    """The matrices that stay the integers that they are in the files, as `whole_matrices` gives them"""
 
-def load_params(
-    files: WeightFiles,
-    family: Family,
-    config: ModelConfig,
-    mesh: Mesh,
-    dtype: str | None = None,
-    tick: Tick = lambda _: None,
-    keep: Keep = lambda _, array: array,
-    whole: Mapping[tuple[str, ...], Kept] | None = None,
-) -> Params:
-    """The parameters of a published model, sharded over `mesh`, in the layout that `config` asks for.
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.files.nbytes
 
-    dtype: what to keep matrices in (see kept_dtype); None is float32. keep: what to keep of each as soon as it is read,
-    so that a model needn't fit into memory before it is made smaller; called from several threads. whole: the matrices
-    that stay the integers that they are in the files, of `whole_matrices`.
+    def reads(self, abstract: Params) -> Iterator[Read]:
+        """A read for each parameter. Raises ConfigError for damaged files, tensors that are missing, surplus or of
+        another shape, and weights that are not finite."""
+        table = as_stored(self.family.table(self.config), self.files.tensors)
+        plan = {path: parts_of(self.config, table, path, leaf.shape) for path, leaf in abstract.items()}
+        check_tensors(self.files, self.config, list(plan.values()))
+        for path, parts in plan.items():
+            names = sorted({part.name for part in leaves_of(parts)})
+            size = sum(self.files.tensors[name].nbytes for name in names)
+            yield Read(size, partial(self._read, path, abstract[path], parts, names))
 
-    Raises ConfigError for files that are damaged, tensors that are missing, surplus or of another shape, and weights
-    that are not finite.
-    """
-    abstract = abstract_params(config, mesh)
-    flat, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    table = as_stored(family.table(config), files.tensors)
-    plan = [parts_of(config, table, path_name(path), leaf.shape) for path, leaf in flat]
-    check_tensors(files, config, plan)
-
-    def read(parts: Part | list, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
-        names = sorted({part.name for part in leaves_of(parts)})
+    def _read(self, path: str, leaf: jax.ShapeDtypeStruct, parts: Part | list, names: Sequence[str]) -> Params:
         for name in names:
-            files.advise(name, mmap.MADV_WILLNEED)
-        keys = tuple(entry.key for entry in path)
-        array: Any
-        if whole and keys in whole:
-            array = read_whole(files, whole[keys], mesh)
+            self.files.advise(name, mmap.MADV_WILLNEED)
+        weight: Weight
+        if path in self.whole:
+            weight = read_whole(self.files, self.whole[path], self.mesh)
         else:
-            array = _place(files, config, parts, leaf, np.dtype(kept_dtype(path, dtype)))
+            weight = _place(self.files, self.config, parts, leaf)
         for name in names:
-            files.advise(name, mmap.MADV_DONTNEED)
-        tick(sum(files.tensors[name].nbytes for name in names))
-        return keep(keys, array)
-
-    # Two at a time: while one is turned in memory, the other comes from the disk.
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read") as readers:
-        todo = [readers.submit(read, parts, path, leaf) for parts, (path, leaf) in zip(plan, flat, strict=True)]
-        try:
-            return jax.tree.unflatten(treedef, [each.result() for each in todo])
-        finally:
-            readers.shutdown(cancel_futures=True)
+            self.files.advise(name, mmap.MADV_DONTNEED)
+        return {path: weight}
 
 
-def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[tuple[str, ...], Kept]:
-    """By their paths in the unstacked layout, the matrices that are published as integers which a format of ours holds
-    exactly. Raises ConfigError."""
-    found: dict[tuple[str, ...], Kept] = {}
-    config = dataclasses.replace(config, scan_layers=False)
-    shapes = {
-        tuple(entry.key for entry in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params(config))[0]
-    }
+def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[str, Kept]:
+    """The matrices that are published as integers which a format of ours holds exactly, by their paths in the unstacked
+    layout. Raises ConfigError."""
+    found: dict[str, Kept] = {}
     table = as_stored(family.table(config), files.tensors)
-    for path, inputs in matrix_inputs(config).items():
-        part = parts_of(config, table, "/".join(path), shapes[path])
-        if not isinstance(part, Part) or part.name not in files.tensors or "router" in path:
+    for path, spec in parameter_specs(config).items():
+        if not spec.role.is_matrix:
+            continue
+        part = parts_of(config, table, path, spec.shape)
+        if not isinstance(part, Part) or part.name not in files.tensors:
             continue
         if files.tensors[part.name].shape != part.piece.shape(part.shape, config):
             continue
         view = partial(_whole, config, part)
-        if kept := kept_matrix(files, part.name, view, part.shape, inputs, turned=path == ("embedding",)):
+        if kept := kept_matrix(files, part.name, view, spec):
             found[path] = kept
     return found
 
@@ -231,9 +204,7 @@ def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
     return False
 
 
-def _place(
-    files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct, dtype: np.dtype
-) -> jax.Array:
+def _place(files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """The parameter on its devices, each shard read by itself."""
     by_index: dict[tuple, list[jax.Device]] = {}
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
@@ -242,7 +213,7 @@ def _place(
             by_index.setdefault(key, []).append(device)
     shards = []
     for key, devices in by_index.items():
-        host = _fetch(files, config, parts, dtype, tuple(slice(*bounds) for bounds in key))
+        host = _fetch(files, config, parts, np.dtype(leaf.dtype), tuple(slice(*bounds) for bounds in key))
         # The next one is written over this one's memory.
         shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)

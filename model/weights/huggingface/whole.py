@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isthmus.model.ops.quantized import Quantized, from_integers
+from isthmus.model.parameter import Role, Spec
 from isthmus.model.weights.huggingface.files import Exact, View, WeightFiles
 from isthmus.model.weights.quantization import Format
 
@@ -30,12 +31,11 @@ class Kept(NamedTuple):
         return Format(self.exact.bits, self.exact.group, rotated=False, scales=self.exact.scales).kind
 
 
-def kept_matrix(
-    files: WeightFiles, name: str, view: View, shape: tuple[int, ...], inputs: int, *, turned: bool
-) -> Kept | None:
-    """What a parameter of `shape` that is view(a tensor) is made of, where it is outputs of it with all their inputs in
-    order, and integers. inputs: of the matrix; turned: whether they are the parameter's last axis."""
-    held = files.tensors[name].shape
+def kept_matrix(files: WeightFiles, name: str, view: View, spec: Spec) -> Kept | None:
+    """What a matrix that is view(a tensor) is made of, where it is outputs of the tensor with all their inputs in
+    order, and integers."""
+    held, shape, inputs = files.tensors[name].shape, spec.shape, spec.inputs
+    turned = spec.role is Role.EMBEDDING  # its inputs are its last axis
     axes = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == inputs), None)
     if len(held) != 2 or held[1] != inputs or (axes is None and not turned) or (exact := files.exact(name)) is None:
         return None
