@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import resource
 from collections.abc import Iterator
@@ -10,16 +11,22 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import Dtype, ModelConfig
+from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.device.hardware import check_dtype
+from isthmus.model.execution import Execution
 from isthmus.model.ops.cpu import library
-from isthmus.model.transformer import Params, abstract_params, bind
-from isthmus.model.weights.packing import pack_params, place_matrices
+from isthmus.model.ops.rounding import narrowed
+from isthmus.model.parameter import Dtype
+from isthmus.model.transformer import Params, abstract_params, bind, parameter_specs
+from isthmus.model.weights.layout import is_stacked, unstack_params
+from isthmus.model.weights.lora import Merge, split
+from isthmus.model.weights.packing import pack_params
 from isthmus.train.step import packed_attention
 
 TINY = ModelConfig(
@@ -36,19 +43,17 @@ TINY = ModelConfig(
 """Grouped queries, and a head of its own: a tied one of random weights only repeats the token before."""
 
 
-def random_params(config: ModelConfig, mesh: Mesh, seed: int = 0) -> Params:
+def random_params(config: ModelConfig, mesh: Mesh, seed: int = 0, *, stacked: bool = False) -> Params:
     """Parameters large enough that attention and argmax have something to choose from; biases and norms included.
 
-    Values depend on the leaf's path and shape only, so two configurations share what they have in common.
+    Values depend on the path and the shape only, so two configurations share what they have in common.
     """
 
-    def leaf(path: tuple, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        names = [entry.key for entry in path]
-        entropy = [seed, *"/".join(names).encode()]
-        normal = np.random.default_rng(entropy).standard_normal(abstract.shape)
-        return jax.device_put(_scaled(config, names, normal).astype(np.float32), abstract.sharding)
+    def made(path: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        normal = np.random.default_rng([seed, *path.encode()]).standard_normal(abstract.shape)
+        return jax.device_put(_scaled(config, path.split("/"), normal).astype(np.float32), abstract.sharding)
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config, mesh))
+    return {path: made(path, leaf) for path, leaf in abstract_params(config, mesh, stacked=stacked).items()}
 
 
 def _scaled(config: ModelConfig, names: list[str], normal: np.ndarray) -> np.ndarray:
@@ -68,7 +73,23 @@ def packed_params(config: ModelConfig, params: Params) -> Params:
     """The same, laid out for the CPU's kernels; `params` stay as they are. Skips the test where there are none."""
     if reason := library.why_not():
         pytest.skip(reason)
-    return place_matrices(pack_params(config, jax.tree.map(lambda leaf: leaf, params)))
+    return pack_params(parameter_specs(config), dict(params))
+
+
+def as_kept(config: ModelConfig, mesh: Mesh, params: Params, dtype: str | None) -> Params:
+    """Unstacked float32 `params` as serving keeps them when the network computes in `dtype`."""
+    abstract = abstract_params(config, mesh, dtype=dtype)
+    return {
+        path: jax.device_put(narrowed(x, abstract[path].dtype), abstract[path].sharding) for path, x in params.items()
+    }
+
+
+def merged(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The network of `params`, in either layout, with its adapters added to the kernels; `params` stay as they are."""
+    base, adapters = split(config, params)
+    merge = Merge({path: np.asarray(x) for path, x in unstack_params(adapters).items()}, config.lora.scale)
+    plain = dataclasses.replace(config, lora=LoraConfig())
+    return plain, {path: merge(path, jnp.array(x)) for path, x in base.items()}
 
 
 def narrowest_dtype() -> Dtype:
@@ -96,9 +117,9 @@ def relative_error(got: Any, want: Any) -> float:
 
 
 @lru_cache(maxsize=64)
-def _forward(config: ModelConfig) -> Any:
+def _forward(config: ModelConfig, execution: Execution) -> Any:
     def forward(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        model = bind(config, params)
+        model = bind(config, execution, params)
         hidden, _ = model(tokens, positions, packed_attention(segments), None)
         return model.logits(hidden)
 
@@ -106,15 +127,23 @@ def _forward(config: ModelConfig) -> Any:
 
 
 def forward(
-    config: ModelConfig, params: Params, tokens: Any, positions: Any = None, segments: Any = None
+    config: ModelConfig,
+    params: Params,
+    tokens: Any,
+    positions: Any = None,
+    segments: Any = None,
+    *,
+    dtype: Dtype = "float32",
 ) -> np.ndarray:
-    """Logits float32[batch, seq, vocab] of tokens [batch, seq] through the training side of the seam."""
+    """Logits float32[batch, seq, vocab] of tokens [batch, seq] through the training side of the seam, computed in
+    `dtype` with parameters in either layout."""
     tokens = np.asarray(tokens, np.int32)
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     if segments is None:
         segments = np.zeros(tokens.shape, np.int32)
-    return np.asarray(_forward(config)(params, tokens, np.asarray(positions), np.asarray(segments)))
+    execution = Execution(dtype, scan_layers=any(map(is_stacked, params)))
+    return np.asarray(_forward(config, execution)(params, tokens, np.asarray(positions), np.asarray(segments)))
 
 
 def next_tokens(config: ModelConfig, params: Params, sequences: list[list[int]], vocab: int) -> np.ndarray:
