@@ -175,8 +175,8 @@ def test_a_folder_that_is_both(cache: Path, mesh: Mesh) -> None:
     assert len(folder.warnings) == 1 and "an adapter beside the model" in folder.warnings[0]
     merged = folder.load_params(mesh, merge_adapter=True)
     tensors = adapter_product(both)
-    kernel = np.asarray(bare["blocks"]["0"]["attention"]["query"]["kernel"])
-    got = np.asarray(merged["blocks"]["0"]["attention"]["query"]["kernel"])
+    kernel = np.asarray(bare["blocks/0/attention/query/kernel"])
+    got = np.asarray(merged["blocks/0/attention/query/kernel"])
     np.testing.assert_allclose(got, kernel + tensors.reshape(kernel.shape), rtol=1e-5, atol=1e-5)
     # Only what PEFT copies beside an adapter: the model is where the adapter says.
     (both / "model.safetensors").unlink()
