@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -16,21 +13,15 @@ from rich.console import Console
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig
-from isthmus.model.process.cleaning import temporary_folder
-from isthmus.model.process.files import present, read_json
+from isthmus.model.process.files import appearing
 from isthmus.model.process.progress import Stages, stages
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
 from isthmus.model.transformer import Params
-from isthmus.model.weights.checkpoint import QUANTIZATION, CheckpointError, Checkpoints
-from isthmus.model.weights.companions import copy_companions
-from isthmus.model.weights.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
+from isthmus.model.weights.checkpoint import CheckpointError
+from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.hub import FolderOptions
-from isthmus.model.weights.huggingface.coded.method import FIELD as CODED
-from isthmus.model.weights.huggingface.export import DTYPES_FILE, published_config, stored_dtypes
-from isthmus.model.weights.huggingface.families import Family, read_config, read_fields
-from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.quantization import SCHEMES, check_rules, formats, quantize_params, spelt_out
+from isthmus.model.weights.writer import PublishedFolder, check_gguf, write_folder, write_gguf
 from isthmus.quality.calibration import quantize_on_text
 from isthmus.quality.gate import GateConfig, QualityError, opened
 from isthmus.quality.suggest import rules_of
@@ -73,7 +64,7 @@ class ConvertConfig:
 
 def convert(config: ConvertConfig, console: Console) -> None:
     """Raises ConfigError or CheckpointError for what can't be read or written."""
-    if config.target.exists():
+    if config.target.exists():  # before anything takes long
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
         raise ConfigError(f"max_shard_gb={config.max_shard_gb} must be positive")
@@ -96,34 +87,13 @@ def convert(config: ConvertConfig, console: Console) -> None:
             raise ConfigError("gguf: it says what is written; leave out --to and --dtype")
         _to_gguf(config, folder, console)
         return _report(config, folder, console)
-    with _appearing(config.target) as partial, stages(console) as shown:
+    with appearing(config.target) as partial, stages(console) as shown:
         partial.mkdir()
         if kind == "huggingface":
             _to_huggingface(config, folder, partial, shown)
         else:
             _to_isthmus(folder, partial, shown)
     _report(config, folder, console)
-
-
-@contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A folder to write to, or a place for a file, which takes its own name once all is written: whoever else converts
-    to the same name has one too. Raises ConfigError where nothing can be made, or the name is taken meanwhile."""
-    with contextlib.ExitStack() as stack:
-        try:
-            if not target.parent.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-            made = stack.enter_context(temporary_folder(f"{target.name}.partial-", target.parent)) / target.name
-        except OSError as error:
-            raise ConfigError(f"target: {target} can't be made: {_reason(error)}") from None
-        yield made
-        if target.exists():
-            raise ConfigError(f"target: {target} was made by somebody else meanwhile")
-        made.rename(target)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
 
 
 def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -135,65 +105,33 @@ def _report(config: ConvertConfig, folder: ModelFolder, console: Console) -> Non
 
 
 def _to_huggingface(config: ConvertConfig, folder: ModelFolder, target: Path, shown: Stages) -> None:
-    from isthmus.model.weights.huggingface.export import weight_bytes, write_weights
-
-    family, values = _published(folder)
-    dtypes = _dtypes(config.dtype, folder)
     plain = folder.with_config(lora=LoraConfig())
+    published = PublishedFolder(plain, config.dtype)
     params = _read(plain, shown)
-    writing = shown.begin("writing", weight_bytes(plain.config, family, dtypes))
-    limit = int(config.max_shard_gb * 1e9)
-    write_weights(target, family, plain.config, params, dtypes, limit, writing.advance)
-    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-    values = {name: value for name, value in values.items() if name not in ("torch_dtype", CODED)}
-    values["dtype"] = stored[dtypes[""]]
-    (target / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-    _copy_companions(folder, target)
-    if folder.family is None and not (folder.path / PUBLISHED_CONFIG).is_file():
-        _describe_tokenizer(folder.tokenizer, target)
+    writing = shown.begin("writing", published.nbytes)
+    published.write(target, params, int(config.max_shard_gb * 1e9), writing.advance)
 
 
 def _to_gguf(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
-    """All of it is written before it takes its own name."""
-    from isthmus.model.weights.gguf.export import architecture_name, write_model
-
-    family, values = _published(folder)
-    architecture_name(values["model_type"])
     plain = folder.with_config(lora=LoraConfig())
+    check_gguf(plain)
     try:
-        with _appearing(config.target) as partial, stages(console) as shown:
+        with appearing(config.target) as partial, stages(console) as shown:
             params = _read(plain, shown)
             writing = shown.begin("writing", 4 * plain.config.parameters)
-            write_model(partial, plain, values["model_type"], family, params, config.gguf, writing.advance)
+            write_gguf(partial, plain, params, config.gguf, writing.advance)
     except OSError as error:
-        raise ConfigError(f"target: {config.target} can't be written: {_reason(error)}") from None
-
-
-def _published(folder: ModelFolder) -> tuple[Family, dict[str, Any]]:
-    """The family and the config.json to write. Raises ConfigError when the network is no family's."""
-    kept = folder.path / ("config.json" if folder.family is not None else PUBLISHED_CONFIG)
-    if not kept.is_file():
-        values = published_config(folder.config)
-        return read_fields(Fields(values, kept))[0], values
-    family, read = read_config(kept, folder.ignore_field)
-    if not read.computes_as(folder.config):
-        raise ConfigError(f"{kept} describes another network than {folder.path / 'config.json'}")
-    return family, read_json(kept)
-
-
-def _dtypes(wanted: str, folder: ModelFolder) -> dict[str, str]:
-    """See model/weights/huggingface/export.py: stored_dtypes."""
-    if wanted != "source":
-        return {"": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]}
-    if folder.weights is not None:
-        return stored_dtypes(folder.weights)
-    kept = folder.path / DTYPES_FILE
-    return read_json(kept) if present(kept) else {"": "F32"}
+        raise ConfigError(f"target: {config.target} can't be written: {error.strerror or error}") from None
 
 
 def _to_isthmus(folder: ModelFolder, target: Path, shown: Stages) -> None:
     plain = folder.with_config(lora=LoraConfig())
-    _write_isthmus(plain, _read(plain, shown), target, shown)
+    _write(plain, _read(plain, shown), target, shown)
+
+
+def _write(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:
+    shown.say(f"writing {sum(array.nbytes for array in jax.tree.leaves(params)) / 1e9:.2f} GB")
+    write_folder(target, folder, params)
 
 
 def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
@@ -209,7 +147,7 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
     sample = texts(config.gate, plain, config.gate.calibration if fitted else 0)
     for warning in sample.warnings:
         console.print(warning, style="yellow", markup=False)
-    with _appearing(config.target) as partial, stages(console) as shown:
+    with appearing(config.target) as partial, stages(console) as shown:
         partial.mkdir()
 
         def write(rules: Sequence[str], target: Path) -> None:
@@ -221,34 +159,11 @@ def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> N
             else:
                 quantizing = shown.begin("quantizing", None)
                 quantize_params(plain.config, params, rules, quantizing.advance)
-            _write_isthmus(plain.with_config(quantization=spelt_out(plain.config, rules)), params, target, shown)
+            _write(plain.with_config(quantization=spelt_out(plain.config, rules)), params, target, shown)
 
         with opened(config.gate, plain, sample.comparison, partial, shown, console) as gate:
             gate.write(config.quantize, write)
     _report(config, folder, console)
-
-
-def _write_isthmus(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> None:
-    shown.say(f"writing {sum(array.nbytes for array in jax.tree.leaves(params)) / 1e9:.2f} GB")
-    checkpoints = Checkpoints(target)
-    checkpoints.save(0, params, None, {"step": 0, "tokens": 0, QUANTIZATION: list(folder.config.quantization)})
-    checkpoints.close()
-    folder.config.save(target / "config.json")
-    _copy_companions(folder, target)
-    if folder.weights is not None:
-        copy_published_config(folder.path, target)
-        (target / DTYPES_FILE).write_text(json.dumps(stored_dtypes(folder.weights), indent=2) + "\n")
-        return
-    for name in (PUBLISHED_CONFIG, DTYPES_FILE):  # of the model that ours was made from
-        if (folder.path / name).is_file():
-            shutil.copyfile(folder.path / name, target / name)
-
-
-def _copy_companions(folder: ModelFolder, target: Path) -> None:
-    """An adapter's own go over its base model's, as when it is served."""
-    copy_companions(folder.path, target)
-    if folder.adapter is not None:
-        copy_companions(folder.adapter, target)
 
 
 def _read(folder: ModelFolder, shown: Stages) -> Params:
@@ -256,16 +171,6 @@ def _read(folder: ModelFolder, shown: Stages) -> Params:
     params = folder.load_params(build_mesh(MeshShape()), None, reading.advance)
     reading.finish()
     return params
-
-
-def _describe_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
-    """What transformers needs to open a tokenizer that was trained here."""
-    assert tokenizer.eos_id is not None, "training always makes one"
-    token = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", **token}
-    (target / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
-    ends = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
-    (target / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -4,8 +4,6 @@ as the folder that it was made from. Or an adapter's folder, in PEFT's layout, w
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +14,19 @@ from jax.sharding import Mesh
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
-from isthmus.model.process.files import present, read_json, read_json_if_present
+from isthmus.model.process.files import appearing, present, read_json, read_json_if_present
 from isthmus.model.text.added_tokens import declared_tokens
 from isthmus.model.text.chat import ChatTemplate, special_tokens
 from isthmus.model.text.endings import end_ids, turn_end, unheeded_flags
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params, abstract_params
 from isthmus.model.weights.checkpoint import CheckpointSource
+from isthmus.model.weights.companions import PUBLISHED_CONFIG
 from isthmus.model.weights.gguf.unpack import unpack
 from isthmus.model.weights.hub import FolderOptions, find_folder, is_gguf, name_of
 from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
 from isthmus.model.weights.huggingface.adapters import load_adapter
 from isthmus.model.weights.huggingface.coded.files import open_tensors
-from isthmus.model.weights.huggingface.coded.method import FIELD
 from isthmus.model.weights.huggingface.families import Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
@@ -37,9 +35,7 @@ from isthmus.model.weights.huggingface.whole import Kept
 from isthmus.model.weights.load import OnProgress, Source, Transform, load_params
 from isthmus.model.weights.lora import AdapterSource, Merge
 from isthmus.model.weights.quantization import Quantize, formats, rules_for
-
-PUBLISHED_CONFIG = "huggingface.json"
-"""In a folder of ours that was fine-tuned from a published one: the config.json of that"""
+from isthmus.model.weights.writer import write_folder
 
 
 @dataclass(frozen=True)
@@ -159,6 +155,13 @@ class ModelFolder:
                 source = AdapterSource(source, factors)
         return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype), changes, on_progress)
 
+    def save(self, target: Path, params: Params) -> None:
+        """Writes a folder of ours that holds `params`, which are of `config` in either layout, and what goes along with
+        this model. It appears when all of it is written. Raises ConfigError where it is there or can't be made."""
+        with appearing(target) as partial:
+            partial.mkdir()
+            write_folder(partial, self, params)
+
     def _source(self, mesh: Mesh) -> Source:
         """Where the parameters come from, an adapter's left out."""
         config = self._base().config if self.adapter is not None else self.config
@@ -186,16 +189,6 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
     if options.base is not None:
         raise ConfigError(f"--base {options.base}: {path} is no adapter, and has no base model")
     return _open_model(path, options)
-
-
-def copy_published_config(folder: Path, target: Path) -> None:
-    """Keeps a published folder's config.json in a folder of ours, whose weights are plain or quantized by our rules."""
-    values = read_json(folder / "config.json")
-    if FIELD not in values:
-        shutil.copyfile(folder / "config.json", target / PUBLISHED_CONFIG)
-        return
-    del values[FIELD]
-    (target / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:

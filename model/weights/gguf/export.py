@@ -13,6 +13,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig, RopeScaling
 from isthmus.model.text.chat import special_tokens
 from isthmus.model.transformer import Params
+from isthmus.model.weights.described import Described
 from isthmus.model.weights.gguf.architectures import ARCHITECTURES, MIXTRAL, Architecture, config_of, file_names
 from isthmus.model.weights.gguf.files import read_headers
 from isthmus.model.weights.gguf.metadata import Metadata
@@ -24,8 +25,6 @@ from isthmus.model.weights.huggingface.fields import Fields
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-    from isthmus.model.weights.folder import ModelFolder
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """What matrices can be written as, as llama.cpp calls it. In q4_0, embedding and head are q8_0; vectors and routers are
@@ -47,7 +46,7 @@ def architecture_name(model_type: Any) -> str:
 
 def write_model(
     path: Path,
-    folder: ModelFolder,
+    folder: Described,
     model_type: str,
     family: Family,
     params: Params,
@@ -103,7 +102,7 @@ def _drop(writer: Any) -> None:
             file.close()
 
 
-def _tokenizer(folder: ModelFolder) -> dict[str, Any]:
+def _tokenizer(folder: Described) -> dict[str, Any]:
     tokenizer = folder.tokenizer
     first = [] if folder.end_id is None else [folder.end_id]
     ends = [*first, *sorted(tokenizer.eos_ids - set(first))]

@@ -7,13 +7,11 @@ over an array of row (or column) numbers and says where each of our outputs (inp
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -21,17 +19,16 @@ from safetensors.numpy import save_file
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.parameter import Role
-from isthmus.model.process.files import present
+from isthmus.model.process.files import present, replace_file, write_json
 from isthmus.model.transformer import Params, parameter_specs
+from isthmus.model.weights.companions import PUBLISHED_CONFIG
+from isthmus.model.weights.described import Described
 from isthmus.model.weights.huggingface import tensors
 from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, AdapterSettings, adapter_config
 from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of
 from isthmus.model.weights.layout import unstack_params
-
-if TYPE_CHECKING:
-    from isthmus.model.weights.folder import ModelFolder
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -73,11 +70,9 @@ class Factors:
 Modules = dict[str, list[Slot]]
 
 
-def _table(base: ModelFolder) -> tensors.Table:
+def _table(base: Described) -> tensors.Table:
     """The base's names; for one of our own kind those of the model that it was fine-tuned from, or else Llama's, and
     DeepSeek's for what Llama hasn't."""
-    from isthmus.model.weights.folder import PUBLISHED_CONFIG
-
     family = base.family
     if family is None and present(base.path / PUBLISHED_CONFIG):
         family, _ = read_config(base.path / PUBLISHED_CONFIG, base.ignore_field)
@@ -127,7 +122,7 @@ def _slot(
 # writing
 
 
-def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: Params) -> None:
+def save_adapter(folder: Path, base: Described, config: ModelConfig, params: Params) -> None:
     """Writes the adapters among `params` (in either layout, of `config`, which has lora) to `folder` in PEFT's layout,
     as an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
     table, rank = _table(base), config.lora.rank
@@ -147,15 +142,8 @@ def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: P
     targets = _targets(config, modules, _weights(config, table))
     settings = adapter_config(base.path, rank, config.lora.alpha, targets, _multiples(ranks, rank))
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / ADAPTER_FILE, lambda path: save_file(stored, path, {"format": "pt"}))
-    _replace(folder / ADAPTER_CONFIG, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    replace_file(folder / ADAPTER_FILE, lambda path: save_file(stored, path, {"format": "pt"}))
+    write_json(folder / ADAPTER_CONFIG, settings)
 
 
 def _held(params: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
@@ -229,7 +217,7 @@ def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
 # reading
 
 
-def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(folder: Path, base: Described) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
     the unstacked layout.
 
