@@ -29,10 +29,10 @@ from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of
 from isthmus.model.weights.layout import unstack_params
+from isthmus.model.weights.lora import split
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-_FACTOR = re.compile(r"/lora_[ab]$")
 _MODULES = (Role.MATRIX, Role.HEADS, Role.EXPERTS, Role.ROUTER)
 """What is a module with a weight in a published model; PEFT calls an embedding another kind of module"""
 
@@ -126,7 +126,7 @@ def save_adapter(folder: Path, base: Described, config: ModelConfig, params: Par
     """Writes the adapters among `params` (in either layout, of `config`, which has lora) to `folder` in PEFT's layout,
     as an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
     table, rank = _table(base), config.lora.rank
-    held = dict(_held(params))
+    held = dict(_held(split(config, params)[1]))
     modules = {
         name: slots
         for name, slots in adaptable_modules(config, table).items()
@@ -146,9 +146,9 @@ def save_adapter(folder: Path, base: Described, config: ModelConfig, params: Par
     write_json(folder / ADAPTER_CONFIG, settings)
 
 
-def _held(params: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
+def _held(adapters: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
     """((layer, path), (lora_a, lora_b)) of every adapter, in float32."""
-    layers = unstack_params({path: np.asarray(array) for path, array in params.items() if _FACTOR.search(path)})
+    layers = unstack_params({path: np.asarray(array) for path, array in adapters.items()})
     for path, a in layers.items():
         linear, _, name = path.rpartition("/")
         if name == "lora_a":
