@@ -16,7 +16,6 @@ from grpc_reflection.v1alpha import reflection
 
 from isthmus.errors import ConfigError
 from isthmus.model.process.signals import end_at_once
-from isthmus.model.sharding import MeshShape
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.serve.api.auth import TokenAuth
 from isthmus.serve.api.config import ServeConfig
@@ -140,7 +139,7 @@ class Server:
         build = (
             self.session.model,
             self.config.engine,
-            MeshShape(tp=self.config.tp, ep=self.config.ep),
+            self.config.mesh_shape,
             self.session.sink,
             tick,
         )
