@@ -134,14 +134,14 @@ class Server:
             return self._server.add_insecure_port(address)
         return self._server.add_secure_port(address, grpc.ssl_server_credentials([self._tls]))
 
-    async def load(self, tick: Callable[[str], None] = lambda text: None) -> None:
+    async def load(self, on_progress: Callable[[str], None] = lambda text: None) -> None:
         """Loads parameters and compiles every program, then says SERVING. Raises ConfigError."""
         build = (
             self.session.model,
             self.config.engine,
             self.config.mesh_shape,
             self.session.sink,
-            tick,
+            on_progress,
         )
         await _in_daemon_thread(self.session.model.tokenizer.prepare)
         engine = await _in_daemon_thread(build_engine, *build)

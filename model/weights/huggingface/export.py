@@ -128,7 +128,7 @@ def write_weights(
     params: Params,
     dtypes: dict[str, str],
     max_shard_bytes: int,
-    tick: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes `params`, which are unstacked, as one file or as shards with an index.
 
@@ -143,7 +143,7 @@ def write_weights(
         for name in shard:
             tensors[name] = assemble(targets[name], params, config)
             placed[name] = file
-            tick(targets[name].nbytes)
+            on_progress(targets[name].nbytes)
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
