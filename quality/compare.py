@@ -101,8 +101,8 @@ class KeptPredictions:
 def original_kept(
     original: ModelFolder, windows: np.ndarray, folder: Path, on_progress: Callable[[], None]
 ) -> Iterator[KeptPredictions]:
-    """What the original predicts of int32[windows, size], served in its dtype and with such a cache; on_progress() after each
-    window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
+    """What the original predicts of int32[windows, size], served in its dtype and with such a cache; on_progress()
+    after each window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
     first = windows.shape[1] // 2
     with tempfile.TemporaryFile(dir=folder) as file:
         kept = KeptPredictions(file)

@@ -50,7 +50,7 @@ class ServeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
     mesh: str = ""
-    """Devices to split the model over, as tp=2; in ep=2,tp=2, ep splits the experts of a mixture. Empty is one device"""
+    """Devices to split the model over, as tp=2; in ep=2,tp=2, ep splits the experts of a mixture; empty is one"""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM; a second signal ends it at once"""
     stall_seconds: float = 60.0

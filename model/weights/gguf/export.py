@@ -55,8 +55,8 @@ def write_model(
 ) -> None:
     """Writes `params`, which are unstacked, with its tokenizer and chat template.
 
-    kind: one of KINDS. on_progress(bytes) after each tensor, of float32. Raises ConfigError for a network or a tokenizer that
-    a GGUF file can't describe: what is read back from it must be this very network.
+    kind: one of KINDS. on_progress(bytes) after each tensor, of float32. Raises ConfigError for a network or a
+    tokenizer that a GGUF file can't describe: what is read back from it must be this very network.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
