@@ -13,7 +13,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.files import present, read_json_if_present, read_text
 from isthmus.model.text.answers import Indistinct, Span, find_answers
 from isthmus.model.text.sandbox.environment import Sandbox
-from isthmus.model.text.sandbox.meter import RenderLimits, Meter, metered
+from isthmus.model.text.sandbox.meter import Meter, RenderLimits, metered
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -16,7 +16,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.files import shortened
 from isthmus.model.weights.gguf.architectures import Architecture, published_name
 from isthmus.model.weights.gguf.blocks import EXACT, dequantize, integers
-from isthmus.model.weights.gguf.header import Header, BlockTensor, read_header
+from isthmus.model.weights.gguf.header import BlockTensor, Header, read_header
 from isthmus.model.weights.huggingface.files import Exact, Integers, View, WeightFiles
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
