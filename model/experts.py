@@ -26,10 +26,7 @@ class Router(nnx.Module):
         mixture = config.mixture
         routes = {"routes": mixture.experts}
         self.linear = Linear({"embed": config.dim}, routes, rngs, bias=mixture.router_bias, role=Role.ROUTER)
-        self.correction: nnx.Param | None = None
-        if mixture.correction:
-            start = nnx.initializers.zeros
-            self.correction = parameter(rngs, (mixture.experts,), ("routes",), Role.CORRECTION, initializer=start)
+        self.correction = zeros(rngs, routes, Role.CORRECTION) if mixture.correction else None
         self.mixture = mixture
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

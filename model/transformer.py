@@ -49,9 +49,8 @@ class Transformer(nnx.Module):
         else:
             self.blocks = nnx.List([Block(config, execution, kind, rngs) for kind in config.layer_kinds])
         self.norm = RMSNorm(dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=dtype)
-        self.head: nnx.Param | None = None
-        if not config.tie_embeddings:
-            self.head = parameter(rngs, table[::-1], ("embed", "vocab"), Role.MATRIX, inputs=dim)
+        axes = ("embed", "vocab")
+        self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], axes, Role.MATRIX, inputs=dim)
 
     def __call__(
         self,

@@ -17,12 +17,14 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.ops.attention import Cache
 from isthmus.model.ops.backend import use_cpu_kernels
 from isthmus.model.sharding import use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.model.weights.huggingface.families import read_config
-from isthmus.model.weights.huggingface.load import leaves_of, parts_of, path_name
+from isthmus.model.weights.huggingface.load import leaves_of, parts_of
+from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, abstract_cache, paged_attention, sequence_of_token
 from isthmus.serve.engine.plan import split_plan
@@ -51,7 +53,7 @@ def batch_of(tokens: Any, lengths: Any) -> Batch:
 @lru_cache(maxsize=64)
 def _logits(config: ModelConfig) -> Any:
     def run(params: Params, batch: Batch) -> jax.Array:
-        model = bind(config, params)
+        model = bind(config, Execution(scan_layers=any(map(is_stacked, params))), params)
         attend, long = packed_attention(batch.segments), long_sequences(config, batch)
         hidden, _ = model(batch.tokens, batch.positions, attend, None, long)
         return model.logits(hidden)
@@ -200,9 +202,8 @@ def test_gradients_are_those_of_torch(family: str, mesh: Mesh) -> None:
     assert abs(squares**0.5 - want["grad_norm"]) <= 1e-4 * want["grad_norm"]
 
     sums: dict[str, float] = {}
-    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
-    for path, grad in flat:
-        parts = list(leaves_of(parts_of(config, kind.table(config), path_name(path), grad.shape)))
+    for path, grad in grads.items():
+        parts = list(leaves_of(parts_of(config, kind.table(config), path, grad.shape)))
         for part, values in zip(parts, np.asarray(grad, np.float64) if len(parts) > 1 else [grad], strict=True):
             sums[part.name] = sums.get(part.name, 0.0) + float((np.asarray(values, np.float64) ** 2).sum())
     norms = gradient_norms(family)
