@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from isthmus.train.adapters import init_adapters
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
@@ -26,7 +27,6 @@ from isthmus.model.transformer import Params, init_params
 from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.huggingface.export import published_config, write_weights
 from isthmus.model.weights.huggingface.families import read_config
-from isthmus.train.adapters import init_adapters
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.optimizer import build_optimizer
