@@ -161,6 +161,19 @@ def test_the_settings_come_back(adapter: Path, room: Path) -> None:
     assert TrainConfig.from_json(TrainConfig().to_json()) == TrainConfig()
 
 
+def test_the_settings_of_a_run_before_this_version_come_back() -> None:
+    """They told how a model is computed and trained among what it is; --resume goes on as the run began."""
+    execution, optimizer = Execution("bfloat16", scan_layers=True, remat="dots"), OptimizerConfig(correction_rate=0.5)
+    saved = TrainConfig(execution=execution, optimizer=optimizer)
+    fields = json.loads(saved.to_json())
+    fields["model"].update(fields.pop("execution"))
+    fields["model"]["mixture"]["correction_rate"] = fields["optimizer"].pop("correction_rate")
+    assert TrainConfig.from_json(json.dumps(fields)) == saved
+    del fields["model"]["mixture"], fields["model"]["latent"]  # from before there were any
+    want = dataclasses.replace(saved, optimizer=OptimizerConfig())
+    assert TrainConfig.from_json(json.dumps(fields)) == want
+
+
 def test_a_fine_tuned_model_can_be_tuned_again(full: Path, room: Path, tmp_path: Path) -> None:
     """In our own format too, and texts as well as conversations; what its source published stays with it."""
     data = tmp_path / "mixed.jsonl"
