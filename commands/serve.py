@@ -77,7 +77,6 @@ def announce(server: Server, console: Console) -> None:
     assert engine is not None
     pages = engine.config.pages - 1
     token_bytes = engine.config.kv_bytes_per_token(model.config, model.execution.dtype)
-    token_bytes = engine.config.kv_bytes_per_token(model.config, model.execution.dtype)
     console.print(
         f"{model.name}: {model.config.parameters / 1e6:.1f}M parameters, {model.execution.dtype}; "
         f"{len(engine.config.buckets)} programs in {engine.executor.compile_seconds:.1f} s, "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import typing
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from isthmus.errors import ConfigError
 from isthmus.model.config_parts import MAX_LAYERS, LatentConfig, LayerKind, LoraConfig, MixtureConfig, RopeScaling
-from isthmus.model.process.files import read_json
+from isthmus.model.process.files import read_json, write_json
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
 
@@ -262,7 +261,8 @@ class ModelConfig:
         return 3 * self.forward_flops(batch * seq, batch * seq * (seq + 1) // 2)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Writes `config.json`, whole or not at all."""
+        write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:

@@ -57,5 +57,4 @@ def candidates(config: ModelConfig, refused: Sequence[str], measure: Measure) ->
 
 def kinds(config: ModelConfig) -> list[str]:
     """A pattern for each kind of matrix: those that have the same place in every layer."""
-    names = ["/".join(path) for path in formats(config, SCHEMES["int8"])]
-    return list(dict.fromkeys(re.sub(r"^blocks/\d+/", ".*/", name) for name in names))
+    return list(dict.fromkeys(re.sub(r"^blocks/\d+/", ".*/", path) for path in formats(config, SCHEMES["int8"])))

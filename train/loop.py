@@ -31,6 +31,7 @@ from isthmus.model.weights.checkpoint import CheckpointError, Checkpoints
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.model.weights.huggingface.adapters import save_adapter
 from isthmus.model.weights.layout import stack_params
+from isthmus.model.weights.writer import describe
 from isthmus.train.config import TrainConfig
 from isthmus.train.data import TrainingData, prepare
 from isthmus.train.files import Reading, described
@@ -38,7 +39,7 @@ from isthmus.train.metrics import MetricsLog, read_metrics
 from isthmus.train.optimizer import LearningRates, build_optimizer
 from isthmus.train.resume import FILE, load_saved, resolve_resume, save_settings
 from isthmus.train.speed import Speed, step_flops
-from isthmus.train.start import load_start, open_start, take_over
+from isthmus.train.start import load_start, open_start
 from isthmus.train.step import Metrics, Trainer, TrainState
 
 RUN_AHEAD = 2
@@ -115,12 +116,19 @@ def _prepare_data(
     with working(console, "reading text") as show:
         seen: collections.Counter[str] = collections.Counter()
 
-        def tick(stage: str, size: int) -> None:
+        def on_progress(stage: str, size: int) -> None:
             seen[stage] += size
             show(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
 
         data, tokenizer = prepare(
-            config.data, config.text, config.out, config.seed, tick, resume=config.resume, start=folder, reading=reading
+            config.data,
+            config.text,
+            config.out,
+            config.seed,
+            on_progress,
+            resume=config.resume,
+            start=folder,
+            reading=reading,
         )
     console.print(f"data: {reading}", markup=False, highlight=False)
     if folder is None:
@@ -165,10 +173,7 @@ def _write_settings(config: TrainConfig, folder: ModelFolder | None) -> None:
         if saved.steps != config.steps:
             save_settings(dataclasses.replace(saved, steps=config.steps), config.out)
         return
-    if folder is not None:
-        take_over(folder, config)
-    if not config.model.lora.rank:  # a folder of adapters has none
-        config.model.save(config.out / "config.json")
+    describe(config.out, None if config.model.lora.rank else config.model, folder)
     save_settings(config, config.out)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from isthmus.errors import ConfigError
+from isthmus.model.process.files import replace_file
 from isthmus.model.weights.checkpoint import FOLDER, Checkpoints
 from isthmus.train.config import TrainConfig, check_resumable
 from isthmus.train.optimizer import first_difference
@@ -29,13 +29,7 @@ def load_saved(folder: Path) -> TrainConfig:
 
 def save_settings(config: TrainConfig, folder: Path) -> None:
     """Writes train.json whole or not at all."""
-    path = folder / FILE
-    temporary = path.with_name(f"{FILE}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(config.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(folder / FILE, lambda part: part.write_text(config.to_json(), encoding="utf-8"))
 
 
 def resolve_resume(config: TrainConfig) -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -15,8 +14,7 @@ from isthmus.model.device.hardware import default_dtype
 from isthmus.model.execution import Execution, Remat
 from isthmus.model.process.progress import stages
 from isthmus.model.transformer import Params
-from isthmus.model.weights.companions import copy_companions
-from isthmus.model.weights.folder import PUBLISHED_CONFIG, ModelFolder, copy_published_config, open_folder
+from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
@@ -67,13 +65,3 @@ def load_start(folder: ModelFolder, config: TrainConfig, mesh: Mesh, console: Co
     with stages(console) as shown:
         loading = shown.begin("loading weights", folder.nbytes or None)
         return plain.load_params(mesh, dtype, loading.advance, stacked=config.execution.scan_layers)
-
-
-def take_over(folder: ModelFolder, config: TrainConfig) -> None:
-    """Copies into the out folder what serving and exporting the result need besides its weights."""
-    copy_companions(folder.path, config.out)
-    if not config.model.lora.rank:
-        if folder.family is not None:
-            copy_published_config(folder.path, config.out)
-        elif (folder.path / PUBLISHED_CONFIG).is_file():
-            shutil.copyfile(folder.path / PUBLISHED_CONFIG, config.out / PUBLISHED_CONFIG)

@@ -1,4 +1,5 @@
-"""Reading the small files of a model folder, which may be a stranger's: regular files, and no more than a limit."""
+"""Files: reading the small ones of a model folder, which may be a stranger's (regular files alone, and no more than a
+limit), and writing so that nobody ever sees half a file or folder."""
 
 from __future__ import annotations
 
@@ -6,12 +7,13 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from isthmus.errors import ConfigError
+from isthmus.model.process.cleaning import temporary_folder
 
 MAX_SETTINGS_BYTES = 16 << 20
 """Of a file of settings: config.json, generation_config.json, tokenizer_config.json and their like"""
@@ -33,6 +35,43 @@ _KINDS = {
 def present(path: Path) -> bool:
     """Whether there is anything of this name: also what can't be read as a file, and a link that leads nowhere."""
     return os.path.lexists(path)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all, over what is there: write(place) fills another one, which takes its name.
+    Raises OSError, and what `write` raises."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file of JSON whole or not at all. Raises OSError."""
+    replace_file(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A place to write a folder or a file to, which takes its own name once all is written, and is gone if that fails
+    or a signal ends the process: whoever else writes to the same name has one too.
+
+    Raises ConfigError where nothing can be made, or the name is taken, now or meanwhile.
+    """
+    if target.exists():
+        raise ConfigError(f"target: {target} exists already")
+    with ExitStack() as stack:
+        try:
+            if not target.parent.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+            made = stack.enter_context(temporary_folder(f"{target.name}.partial-", target.parent)) / target.name
+        except OSError as error:
+            raise ConfigError(f"target: {target} can't be made: {error.strerror or error}") from None
+        yield made
+        if target.exists():
+            raise ConfigError(f"target: {target} was made by somebody else meanwhile")
+        made.rename(target)
 
 
 def check_file(path: Path) -> None:

@@ -6,7 +6,10 @@ import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-TRAVELLING = (
+PUBLISHED_CONFIG = "huggingface.json"
+"""In a folder of ours that was made from a published one: the config.json of that"""
+
+COMPANION_FILES = (
     *("*token*.json", "tokenizer.model*", "*.model", "*vocab*.json", "*vocab*.txt", "*merges*.txt"),
     *("*.spm", "*.tiktoken", "tekken*.json"),
     *("*chat_template*.json", "*chat_template*.jinja", "additional_chat_templates/*.jinja"),
@@ -30,10 +33,10 @@ MOST_BYTES = 256 << 20
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies what TRAVELLING names from one model folder to another, over what is there."""
+    """Copies what COMPANION_FILES names from one model folder to another, over what is there."""
     for path in (*source.glob("*"), *source.glob("additional_chat_templates/*")):
         name = path.relative_to(source).as_posix()
-        if any(fnmatchcase(name.lower(), pattern) for pattern in TRAVELLING) and _may_travel(path):
+        if any(fnmatchcase(name.lower(), pattern) for pattern in COMPANION_FILES) and _may_travel(path):
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target / name)
 

@@ -4,8 +4,6 @@ as the folder that it was made from. Or an adapter's folder, in PEFT's layout, w
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,30 +14,28 @@ from jax.sharding import Mesh
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
-from isthmus.model.process.files import present, read_json, read_json_if_present
+from isthmus.model.process.files import appearing, present, read_json, read_json_if_present
 from isthmus.model.text.added_tokens import declared_tokens
 from isthmus.model.text.chat import ChatTemplate, special_tokens
 from isthmus.model.text.endings import end_ids, turn_end, unheeded_flags
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params, abstract_params
 from isthmus.model.weights.checkpoint import CheckpointSource
+from isthmus.model.weights.companions import PUBLISHED_CONFIG
 from isthmus.model.weights.gguf.unpack import unpack
 from isthmus.model.weights.hub import FolderOptions, find_folder, is_gguf, name_of
 from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, base_folder, is_adapter_folder
 from isthmus.model.weights.huggingface.adapters import load_adapter
 from isthmus.model.weights.huggingface.coded.files import open_tensors
-from isthmus.model.weights.huggingface.coded.method import FIELD
 from isthmus.model.weights.huggingface.families import Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
 from isthmus.model.weights.huggingface.load import PublishedSource, check_size, whole_matrices
 from isthmus.model.weights.huggingface.whole import Kept
 from isthmus.model.weights.load import OnProgress, Source, Transform, load_params
-from isthmus.model.weights.lora import AdapterSource, Merge
+from isthmus.model.weights.lora import Adapter, AdapterSource, Merge
 from isthmus.model.weights.quantization import Quantize, formats, rules_for
-
-PUBLISHED_CONFIG = "huggingface.json"
-"""In a folder of ours that was fine-tuned from a published one: the config.json of that"""
+from isthmus.model.weights.writer import write_folder
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,8 @@ class ModelFolder:
     gone when the process ends"""
     adapter: Path | None = None
     """The adapter's folder, where one was opened; path is its base model's then"""
+    factors: Adapter | None = None
+    """What that folder holds"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
     whole: Mapping[str, Kept] = field(default_factory=dict)
@@ -148,27 +146,28 @@ class ModelFolder:
         if self.quantize:
             changes.insert(0, Quantize(config, self.quantize))
         source = self._source(mesh)
-        if self.adapter is not None:
-            settings, factors = load_adapter(self.adapter, self._base())
-            if merge_adapter or not config.lora.rank:
-                changes.insert(0, Merge(factors, settings.scale))
-                config = dataclasses.replace(config, lora=LoraConfig())
-            elif settings != config.lora:
-                raise ConfigError(f"{self.adapter} holds an adapter of {settings}, not of {config.lora}")
-            else:
-                source = AdapterSource(source, factors)
+        if self.factors is not None and (merge_adapter or not config.lora.rank):
+            changes.insert(0, Merge(self.factors.factors, self.factors.lora.scale))
+            config = dataclasses.replace(config, lora=LoraConfig())
+        elif self.factors is not None:
+            if self.factors.lora != config.lora:
+                raise ConfigError(f"{self.adapter} holds an adapter of {self.factors.lora}, not of {config.lora}")
+            source = AdapterSource(source, self.factors.factors)
         return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype), changes, on_progress)
+
+    def save(self, target: Path, params: Params) -> None:
+        """Writes a folder of ours that holds `params`, which are of `config` in either layout, and what goes along with
+        this model. It appears when all of it is written. Raises ConfigError where it is there or can't be made."""
+        with appearing(target) as partial:
+            partial.mkdir()
+            write_folder(partial, self, params)
 
     def _source(self, mesh: Mesh) -> Source:
         """Where the parameters come from, an adapter's left out."""
-        config = self._base().config if self.adapter is not None else self.config
+        config = dataclasses.replace(self.config, lora=LoraConfig()) if self.factors is not None else self.config
         if self.family is None or self.weights is None:
             return CheckpointSource(self.path, config, mesh)
         return PublishedSource(self.weights, self.family, config, mesh, self.whole)
-
-    def _base(self) -> ModelFolder:
-        """The model that the adapter adapts."""
-        return dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
 
 
 def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
@@ -188,16 +187,6 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
     return _open_model(path, options)
 
 
-def copy_published_config(folder: Path, target: Path) -> None:
-    """Keeps a published folder's config.json in a folder of ours, whose weights are plain or quantized by our rules."""
-    values = read_json(folder / "config.json")
-    if FIELD not in values:
-        shutil.copyfile(folder / "config.json", target / PUBLISHED_CONFIG)
-        return
-    del values[FIELD]
-    (target / PUBLISHED_CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-
-
 def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
     where = _base_of(path, options)
@@ -210,12 +199,13 @@ def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     if chat is not base.chat and not present(path / "tokenizer_config.json"):
         raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
     base.tokenizer.eos_ids |= turn_end(base.tokenizer, chat)
-    settings, _ = load_adapter(path, base)
+    adapter = load_adapter(path, base)
     warnings = base.warnings
     if where == path:
         warnings += (f"{path} holds an adapter beside the model, and it is applied: to leave it out, move "
                      f"{ADAPTER_CONFIG} elsewhere",)  # fmt: skip
-    folder = dataclasses.replace(base, adapter=path, chat=chat, warnings=warnings).with_config(lora=settings)
+    folder = dataclasses.replace(base, adapter=path, factors=adapter, chat=chat, warnings=warnings)
+    folder = folder.with_config(lora=adapter.lora)
     folder.config.validate()
     return folder
 

@@ -13,6 +13,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig, RopeScaling
 from isthmus.model.text.chat import special_tokens
 from isthmus.model.transformer import Params
+from isthmus.model.weights.described import Described
 from isthmus.model.weights.gguf.architectures import ARCHITECTURES, MIXTRAL, Architecture, config_of, file_names
 from isthmus.model.weights.gguf.files import read_headers
 from isthmus.model.weights.gguf.metadata import Metadata
@@ -24,8 +25,6 @@ from isthmus.model.weights.huggingface.fields import Fields
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-
-    from isthmus.model.weights.folder import ModelFolder
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
 """What matrices can be written as, as llama.cpp calls it. In q4_0, embedding and head are q8_0; vectors and routers are
@@ -47,17 +46,17 @@ def architecture_name(model_type: Any) -> str:
 
 def write_model(
     path: Path,
-    folder: ModelFolder,
+    folder: Described,
     model_type: str,
     family: Family,
     params: Params,
     kind: str,
-    tick: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes `params`, which are unstacked, with its tokenizer and chat template.
 
-    kind: one of KINDS. tick(bytes) after each tensor, of float32. Raises ConfigError for a network or a tokenizer that
-    a GGUF file can't describe: what is read back from it must be this very network.
+    kind: one of KINDS. on_progress(bytes) after each tensor, of float32. Raises ConfigError for a network or a
+    tokenizer that a GGUF file can't describe: what is read back from it must be this very network.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -88,7 +87,7 @@ def write_model(
             ]
             whole = arrays[0] if len(names) == 1 else np.stack(arrays)
             writer.write_tensor_data(_as_stored(np.ascontiguousarray(whole), stored))
-            tick(whole.nbytes)
+            on_progress(whole.nbytes)
         for array in constants.values():
             writer.write_tensor_data(array)
         writer.close()
@@ -103,7 +102,7 @@ def _drop(writer: Any) -> None:
             file.close()
 
 
-def _tokenizer(folder: ModelFolder) -> dict[str, Any]:
+def _tokenizer(folder: Described) -> dict[str, Any]:
     tokenizer = folder.tokenizer
     first = [] if folder.end_id is None else [folder.end_id]
     ends = [*first, *sorted(tokenizer.eos_ids - set(first))]

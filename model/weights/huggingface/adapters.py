@@ -7,13 +7,11 @@ over an array of row (or column) numbers and says where each of our outputs (inp
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -21,27 +19,26 @@ from safetensors.numpy import save_file
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.parameter import Role
-from isthmus.model.process.files import present
+from isthmus.model.process.files import present, replace_file, write_json
 from isthmus.model.transformer import Params, parameter_specs
+from isthmus.model.weights.companions import PUBLISHED_CONFIG
+from isthmus.model.weights.described import Described
 from isthmus.model.weights.huggingface import tensors
 from isthmus.model.weights.huggingface.adapter_config import ADAPTER_CONFIG, AdapterSettings, adapter_config
 from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of
 from isthmus.model.weights.layout import unstack_params
-
-if TYPE_CHECKING:
-    from isthmus.model.weights.folder import ModelFolder
+from isthmus.model.weights.lora import Adapter, split
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-_FACTOR = re.compile(r"/lora_[ab]$")
 _MODULES = (Role.MATRIX, Role.HEADS, Role.EXPERTS, Role.ROUTER)
 """What is a module with a weight in a published model; PEFT calls an embedding another kind of module"""
 
 
 @dataclass(frozen=True)
-class Slot:
+class Projection:
     """A projection of a layer, as (part of) a published module."""
 
     layer: int
@@ -70,14 +67,12 @@ class Factors:
         return self.a.shape[1]
 
 
-Modules = dict[str, list[Slot]]
+Modules = dict[str, list[Projection]]
 
 
-def _table(base: ModelFolder) -> tensors.Table:
+def _table(base: Described) -> tensors.Table:
     """The base's names; for one of our own kind those of the model that it was fine-tuned from, or else Llama's, and
     DeepSeek's for what Llama hasn't."""
-    from isthmus.model.weights.folder import PUBLISHED_CONFIG
-
     family = base.family
     if family is None and present(base.path / PUBLISHED_CONFIG):
         family, _ = read_config(base.path / PUBLISHED_CONFIG, base.ignore_field)
@@ -111,7 +106,7 @@ def adaptable_modules(config: ModelConfig, table: tensors.Table) -> Modules:
 
 def _slot(
     config: ModelConfig, layer: int, path: str, part: Part, inputs: tuple[int, ...], outputs: tuple[int, ...]
-) -> Slot:
+) -> Projection:
     shape = part.piece.shape(part.shape, config)
     rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
     # Nothing of the tensor's size is made: views of a broadcast array repeat its numbers.
@@ -119,7 +114,7 @@ def _slot(
     order = part.piece.order_of(config)
     ours = row_of[(0,) * len(inputs)] if order is None else row_of[(0,) * len(inputs)][..., order]
     first_output: tuple[Any, ...] = (..., *(0,) * len(outputs))
-    return Slot(
+    return Projection(
         layer, path, inputs, outputs, (shape[0], shape[1]), column_of[first_output].reshape(-1), ours.reshape(-1)
     )
 
@@ -127,11 +122,11 @@ def _slot(
 # writing
 
 
-def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: Params) -> None:
+def save_adapter(folder: Path, base: Described, config: ModelConfig, params: Params) -> None:
     """Writes the adapters among `params` (in either layout, of `config`, which has lora) to `folder` in PEFT's layout,
     as an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
     table, rank = _table(base), config.lora.rank
-    held = dict(_held(params))
+    held = dict(_held(split(config, params)[1]))
     modules = {
         name: slots
         for name, slots in adaptable_modules(config, table).items()
@@ -147,20 +142,13 @@ def save_adapter(folder: Path, base: ModelFolder, config: ModelConfig, params: P
     targets = _targets(config, modules, _weights(config, table))
     settings = adapter_config(base.path, rank, config.lora.alpha, targets, _multiples(ranks, rank))
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / ADAPTER_FILE, lambda path: save_file(stored, path, {"format": "pt"}))
-    _replace(folder / ADAPTER_CONFIG, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    replace_file(folder / ADAPTER_FILE, lambda path: save_file(stored, path, {"format": "pt"}))
+    write_json(folder / ADAPTER_CONFIG, settings)
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
-
-
-def _held(params: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
+def _held(adapters: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
     """((layer, path), (lora_a, lora_b)) of every adapter, in float32."""
-    layers = unstack_params({path: np.asarray(array) for path, array in params.items() if _FACTOR.search(path)})
+    layers = unstack_params({path: np.asarray(array) for path, array in adapters.items()})
     for path, a in layers.items():
         linear, _, name = path.rpartition("/")
         if name == "lora_a":
@@ -169,7 +157,7 @@ def _held(params: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, n
 
 
 def _fused(
-    slots: list[Slot], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
+    slots: list[Projection], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [n * rank, inputs] and B [outputs, n * rank] of a module that consists of n projections.
 
@@ -229,7 +217,7 @@ def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
 # reading
 
 
-def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(folder: Path, base: Described) -> Adapter:
     """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
     the unstacked layout.
 
@@ -258,7 +246,7 @@ def load_adapter(folder: Path, base: ModelFolder) -> tuple[LoraConfig, dict[str,
         linear = f"blocks/{slot.layer}/{slot.path}"
         pair = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
         ours[f"{linear}/lora_a"], ours[f"{linear}/lora_b"] = pair
-    return lora, ours
+    return Adapter(lora, ours)
 
 
 def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
@@ -300,7 +288,7 @@ def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank:
     return pair[0], pair[1]
 
 
-def _split(slots: list[Slot], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
+def _split(slots: list[Projection], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
     """The adapters of the projections that a module consists of: each with its rows of B and all of A, or its block of
     both where they were adapted one by one, which is how `_fused` stores them."""
     blocks = [slice(index * rank, (index + 1) * rank) for index in range(len(slots))]
@@ -316,7 +304,7 @@ def _split(slots: list[Slot], a: np.ndarray, b: np.ndarray, scale: float, rank: 
     ]
 
 
-def _padded(slot: Slot, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _padded(slot: Projection, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """lora_a and lora_b of `rank`, to be multiplied by `scale` instead of their own."""
     a = np.zeros((len(slot.columns), rank), np.float32)
     b = np.zeros((rank, len(slot.rows)), np.float32)
