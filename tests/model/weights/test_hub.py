@@ -22,11 +22,11 @@ import tyro
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from isthmus.commands.convert import ConvertConfig
 from isthmus.commands.generate import GenerateConfig
 from isthmus.errors import ConfigError
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.hub import FolderOptions, is_hub_name
+from isthmus.quality.convert import ConvertConfig
 from isthmus.serve.api.config import ServeConfig
 from tests.model.process.test_files import KINDS
 from tests.model.weights.huggingface.folders import write_folder

@@ -53,9 +53,8 @@ def test_a_file_is_the_folder_that_it_was_made_from(family: str, tmp_path: Path,
     params = folder.load_params(mesh)
     assert params.keys() == want.keys()
     for path, array in want.items():
-        np.testing.assert_allclose(
-            params[path], array, rtol=0, atol=2e-7, err_msg=path
-        )  # a norm's 1 is added and taken
+        # A norm's 1 is added and taken.
+        np.testing.assert_allclose(params[path], array, rtol=0, atol=2e-7, err_msg=path)
     if changed:
         return
     truth = golden(family)

@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from jax.sharding import Mesh
 from rich.console import Console
 
-from isthmus.commands.convert import ConvertConfig, convert
 from isthmus.errors import ConfigError
 from isthmus.model.weights.folder import GenerationDefaults, open_folder
 from isthmus.model.weights.gguf.header import read_header
+from isthmus.quality.convert import ConvertConfig, convert
 from tests.model.weights.gguf.made import finish, write_config, write_gguf, write_tokenizer
 from tests.model.weights.gguf.test_families import wide_llama
 from tests.parity.families import golden

@@ -15,10 +15,10 @@ import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
-from isthmus.commands.convert import ConvertConfig, convert
 from isthmus.errors import ConfigError
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import PUBLISHED_CONFIG, open_folder
+from isthmus.quality.convert import ConvertConfig, convert
 from tests.model.weights.huggingface.coded_folders import (
     Kind,
     Tensors,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,7 +16,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from isthmus.commands.convert import _appearing
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, MixtureConfig, ModelConfig
@@ -190,23 +188,6 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, capsys: pytest
     assert main(["convert", str(source), str(tmp_path / "new")]) == 2
     assert "not a whole safetensors file" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "taken"]
-
-
-def test_two_conversions_to_one_name_do_not_mix(tmp_path: Path) -> None:
-    """One writes into its own folder whatever the other does, and the later one is told; a folder of somebody else's
-    stays as it was, whatever it is called."""
-    (tmp_path / "new.partial").mkdir()
-    with contextlib.ExitStack() as other:
-        with _appearing(tmp_path / "new") as first:
-            second = other.enter_context(_appearing(tmp_path / "new"))
-            first.mkdir()
-            second.mkdir()
-            (first / "a").touch()
-            (second / "b").touch()
-        assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
-        with pytest.raises(ConfigError, match="made by somebody else"):
-            other.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.partial"]
 
 
 @pytest.mark.parametrize("options", [["--to", "huggingface"], ["--gguf", "f32"], ["--quantize", "int8", "--force"]])
