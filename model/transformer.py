@@ -49,9 +49,14 @@ class Transformer(nnx.Module):
         else:
             self.blocks = nnx.List([Block(config, execution, kind, rngs) for kind in config.layer_kinds])
         self.norm = RMSNorm(dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=dtype)
-        self.head: nnx.Param | None = None
-        if not config.tie_embeddings:
-            self.head = parameter(rngs, table[::-1], ("embed", "vocab"), Role.MATRIX, inputs=dim)
+        self.head = self._head(config, rngs)
+
+    @staticmethod
+    def _head(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
+        """A tied head is the embedding."""
+        if config.tie_embeddings:
+            return None
+        return parameter(rngs, (config.dim, config.vocab_size), ("embed", "vocab"), Role.MATRIX, inputs=config.dim)
 
     def __call__(
         self,
