@@ -8,15 +8,16 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS
-from isthmus.model.execution import PRESET_EXECUTIONS, Execution
+from isthmus.model.execution import DEFAULT_EXECUTION, PRESET_EXECUTIONS
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.train.config import DataConfig, TrainConfig
 from isthmus.train.files import described
@@ -64,53 +65,48 @@ Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit as if 
 --optimizer.schedule wsd, --resume --steps N also lengthens a run, until its learning rate decays."""
 
 
+@dataclass(frozen=True)
+class _Start:
+    """The settings that decide what all others default to, spelt as in TrainConfig."""
+
+    preset: str | None = None
+    init: Path | None = None
+    out: Path = TrainConfig.out
+    resume: bool = False
+    download: bool = False
+    ignore_field: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    lora_rank: Annotated[int, tyro.conf.arg(name="model.lora.rank")] = 0
+
+    def defaults(self) -> TrainConfig:
+        """What is trained unless other flags say otherwise. Raises ConfigError."""
+        if self.resume:
+            from isthmus.train.resume import load_saved
+
+            return load_saved(self.out)
+        if self.init is not None:
+            from isthmus.train.start import fine_tuning
+
+            if self.preset is not None:
+                raise ConfigError("preset can't be set with --init: the model in the folder has its size")
+            options = FolderOptions(ignore_field=self.ignore_field, download=self.download)
+            return fine_tuning(self.init, adapters=self.lora_rank != 0, options=options)
+        return TrainConfig() if self.preset is None else of_preset(self.preset)
+
+
+def of_preset(name: str) -> TrainConfig:
+    """What training a preset starts from. Raises ConfigError for a name that is none."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+    model, execution = PRESETS[name], PRESET_EXECUTIONS.get(name, DEFAULT_EXECUTION)
+    return TrainConfig(preset=name, model=model, execution=execution, text=DataConfig().fitted(model.context_length))
+
+
 def parse(argv: Sequence[str]) -> TrainConfig:
-    """Reads the command line. --preset, --init and --resume decide what the other settings default to. Raises
-    ConfigError."""
-    default = TrainConfig()
-    if "--resume" in argv:
-        from isthmus.train.resume import load_saved
-
-        default = load_saved(Path(_value(argv, "--out") or default.out))
-    elif (init := _value(argv, "--init")) not in (None, "None"):
-        from isthmus.train.start import fine_tuning
-
-        if _value(argv, "--preset") is not None:
-            raise ConfigError("preset can't be set with --init: the model in the folder has its size")
-        rank = _value(argv, "--model.lora.rank")
-        options = FolderOptions(ignore_field=_values(argv, "--ignore-field"), download="--download" in argv)
-        default = fine_tuning(Path(str(init)), adapters=rank not in (None, "0"), options=options)
-    elif (name := _value(argv, "--preset")) is not None:
-        if name not in PRESETS:
-            raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
-        model = PRESETS[name]
-        execution = PRESET_EXECUTIONS.get(name, Execution())
-        text = DataConfig().fitted(model.context_length)
-        default = TrainConfig(preset=name, model=model, execution=execution, text=text)
-    config = tyro.cli(TrainConfig, args=list(argv), default=default, description=HELP, prog="isthmus train")
+    """Reads the command line. Raises ConfigError."""
+    start, _ = tyro.cli(_Start, args=list(argv), return_unknown_args=True, add_help=False)
+    config = tyro.cli(TrainConfig, args=list(argv), default=start.defaults(), description=HELP, prog="isthmus train")
     # Repeated flags are laid after the default's, which a resumed run has already.
     return dataclasses.replace(config, ignore_field=tuple(dict.fromkeys(config.ignore_field)))
-
-
-def _values(argv: Sequence[str], flag: str) -> tuple[str, ...]:
-    """All that a flag was given."""
-    given = (_value(argv[start:], flag) for start, word in enumerate(argv) if _is(flag, word.partition("=")[0]))
-    return tuple(value for value in given if value is not None)
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    for index, word in enumerate(argv):
-        name, given, value = word.partition("=")
-        if _is(flag, name) and given:
-            return value
-        if _is(flag, name) and index + 1 < len(argv):
-            return argv[index + 1]
-    return None
-
-
-def _is(flag: str, word: str) -> bool:
-    """tyro takes either of - and _."""
-    return word.replace("_", "-") == flag
 
 
 @functools.cache

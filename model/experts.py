@@ -27,15 +27,8 @@ class Router(nnx.Module):
         mixture = config.mixture
         routes = {"routes": mixture.experts}
         self.linear = Linear({"embed": config.dim}, routes, kernels, rngs, bias=mixture.router_bias, role=Role.ROUTER)
-        self.correction = self._correction(mixture, rngs)
+        self.correction = zeros(rngs, routes, Role.CORRECTION) if mixture.correction else None
         self.mixture = mixture
-
-    @staticmethod
-    def _correction(mixture: MixtureConfig, rngs: nnx.Rngs) -> nnx.Param | None:
-        if not mixture.correction:
-            return None
-        start = nnx.initializers.zeros
-        return parameter(rngs, (mixture.experts,), ("routes",), Role.CORRECTION, initializer=start)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""

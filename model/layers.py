@@ -103,9 +103,9 @@ def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
 
 
-def zeros(rngs: nnx.Rngs, sizes: dict[str, int]) -> nnx.Param:
-    """A bias with these axes, which starts as zeros."""
-    return parameter(rngs, tuple(sizes.values()), tuple(sizes), Role.VECTOR, initializer=nnx.initializers.zeros)
+def zeros(rngs: nnx.Rngs, sizes: dict[str, int], role: Role = Role.VECTOR) -> nnx.Param:
+    """A bias with these axes, or what has another role, which starts as zeros."""
+    return parameter(rngs, tuple(sizes.values()), tuple(sizes), role, initializer=nnx.initializers.zeros)
 
 
 class HeadLinear(Linear):

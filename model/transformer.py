@@ -40,8 +40,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         self.config, self.execution = config, execution
-        dim = config.dim
-        self.embedding = parameter(rngs, (config.vocab_size, dim), ("vocab", "embed"), Role.EMBEDDING, inputs=dim)
+        dim, table = config.dim, (config.vocab_size, config.dim)
+        self.embedding = parameter(rngs, table, ("vocab", "embed"), Role.EMBEDDING, inputs=dim)
         if execution.scan_layers:
             blocks = {run_name(run): _stacked_blocks(config, execution, run, rngs) for run in runs(config)}
             self.blocks = nnx.Dict(blocks)
@@ -50,14 +50,8 @@ class Transformer(nnx.Module):
         self.norm = RMSNorm(
             dim, "embed", config.norm_eps, execution.kernels, rngs, offset=config.norm_offset, dtype=execution.dtype
         )
-        self.head = self._head(config, rngs)
-
-    @staticmethod
-    def _head(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Param | None:
-        """A tied head is the embedding."""
-        if config.tie_embeddings:
-            return None
-        return parameter(rngs, (config.dim, config.vocab_size), ("embed", "vocab"), Role.MATRIX, inputs=config.dim)
+        axes = ("embed", "vocab")
+        self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], axes, Role.MATRIX, inputs=dim)
 
     def __call__(
         self,

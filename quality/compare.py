@@ -99,10 +99,10 @@ class KeptPredictions:
 
 @contextlib.contextmanager
 def original_kept(
-    original: ModelFolder, windows: np.ndarray, folder: Path, tick: Callable[[], None]
+    original: ModelFolder, windows: np.ndarray, folder: Path, on_progress: Callable[[], None]
 ) -> Iterator[KeptPredictions]:
-    """What the original predicts of int32[windows, size], served in its dtype and with such a cache; tick() after each
-    window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
+    """What the original predicts of int32[windows, size], served in its dtype and with such a cache; on_progress()
+    after each window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
     first = windows.shape[1] // 2
     with tempfile.TemporaryFile(dir=folder) as file:
         kept = KeptPredictions(file)
@@ -115,7 +115,7 @@ def original_kept(
                     f"windows: the original's predictions, {file.tell() / 1e9:.2f} GB so far, don't fit into {folder}: "
                     f"{error.strerror}; compare fewer"
                 ) from None
-            tick()
+            on_progress()
         yield kept
 
 
@@ -124,13 +124,13 @@ def compare(
     quantized: ModelFolder,
     cache_dtype: str,
     windows: np.ndarray,
-    tick: Callable[[], None],
+    on_progress: Callable[[], None],
 ) -> Quality:
     """original: log-probabilities of each window, of which there may be more than windows; quantized: as open_model
-    gives it, in the dtype that is to serve; tick() after each window."""
+    gives it, in the dtype that is to serve; on_progress() after each window."""
     first, gathered = windows.shape[1] // 2, Gathered()
     got = predictions(quantized, cache_dtype, windows, first)
     for window, want, logits in zip(windows, original, got, strict=False):
         gathered.add(want, logits, window[first + 1 :])
-        tick()
+        on_progress()
     return gathered.quality()

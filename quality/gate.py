@@ -48,7 +48,7 @@ class GateConfig(TextConfig):
 
 
 @dataclass(frozen=True)
-class Gate:
+class QualityGate:
     config: GateConfig
     original: ModelFolder
     windows: np.ndarray
@@ -119,7 +119,7 @@ class Gate:
 @contextlib.contextmanager
 def opened(
     config: GateConfig, original: ModelFolder, windows: np.ndarray, folder: Path, shown: Stages, console: Console
-) -> Iterator[Gate]:
+) -> Iterator[QualityGate]:
     """The gate before `folder`, once the original has predicted int32[windows, size]. original: unstacked, without
     adapters of its own. Raises ConfigError when the folder's disk has no room for the predictions."""
     predicting = shown.begin("predicting with the original", len(windows), "windows")
@@ -127,4 +127,4 @@ def opened(
         dataclasses.replace(original, execution=DEFAULT_EXECUTION), windows, folder, predicting.advance
     ) as kept:
         release_heap()
-        yield Gate(config, original, windows, kept, folder, shown, console)
+        yield QualityGate(config, original, windows, kept, folder, shown, console)

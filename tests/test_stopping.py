@@ -127,7 +127,7 @@ def test_ctrl_c_while_modules_are_imported(command: str, module: str) -> None:
     "stage, number, status",
     [
         ("call isthmus.serve.engine.build:open_model", "SIGHUP", 129),
-        ("call isthmus.serve.engine.build:_load", "SIGTERM", 143),  # on the thread that loads
+        ("call isthmus.serve.engine.build:load_served", "SIGTERM", 143),  # on the thread that loads
         ("call isthmus.serve.engine.executor:compile_steps", "SIGINT", 130),  # on the one that compiles
     ],
 )
@@ -136,7 +136,9 @@ def test_a_server_that_loads(folder: Path, stage: str, number: str, status: int)
     check(tell(number, stage, "serve", "--model", folder, "--port", 0), status)
 
 
-@pytest.mark.parametrize("stage", ["call isthmus.serve.engine.build:_load", "call isthmus.serve.engine.engine:submit"])
+@pytest.mark.parametrize(
+    "stage", ["call isthmus.serve.engine.build:load_served", "call isthmus.serve.engine.engine:submit"]
+)
 def test_generating_here(folder: Path, stage: str) -> None:
     check(tell("SIGINT", stage, "generate", "a", "--model", folder))
 
@@ -149,7 +151,7 @@ def test_calling_a_server_that_does_not_answer() -> None:
 @pytest.mark.parametrize(
     "stage, words, number, status",
     [
-        ("call isthmus.model.weights.huggingface.load:load_params", ["--to", "isthmus"], "SIGINT", 130),
+        ("call isthmus.model.weights.load:load_params", ["--to", "isthmus"], "SIGINT", 130),
         ("call isthmus.model.weights.huggingface.export:write_weights", ["--to", "huggingface"], "SIGTERM", 143),
         pytest.param(
             *("call isthmus.quality.compare:compare", ["--quantize", "int8", "--text", "{text}"], "SIGINT", 130),

@@ -174,8 +174,9 @@ class TrainConfig:
         fields: dict[str, Any] = json.loads(text)
         model = fields["model"]
         if "execution" not in fields:  # it was part of the model once
-            fields["execution"] = {name: model[name] for name in EXECUTION_FIELDS}
-            fields["optimizer"].setdefault("correction_rate", model["mixture"]["correction_rate"])
+            fields["execution"] = {name: model[name] for name in EXECUTION_FIELDS if name in model}
+            if "correction_rate" in (mixture := model.get("mixture", {})):
+                fields["optimizer"]["correction_rate"] = mixture["correction_rate"]
         tokenizer, init = fields["text"]["tokenizer"], fields.get("init")
         return cls(
             **{

@@ -72,7 +72,7 @@ class TokenFile:
 
     @classmethod
     def write(
-        cls, stem: Path, documents: Iterable[Document], encoder: Encoder, tick: Callable[[int], None]
+        cls, stem: Path, documents: Iterable[Document], encoder: Encoder, on_progress: Callable[[int], None]
     ) -> TokenFile:
         """Tokenizes into STEM.bin, .npy, .json and perhaps .weights; the .json comes last: a torn write isn't taken for
         a whole. Raises ConfigError when nothing in it is a target."""
@@ -93,7 +93,7 @@ class TokenFile:
                 text_bytes += size
                 conversations += sum(d.kind == "messages" for d in group)
                 tails += sum(d.tail for d in group)
-                tick(size)
+                on_progress(size)
         np.save(stem.with_suffix(".npy"), np.asarray(ends, np.int64))
         meta = {
             "dtype": np.dtype(dtype).name,
@@ -186,7 +186,7 @@ def prepare(
     config: DataConfig,
     folder: Path,
     seed: int,
-    tick: Callable[[str, int], None] = lambda _, __: None,
+    on_progress: Callable[[str, int], None] = lambda _, __: None,
     *,
     resume: bool = False,
     start: ModelFolder | None = None,
@@ -194,7 +194,7 @@ def prepare(
 ) -> tuple[TrainingData, Tokenizer]:
     """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what the same ones left.
 
-    tick(stage, bytes) is called as text goes through. start: the model to fine-tune, which brings its tokenizer.
+    on_progress(stage, bytes) is called as text goes through. start: the model to fine-tune, which brings its tokenizer.
     reading: told of each file. Raises ConfigError when there are too few documents to split.
     """
     reading = reading or Reading()
@@ -224,22 +224,22 @@ def prepare(
     del documents  # a text that was cut is there twice
     if not groups.train or not groups.heldout:
         raise ConfigError("data: too little text to hold some out: give more of it, or conversations that differ")
-    tokenizer = start.tokenizer if start else _tokenizer(groups.train, config, lambda n: tick("tokenizer", n))
+    tokenizer = start.tokenizer if start else _tokenizer(groups.train, config, lambda n: on_progress("tokenizer", n))
     if start is None:
         tokenizer.save(folder / "tokenizer.json")
     encoder = fine_tuning or Pretraining(tokenizer, config.parse_special)
     train, heldout = (
-        TokenFile.write(stem, group, encoder, lambda n: tick("tokenize", n))
+        TokenFile.write(stem, group, encoder, lambda n: on_progress("tokenize", n))
         for stem, group in zip(stems, groups, strict=True)
     )
     stamp.write_text(source)
     return TrainingData(train, heldout, config.seq, seed), tokenizer
 
 
-def _tokenizer(documents: list[Document], config: DataConfig, tick: Callable[[int], None]) -> Tokenizer:
+def _tokenizer(documents: list[Document], config: DataConfig, on_progress: Callable[[int], None]) -> Tokenizer:
     """The one that was asked for, or one trained on `documents`."""
     if config.tokenizer is None:
-        return Tokenizer.train(_sample(documents, tick), config.vocab_size)
+        return Tokenizer.train(_sample(documents, on_progress), config.vocab_size)
     tokenizer = Tokenizer.load(config.tokenizer)
     if tokenizer.eos_id is None:
         raise ConfigError(f"text.tokenizer: {config.tokenizer} has no <|endoftext|> token to part documents with")
@@ -251,10 +251,10 @@ def _fingerprint(documents: Iterable[Document]) -> str:
     return hashlib.sha256(b"".join(document.digest for document in documents)).hexdigest()
 
 
-def _sample(documents: list[Document], tick: Callable[[int], None]) -> Iterator[str]:
+def _sample(documents: list[Document], on_progress: Callable[[int], None]) -> Iterator[str]:
     """Up to TOKENIZER_SAMPLE_BYTES of text, spread over all documents."""
     total = sum(len(d.text) for d in documents)
     stride = max(1, -(-total // TOKENIZER_SAMPLE_BYTES))
     for document in documents[::stride]:
-        tick(len(document.text) * stride)
+        on_progress(len(document.text) * stride)
         yield document.text

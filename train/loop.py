@@ -116,12 +116,19 @@ def _prepare_data(
     with working(console, "reading text") as show:
         seen: collections.Counter[str] = collections.Counter()
 
-        def tick(stage: str, size: int) -> None:
+        def on_progress(stage: str, size: int) -> None:
             seen[stage] += size
             show(f"{stage}: {seen[stage] / 1e6:.0f} MB of text")
 
         data, tokenizer = prepare(
-            config.data, config.text, config.out, config.seed, tick, resume=config.resume, start=folder, reading=reading
+            config.data,
+            config.text,
+            config.out,
+            config.seed,
+            on_progress,
+            resume=config.resume,
+            start=folder,
+            reading=reading,
         )
     console.print(f"data: {reading}", markup=False, highlight=False)
     if folder is None:

@@ -13,7 +13,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.files import present, read_json_if_present, read_text
 from isthmus.model.text.answers import Indistinct, Span, find_answers
 from isthmus.model.text.sandbox.environment import Sandbox
-from isthmus.model.text.sandbox.meter import Limits, Meter, metered
+from isthmus.model.text.sandbox.meter import Meter, RenderLimits, metered
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -44,7 +44,7 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         *,
         name: str = "chat template",
-        limits: Limits | None = None,
+        limits: RenderLimits | None = None,
     ) -> None:
         """special_tokens: variables of the template, as "bos_token". name: what errors call it.
 
@@ -54,7 +54,7 @@ class ChatTemplate:
             raise ConfigError(f"{name} has {len(source)} characters; a chat template may have {MAX_SOURCE}")
         self.source = source
         self.special_tokens = dict(special_tokens or {})
-        self._limits = limits or Limits()
+        self._limits = limits or RenderLimits()
         environment = Sandbox()
         try:
             tree = environment.prepare(source)

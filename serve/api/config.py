@@ -12,6 +12,7 @@ import tyro
 
 from isthmus.client import read_token
 from isthmus.errors import ConfigError
+from isthmus.model.sharding import MeshShape
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.serve.engine.config import EngineConfig
 
@@ -51,10 +52,8 @@ class ServeConfig:
     kernels: str = "auto"
     """What computes: auto takes this machine's own kernels wherever they can run; reference takes none; the name of
     kernels, such as cpu, takes those, or ends where they can't run"""
-    tp: int = 1
-    """Devices to split the model over"""
-    ep: int = 1
-    """Devices to split the experts over, times tp"""
+    mesh: str = ""
+    """Devices to split the model over, as tp=2; in ep=2,tp=2, ep splits the experts of a mixture; empty is one"""
     drain_seconds: float = 30.0
     """How long requests in flight may go on after SIGTERM; a second signal ends it at once"""
     stall_seconds: float = 60.0
@@ -77,12 +76,16 @@ class ServeConfig:
         self._check_reach()
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds={self.drain_seconds} must be 0 or more")
-        for name in ("tp", "ep"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.mesh_shape.data > self.mesh_shape.ep:
+            raise ConfigError(f"mesh={self.mesh}: dp and fsdp split a batch of training; serving has tp and ep")
         for name in ("stall_seconds", "keepalive_seconds"):
             if not 1 <= getattr(self, name) <= MAX_SECONDS:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 to {MAX_SECONDS}")
+
+    @property
+    def mesh_shape(self) -> MeshShape:
+        """How many devices each kind of parallelism takes. Raises ConfigError."""
+        return MeshShape.parse(self.mesh)
 
     def _check_reach(self) -> None:
         if _is_loopback(self.host) or self.insecure:

@@ -17,7 +17,6 @@ from grpc_reflection.v1alpha import reflection
 
 from isthmus.errors import ConfigError
 from isthmus.model.process.signals import end_at_once
-from isthmus.model.sharding import MeshShape
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.serve.api.auth import TokenAuth
 from isthmus.serve.api.config import ServeConfig
@@ -136,14 +135,14 @@ class Server:
             return self._server.add_insecure_port(address)
         return self._server.add_secure_port(address, grpc.ssl_server_credentials([self._tls]))
 
-    async def load(self, tick: Callable[[str], None] = lambda text: None) -> None:
+    async def load(self, on_progress: Callable[[str], None] = lambda text: None) -> None:
         """Loads parameters and compiles every program, then says SERVING. Raises ConfigError."""
         build = (
             self.session.model,
             self.config.engine,
-            MeshShape(tp=self.config.tp, ep=self.config.ep),
+            self.config.mesh_shape,
             self.session.sink,
-            tick,
+            on_progress,
         )
         await _in_daemon_thread(self.session.model.tokenizer.prepare)
         engine = await _in_daemon_thread(partial(build_engine, kernels=self.config.kernels), *build)

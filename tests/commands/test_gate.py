@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -33,7 +32,6 @@ from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.support import TINY, forward, largest_file
 
 PROSE = " ".join(f"The {n}th sentence says that {n * n} is the square of {n}." for n in range(900))
-CONFIG = dataclasses.replace(TINY, scan_layers=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def test_it_measures_what_it_says(
     monkeypatch.setattr(library, "why_not", lambda: "not wanted here")
     flags = ["--quantize", "int4", "--text", str(prose), "--windows", "3", "--force", "--serve-dtype", "float32"]
     assert main(["convert", str(folder), str(tmp_path / "small"), *flags, "--calibration", "0"]) == 0
-    opened = open_folder(folder).with_config(scan_layers=False)
+    opened = open_folder(folder)
     windows = texts(TextConfig((str(prose),), 3), opened).comparison
     params = opened.load_params(build_mesh(MeshShape()))
 
@@ -132,7 +130,7 @@ def test_what_is_kept_is_what_counts(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_said(folder: Path, tmp_path: Path) -> None:
     """Before anything is quantized."""
-    original = open_folder(folder).with_config(scan_layers=False)
+    original = open_folder(folder)
     windows = np.ones((2, 128), np.int32)
     with (
         largest_file(20_000),
@@ -262,21 +260,21 @@ def costing(kl: dict[str, float]) -> tuple[list[str], object]:
 def test_finer_schemes_are_tried_first(refused: tuple[str, ...], wanted: list[str]) -> None:
     """In the order of their bits; then int8 with the worst kinds of matrix left out, most of the loss first."""
     _, measure = costing({"mlp/down": 0.5, "value": 0.4, "=": 0.1})
-    names = list(candidates(CONFIG, refused, measure))  # type: ignore[arg-type]
+    names = list(candidates(TINY, refused, measure))  # type: ignore[arg-type]
     assert names[: len(wanted)] == wanted
     assert names[len(wanted)] == ".*/mlp/down/kernel=none,.*=int8"
     assert names[len(wanted) + 1].split("=")[0] == ".*/mlp/down/kernel|.*/attention/value/kernel"
-    assert all(coarsest(CONFIG, name.split(",")) == 8 for name in names[len(wanted) :])
+    assert all(coarsest(TINY, name.split(",")) == 8 for name in names[len(wanted) :])
 
 
 def test_the_first_that_passes_is_told() -> None:
     asked, measure = costing({"int5": 0.06, "int6": 0.015})
     told: list[str] = []
-    result = suggestion(CONFIG, SCHEMES["int4"], measure, lambda name, _: told.append(name))  # type: ignore[arg-type]
+    result = suggestion(TINY, SCHEMES["int4"], measure, lambda name, _: told.append(name))  # type: ignore[arg-type]
     assert result is not None and result[0] == "int6" and result[1].kl == 0.015
     assert told == ["int5", "int6"] and len(asked) == 2
     asked, measure = costing({"=": 9.0})
-    assert suggestion(CONFIG, SCHEMES["int4"], measure, lambda name, _: None) is None  # type: ignore[arg-type]
+    assert suggestion(TINY, SCHEMES["int4"], measure, lambda name, _: None) is None  # type: ignore[arg-type]
 
 
 def test_what_is_suggested_can_be_served_without_converting() -> None:
@@ -285,7 +283,7 @@ def test_what_is_suggested_can_be_served_without_converting() -> None:
 
 
 def test_kinds_are_the_places_in_a_layer() -> None:
-    assert set(kinds(CONFIG)) == {
+    assert set(kinds(TINY)) == {
         "embedding", "head", ".*/mlp/gate/kernel", ".*/mlp/up/kernel", ".*/mlp/down/kernel",
         *(f".*/attention/{name}/kernel" for name in ("query", "key", "value", "out")),
     }  # fmt: skip

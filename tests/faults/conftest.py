@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from isthmus.model.config import ModelConfig
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.text.tokenizer import END_OF_TEXT
-from isthmus.model.weights.checkpoint import Checkpoints, load_params
+from isthmus.model.transformer import abstract_params
+from isthmus.model.weights.checkpoint import Checkpoints, CheckpointSource
+from isthmus.model.weights.load import load_params
 from isthmus.train.metrics import read_metrics
 from tests.faults.storms import StartServing
 from tests.serve.api.harness import CHAT_TEMPLATE, ServeProcess, save_model, train_tokenizer, varied_params
@@ -183,12 +184,12 @@ def interrupted(shared_folder: SharedFolder, start_training: StartTraining, corp
 
 def parameters_hash(out: Path) -> str:
     """SHA-256 over every parameter of the newest checkpoint."""
-    params = load_params(out, ModelConfig.load(out / "config.json"), build_mesh(MeshShape()))
+    config, mesh = ModelConfig.load(out / "config.json"), build_mesh(MeshShape())
+    params = load_params(CheckpointSource(out, config, mesh), abstract_params(config, mesh))
     digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
+    for path, array in sorted(params.items()):
+        digest.update(path.encode())
+        digest.update(np.asarray(array).tobytes())
     return digest.hexdigest()
 
 

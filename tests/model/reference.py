@@ -23,13 +23,18 @@ def logits(
     """float64[seq, vocab] of one sequence; tokens, positions, segments: int[seq]; params unstacked."""
     x = _double(params["embedding"])[tokens]
     for layer in range(config.layers):
-        block = params["blocks"][str(layer)]
-        normed = _rms_norm(x, block["attention_norm"]["scale"], config.norm_eps)
-        x = x + _attention(config, block["attention"], normed, positions, segments)
-        normed = _rms_norm(x, block["mlp_norm"]["scale"], config.norm_eps)
-        x = x + _swiglu(block["mlp"], normed)
-    x = _rms_norm(x, params["norm"]["scale"], config.norm_eps)
+        block = _below(f"blocks/{layer}", params)
+        normed = _rms_norm(x, block["attention_norm/scale"], config.norm_eps)
+        x = x + _attention(config, _below("attention", block), normed, positions, segments)
+        normed = _rms_norm(x, block["mlp_norm/scale"], config.norm_eps)
+        x = x + _swiglu(_below("mlp", block), normed)
+    x = _rms_norm(x, params["norm/scale"], config.norm_eps)
     return x @ (_double(params["embedding"]).T if config.tie_embeddings else _double(params["head"]))
+
+
+def _below(path: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters below a path, by what follows it."""
+    return {name.removeprefix(f"{path}/"): x for name, x in params.items() if name.startswith(f"{path}/")}
 
 
 def _double(x: Any) -> np.ndarray:
@@ -40,9 +45,9 @@ def _rms_norm(x: np.ndarray, scale: Any, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps) * _double(scale)
 
 
-def _project(part: dict[str, Any], x: np.ndarray, spec: str) -> np.ndarray:
-    out = np.einsum(spec, x, _double(part["kernel"]))
-    return out + _double(part["bias"]) if "bias" in part else out
+def _project(part: dict[str, Any], name: str, x: np.ndarray, spec: str) -> np.ndarray:
+    out = np.einsum(spec, x, _double(part[f"{name}/kernel"]))
+    return out + _double(part[f"{name}/bias"]) if f"{name}/bias" in part else out
 
 
 def _rotary(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
@@ -60,12 +65,12 @@ def _rotary(x: np.ndarray, positions: np.ndarray, theta: float) -> np.ndarray:
 def _attention(
     config: ModelConfig, part: dict[str, Any], x: np.ndarray, positions: np.ndarray, segments: np.ndarray
 ) -> np.ndarray:
-    q = _project(part["query"], x, "sd,dhk->shk")
-    k = _project(part["key"], x, "sd,dhk->shk")
-    v = _project(part["value"], x, "sd,dhk->shk")
+    q = _project(part, "query", x, "sd,dhk->shk")
+    k = _project(part, "key", x, "sd,dhk->shk")
+    v = _project(part, "value", x, "sd,dhk->shk")
     if config.qk_norm != "none":
-        q = _rms_norm(q, part["query_norm"]["scale"], config.norm_eps)
-        k = _rms_norm(k, part["key_norm"]["scale"], config.norm_eps)
+        q = _rms_norm(q, part["query_norm/scale"], config.norm_eps)
+        k = _rms_norm(k, part["key_norm/scale"], config.norm_eps)
     q, k = _rotary(q, positions, config.rope_theta), _rotary(k, positions, config.rope_theta)
     out = np.zeros_like(q)
     for head in range(config.heads):
@@ -75,9 +80,9 @@ def _attention(
             scores = k[seen, group] @ q[query, head] / np.sqrt(config.head_dim)
             weights = np.exp(scores - scores.max())
             out[query, head] = weights @ v[seen, group] / weights.sum()
-    return _project(part["out"], out, "shk,hkd->sd")
+    return _project(part, "out", out, "shk,hkd->sd")
 
 
 def _swiglu(part: dict[str, Any], x: np.ndarray) -> np.ndarray:
-    gate, up = _project(part["gate"], x, "sd,dm->sm"), _project(part["up"], x, "sd,dm->sm")
-    return _project(part["down"], gate / (1 + np.exp(-gate)) * up, "sm,md->sd")
+    gate, up = _project(part, "gate", x, "sd,dm->sm"), _project(part, "up", x, "sd,dm->sm")
+    return _project(part, "down", gate / (1 + np.exp(-gate)) * up, "sm,md->sd")

@@ -10,16 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import MixtureConfig
-from isthmus.model.experts import balanced
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
+from isthmus.model.experts import Mixture, balanced
 from isthmus.model.ops.grouped_matmul import grouped_matmul
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, partition_spec, use_mesh
-from isthmus.model.transformer import bind, param_shardings, stack_blocks, stacked, unstack_blocks
+from isthmus.model.transformer import Params, abstract_params, bind, by_path
+from isthmus.model.weights.layout import stack_params, unstack_params
+from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.step import balance_experts, gradients, packed_attention
 from tests.parity.test_families import batch_of
@@ -77,10 +81,16 @@ def test_a_row_of_a_product_depends_on_that_row_alone() -> None:
     np.testing.assert_array_equal(other[35:80], whole[35:80])
 
 
-def forward(config: Any, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    model = bind(config, params)
+def forward(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    model = bind(SPARSE, DEFAULT_EXECUTION, params)
     hidden, _, load = model.run(batch.tokens, batch.positions, packed_attention(batch.segments), None)
     return model.logits(hidden), load
+
+
+def placed(params: Params, mesh: Mesh, *, stacked: bool = False) -> Params:
+    """Parameters of SPARSE, split over the devices of `mesh`."""
+    abstract = abstract_params(SPARSE, mesh, stacked=stacked)
+    return jax.device_put(on_host(params), {path: abstract[path].sharding for path in params})
 
 
 def random_batch(rows: int, seq: int = 24) -> Batch:
@@ -90,42 +100,35 @@ def random_batch(rows: int, seq: int = 24) -> Batch:
 
 def test_a_mixture_is_each_tokens_own_experts(mesh: Mesh) -> None:
     """Sorting, grouping and putting back must give what a loop over tokens and their experts gives."""
-    params = on_host(random_params(SPARSE, mesh))["blocks"]["1"]["mlp"]
-    from flax import nnx
-
-    from isthmus.model.experts import Mixture
-
+    prefix = "blocks/1/mlp/"
+    whole = on_host(random_params(SPARSE, mesh))
+    params = {path.removeprefix(prefix): array for path, array in whole.items() if path.startswith(prefix)}
     with nnx.use_eager_sharding(False):
         module = Mixture(SPARSE, nnx.Rngs(0))
     graph, state = nnx.split(module)
-    leaves = {path: leaf for path, leaf in nnx.to_flat_state(state)}
-    for path in leaves:
-        node: Any = params
-        for key in path:
-            node = node[str(key)]
-        leaves[path].set_value(jnp.asarray(node))
-    module = nnx.merge(graph, nnx.from_flat_state(list(leaves.items())))
+    for path, leaf in by_path(state).items():
+        leaf.set_value(jnp.asarray(params[path]))
+    module = nnx.merge(graph, state)
     x = np.random.default_rng(4).standard_normal((37, SPARSE.dim)).astype(np.float32)
     got, load = jax.jit(lambda x: module(x))(jnp.asarray(x))
 
-    def mlp(part: Any, row: np.ndarray, expert: int | None) -> np.ndarray:
-        pick = (
-            (lambda name, leaf: part[name][leaf]) if expert is None else (lambda name, leaf: part[name][leaf][expert])
-        )
-        gate, up = (row @ pick(name, "kernel") + pick(name, "bias") for name in ("gate", "up"))
-        return gate / (1 + np.exp(-gate)) * up @ pick("down", "kernel") + pick("down", "bias")
+    def mlp(row: np.ndarray, expert: int | None) -> np.ndarray:
+        def pick(path: str) -> np.ndarray:
+            return params[f"shared/{path}"] if expert is None else params[path][expert]
+
+        gate, up = (row @ pick(f"{name}/kernel") + pick(f"{name}/bias") for name in ("gate", "up"))
+        return gate / (1 + np.exp(-gate)) * up @ pick("down/kernel") + pick("down/bias")
 
     want, count = np.zeros_like(x), np.zeros(MIXTURE.experts)
-    router = params["router"]
     for token, row in enumerate(x):
-        logits = row @ router["linear"]["kernel"] + router["linear"]["bias"]
+        logits = row @ params["router/linear/kernel"] + params["router/linear/bias"]
         scores = np.exp(logits - logits.max())
         scores /= scores.sum()
-        chosen = np.argsort(-(scores + router["correction"]))[: MIXTURE.per_token]
+        chosen = np.argsort(-(scores + params["router/correction"]))[: MIXTURE.per_token]
         for expert in chosen:
-            want[token] += MIXTURE.scale * scores[expert] / scores[chosen].sum() * mlp(params, row, expert)
+            want[token] += MIXTURE.scale * scores[expert] / scores[chosen].sum() * mlp(row, expert)
             count[expert] += 1
-        want[token] += mlp(params["shared"], row, None)
+        want[token] += mlp(row, None)
     assert relative_error(got, want) < 1e-5
     np.testing.assert_array_equal(load, count)
 
@@ -139,29 +142,25 @@ def test_experts_over_devices_are_one_devices(shape: MeshShape, scan_layers: boo
     """Expert parallelism is for size and speed only: same loss, gradients, loads and logits."""
     batch = jax.tree.map(lambda x: np.asarray(x)[None], random_batch(8))
     small = jax.tree.map(lambda x: x if x.ndim == 1 else 0.5 * x, random_params(SPARSE, mesh))
-    want = jax.jit(partial(gradients, SPARSE))(small, batch)
-    config = stacked(SPARSE) if scan_layers else SPARSE
+    want = jax.jit(partial(gradients, SPARSE, DEFAULT_EXECUTION))(small, batch)
     devices = build_mesh(shape)
-    params = stack_blocks(small) if scan_layers else small
-    params = jax.device_put(on_host(params), param_shardings(config, devices))
+    params = placed(stack_params(small) if scan_layers else small, devices, stacked=scan_layers)
     split = NamedSharding(devices, PartitionSpec(None, *partition_spec(("batch", "seq"))))
     with use_mesh(devices):
-        got = jax.jit(partial(gradients, config))(params, jax.device_put(batch, split))
+        got = jax.jit(partial(gradients, SPARSE, Execution(scan_layers=scan_layers)))(params, jax.device_put(batch, split))
     assert abs(float(got.loss) - float(want.loss)) < 1e-5
     np.testing.assert_array_equal(got.load, want.load)
-    assert relative_error(unstack_blocks(on_host(got.grads)), on_host(want.grads)) < 2e-4
+    assert relative_error(unstack_params(on_host(got.grads)), on_host(want.grads)) < 2e-4
 
 
 def test_serving_splits_experts_too(mesh: Mesh) -> None:
     """A mixture too large for one device must be served from several: a flat axis of tokens, experts split."""
     params = random_params(SPARSE, mesh)
     batch = random_batch(1, 13)
-    want, _ = jax.jit(partial(forward, SPARSE))(params, batch)
+    want, _ = jax.jit(forward)(params, batch)
     devices = build_mesh(MeshShape(ep=4, tp=2))
     with use_mesh(devices):
-        got, _ = jax.jit(partial(forward, SPARSE))(
-            jax.device_put(on_host(params), param_shardings(SPARSE, devices)), batch
-        )
+        got, _ = jax.jit(forward)(placed(params, devices), batch)
     assert relative_error(got, want) < 1e-5
 
 
@@ -172,12 +171,12 @@ def test_the_correction_moves_towards_balance(mesh: Mesh) -> None:
     many = dataclasses.replace(SPARSE, layers=12)
     params = random_params(many, mesh)
     load = jnp.arange(11 * 8, dtype=jnp.float32).reshape(11, 8) ** 2
-    for layout in (lambda tree: tree, stack_blocks):
-        after = unstack_blocks(balance_experts(many, layout(params), load))
+    rate = OptimizerConfig().correction_rate
+    for layout in (lambda tree: tree, stack_params):
+        after = unstack_params(balance_experts(many, layout(params), load, rate))
         for layer in range(1, 12):  # more than ten: "10" must not come before "2"
-            before = params["blocks"][str(layer)]["mlp"]["router"]["correction"]
-            want = balanced(before, load[layer - 1], MIXTURE.correction_rate)
-            np.testing.assert_array_equal(after["blocks"][str(layer)]["mlp"]["router"]["correction"], want)
+            path = f"blocks/{layer}/mlp/router/correction"
+            np.testing.assert_array_equal(after[path], balanced(params[path], load[layer - 1], rate))
 
 
 @pytest.mark.parametrize(
@@ -189,13 +188,18 @@ def test_the_correction_moves_towards_balance(mesh: Mesh) -> None:
         ({"groups": 4, "groups_per_token": 5}, "groups_per_token"),
         ({"groups": 8, "groups_per_token": 8, "group_score": "top2"}, "group_score"),
         ({"dense_layers": (7,)}, "dense_layers"),
-        ({"correction_rate": -1.0}, "correction_rate"),
     ],
 )
 def test_an_impossible_mixture_is_named(changes: dict[str, Any], named: str) -> None:
     """Else it fails deep in the compiler, or routes to experts that aren't there."""
     with pytest.raises(ConfigError, match=named):
         dataclasses.replace(SPARSE, mixture=dataclasses.replace(MIXTURE, **changes)).validate()
+
+
+def test_a_correction_that_moves_backwards_is_named() -> None:
+    """It would send every token to the experts that have too many."""
+    with pytest.raises(ConfigError, match=r"optimizer\.correction_rate=-1"):
+        OptimizerConfig(correction_rate=-1.0).validate()
 
 
 def test_a_mesh_that_cannot_split_experts_is_named() -> None:

@@ -12,8 +12,11 @@ from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible
-from isthmus.model.transformer import Params, abstract_params, init_params, param_shardings, stacked, unstack_blocks
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.layout import is_stacked, unstack_params
+from isthmus.model.weights.random import init_params
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.optimizer import build_optimizer
 from isthmus.train.step import Trainer
@@ -47,9 +50,8 @@ LAYOUT: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def layout_of(path: tuple) -> tuple[str | None, ...]:
-    names = [entry.key for entry in path]
-    return LAYOUT.get(names[-1]) or LAYOUT["/".join(names[-2:])]
+def layout_of(path: str) -> tuple[str | None, ...]:
+    return LAYOUT["/".join(path.split("/")[-2:])]
 
 
 @pytest.fixture(scope="module")
@@ -105,36 +107,31 @@ def test_what_does_not_divide_is_named(field: str, size: int, shape: MeshShape) 
 def test_every_parameter_is_split_as_planned(born_sharded: Params) -> None:
     """A weight that is replicated by mistake fits in a test and not in a device."""
     seen = set()
-
-    def check(path: tuple, leaf: jax.Array) -> None:
+    for path, leaf in born_sharded.items():
         axes = layout_of(path)
         want = tuple(size // (1 if axis is None else 2) for size, axis in zip(leaf.shape, axes, strict=True))
         assert {shard.data.shape for shard in leaf.addressable_shards} == {want}, path
         assert tuple(leaf.sharding.spec) == axes, path
         seen.add(axes)
-
-    jax.tree_util.tree_map_with_path(check, born_sharded)
     assert seen == set(LAYOUT.values())
 
 
 def test_stacked_parameters_keep_their_layout(cube: Mesh) -> None:
     """A leading layer axis must not shift the others by one."""
-
-    def check(path: tuple, leaf: jax.ShapeDtypeStruct) -> None:
-        layers = (None,) if path[0].key == "blocks" else ()
+    for path, leaf in abstract_params(GROUPED, cube, stacked=True).items():
+        assert is_stacked(path) == path.startswith("blocks/")
+        layers = (None,) if is_stacked(path) else ()
         assert tuple(leaf.sharding.spec) == (*layers, *layout_of(path)), path
-
-    jax.tree_util.tree_map_with_path(check, abstract_params(stacked(GROUPED), cube))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_moments_are_split_as_their_parameter(scan_layers: bool, cube: Mesh) -> None:
     """AdamW keeps two numbers a parameter: replicated, they need more memory than the sharding saved."""
-    config = dataclasses.replace(GROUPED, scan_layers=scan_layers)
-    trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), cube)
-    shardings = param_shardings(config, cube)
-    params = random_params(config, cube)
-    made = jax.jit(build_optimizer(OptimizerConfig(), 10).init, out_shardings=trainer.shardings.optimizer)(params)
+    optimizer = build_optimizer(OptimizerConfig(), 10, GROUPED)
+    trainer = Trainer(GROUPED, optimizer, cube, Execution(scan_layers=scan_layers))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(GROUPED, cube, stacked=scan_layers))
+    params = random_params(GROUPED, cube, stacked=scan_layers)
+    made = jax.jit(optimizer.init, out_shardings=trainer.shardings.optimizer)(params)
     for state in (trainer.shardings.optimizer, jax.tree.map(lambda leaf: leaf.sharding, made)):
         for moment in ("mu", "nu"):
             assert jax.tree.all(jax.tree.map(lambda a, b: a == b, optax.tree.get(state, moment), shardings))
@@ -142,7 +139,7 @@ def test_moments_are_split_as_their_parameter(scan_layers: bool, cube: Mesh) -> 
 
 def test_a_seed_gives_the_same_parameters_on_any_mesh_and_layout(born_sharded: Params, mesh: Mesh) -> None:
     """A run started on eight devices must be the run started on one, scanned or not."""
-    want = on_host(unstack_blocks(init_params(stacked(GROUPED), 5, mesh)))
+    want = on_host(unstack_params(init_params(GROUPED, 5, mesh, stacked=True)))
     jax.tree.map(np.testing.assert_array_equal, on_host(born_sharded), want)
-    first, second = (want["blocks"][i]["mlp"]["up"]["kernel"] for i in "01")
+    first, second = (want[f"blocks/{layer}/mlp/up/kernel"] for layer in range(2))
     assert not np.array_equal(first, second), "two layers were born equal"

@@ -14,7 +14,9 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.config import PRESETS, ModelConfig
-from isthmus.model.transformer import Params, abstract_params, bind, stack_blocks, stacked, unstack_blocks
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution, Remat
+from isthmus.model.transformer import Params, abstract_params, bind
+from isthmus.model.weights.layout import stack_params, unstack_params
 from isthmus.train.step import packed_attention
 from tests.model import reference
 from tests.support import TINY, forward, on_host, random_params, relative_error
@@ -86,7 +88,12 @@ def attended(config: ModelConfig, params: Params, tokens: np.ndarray) -> np.ndar
 
     empty = jnp.zeros((config.layers, tokens.shape[1], config.heads, config.head_dim))
     positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    return np.asarray(jax.jit(lambda params: bind(config, params)(tokens, positions, keep, empty)[1])(params))
+
+    def run(params: Params) -> jax.Array:
+        kept: jax.Array = bind(config, DEFAULT_EXECUTION, params)(tokens, positions, keep, empty)[1]
+        return kept
+
+    return np.asarray(jax.jit(run)(params))
 
 
 def test_grouped_queries_share_their_heads_in_order(mesh: Mesh) -> None:
@@ -95,14 +102,14 @@ def test_grouped_queries_share_their_heads_in_order(mesh: Mesh) -> None:
     params = on_host(random_params(config, mesh))
     tokens = random_tokens(config, 1, SEQ)
 
-    def repeat(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        return np.repeat(leaf, 2, axis=1) if path[-2].key in ("key", "value") else leaf
+    def repeat(path: str, leaf: np.ndarray) -> np.ndarray:
+        return np.repeat(leaf, 2, axis=1) if "/key/" in path or "/value/" in path else leaf
 
-    full = jax.tree_util.tree_map_with_path(repeat, {"blocks": params["blocks"]})
-    same = forward(config, params, tokens), forward(BASE, {**params, **full}, tokens)
+    full = {path: repeat(path, leaf) for path, leaf in params.items()}
+    same = forward(config, params, tokens), forward(BASE, full, tokens)
     assert relative_error(*same) <= 1e-6
     # Looked at in the layers too: the logits are of up to 20, and a product's width changes its rounding.
-    got, want = attended(config, params, tokens), attended(BASE, {**params, **full}, tokens)
+    got, want = attended(config, params, tokens), attended(BASE, full, tokens)
     assert np.abs(got - want).max() <= 5e-6
     other = attended(BASE, on_host(random_params(BASE, mesh)), tokens)
     assert np.abs(got - other).max(axis=(1, 2, 3)).min() > 0.1
@@ -112,22 +119,22 @@ def test_scanned_layers_give_the_unrolled_logits(tiny: ModelConfig, tiny_params:
     """A model trained with scan_layers must serve unrolled as the same model."""
     tokens = random_tokens(tiny, 2, SEQ)
     unrolled = forward(tiny, tiny_params, tokens)
-    scanned = forward(stacked(tiny), stack_blocks(tiny_params), tokens)
+    scanned = forward(tiny, stack_params(tiny_params), tokens)
     assert np.abs(scanned - unrolled).max() <= 1e-6 * np.abs(unrolled).max()
 
 
 def test_stack_and_unstack_are_inverses(tiny: ModelConfig, tiny_params: Params) -> None:
     """A checkpoint goes through both; either losing or reordering a layer would ruin it."""
     both = {"params": tiny_params, "moments": [tiny_params], "count": jnp.int32(3)}
-    once = stack_blocks(both)
+    once = stack_params(both)
     shapes = jax.tree.map(lambda leaf: leaf.shape, once["params"])
-    assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(stacked(tiny)))
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, abstract_params(tiny, stacked=True))
     for layer in range(tiny.layers):
-        want = tiny_params["blocks"][str(layer)]["mlp"]["gate"]["kernel"]
-        np.testing.assert_array_equal(once["moments"][0]["blocks"]["0-1"]["mlp"]["gate"]["kernel"][layer], want)
-    jax.tree.map(np.testing.assert_array_equal, unstack_blocks(once), both)
-    jax.tree.map(np.testing.assert_array_equal, stack_blocks(once), once)
-    jax.tree.map(np.testing.assert_array_equal, unstack_blocks(both), both)
+        want = tiny_params[f"blocks/{layer}/mlp/gate/kernel"]
+        np.testing.assert_array_equal(once["moments"][0]["blocks/0-1/mlp/gate/kernel"][layer], want)
+    jax.tree.map(np.testing.assert_array_equal, unstack_params(once), both)
+    jax.tree.map(np.testing.assert_array_equal, stack_params(once), once)
+    jax.tree.map(np.testing.assert_array_equal, unstack_params(both), both)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
@@ -135,24 +142,24 @@ def test_remat_changes_memory_and_not_gradients(scan_layers: bool, tiny: ModelCo
     """Turning on rematerialization to fit a larger model must not train another model."""
     # As large as in training: with larger ones the loss would magnify rounding instead of mistakes.
     params = jax.tree.map(lambda x: 0.4 * x, tiny_params)
-    params = stack_blocks(params) if scan_layers else params
+    params = stack_params(params) if scan_layers else params
     tokens = random_tokens(tiny, 2, SEQ)
     positions = np.tile(np.arange(SEQ, dtype=np.int32), (2, 1))
     segments = np.zeros_like(tokens)
 
-    def loss(config: ModelConfig, params: Params) -> jax.Array:
-        model = bind(config, params)
+    def loss(execution: Execution, params: Params) -> jax.Array:
+        model = bind(tiny, execution, params)
         hidden, _ = model(tokens, positions, packed_attention(segments), None)
         return jnp.square(model.logits(hidden)).mean()
 
-    def run(remat: str) -> Params:
-        grad = jax.grad(partial(loss, dataclasses.replace(tiny, remat=remat, scan_layers=scan_layers)))
+    def run(remat: Remat) -> Params:
+        grad = jax.grad(partial(loss, Execution(scan_layers=scan_layers, remat=remat)))
         assert ("remat" in str(jax.make_jaxpr(grad)(params))) == (remat != "none")
         return on_host(jax.jit(grad)(params))
 
     want = run("none")
-    for remat in ("dots", "full"):
-        assert relative_error(run(remat), want) <= 1e-6, remat
+    assert relative_error(run("dots"), want) <= 1e-6
+    assert relative_error(run("full"), want) <= 1e-6
 
 
 def test_packed_documents_are_alone(tiny: ModelConfig, tiny_params: Params) -> None:
@@ -199,7 +206,7 @@ def test_forward_flops_are_the_compilers(mesh: Mesh) -> None:
     ints = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
 
     def run(params: Params, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        model = bind(config, params)
+        model = bind(config, DEFAULT_EXECUTION, params)
         hidden, _ = model(tokens, positions, packed_attention(segments), None)
         return model.logits(hidden)
 

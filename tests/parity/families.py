@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -17,10 +16,11 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from isthmus.model.config import ModelConfig
-from isthmus.model.transformer import Params
+from isthmus.model.transformer import Params, abstract_params
 from isthmus.model.weights.huggingface.families import Family, read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
-from isthmus.model.weights.huggingface.load import load_params
+from isthmus.model.weights.huggingface.load import PublishedSource
+from isthmus.model.weights.load import load_params
 from tests.parity.weights import family_tensors
 
 GOLDEN = Path(os.environ.get("ISTHMUS_GOLDEN", Path(__file__).parent / "golden"))
@@ -52,8 +52,8 @@ def published(family: str) -> Path:
     return folder
 
 
-def load(family: str, mesh: Mesh, **changes: Any) -> tuple[Family, ModelConfig, Params]:
+def load(family: str, mesh: Mesh, *, stacked: bool = False) -> tuple[Family, ModelConfig, Params]:
     folder = published(family)
     kind, config = read_config(folder / "config.json")
-    config = dataclasses.replace(config, **changes)
-    return kind, config, load_params(TensorFiles(folder), kind, config, mesh)
+    source = PublishedSource(TensorFiles(folder), kind, config, mesh)
+    return kind, config, load_params(source, abstract_params(config, mesh, stacked=stacked))

@@ -18,9 +18,10 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import ModelFolder, open_folder
-from isthmus.model.weights.lora import join, load_adapter, merge, save_adapter, split
+from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapter
+from isthmus.model.weights.lora import split
 from tests.parity.weights import family_tensors
-from tests.support import forward, random_params, relative_error
+from tests.support import forward, merged, random_params, relative_error
 
 pytestmark = pytest.mark.peers
 
@@ -77,20 +78,20 @@ def peft_logits(base: ModelFolder, adapter: Path, *options: str) -> np.ndarray:
     return np.load(out)
 
 
-@pytest.mark.parametrize("merged", [False, True], ids=["beside", "merged"])
+@pytest.mark.parametrize("merge", [False, True], ids=["beside", "merged"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_peft_computes_our_adapter(
-    family: str, merged: bool, published: Callable[[str], ModelFolder], mesh: Mesh, tmp_path: Path
+    family: str, merge: bool, published: Callable[[str], ModelFolder], mesh: Mesh, tmp_path: Path
 ) -> None:
     """What was trained here goes on anywhere that reads PEFT's layout."""
     base, adapter = published(family), tmp_path / "adapter"
     lora = LoraConfig(3, 5.0, TARGETS[family])
     config = dataclasses.replace(base.config, lora=lora)
-    params = join(base.load_params(mesh), split(random_params(config, mesh))[1])
+    params = {**base.load_params(mesh), **split(config, random_params(config, mesh))[1]}
     save_adapter(adapter, base, config, params)
-    theirs = peft_logits(base, adapter, *(["--merge"] if merged else []))
-    if merged:
-        config, params = merge(config, params)
+    theirs = peft_logits(base, adapter, *(["--merge"] if merge else []))
+    if merge:
+        config, params = merged(config, params)
     ours = forward(config, params, some_tokens(base))
     assert relative_error(ours, theirs) <= TOLERANCE
     plain = forward(base.config, base.load_params(mesh), some_tokens(base))
@@ -111,8 +112,8 @@ def test_we_compute_pefts_adapter(
     assert json.loads((adapter / "adapter_config.json").read_text())["use_rslora"] == rslora
     ours = forward(folder.config, folder.load_params(mesh), some_tokens(base))
     assert relative_error(ours, theirs) <= TOLERANCE
-    merged = forward(base.config, folder.load_params(mesh, merge_adapter=True), some_tokens(base))
-    assert relative_error(merged, theirs) <= TOLERANCE
+    ours = forward(base.config, folder.load_params(mesh, merge_adapter=True), some_tokens(base))
+    assert relative_error(ours, theirs) <= TOLERANCE
     plain = forward(base.config, base.load_params(mesh), some_tokens(base))
     assert relative_error(plain, theirs) > 0.1, "the comparison says nothing: the adapter does nothing"
 

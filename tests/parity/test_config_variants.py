@@ -16,7 +16,6 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig, RopeScaling
 from isthmus.model.rotary import frequencies
 from isthmus.model.weights.huggingface import known
-from isthmus.model.weights.huggingface.export import network_of
 from isthmus.model.weights.huggingface.families import FAMILIES, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from tests.parity.config_variants import BASES, changed, variants
@@ -109,7 +108,7 @@ def computed(config: ModelConfig) -> tuple[Any, ...]:
         for length in ("short", "long")
         for number in frequencies(config.rope_theta, config.rotated, config.rope_scaling, length)
     ]
-    network = network_of(config)
+    network = config.canonical()
     windows = tuple(0 if window >= TOKENS else window for window in network.windows)
     plain = dataclasses.replace(network, rope_theta=0.0, rope_scaling=RopeScaling(), windows=windows)
     return plain, numbers, f"{config.rope_scaling.attention_factor:.6g}"

@@ -17,14 +17,16 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.ops.attention import Cache
 from isthmus.model.ops.backend import use_cpu_kernels
 from isthmus.model.sharding import use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.model.weights.huggingface.families import read_config
-from isthmus.model.weights.huggingface.load import leaves_of, parts_of, path_name
+from isthmus.model.weights.huggingface.load import leaves_of, parts_of
+from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, abstract_cache, paged_attention, sequence_of_token
+from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention, sequence_of_token
 from isthmus.serve.engine.plan import split_plan
 from isthmus.serve.engine.request import Request, SamplingParams
 from isthmus.serve.engine.scheduler import Scheduler
@@ -51,7 +53,7 @@ def batch_of(tokens: Any, lengths: Any) -> Batch:
 @lru_cache(maxsize=64)
 def _logits(config: ModelConfig) -> Any:
     def run(params: Params, batch: Batch) -> jax.Array:
-        model = bind(config, params)
+        model = bind(config, Execution(scan_layers=any(map(is_stacked, params))), params)
         attend, long = packed_attention(batch.segments), long_sequences(config, batch)
         hidden, _ = model(batch.tokens, batch.positions, attend, None, long)
         return model.logits(hidden)
@@ -73,7 +75,7 @@ def test_training_computes_the_logits_of_transformers(family: str, mesh: Mesh) -
 def test_scanned_layers_are_the_same_network(family: str, mesh: Mesh) -> None:
     """The stacked layout that accelerators train with must put every layer's kind where it belongs."""
     want = golden(family)
-    _, config, params = load(family, mesh, scan_layers=True)
+    _, config, params = load(family, mesh, stacked=True)
     got = np.asarray(_logits(config)(params, batch_of(want["tokens"][-1:], want["lengths"][-1:])))
     assert relative_error(got[0], want["logits"][-1]) <= TOLERANCE
 
@@ -105,7 +107,7 @@ def run_logged(
 
     def step(bucket: Bucket, params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
         arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-        model = bind(config, params)
+        model = bind(config, DEFAULT_EXECUTION, params)
         long = arrays.long[sequence_of_token(bucket)] > 0
         attend = paged_attention(engine, bucket, arrays)
         with use_cpu_kernels(kernel):
@@ -117,7 +119,8 @@ def run_logged(
     for request in requests:
         scheduler.add(request)
     # Stale pages may hold anything.
-    cache = Cache(jnp.full(abstract_cache(config, engine, mesh).pages.shape, jnp.nan, jnp.float32))
+    shape = abstract_cache(Served(config, engine, config.vocab_size), mesh).pages.shape
+    cache = Cache(jnp.full(shape, jnp.nan, jnp.float32))
     while (plan := scheduler.plan()) is not None:
         with use_mesh(mesh):
             cache, logits = programs[plan.bucket](params, cache, plan.packed)
@@ -173,8 +176,8 @@ def test_greedy_text_comes_out_of_the_whole_engine(family: str, mesh: Mesh) -> N
     """With the sampler on the device and a step in flight, and beside requests that nobody compares."""
     want = golden(family)
     _, config, params = load(family, mesh)
-    executor = Executor(config, engine_for(config), params, mesh, config.vocab_size)
-    executor.compile()
+    executor = Executor(Served(config, engine_for(config), config.vocab_size), params, mesh)
+    executor.warm_up()
     rng = random.Random(0)
     arrivals = []
     for row, length in enumerate(want["prompt_lengths"]):
@@ -194,15 +197,14 @@ def test_gradients_are_those_of_torch(family: str, mesh: Mesh) -> None:
     tokens = want["train_tokens"]
     inputs = batch_of(tokens[:, :-1], [tokens.shape[1] - 1] * len(tokens))
     batch = Batch(*(np.asarray(x)[None] for x in inputs._replace(targets=tokens[:, 1:].astype(np.int32))))
-    loss, grads, _ = jax.jit(partial(gradients, config))(params, batch)
+    loss, grads, _ = jax.jit(partial(gradients, config, DEFAULT_EXECUTION))(params, batch)
     assert abs(float(loss) - want["loss"]) <= 1e-5 * want["loss"]
     squares = sum(float((np.asarray(g, np.float64) ** 2).sum()) for g in jax.tree.leaves(grads))
     assert abs(squares**0.5 - want["grad_norm"]) <= 1e-4 * want["grad_norm"]
 
     sums: dict[str, float] = {}
-    flat, _ = jax.tree_util.tree_flatten_with_path(grads)
-    for path, grad in flat:
-        parts = list(leaves_of(parts_of(config, kind.table(config), path_name(path), grad.shape)))
+    for path, grad in grads.items():
+        parts = list(leaves_of(parts_of(config, kind.table(config), path, grad.shape)))
         for part, values in zip(parts, np.asarray(grad, np.float64) if len(parts) > 1 else [grad], strict=True):
             sums[part.name] = sums.get(part.name, 0.0) + float((np.asarray(values, np.float64) ** 2).sum())
     norms = gradient_norms(family)

@@ -17,12 +17,13 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION
 from isthmus.model.ops.attention import Cache
 from isthmus.model.ops.backend import use_cpu_kernels
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, abstract_cache, paged_attention
+from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention
 from isthmus.serve.engine.plan import split_plan
 from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
 from isthmus.serve.engine.scheduler import Scheduler
@@ -49,8 +50,8 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def start_executor(config: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Executor:
-    executor = Executor(config, engine, random_params(config, mesh), mesh, VOCAB)
-    executor.compile()
+    executor = Executor(Served(config, engine, VOCAB), random_params(config, mesh), mesh)
+    executor.warm_up()
     return executor
 
 
@@ -163,7 +164,7 @@ def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Para
     def program(bucket: Bucket) -> Any:
         def step(params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
             arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-            model = bind(CONFIG, params)
+            model = bind(CONFIG, DEFAULT_EXECUTION, params)
             attend = paged_attention(engine, bucket, arrays)
             with use_cpu_kernels(kernel):
                 hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
@@ -178,7 +179,8 @@ def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Para
     for request in requests:
         scheduler.add(request)
     # Stale pages of others may hold anything, NaN included.
-    cache = Cache(jnp.full(abstract_cache(CONFIG, engine, mesh).pages.shape, jnp.nan, jnp.float32))
+    shape = abstract_cache(Served(CONFIG, engine, VOCAB), mesh).pages.shape
+    cache = Cache(jnp.full(shape, jnp.nan, jnp.float32))
     seen: list[tuple[Request, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))

@@ -17,11 +17,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from isthmus.model.config import MixtureConfig, ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.ops.attention import Cache
 from isthmus.model.sharding import MESH_AXES, use_mesh
-from isthmus.model.transformer import stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import abstract_cache, lower_step, step_and_arguments
+from isthmus.serve.engine.executor import Served, abstract_cache, lower_step, step_and_arguments
 from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
@@ -31,6 +31,7 @@ from tests.support import TINY, random_params
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, kernels=False).resolve(TINY)
+SERVED = Served(TINY, ENGINE, 90)
 
 
 def abstract_batch(accumulate: int, sequences: int, seq: int) -> Batch:
@@ -54,9 +55,9 @@ def export_flat(step: Callable[..., Any], args: Any, mesh: Mesh) -> export.Expor
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_training_step_is_one_program_for_every_platform(scan_layers: bool, accumulate: int, mesh: Mesh) -> None:
     """Code that only lowers on the machine it was written on can't be trained anywhere else."""
-    config = dataclasses.replace(TINY, scan_layers=scan_layers, remat="dots", dtype="bfloat16")
-    trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
-    args = (trainer.abstract_state(config), abstract_batch(accumulate, 2, 16))
+    execution = Execution("bfloat16", scan_layers, remat="dots")
+    trainer = Trainer(TINY, build_optimizer(OptimizerConfig(), 10, TINY), mesh, execution)
+    args = (trainer.abstract, abstract_batch(accumulate, 2, 16))
     exported = export_flat(trainer._step, args, mesh)
     assert set(exported.platforms) == set(PLATFORMS)
     assert len(exported.out_avals) == len(jax.tree.leaves(args[0])) + len(Metrics._fields)
@@ -66,17 +67,17 @@ def test_a_training_step_is_one_program_for_every_platform(scan_layers: bool, ac
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_engine_step_is_one_program_for_every_platform(bucket: Bucket, dtype: Any, mesh: Mesh) -> None:
     """The same for serving."""
-    config = dataclasses.replace(TINY, dtype=dtype)
-    step, args = step_and_arguments(config, ENGINE, bucket, 90, mesh)
+    served = dataclasses.replace(SERVED, execution=Execution(dtype))
+    step, args = step_and_arguments(served, bucket, mesh)
     exported = export_flat(step, args, mesh)
     assert set(exported.platforms) == set(PLATFORMS)
-    assert tuple(exported.out_avals[0].shape) == abstract_cache(config, ENGINE, mesh).pages.shape
+    assert tuple(exported.out_avals[0].shape) == abstract_cache(served, mesh).pages.shape
 
 
 def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     """The artifact must be the program, not only lower without an error."""
     bucket = ENGINE.buckets[-1]
-    step, args = step_and_arguments(TINY, ENGINE, bucket, 90, mesh)
+    step, args = step_and_arguments(SERVED, bucket, mesh)
     exported = export_flat(step, args, mesh)
     packed = np.zeros(plan_size(bucket, ENGINE.pages_per_sequence), np.int32)
     arrays = split_plan(packed, bucket, ENGINE.pages_per_sequence)
@@ -88,7 +89,7 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     arrays.sample_token[bucket.rows], arrays.sample_slot[bucket.rows] = bucket.rows + 12, 2
 
     def state() -> tuple[Cache, jax.Array]:
-        shape = abstract_cache(TINY, ENGINE, mesh).pages.shape
+        shape = abstract_cache(SERVED, mesh).pages.shape
         return Cache(jnp.zeros(shape)), jnp.zeros(ENGINE.max_sequences + 1, jnp.int32)
 
     params = random_params(TINY, mesh)
@@ -103,13 +104,12 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
 # the cache stays in place
 
 
-def cache_bytes(config: ModelConfig, engine: EngineConfig) -> int:
-    return engine.pages * engine.page_size * engine.kv_bytes_per_token(config)
+def cache_bytes(served: Served) -> int:
+    engine = served.engine
+    return engine.pages * engine.page_size * engine.kv_bytes_per_token(served.model, served.execution.dtype)
 
 
-def paged_config(
-    dtype: Any, cache_mb: int, *, scan_layers: bool = False, cache_dtype: Any = "model"
-) -> tuple[ModelConfig, EngineConfig]:
+def served_from_pages(dtype: Any, cache_mb: int, *, scan_layers: bool = False, cache_dtype: Any = "model") -> Served:
     """A small network over a cache of about `cache_mb` MB: any copy of it, or of one layer of it, stands out."""
     config = ModelConfig(
         vocab_size=256,
@@ -120,16 +120,14 @@ def paged_config(
         head_dim=128,
         mlp_dim=256,
         context_length=512,
-        dtype=dtype,
-        scan_layers=scan_layers,
     )
     engine = EngineConfig(max_sequences=4, page_size=16, block_size=32, prefill_tokens=64, cache_dtype=cache_dtype)
-    engine = dataclasses.replace(engine, pages=(cache_mb << 20) // (engine.kv_bytes_per_token(config) * 16))
-    return config, engine.resolve(config)
+    engine = dataclasses.replace(engine, pages=(cache_mb << 20) // (engine.kv_bytes_per_token(config, dtype) * 16))
+    return Served(config, engine.resolve(config), config.vocab_size, Execution(dtype, scan_layers))
 
 
-def memory(config: ModelConfig, engine: EngineConfig, bucket: Bucket, mesh: Mesh) -> Any:
-    return lower_step(config, engine, bucket, config.vocab_size, mesh).compile().memory_analysis()
+def memory(served: Served, which: int, mesh: Mesh) -> Any:
+    return lower_step(served, served.engine.buckets[which], mesh).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
@@ -139,10 +137,10 @@ def test_the_cache_stays_in_place_on_a_cpu(which: int, scan_layers: bool, cache_
     """A step that copies the cache takes longer the more memory one gives it."""
     used = []
     for size in (64, 256):
-        config, engine = paged_config("float32", size, scan_layers=scan_layers, cache_dtype=cache_dtype)
-        analysis = memory(config, engine, engine.buckets[which], mesh)
-        assert analysis.alias_size_in_bytes >= cache_bytes(config, engine)
-        assert analysis.temp_size_in_bytes < cache_bytes(config, engine) / config.layers
+        served = served_from_pages("float32", size, scan_layers=scan_layers, cache_dtype=cache_dtype)
+        analysis = memory(served, which, mesh)
+        assert analysis.alias_size_in_bytes >= cache_bytes(served)
+        assert analysis.temp_size_in_bytes < cache_bytes(served) / served.model.layers
         used.append(analysis.temp_size_in_bytes)
     assert used[1] <= used[0] * 1.01, "memory beside the cache grows with it: something copies it"
 
@@ -172,21 +170,21 @@ def mesh_of(devices: Any, shape: tuple[int, ...]) -> Mesh:
 def test_the_cache_stays_in_place_on_a_tpu(which: int, scan_layers: bool, tp: int) -> None:
     """The same, compiled for a TPU v5e that needn't be there. Not of int8: from some number of pages on, XLA takes
     temporaries of half such a cache, whether a vector has one scale or several."""
-    config, engine = paged_config("bfloat16", 256, scan_layers=scan_layers)
-    analysis = memory(config, engine, engine.buckets[which], tpu_mesh(tp))
-    share = cache_bytes(config, engine) // tp
+    served = served_from_pages("bfloat16", 256, scan_layers=scan_layers)
+    analysis = memory(served, which, tpu_mesh(tp))
+    share = cache_bytes(served) // tp
     assert analysis.alias_size_in_bytes >= share
-    assert analysis.temp_size_in_bytes < share / config.layers
+    assert analysis.temp_size_in_bytes < share / served.model.layers
 
 
 @needs_libtpu
 def test_experts_are_served_from_several_chips() -> None:
     """Experts split over chips, windows and sinks: one program for a TPU, its cache in place."""
-    config, engine = paged_config("bfloat16", 256)
+    served = served_from_pages("bfloat16", 256)
     mixture = MixtureConfig(experts=8, per_token=2, dim=256, shared_dim=256)
-    config = dataclasses.replace(config, mixture=mixture, windows=(64, 0), attention_sinks=True)
-    analysis = memory(config, engine, engine.buckets[0], tpu_mesh(1, ep=4))
-    share = cache_bytes(config, engine)
+    config = dataclasses.replace(served.model, mixture=mixture, windows=(64, 0), attention_sinks=True)
+    analysis = memory(dataclasses.replace(served, model=config), 0, tpu_mesh(1, ep=4))
+    share = cache_bytes(served)
     assert analysis.alias_size_in_bytes >= share
     assert analysis.temp_size_in_bytes < share / config.layers
 
@@ -195,10 +193,11 @@ def test_experts_are_served_from_several_chips() -> None:
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_training_step_compiles_for_a_tpu(devices: int) -> None:
     """And so does training, sharded over the chips, its state updated in place."""
-    config = stacked(dataclasses.replace(TINY, dtype="bfloat16", remat="full", dim=256, mlp_dim=256, vocab_size=256))
+    config = dataclasses.replace(TINY, dim=256, mlp_dim=256, vocab_size=256)
     mesh = mesh_of(tpu_mesh(devices).devices, (1, devices, 1, 1))
-    trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10), mesh)
-    state = trainer.abstract_state(config)
+    execution = Execution("bfloat16", scan_layers=True, remat="full")
+    trainer = Trainer(config, build_optimizer(OptimizerConfig(), 10, config), mesh, execution)
+    state = trainer.abstract
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=trainer._batch_sharding),
         abstract_batch(2, 4, 64),

@@ -21,16 +21,18 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from isthmus.model.config import LoraConfig, ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
+from isthmus.model.parameter import Dtype
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.transformer import Params, init_params
+from isthmus.model.transformer import Params
 from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.huggingface.export import published_config, write_weights
 from isthmus.model.weights.huggingface.families import read_config
-from isthmus.train.adapters import init_adapters
+from isthmus.model.weights.random import init_params
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.optimizer import build_optimizer
-from isthmus.train.step import gradients, loss_sum, multiplied, whole
+from isthmus.train.step import Trainer, gradients, join_adapters, loss_sum, multiplied
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
@@ -43,6 +45,7 @@ CONFIG = ModelConfig(
 SEQ, BATCH, STEPS, SEEDS = 64, 8, 200, 3
 RATES = {False: 1e-5, True: 2e-4}
 """As check_precision.py's"""
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 
 def language(seed: int) -> np.ndarray:
@@ -73,13 +76,20 @@ def batch_of(windows: np.ndarray) -> Batch:
     return Batch(windows[None, :, :-1], windows[None, :, 1:], positions, zeros, ones)
 
 
-def train(config: ModelConfig, params: Params, batches: np.ndarray, rate: float, base: Params | None = None) -> Params:
+def train(
+    config: ModelConfig,
+    execution: Execution,
+    params: Params,
+    batches: np.ndarray,
+    rate: float,
+    base: Params | None = None,
+) -> Params:
     settings = OptimizerConfig(lr=rate, warmup_steps=0, final_lr=1.0)
-    optimizer = build_optimizer(settings, len(batches))
+    optimizer = build_optimizer(settings, len(batches), config)
 
     @jax.jit
     def step(params: Params, state: Any, batch: Batch, base: Params | None) -> tuple[Params, Any]:
-        updates, state = optimizer.update(gradients(config, params, batch, base).grads, state, params)
+        updates, state = optimizer.update(gradients(config, execution, params, batch, base).grads, state, params)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
@@ -88,12 +98,12 @@ def train(config: ModelConfig, params: Params, batches: np.ndarray, rate: float,
     return params
 
 
-def heldout(config: ModelConfig, params: Params, windows: np.ndarray, base: Params | None = None) -> float:
+def heldout(
+    config: ModelConfig, execution: Execution, params: Params, windows: np.ndarray, base: Params | None = None
+) -> float:
     batch = jax.tree.map(lambda x: x[0], batch_of(windows))
-    return (
-        float(jax.jit(partial(loss_sum, config))(whole(multiplied(config, params), base), batch)[0])
-        / windows[:, 1:].size
-    )
+    rounded = join_adapters(multiplied(config, execution, params), base)
+    return float(jax.jit(partial(loss_sum, config, execution))(rounded, batch)[0]) / windows[:, 1:].size
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +112,8 @@ def published(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> ModelFold
     if not PEERS.is_file():
         pytest.skip("no .venv-peers: `make peers` builds it")
     folder = tmp_path_factory.mktemp("published")
-    params = train(CONFIG, init_params(CONFIG, 0, mesh), spoken(language(1), (300, BATCH), 2), 3e-3)
+    texts = spoken(language(1), (300, BATCH), 2)
+    params = train(CONFIG, DEFAULT_EXECUTION, init_params(CONFIG, 0, mesh), texts, 3e-3)
     (folder / "config.json").write_text(json.dumps(published_config(CONFIG)))
     family, config = read_config(folder / "config.json")
     write_weights(folder, family, config, params, {"": "BF16"}, 1 << 30)
@@ -127,18 +138,18 @@ def torchs(folder: ModelFolder, windows: dict[str, np.ndarray], tmp_path: Path, 
     return np.load(tmp_path / "out.npz")
 
 
-def ours(folder: ModelFolder, mesh: Mesh, windows: dict[str, np.ndarray], dtype: str, adapters: bool) -> list[float]:
+def ours(folder: ModelFolder, mesh: Mesh, windows: dict[str, np.ndarray], dtype: Dtype, adapters: bool) -> list[float]:
     """Held-out losses after training, by seed."""
     settings = LoraConfig(8, 16.0, r"attention/(query|key|value|out)|mlp/(gate|up|down)") if adapters else LoraConfig()
-    config = dataclasses.replace(folder.config, dtype=dtype, lora=settings)
-    plain = dataclasses.replace(folder, config=dataclasses.replace(config, lora=LoraConfig()))
-    start, base = plain.load_params(mesh), None
+    config, execution = dataclasses.replace(folder.config, lora=settings), Execution(dtype)
+    start, base = folder.load_params(mesh), None
     if adapters:
-        start, base = init_adapters(config, 0, mesh), plain.load_params(mesh, dtype)
+        trainer = Trainer(config, build_optimizer(OptimizerConfig(), 1, config), mesh)
+        start, base = trainer.init(0).params, folder.load_params(mesh, dtype)
     losses = []
     for batches in windows["train"]:
-        params = train(config, start, batches, RATES[adapters], base)
-        losses.append(heldout(config, params, windows["heldout"], base))
+        params = train(config, execution, start, batches, RATES[adapters], base)
+        losses.append(heldout(config, execution, params, windows["heldout"], base))
     return losses
 
 
@@ -149,8 +160,8 @@ def test_bfloat16_learns_what_float32_learns(
     """After 200 steps, on three seeds, nearer to our float32 than autocast is to torch's. With all weights, autocast's
     distance is that of weights rounded to the nearest, and ours must be less than half of it."""
     theirs = torchs(published, windows, tmp_path, *(["--lora"] if adapters else []))
-    start = heldout(published.config, published.load_params(mesh), windows["heldout"])
-    exact, rounded = (np.array(ours(published, mesh, windows, d, adapters)) for d in ("float32", "bfloat16"))
+    start = heldout(published.config, DEFAULT_EXECUTION, published.load_params(mesh), windows["heldout"])
+    exact, rounded = (np.array(ours(published, mesh, windows, d, adapters)) for d in DTYPES)
     assert (exact < start - 0.1).all(), "nothing was learnt"
     if not adapters:  # the same steps: adapters begin with other numbers
         np.testing.assert_allclose(exact, theirs["float32"], rtol=2e-3)
@@ -164,8 +175,8 @@ def test_gradients_in_bfloat16_are_as_near_as_autocasts(
     """Tensor by tensor, against torch in float64; the sums over layers and batch are where errors would add up."""
     few = {"train": windows["train"][:1, :1], "heldout": windows["heldout"]}
     theirs = torchs(published, few, tmp_path)
-    config = dataclasses.replace(published.config, dtype="bfloat16")
-    found = jax.jit(partial(gradients, config))(published.load_params(mesh), batch_of(few["train"][0, 0])).grads
+    step = jax.jit(partial(gradients, published.config, Execution("bfloat16")))
+    found = step(published.load_params(mesh), batch_of(few["train"][0, 0])).grads
     assert published.family is not None
     write_weights(tmp_path, published.family, published.config, found, {"": "F32"}, 1 << 30)  # under torch's names
     errors = {

@@ -22,11 +22,12 @@ from jax.sharding import Mesh
 from isthmus.commands.convert import main as convert
 from isthmus.commands.train import main, parse
 from isthmus.model.config import MixtureConfig, ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.transformer import stacked
 from isthmus.model.weights import lora
 from isthmus.model.weights.checkpoint import Checkpoints
 from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.model.weights.layout import unstack_params
 from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig
 from isthmus.train.data import TokenFile, TrainingData
 from isthmus.train.loop import train
@@ -41,7 +42,7 @@ STEPS, KILLED_AFTER = 12, 6
 SETTINGS = (
     *("--steps", str(STEPS), "--batch", "4", "--text.seq", "32", "--text.heldout-fraction", "0.2", "--mesh", "dp=1"),
     *(
-        "--model.scan-layers",
+        "--scan-layers",
         "--optimizer.lr",
         "0.01",
         "--optimizer.warmup-steps",
@@ -83,10 +84,10 @@ def adapter(room: Path) -> Path:
 def heldout_loss(folder: ModelFolder, data: Path, mesh: Mesh) -> float:
     """Nats a target of the held-out split in the run `data`, by the model in `folder`."""
     split = TokenFile.open(data / "data" / "heldout")
-    trainer = Trainer(dataclasses.replace(folder.config), build_optimizer(OptimizerConfig(), 1), mesh)
+    trainer = Trainer(folder.config, build_optimizer(OptimizerConfig(), 1, folder.config), mesh)
     params, trainer.base = folder.load_params(mesh), None
     if folder.config.lora.rank:
-        trainer.base, params = lora.split(params)
+        trainer.base, params = lora.split(folder.config, params)
     batches = TrainingData(split, split, 32, 0).heldout_batches(4)
     return sum(float(trainer.evaluate(params, batch)) for batch in batches) / split.targets
 
@@ -97,7 +98,7 @@ def test_a_full_run_leaves_a_model_that_learnt(full: Path, room: Path, mesh: Mes
     before, after = heldout_loss(source, full, mesh), heldout_loss(tuned, full, mesh)
     assert after < before - 1
     assert read_metrics(full)[-1]["heldout_loss"] == pytest.approx(after, rel=1e-4)
-    assert tuned.config == dataclasses.replace(source.config, scan_layers=True) and tuned.family is None
+    assert tuned.config == source.config and tuned.family is None
     assert tuned.tokenizer.eos_ids == source.tokenizer.eos_ids == {2, 4}
     assert tuned.end_id == source.end_id == source.tokenizer.token_id(END)
     assert tuned.tokenizer.vocab_size == source.tokenizer.vocab_size and tuned.generation == source.generation
@@ -118,16 +119,17 @@ def test_an_adapter_run_leaves_an_adapter(adapter: Path, room: Path, mesh: Mesh)
     assert not (adapter / "config.json").exists() and tuned.adapter == adapter
     assert tuned.config.lora.rank == 4 and tuned.tokenizer.eos_ids == {2, 4}
     assert heldout_loss(tuned, adapter, mesh) < heldout_loss(source, adapter, mesh) - 0.5
-    base, adapters = lora.split(tuned.load_params(mesh))
+    base, adapters = lora.split(tuned.config, tuned.load_params(mesh))
     jax.tree.map(np.testing.assert_array_equal, on_host(base), on_host(source.load_params(mesh)))
-    whole = stacked(dataclasses.replace(source.config, lora=parse(["--resume", "--out", str(adapter)]).model.lora))
-    abstract = Trainer(whole, build_optimizer(OptimizerConfig(), 1), mesh).abstract_state(whole)
+    config = dataclasses.replace(source.config, lora=parse(["--resume", "--out", str(adapter)]).model.lora)
+    abstract = Trainer(config, build_optimizer(OptimizerConfig(), 1, config), mesh).abstract_state(stacked=True)
+    assert all(path.startswith("blocks/0-4/") for path in abstract.params)
     checkpoints = Checkpoints(adapter)
-    saved = checkpoints.restore_params(abstract.params)
+    stored = checkpoints.newest_params()
+    stored.check(abstract.params)
+    saved = unstack_params({path: stored.read(path, leaf) for path, leaf in abstract.params.items()})
     checkpoints.close()
-    run = on_host(saved)["blocks"]["0-4"]
-    for layer, block in on_host(adapters)["blocks"].items():
-        jax.tree.map(lambda ours, theirs, i=int(layer): np.testing.assert_array_equal(ours, theirs[i]), block, run)
+    jax.tree.map(np.testing.assert_array_equal, on_host(adapters), on_host(saved))
     tokens = [[3, 5, 7, 9, 11]]
     theirs, ours = (forward(f.config, f.load_params(mesh), tokens) for f in (source, tuned))
     assert np.abs(ours - theirs).max() > 0.1
@@ -136,7 +138,9 @@ def test_an_adapter_run_leaves_an_adapter(adapter: Path, room: Path, mesh: Mesh)
 def test_a_killed_adapter_run_goes_on_as_if_it_had_not_been(adapter: Path, room: Path) -> None:
     """Its checkpoints hold no base: --resume reads that again from --init."""
     out = room / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "isthmus", "train", *words(room, "killed", *LORA)], env=os.environ)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "isthmus", "train", *words(room, "killed", *LORA)], env=os.environ
+    )
     deadline = time.monotonic() + 240
     while max((row["step"] for row in read_metrics(out)), default=0) < KILLED_AFTER:
         assert process.poll() is None and time.monotonic() < deadline
@@ -155,6 +159,19 @@ def test_the_settings_come_back(adapter: Path, room: Path) -> None:
     assert saved.init == room / "model" and saved.model.lora.rank == 4
     assert TrainConfig.from_json(saved.to_json()) == saved
     assert TrainConfig.from_json(TrainConfig().to_json()) == TrainConfig()
+
+
+def test_the_settings_of_a_run_before_this_version_come_back() -> None:
+    """They told how a model is computed and trained among what it is; --resume goes on as the run began."""
+    execution, optimizer = Execution("bfloat16", scan_layers=True, remat="dots"), OptimizerConfig(correction_rate=0.5)
+    saved = TrainConfig(execution=execution, optimizer=optimizer)
+    fields = json.loads(saved.to_json())
+    fields["model"].update(fields.pop("execution"))
+    fields["model"]["mixture"]["correction_rate"] = fields["optimizer"].pop("correction_rate")
+    assert TrainConfig.from_json(json.dumps(fields)) == saved
+    del fields["model"]["mixture"], fields["model"]["latent"]  # from before there were any
+    want = dataclasses.replace(saved, optimizer=OptimizerConfig())
+    assert TrainConfig.from_json(json.dumps(fields)) == want
 
 
 def test_a_fine_tuned_model_can_be_tuned_again(full: Path, room: Path, tmp_path: Path) -> None:
@@ -190,7 +207,7 @@ def test_a_mixture_of_experts_trains_and_balances(tmp_path: Path, mesh: Mesh) ->
     config.save(source / "config.json")
     Tokenizer.train([], 257).save(source / "tokenizer.json")
     checkpoints = Checkpoints(source)
-    before = random_params(stacked(config), mesh)
+    before = random_params(config, mesh, stacked=True)
     checkpoints.save(1, before, {"count": np.zeros((), np.int32)}, {"step": 1})
     checkpoints.close()
     start = TrainConfig((str(text),), out, source, model=config, text=DataConfig(seq=16), steps=4, batch=4, mesh="dp=1")
@@ -198,8 +215,9 @@ def test_a_mixture_of_experts_trains_and_balances(tmp_path: Path, mesh: Mesh) ->
     assert math.isfinite(report.loss) and report.bits_per_byte is not None
     loads = [row["expert_load"] for row in read_metrics(out) if "expert_load" in row]
     assert len(loads) == 4 and all(1 <= load <= 4 for load in loads)
-    after = open_folder(out).load_params(mesh)["blocks"]["0"]["mlp"]["router"]["correction"]
-    moves = np.asarray(after - before["blocks"]["0-0"]["mlp"]["router"]["correction"][0]) / mixture.correction_rate
+    after = open_folder(out).load_params(mesh)["blocks/0/mlp/router/correction"]
+    moved = np.asarray(after - before["blocks/0-0/mlp/router/correction"][0])
+    moves = moved / start.optimizer.correction_rate
     np.testing.assert_allclose(moves, np.round(moves), atol=1e-2)
     assert moves.any() and np.abs(moves).max() < 4.5
 
@@ -233,9 +251,9 @@ def test_a_setting_that_does_not_go_with_a_model_is_named(
 
 def test_what_changes_no_answer_may_be_set(room: Path) -> None:
     """How a model is trained is the user's business."""
-    change = ["--model.remat", "full", "--model.scan-layers", "--model.dtype", "bfloat16", "--model.lora.rank", "2"]
-    model = parse(words(room, "free", *change)).model
-    assert (model.remat, model.scan_layers, model.dtype, model.lora.rank) == ("full", True, "bfloat16", 2)
+    change = ["--remat", "full", "--scan-layers", "--dtype", "bfloat16", "--model.lora.rank", "2"]
+    config = parse(words(room, "free", *change))
+    assert config.execution == Execution("bfloat16", scan_layers=True, remat="full") and config.model.lora.rank == 2
 
 
 def test_the_learning_rate_is_one_for_tuning(room: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +11,38 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.ops.linear import linear, lookup
-from isthmus.model.transformer import stack_blocks
+from isthmus.model.transformer import abstract_params
 from isthmus.model.weights import lora
-from isthmus.model.weights.checkpoint import serving_layout
+from isthmus.model.weights.checkpoint import Checkpoints, CheckpointSource
+from isthmus.model.weights.layout import stack_params
+from isthmus.model.weights.load import load_params
 from isthmus.train.step import gradients, multiplied
-from tests.support import on_host, random_params
+from tests.support import merged, on_host, random_params
 from tests.train.test_lora import LORA
 from tests.train.test_step import CONFIG, random_batch
 
-BF16 = dataclasses.replace(CONFIG, dtype="bfloat16")
+BF16 = Execution("bfloat16")
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_training_multiplies_by_the_weights_that_serving_reads(scan: bool, mesh: Mesh) -> None:
+def test_training_multiplies_by_the_weights_that_serving_reads(scan: bool, mesh: Mesh, tmp_path: Path) -> None:
     """Otherwise the served model is another one than the loss was measured on."""
-    config = dataclasses.replace(BF16, scan_layers=scan)
-    plain = random_params(dataclasses.replace(config, scan_layers=False), mesh)
-    trained = multiplied(config, stack_blocks(plain) if scan else plain)
-    served = serving_layout(config, mesh, "bfloat16")(stack_blocks(plain))
+    plain = random_params(CONFIG, mesh)
+    trained = multiplied(CONFIG, Execution("bfloat16", scan), stack_params(plain) if scan else plain)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, plain, None, {})
+    checkpoints.close()
+    abstract = abstract_params(CONFIG, mesh, stacked=scan, dtype="bfloat16")
+    served = load_params(CheckpointSource(tmp_path, CONFIG, mesh), abstract)
     jax.tree.map(np.testing.assert_array_equal, on_host(trained), on_host(served))
-    assert trained["embedding"].dtype == jnp.bfloat16 and trained["norm"]["scale"].dtype == jnp.float32
+    assert trained["embedding"].dtype == jnp.bfloat16 and trained["norm/scale"].dtype == jnp.float32
 
 
 def test_float32_is_not_rounded(mesh: Mesh) -> None:
     params = random_params(CONFIG, mesh)
-    jax.tree.map(np.testing.assert_array_equal, multiplied(CONFIG, params), params)
+    jax.tree.map(np.testing.assert_array_equal, multiplied(CONFIG, DEFAULT_EXECUTION, params), params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -77,9 +83,9 @@ def _equations(jaxpr: jax.extend.core.Jaxpr) -> list:
 
 def test_parts_of_a_batch_are_added_in_float32(mesh: Mesh) -> None:
     """Accumulated in bfloat16, late parts would be lost beside the sum of the early ones."""
-    params = jax.tree.map(lambda x: x if x.ndim == 1 else 0.4 * x, random_params(BF16, mesh))
-    whole = jax.jit(partial(gradients, BF16))(params, random_batch())
-    parts = jax.jit(partial(gradients, BF16))(params, random_batch(accumulate=4))
+    params = jax.tree.map(lambda x: x if x.ndim == 1 else 0.4 * x, random_params(CONFIG, mesh))
+    whole = jax.jit(partial(gradients, CONFIG, BF16))(params, random_batch())
+    parts = jax.jit(partial(gradients, CONFIG, BF16))(params, random_batch(accumulate=4))
     assert {leaf.dtype for leaf in jax.tree.leaves(parts.grads)} == {jnp.dtype("float32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(whole.grads)} == {jnp.dtype("float32")}
     for got, want in zip(jax.tree.leaves(parts.grads), jax.tree.leaves(whole.grads), strict=True):
@@ -89,11 +95,11 @@ def test_parts_of_a_batch_are_added_in_float32(mesh: Mesh) -> None:
 def test_an_adapter_smaller_than_the_weights_steps_is_merged(mesh: Mesh) -> None:
     """An adapter that moves each weight of about 1 by 1e-3 changes nothing in bfloat16 when it is added and rounded to
     the nearest; by hand, the mean of what is added is alpha / rank * the mean of a·b."""
-    base, adapters = lora.split(random_params(dataclasses.replace(LORA, scan_layers=False), mesh))
+    base, adapters = lora.split(LORA, random_params(LORA, mesh))
     base = jax.tree.map(lambda x: (1 + 0.001 * jnp.sign(x)).astype(jnp.bfloat16), base)
     adapters = jax.tree.map(lambda x: jnp.full_like(x, 0.02), adapters)
-    _, merged = lora.merge(dataclasses.replace(LORA, scan_layers=False), lora.join(base, adapters))
-    before, after = (tree["blocks"]["0"]["mlp"]["up"]["kernel"] for tree in (base, merged))
+    _, moved_base = merged(LORA, {**base, **adapters})
+    before, after = (params["blocks/0/mlp/up/kernel"] for params in (base, moved_base))
     moved = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     want = LORA.lora.scale * LORA.lora.rank * 0.02**2
     assert after.dtype == jnp.bfloat16 and np.count_nonzero(moved) < moved.size

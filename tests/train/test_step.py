@@ -13,8 +13,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.sharding import MeshShape, build_mesh, partition_spec, use_mesh
-from isthmus.model.transformer import Params, stack_blocks, unstack_blocks
+from isthmus.model.transformer import Params, parameter_specs
+from isthmus.model.weights.layout import stack_params, unstack_params
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.optimizer import build_optimizer, build_schedule
@@ -62,19 +64,19 @@ def small_params(mesh: Mesh) -> Params:
     return jax.tree.map(lambda x: x if x.ndim == 1 else 0.4 * x, random_params(CONFIG, mesh))
 
 
-grad_on_one_device = jax.jit(partial(gradients, CONFIG))
+grad_on_one_device = jax.jit(partial(gradients, CONFIG, DEFAULT_EXECUTION))
 
 
 def run_gradients(shape: MeshShape, *, scan_layers: bool = False, batch: Batch) -> tuple[float, Params]:
     """Loss and gradients, unstacked, of fixed parameters on a mesh of `shape`."""
-    config = dataclasses.replace(CONFIG, scan_layers=scan_layers)
     mesh = build_mesh(shape)
     params = small_params(mesh)
-    params = stack_blocks(params) if scan_layers else params
+    params = stack_params(params) if scan_layers else params
     sharding = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("batch", "seq"))))
     with use_mesh(mesh):
-        loss, grads, _ = jax.jit(partial(gradients, config))(params, jax.device_put(batch, sharding))
-    return float(loss), unstack_blocks(on_host(grads))
+        step = jax.jit(partial(gradients, CONFIG, Execution(scan_layers=scan_layers)))
+        loss, grads, _ = step(params, jax.device_put(batch, sharding))
+    return float(loss), unstack_params(on_host(grads))
 
 
 @cache
@@ -128,7 +130,7 @@ def test_padding_teaches_nothing() -> None:
 
 def test_the_loss_is_the_mean_over_targets(mesh: Mesh) -> None:
     """Held-out loss and training loss are compared with each other and with other people's: both in nats a target."""
-    trainer = Trainer(CONFIG, build_optimizer(OptimizerConfig(), 5), mesh)
+    trainer = Trainer(CONFIG, build_optimizer(OptimizerConfig(), 5, CONFIG), mesh)
     batch = random_batch()
     nats = float(trainer.evaluate(small_params(mesh), batch))
     assert nats / batch.weights.sum() == pytest.approx(one_device()[0], rel=1e-6)
@@ -159,7 +161,7 @@ class NumpyAdamW:
 
         def update(path: tuple, p: np.ndarray, m: np.ndarray, v: np.ndarray) -> np.ndarray:
             m, v = m / (1 - c.beta1**self.steps), v / (1 - c.beta2**self.steps)
-            decay = 0.0 if path[-1].key in ("scale", "bias") else c.weight_decay
+            decay = 0.0 if path[-1].key.endswith(("/scale", "/bias")) else c.weight_decay
             return p - lr * (m / (np.sqrt(v) + 1e-8) + decay * p)
 
         self.params = jax.tree_util.tree_map_with_path(update, self.params, self.mean, self.square)
@@ -174,10 +176,10 @@ def copied(state: TrainState) -> TrainState:
 def test_five_steps_are_adamw(mesh: Mesh) -> None:
     """Clipping, schedule, moments or decay gone wrong still lower the loss, only less: no curve would show it."""
     optimizer = OptimizerConfig(lr=3e-3, schedule="wsd", warmup_steps=2, decay_fraction=0.4, weight_decay=0.5, clip=0.5)
-    trainer = Trainer(CONFIG, build_optimizer(optimizer, 5), mesh)
+    trainer = Trainer(CONFIG, build_optimizer(optimizer, 5, CONFIG), mesh)
     params = random_params(CONFIG, mesh)
     with use_mesh(mesh):
-        state = TrainState(params, jax.jit(build_optimizer(optimizer, 5).init)(params))
+        state = TrainState(params, jax.jit(build_optimizer(optimizer, 5, CONFIG).init)(params))
     mine = NumpyAdamW(optimizer, on_host(params))
     learning_rate = build_schedule(optimizer, 5)
     for step in range(5):
@@ -193,19 +195,19 @@ def test_five_steps_are_adamw(mesh: Mesh) -> None:
     assert moved > 1e-3, "the parameters hardly moved, so nothing was compared"
 
 
-def test_norms_and_biases_are_not_decayed() -> None:
+@pytest.mark.parametrize("stacked", [False, True])
+def test_norms_and_biases_are_not_decayed(stacked: bool) -> None:
     """Decay pulls a norm's scale to 0, and with it the whole layer."""
-    weights = {"embedding": 1.0, "head": 2.0, "norm": {"scale": 3.0}, "up": {"kernel": 4.0, "bias": 5.0}}
-    params = jax.tree.map(np.float32, {**weights, "blocks": {"0": {"out": {"kernel": 6.0, "bias": 7.0}}}})
-    optimizer = build_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, weight_decay=0.25), 10)
+    config = dataclasses.replace(CONFIG, tie_embeddings=False)
+    params = {path: np.float32(1 + n) for n, path in enumerate(parameter_specs(config, stacked=stacked))}
+    names = {path.rpartition("/")[2] for path in params}
+    assert names == {"embedding", "head", "scale", "kernel", "bias"}, "something isn't tested"
+    optimizer = build_optimizer(OptimizerConfig(lr=1.0, warmup_steps=0, weight_decay=0.25), 10, config)
     zero = jax.tree.map(np.zeros_like, params)
     updates = jax.jit(lambda p: optimizer.update(zero, optimizer.init(p), p)[0])(params)
-
-    def check(path: tuple, update: jax.Array, param: np.float32) -> None:
-        share = 0 if path[-1].key in ("scale", "bias") else -0.25
-        assert float(update) == pytest.approx(share * float(param)), path
-
-    jax.tree_util.tree_map_with_path(check, updates, params)
+    for path, param in params.items():
+        share = 0 if path.endswith(("/scale", "/bias")) else -0.25
+        assert float(updates[path]) == pytest.approx(share * float(param)), path
 
 
 def test_cosine_at_points_worked_out_by_hand() -> None:

@@ -24,7 +24,7 @@ _SEVERAL: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items(
 
 
 @dataclass(frozen=True)
-class Limits:
+class RenderLimits:
     """What one rendering may use."""
 
     output: int = 4 << 20
@@ -42,7 +42,7 @@ class OverLimit(TemplateRuntimeError):
 class Meter:
     """Every operation of a template pays here; one that could make much of little pays before it runs."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: RenderLimits) -> None:
         self._limits = limits
         self._left = limits.work
         self._look_at = limits.work
@@ -127,7 +127,7 @@ def current() -> Meter:
 
 
 @contextmanager
-def metered(limits: Limits) -> Iterator[Meter]:
+def metered(limits: RenderLimits) -> Iterator[Meter]:
     """Whatever a template does inside is paid for by this meter."""
     meter = Meter(limits)
     token = _METER.set(meter)

@@ -51,12 +51,12 @@ def write_model(
     family: Family,
     params: Params,
     kind: str,
-    tick: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes `params`, which are unstacked, with its tokenizer and chat template.
 
-    kind: one of KINDS. tick(bytes) after each tensor, of float32. Raises ConfigError for a network or a tokenizer that
-    a GGUF file can't describe: what is read back from it must be this very network.
+    kind: one of KINDS. on_progress(bytes) after each tensor, of float32. Raises ConfigError for a network or a
+    tokenizer that a GGUF file can't describe: what is read back from it must be this very network.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -87,7 +87,7 @@ def write_model(
             ]
             whole = arrays[0] if len(names) == 1 else np.stack(arrays)
             writer.write_tensor_data(_as_stored(np.ascontiguousarray(whole), stored))
-            tick(whole.nbytes)
+            on_progress(whole.nbytes)
         for array in constants.values():
             writer.write_tensor_data(array)
         writer.close()

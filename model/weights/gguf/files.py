@@ -16,7 +16,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.files import shortened
 from isthmus.model.weights.gguf.architectures import Architecture, published_name
 from isthmus.model.weights.gguf.blocks import EXACT, dequantize, integers
-from isthmus.model.weights.gguf.header import Header, Stored, read_header
+from isthmus.model.weights.gguf.header import BlockTensor, Header, read_header
 from isthmus.model.weights.huggingface.files import Exact, Integers, View, WeightFiles
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -28,7 +28,7 @@ MAX_EXPERTS = 4096
 class Tensor:
     """One of Hugging Face's: all of a stored tensor, or some of its rows."""
 
-    stored: Stored
+    stored: BlockTensor
     shape: tuple[int, ...]
     first: int = 0
     """Of the rows that it is"""
@@ -70,7 +70,7 @@ class GgufFiles(WeightFiles):
                 self.tensors[published] = tensor
         self._thread = threading.local()
 
-    def _tensors(self, name: str, stored: Stored) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, name: str, stored: BlockTensor) -> Iterator[tuple[str, Tensor]]:
         published = published_name(self._architecture, name)
         part = name.split(".")[2] if name.startswith("blk.") and name.count(".") > 2 else ""
         if not published:
@@ -196,7 +196,7 @@ def read_headers(path: Path) -> Header:
             "0000N.gguf"
         )
     parts = [read_header(path.with_name(f"{match[1]}-{n:05d}-of-{match[3]}.gguf")) for n in range(1, count + 1)]
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, BlockTensor] = {}
     for part in parts:
         if twice := tensors.keys() & part.tensors.keys():
             raise ConfigError(f"{part.path}: the tensor {min(twice)} is in another part already")

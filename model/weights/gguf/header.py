@@ -35,7 +35,7 @@ _SCALARS: dict[int, np.dtype] = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class BlockTensor:
     """One tensor in a file."""
 
     kind: Kind
@@ -63,7 +63,7 @@ class Header:
     metadata: dict[str, Any]
     """Numbers, strings, lists of strings, and arrays of numbers. A float32 is the shortest decimal that it stands for:
     1e-05, as config.json had it"""
-    tensors: dict[str, Stored]
+    tensors: dict[str, BlockTensor]
 
 
 def read_header(path: Path) -> Header:
@@ -105,14 +105,14 @@ class _Reader:
         listed = [self._tensor() for _ in range(tensors)]
         return Header(self._path, metadata, self._placed(listed, metadata))
 
-    def _placed(self, listed: list[tuple[str, Kind, tuple[int, ...], int]], metadata: dict) -> dict[str, Stored]:
+    def _placed(self, listed: list[tuple[str, Kind, tuple[int, ...], int]], metadata: dict) -> dict[str, BlockTensor]:
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
             raise self._error(f"general.alignment={shortened(repr(alignment))} must be a power of two")
         base = -(-self._place // alignment) * alignment
-        tensors: dict[str, Stored] = {}
+        tensors: dict[str, BlockTensor] = {}
         for name, kind, shape, offset in listed:
-            stored = Stored(kind, shape, self._memory, base + offset)
+            stored = BlockTensor(kind, shape, self._memory, base + offset)
             if name in tensors:
                 raise self._error(f"the tensor {shortened(name)} is in it twice")
             if stored.start + stored.nbytes > len(self._memory):

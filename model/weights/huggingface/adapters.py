@@ -29,7 +29,7 @@ from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of
 from isthmus.model.weights.layout import unstack_params
-from isthmus.model.weights.lora import split
+from isthmus.model.weights.lora import Adapter, split
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -38,7 +38,7 @@ _MODULES = (Role.MATRIX, Role.HEADS, Role.EXPERTS, Role.ROUTER)
 
 
 @dataclass(frozen=True)
-class Slot:
+class Projection:
     """A projection of a layer, as (part of) a published module."""
 
     layer: int
@@ -67,7 +67,7 @@ class Factors:
         return self.a.shape[1]
 
 
-Modules = dict[str, list[Slot]]
+Modules = dict[str, list[Projection]]
 
 
 def _table(base: Described) -> tensors.Table:
@@ -106,7 +106,7 @@ def adaptable_modules(config: ModelConfig, table: tensors.Table) -> Modules:
 
 def _slot(
     config: ModelConfig, layer: int, path: str, part: Part, inputs: tuple[int, ...], outputs: tuple[int, ...]
-) -> Slot:
+) -> Projection:
     shape = part.piece.shape(part.shape, config)
     rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
     # Nothing of the tensor's size is made: views of a broadcast array repeat its numbers.
@@ -114,7 +114,7 @@ def _slot(
     order = part.piece.order_of(config)
     ours = row_of[(0,) * len(inputs)] if order is None else row_of[(0,) * len(inputs)][..., order]
     first_output: tuple[Any, ...] = (..., *(0,) * len(outputs))
-    return Slot(
+    return Projection(
         layer, path, inputs, outputs, (shape[0], shape[1]), column_of[first_output].reshape(-1), ours.reshape(-1)
     )
 
@@ -157,7 +157,7 @@ def _held(adapters: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray,
 
 
 def _fused(
-    slots: list[Slot], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
+    slots: list[Projection], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """A [n * rank, inputs] and B [outputs, n * rank] of a module that consists of n projections.
 
@@ -217,7 +217,7 @@ def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
 # reading
 
 
-def load_adapter(folder: Path, base: Described) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(folder: Path, base: Described) -> Adapter:
     """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
     the unstacked layout.
 
@@ -246,7 +246,7 @@ def load_adapter(folder: Path, base: Described) -> tuple[LoraConfig, dict[str, n
         linear = f"blocks/{slot.layer}/{slot.path}"
         pair = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
         ours[f"{linear}/lora_a"], ours[f"{linear}/lora_b"] = pair
-    return lora, ours
+    return Adapter(lora, ours)
 
 
 def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
@@ -288,7 +288,7 @@ def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank:
     return pair[0], pair[1]
 
 
-def _split(slots: list[Slot], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
+def _split(slots: list[Projection], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
     """The adapters of the projections that a module consists of: each with its rows of B and all of A, or its block of
     both where they were adapted one by one, which is how `_fused` stores them."""
     blocks = [slice(index * rank, (index + 1) * rank) for index in range(len(slots))]
@@ -304,7 +304,7 @@ def _split(slots: list[Slot], a: np.ndarray, b: np.ndarray, scale: float, rank: 
     ]
 
 
-def _padded(slot: Slot, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def _padded(slot: Projection, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """lora_a and lora_b of `rank`, to be multiplied by `scale` instead of their own."""
     a = np.zeros((len(slot.columns), rank), np.float32)
     b = np.zeros((rank, len(slot.rows)), np.float32)

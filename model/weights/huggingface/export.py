@@ -27,7 +27,7 @@ DTYPES_FILE = "huggingface_dtypes.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """A parameter's part in a tensor."""
 
     path: str
@@ -41,7 +41,7 @@ class Source:
 class Target:
     """A tensor to be written."""
 
-    sources: list[Source]
+    origins: list[Origin]
     """What it is put together from"""
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -128,7 +128,7 @@ def write_weights(
     params: Params,
     dtypes: dict[str, str],
     max_shard_bytes: int,
-    tick: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Writes `params`, which are unstacked, as one file or as shards with an index.
 
@@ -143,7 +143,7 @@ def write_weights(
         for name in shard:
             tensors[name] = assemble(targets[name], params, config)
             placed[name] = file
-            tick(targets[name].nbytes)
+            on_progress(targets[name].nbytes)
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
@@ -162,30 +162,30 @@ def weight_bytes(config: ModelConfig, family: Family, dtypes: dict[str, str]) ->
 def targets_of(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dict[str, Target]:
     """Each tensor of a published model, in the order of the layers. dtypes: as stored_dtypes gives."""
 
-    def target(name: str, sources: list[Source]) -> Target:
-        part = sources[0].part
+    def target(name: str, origins: list[Origin]) -> Target:
+        part = origins[0].part
         stored = dtypes.get(name) or dtypes.get(part.other_name) or dtypes[""]
         dtype = np.dtype(DTYPES[stored])
-        return Target(sources, part.piece.shape(part.shape, config), dtype)
+        return Target(origins, part.piece.shape(part.shape, config), dtype)
 
-    return {name: target(name, sources) for name, sources in _sources(config, family).items()}
+    return {name: target(name, origins) for name, origins in _origins(config, family).items()}
 
 
-def _sources(config: ModelConfig, family: Family) -> dict[str, list[Source]]:
+def _origins(config: ModelConfig, family: Family) -> dict[str, list[Origin]]:
     """What each tensor is put together from, in the order of the layers."""
     table = family.table(config)
-    sources: dict[str, list[Source]] = {}
+    origins: dict[str, list[Origin]] = {}
 
     def add(path: str, index: tuple[int, ...], parts: Part | list) -> None:
         if isinstance(parts, Part):
-            sources.setdefault(parts.name, []).append(Source(path, index, parts))
+            origins.setdefault(parts.name, []).append(Origin(path, index, parts))
         else:
             for i, part in enumerate(parts):
                 add(path, (*index, i), part)
 
     for path, spec in parameter_specs(config).items():
         add(path, (), parts_of(config, table, path, spec.shape))
-    return dict(sorted(sources.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(origins.items(), key=lambda item: _natural(item[0])))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -208,10 +208,10 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 def assemble(target: Target, params: Params, config: ModelConfig) -> np.ndarray:
     """A tensor of the parameters."""
     raw = np.empty(target.shape, target.dtype)
-    for source in target.sources:
-        piece = source.part.piece
-        view = piece.view(raw, source.part.shape, config)
-        values = np.asarray(narrowed(params[source.path][source.index], target.dtype))
+    for origin in target.origins:
+        piece = origin.part.piece
+        view = piece.view(raw, origin.part.shape, config)
+        values = np.asarray(narrowed(params[origin.path][origin.index], target.dtype))
         order = piece.order_of(config)
         if order is None:
             view[...] = values

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from isthmus.model.text.chat import ChatError, ChatTemplate
-from isthmus.model.text.sandbox.meter import Limits
+from isthmus.model.text.sandbox.meter import RenderLimits
 
 TALK: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -95,7 +95,7 @@ LONG = "('a' * 4000000)"
 )
 def test_no_template_takes_the_machine(source: str) -> None:
     """A downloaded template would stop the server: all its memory, or a thread that holds every other one up."""
-    template = ChatTemplate(source, limits=Limits(seconds=0.25))
+    template = ChatTemplate(source, limits=RenderLimits(seconds=0.25))
     with pytest.raises(ChatError):
         template.render(TALK)
 
@@ -104,13 +104,13 @@ def test_limits_are_said() -> None:
     """Whoever meets one must learn that it is the template's, and how large it is."""
     loop = "{% for i in range(100) %}{{ 'abcdefgh' }}{% endfor %}"
     for limits, said in (
-        (Limits(output=799), "it makes a text of more than 799 characters"),
-        (Limits(work=99), "it takes more work than the 99 units"),
-        (Limits(seconds=0), "it takes longer than the 0 s"),
+        (RenderLimits(output=799), "it makes a text of more than 799 characters"),
+        (RenderLimits(work=99), "it takes more work than the 99 units"),
+        (RenderLimits(seconds=0), "it takes longer than the 0 s"),
     ):
         with pytest.raises(ChatError, match=said):
             ChatTemplate(loop, limits=limits).render(TALK)
-    assert len(ChatTemplate(loop, limits=Limits(output=800)).render(TALK)) == 800
+    assert len(ChatTemplate(loop, limits=RenderLimits(output=800)).render(TALK)) == 800
 
 
 @pytest.mark.parametrize(

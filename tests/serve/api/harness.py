@@ -31,7 +31,7 @@ from isthmus.model.config import ModelConfig
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.transformer import Params, stacked
+from isthmus.model.transformer import Params
 from isthmus.model.weights.checkpoint import Checkpoints
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.server import Server
@@ -123,26 +123,23 @@ def save_model(folder: Path, tokenizer: Tokenizer, params: Params) -> Path:
 
 def varied_params() -> Params:
     """Parameters whose generations are far from repetitive."""
-    return random_params(stacked(NETWORK), build_mesh(MeshShape()))
+    return random_params(NETWORK, build_mesh(MeshShape()), stacked=True)
 
 
 def scripted_params(follows: dict[int, int]) -> Params:
     """Parameters of a model that, greedily, goes from each token to the one that `follows` it, whatever came before:
     its blocks add nothing, and the head's column of a token points where its predecessors' embeddings do."""
     params = on_host(varied_params())
-    blocks = params["blocks"]
-    blocks = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * 0 if {"out", "down"} & {entry.key for entry in path} else leaf, blocks
-    )
     embedding = params["embedding"]
     head = np.zeros_like(params["head"])
     for token, successor in follows.items():
         head[:, successor] += embedding[token]
-    norm = {"scale": np.ones_like(params["norm"]["scale"])}
+    silent = {path: x * 0 for path, x in params.items() if {"out", "down"} & set(path.split("/"))}
     logits = embedding @ head
     wrong = [t for t, successor in follows.items() if logits[t].argmax() != successor]
     assert not wrong, "the script's tokens are too alike"
-    return jax.tree.map(jax.numpy.asarray, {**params, "blocks": blocks, "norm": norm, "head": head})
+    scale = np.ones_like(params["norm/scale"])
+    return jax.tree.map(jax.numpy.asarray, {**params, **silent, "norm/scale": scale, "head": head})
 
 
 def cycle(tokens: list[int]) -> dict[int, int]:

@@ -33,7 +33,7 @@ def test_a_context_that_was_asked_for_is_not_news(start_server: StartServer) -> 
 
 
 def test_a_context_that_was_cut_is(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = NETWORK.parameters * 4 + 2 * 1000 * SMALL.kv_bytes_per_token(NETWORK)
+    room = NETWORK.parameters * 4 + 2 * 1000 * SMALL.kv_bytes_per_token(NETWORK, "float32")
     monkeypatch.setattr(build, "free_memory", lambda device: build.PROGRAM_BYTES + room)
     text = said(start_server(engine=SMALL))
     assert MEMORY in text and "of the model's 4096 tokens" in text

@@ -281,7 +281,7 @@ async def _calls_of_an_engine_that_dies(server: Server, channel: grpc.aio.Channe
     assert engine is not None
     while engine.in_flight <= len(streams):
         await asyncio.sleep(0.001)
-    jax.tree.leaves(engine.executor._params)[0].delete()  # as a device that is lost would leave it
+    jax.tree.leaves(engine.executor.params)[0].delete()  # as a device that is lost would leave it
 
     async def rest(stream: grpc.aio.UnaryStreamCall) -> None:
         while await stream.read() is not grpc.aio.EOF:

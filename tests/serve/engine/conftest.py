@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 from jax.sharding import Mesh
 
-from tests.serve.engine.harness import CONFIG, ENGINE, HookedExecutor
+from tests.serve.engine.harness import CONFIG, SERVED, HookedExecutor
 from tests.support import random_params
 
 
 @pytest.fixture(scope="module")
 def compiled(mesh: Mesh) -> HookedExecutor:
-    executor = HookedExecutor(CONFIG, ENGINE, random_params(CONFIG, mesh), mesh, CONFIG.vocab_size)
-    executor.compile()
+    executor = HookedExecutor(SERVED, random_params(CONFIG, mesh), mesh)
+    executor.warm_up()
     return executor
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.executor import Executor, Launched
+from isthmus.serve.engine.executor import Executor, Launched, Served
 from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.request import Output, Request, SamplingParams
 
@@ -26,6 +26,7 @@ CONFIG = ModelConfig(
     tie_embeddings=False,
 )
 ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, max_waiting=3).resolve(CONFIG)
+SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
 
 
 class HookedExecutor(Executor):

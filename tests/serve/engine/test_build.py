@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.config import LatentConfig, ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.serve.engine import build
 from isthmus.serve.engine.build import build_executor, fit_memory, open_model
@@ -23,11 +25,20 @@ LONG = ModelConfig(
     vocab_size=1000, dim=256, layers=8, heads=8, kv_heads=4, head_dim=32, mlp_dim=512, context_length=131072
 )
 WEIGHTS = LONG.parameters * 4
-TOKEN = LONG.kv_bytes_per_token()
+TOKEN = EngineConfig().kv_bytes_per_token(LONG, "float32")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What counts of a model's folder for the memory that serving it takes."""
+
+    config: ModelConfig
+    execution: Execution = DEFAULT_EXECUTION
+    quantize: tuple[str, ...] = ()
 
 
 def fit(free: int | None, engine: EngineConfig | None = None, mesh: MeshShape | None = None) -> EngineConfig:
-    return fit_memory(engine or EngineConfig(), LONG, mesh or MeshShape(), free)
+    return fit_memory(engine or EngineConfig(), Folder(LONG), mesh or MeshShape(), free)
 
 
 def test_a_machine_with_room_gets_the_default() -> None:
@@ -78,8 +89,8 @@ def test_devices_share_the_cache_unless_it_is_latent() -> None:
     assert split.pages > 4 * fit(free).pages
     latent = LatentConfig(rank=24, rope_dim=8, nope_dim=16, value_dim=16)
     config = dataclasses.replace(LONG, kv_heads=1, head_dim=32, latent=latent)
-    free = config.parameters * 4 + 2 * 131072 * config.kv_bytes_per_token()
-    alone, several = (fit_memory(EngineConfig(), config, MeshShape(tp=tp), free).pages for tp in (1, 4))
+    free = config.parameters * 4 + 2 * 131072 * EngineConfig().kv_bytes_per_token(config, "float32")
+    alone, several = (fit_memory(EngineConfig(), Folder(config), MeshShape(tp=tp), free).pages for tp in (1, 4))
     assert several < 1.1 * alone
 
 
@@ -104,9 +115,8 @@ def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: bool,
     assert sum("programs" in text for text in ticks) == len(executor.engine.buckets)
     got = completion(executor)
     mesh = build_mesh(MeshShape(tp=tp))
-    params = model.load_params(mesh, model.config.dtype)
-    later = Executor(model.config, executor.engine, params, mesh, model.tokenizer.vocab_size)
-    later.compile()
+    later = Executor(executor.served, model.load_params(mesh, model.execution.dtype), mesh)
+    later.warm_up()
     assert got == completion(later)
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.request import (
     Draining,
     DuplicateId,
@@ -191,8 +191,8 @@ def test_a_dead_engine_tells_everybody_and_takes_nothing_new(
 def test_what_the_cache_held_before_reaches_nobody(kernels: bool, cache_dtype: Any, mesh: Mesh) -> None:
     """With the CPU's kernels it isn't written before it is used, and memory that a process gets may hold anything."""
     engine = dataclasses.replace(ENGINE, kernels=kernels, cache_dtype=cache_dtype)
-    executor = Executor(CONFIG, engine, random_params(CONFIG, mesh), mesh, CONFIG.vocab_size)
-    executor.compile()
+    executor = Executor(Served(CONFIG, engine, CONFIG.vocab_size), random_params(CONFIG, mesh), mesh)
+    executor.warm_up()
     texts = []
     for floating, integer in ((0.0, 0), (float("nan"), 77)):
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.serve.engine.executor import Executor, abstract_cache
+from isthmus.serve.engine.executor import Executor, Served, abstract_cache
 from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, make, play
 from tests.support import forward, random_params
 
@@ -21,10 +21,11 @@ INT8 = dataclasses.replace(ENGINE, cache_dtype="int8")
 def test_the_bytes_that_are_planned_are_those_that_are_taken(head_dim: int, mesh: Mesh) -> None:
     """Pages are counted from the memory that is left: counted too small, a server dies when it starts."""
     config = dataclasses.replace(CONFIG, head_dim=head_dim)
-    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_cache(config, INT8, mesh)))
-    assert taken == INT8.pages * INT8.page_size * INT8.kv_bytes_per_token(config)
+    cache = abstract_cache(Served(config, INT8, config.vocab_size), mesh)
+    taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert taken == INT8.pages * INT8.page_size * INT8.kv_bytes_per_token(config, "float32")
     if head_dim % 64 == 0:  # 8.5 bits a number
-        assert INT8.kv_bytes_per_token(config) == config.layers * config.cache_heads * head_dim * 17 // 16
+        assert INT8.kv_bytes_per_token(config, "float32") == config.layers * config.cache_heads * head_dim * 17 // 16
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 96])
@@ -33,10 +34,9 @@ def test_its_text_is_the_models(head_dim: int, kernels: bool, tp: int) -> None:
     """Greedy, and each token among the likeliest of the network that has no cache at all."""
     config = dataclasses.replace(CONFIG, head_dim=head_dim, kv_heads=2)
     mesh = build_mesh(MeshShape(tp=tp))
-    executor = Executor(
-        config, dataclasses.replace(INT8, kernels=kernels), random_params(config, mesh), mesh, config.vocab_size
-    )
-    executor.compile()
+    served = Served(config, dataclasses.replace(INT8, kernels=kernels), config.vocab_size)
+    executor = Executor(served, random_params(config, mesh), mesh)
+    executor.warm_up()
     requests = [make(f"{i}", size, 12) for i, size in enumerate((1, 7, 19))]
     play(executor, [Arrival(request) for request in requests])
     params = random_params(config, build_mesh(MeshShape()))

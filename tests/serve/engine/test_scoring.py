@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from isthmus.model.ops.cpu import library
+from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.quantization import quantize_params
@@ -30,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "quantize, dtype, cache_dtype", [("none", "float32", "model"), ("int5", narrowest_dtype(), "int8")]
 )
-def test_the_likeliest_token_is_what_an_engine_says(quantize: str, dtype: str, cache_dtype: Any, folder: Path) -> None:
+def test_the_likeliest_token_is_what_an_engine_says(
+    quantize: str, dtype: Dtype, cache_dtype: Any, folder: Path
+) -> None:
     """Otherwise the gate judges a model that nobody serves. The engine's prompts come in two steps, its tokens one by
     one; the window here is one step."""
     model = open_model(folder, dtype, quantize=quantize)
@@ -53,9 +56,8 @@ def test_they_are_those_of_the_dequantized_matrices(
     windows = np.random.default_rng(0).integers(1, config.vocab_size, (3, 70), dtype=np.int32)
     model = dataclasses.replace(open_model(folder, "float32"), quantize=rules)
     got = np.stack(list(predictions(model, "model", windows, 35)))
-    plain = dataclasses.replace(config, scan_layers=False)
-    params = open_folder(folder).with_config(scan_layers=False).load_params(build_mesh(MeshShape()))
+    params = open_folder(folder).load_params(build_mesh(MeshShape()))
     if rules:
-        quantize_params(plain, params, rules)
-    want = forward(plain, params, windows)[:, 35:-1]
+        quantize_params(config, params, rules)
+    want = forward(config, params, windows)[:, 35:-1]
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
