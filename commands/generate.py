@@ -47,6 +47,8 @@ class GenerateConfig:
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
+    kernels: str = "auto"
+    """For --model: what computes, as in isthmus serve"""
     chat: bool = False
     """Talk, with the model's chat template"""
     system: str | None = None
@@ -88,8 +90,8 @@ class GenerateConfig:
             raise ConfigError("--system is for --chat")
         if self.parse_special and self.chat:
             raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
-        if self.model is None and self.folder != FolderOptions():
-            raise ConfigError("--base, --ignore-field and --download are for --model")
+        if self.model is None and (self.folder != FolderOptions() or self.kernels != "auto"):
+            raise ConfigError("--base, --ignore-field, --download and --kernels are for --model")
         if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
             raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
         for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
@@ -160,7 +162,8 @@ def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
             engine.cancel(request)
 
     with working(console, "loading") as show:
-        engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take, show)
+        sizes = EngineConfig(max_sequences=1, prefill_tokens=256)
+        engine = build_engine(model, sizes, MeshShape(), take, show, kernels=config.kernels)
     engine.start()
     try:
         yield complete

@@ -21,16 +21,18 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, execution: Execution, kind: LayerKind, rngs: nnx.Rngs) -> None:
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        kernels = execution.kernels
 
         def norm(wanted: bool, dtype: str) -> RMSNorm | None:
-            offset = config.norm_offset
-            return RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=offset, dtype=dtype) if wanted else None
+            if not wanted:
+                return None
+            return RMSNorm(config.dim, "embed", config.norm_eps, kernels, rngs, offset=config.norm_offset, dtype=dtype)
 
         self.attention_norm = norm(before, execution.dtype)
-        self.attention = LatentAttention(config, rngs) if config.latent.rank else Attention(config, rngs)
+        self.attention = (LatentAttention if config.latent.rank else Attention)(config, kernels, rngs)
         self.attention_out_norm = norm(after, STREAM)
         self.mlp_norm = norm(before, execution.dtype)
-        self.mlp = Mixture(config, rngs) if kind.sparse else MLP(config, config.mlp_dim, rngs)
+        self.mlp = Mixture(config, kernels, rngs) if kind.sparse else MLP(config, config.mlp_dim, kernels, rngs)
         self.mlp_out_norm = norm(after, STREAM)
         self.experts, self.dtype = config.mixture.experts, execution.dtype
         for path in config.adapted(kind):

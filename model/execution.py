@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
+
+from isthmus.model.ops.kernels import REFERENCES, Kernels
 from isthmus.model.parameter import Dtype
 
 Remat = Literal["none", "dots", "full"]
@@ -20,6 +23,8 @@ class Execution:
     """Compile one body for all layers: compile time stops growing with depth. Right on accelerators, slow on CPU"""
     remat: Remat = "none"
     """What the backward pass computes again instead of keeping it: nothing, all but matrix products, or everything"""
+    kernels: Annotated[Kernels, tyro.conf.Fixed, tyro.conf.Suppress] = REFERENCES
+    """The implementation of each operation, which `isthmus.model.ops.kernels.choose` gives for the devices at hand"""
 
 
 DEFAULT_EXECUTION = Execution()

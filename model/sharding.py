@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("tokens", None),
     ("residual", None),
     ("latent_head", None),
+    ("routed", ("dp", "fsdp")),  # a training batch's tokens, joined over "ep" where experts read them
     # the paged cache
     ("pages", None),
 )
@@ -127,6 +128,12 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(table[name] if name is not None else None for name in axes))
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that the logical axis `name` is split over."""
+    axes = dict(RULES)[name]
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
+
+
 def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 
@@ -136,7 +143,11 @@ _LEADING = {1: ("tokens",), 2: ("batch", "seq")}
 
 def shard(x: jax.Array, *trailing: str) -> jax.Array:
     """Constrains an activation whose last axes are `trailing`, after [tokens] or [batch, seq]; no-op without a mesh."""
+    return constrain(x, *_LEADING[x.ndim - len(trailing)], *trailing)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an array with these logical axes to lie as RULES say; no-op without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    axes = (*_LEADING[x.ndim - len(trailing)], *trailing)
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -40,15 +40,16 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         self.config, self.execution = config, execution
-        dim, dtype = config.dim, execution.dtype
-        table = (config.vocab_size, dim)
+        dim, table = config.dim, (config.vocab_size, config.dim)
         self.embedding = parameter(rngs, table, ("vocab", "embed"), Role.EMBEDDING, inputs=dim)
         if execution.scan_layers:
             blocks = {run_name(run): _stacked_blocks(config, execution, run, rngs) for run in runs(config)}
             self.blocks = nnx.Dict(blocks)
         else:
             self.blocks = nnx.List([Block(config, execution, kind, rngs) for kind in config.layer_kinds])
-        self.norm = RMSNorm(dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=dtype)
+        self.norm = RMSNorm(
+            dim, "embed", config.norm_eps, execution.kernels, rngs, offset=config.norm_offset, dtype=execution.dtype
+        )
         axes = ("embed", "vocab")
         self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], axes, Role.MATRIX, inputs=dim)
 
@@ -153,11 +154,11 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32[..., vocab_size] for hidden states [..., dim]."""
-        vocab = self.config.vocab_size
+        vocab, implementation = self.config.vocab_size, self.execution.kernels.linear
         if self.head is None:
-            logits = unembed(hidden, self.embedding.get_value(), vocab)
+            logits = unembed(hidden, self.embedding.get_value(), vocab, implementation=implementation)
         else:
-            logits = linear(hidden, self.head.get_value(), (vocab,))
+            logits = linear(hidden, self.head.get_value(), (vocab,), implementation=implementation)
         if cap := self.config.logit_soft_cap:
             logits = cap * jnp.tanh(logits / cap)
         return shard(logits, "vocab")

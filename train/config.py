@@ -108,6 +108,9 @@ class TrainConfig:
     """Parts that the batch is computed in, one after the other, to need less memory"""
     mesh: str = ""
     """Devices for each kind of parallelism, as dp=2,fsdp=2,tp=2; empty is all devices as fsdp"""
+    kernels: str = "auto"
+    """What computes: auto takes this machine's own kernels wherever they have a gradient; reference takes none; the
+    name of kernels takes those, or ends where they can't run"""
     seed: int = 0
     eval_every: int = 250
     """Steps between held-out losses; 0 is only at the end"""
@@ -161,7 +164,9 @@ class TrainConfig:
         return MeshShape(fsdp=len(jax.devices()))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+        fields = dataclasses.asdict(self)
+        del fields["execution"]["kernels"]  # they are chosen by `kernels` on the machine that it runs on
+        return json.dumps(fields, indent=2, default=str) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
@@ -193,14 +198,15 @@ FREE_ON_RESUME = (
     "download",
     "resume",
     "mesh",
+    "kernels",
     "log_every",
     "keep",
     "eval_every",
     "eval_batches",
     "checkpoint_every",
 )
-"""What may change when a run is resumed: none of it changes a parameter (but a new mesh changes rounding). `steps` may
-where the learning rates until now stay as they were (train/resume.py)."""
+"""What may change when a run is resumed: none of it changes a parameter (but a new mesh and other kernels
+change rounding). `steps` may where the learning rates until now stay as they were (train/resume.py)."""
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:

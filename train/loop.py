@@ -39,7 +39,7 @@ from isthmus.train.metrics import MetricsLog, read_metrics
 from isthmus.train.optimizer import LearningRates, build_optimizer
 from isthmus.train.resume import FILE, load_saved, resolve_resume, save_settings
 from isthmus.train.speed import Speed, step_flops
-from isthmus.train.start import load_start, open_start
+from isthmus.train.start import load_start, open_start, with_kernels
 from isthmus.train.step import Metrics, Trainer, TrainState
 
 RUN_AHEAD = 2
@@ -85,7 +85,7 @@ def _train(config: TrainConfig, console: Console) -> Report:
     config = resolve_resume(config)
     config.validate()
     check_dtype(config.execution.dtype)
-    build_mesh(config.mesh_shape)
+    config = with_kernels(config, build_mesh(config.mesh_shape))
     folder = open_start(config)
     for warning in folder.remarks if folder else ():
         console.print(warning, style="yellow", markup=False)

@@ -10,8 +10,10 @@ from rich.console import Console
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig
-from isthmus.model.device.hardware import default_dtype
+from isthmus.model.device.hardware import default_dtype, platform_of
 from isthmus.model.execution import Execution, Remat
+from isthmus.model.ops.kernels import choose
+from isthmus.model.ops.operation import Setting
 from isthmus.model.process.progress import stages
 from isthmus.model.transformer import Params
 from isthmus.model.weights.folder import ModelFolder, open_folder
@@ -55,6 +57,21 @@ def open_start(config: TrainConfig) -> ModelFolder | None:
     if config.model.lora.rank and (config.out / "config.json").is_file():
         raise ConfigError(f"out: {config.out} holds a model already; adapters need a folder of their own")
     return folder
+
+
+def with_kernels(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The same with the kernels that its wish for them gives on these devices. Raises ConfigError."""
+    execution, device = config.execution, mesh.devices.flat[0]
+    setting = Setting(
+        config.model,
+        execution.dtype,
+        platform_of(device),
+        mesh.size,
+        takes_gradients=True,
+        scans_layers=execution.scan_layers,
+    )
+    kernels = choose(config.kernels, setting)
+    return dataclasses.replace(config, execution=dataclasses.replace(execution, kernels=kernels))
 
 
 def load_start(folder: ModelFolder, config: TrainConfig, mesh: Mesh, console: Console) -> Params:

@@ -13,8 +13,8 @@ from isthmus.model.config import ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.experts import balanced
 from isthmus.model.layers import Attend
-from isthmus.model.ops import attention
-from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.attention import Scoring, causal
+from isthmus.model.ops.operation import REFERENCE
 from isthmus.model.ops.rounding import narrowed
 from isthmus.model.parameter import Role
 from isthmus.model.sharding import partition_spec, use_mesh
@@ -44,8 +44,9 @@ class Metrics(NamedTuple):
     """The busiest expert's tokens over the mean expert's, the mean of all layers; 1 is balanced, 0 without experts"""
 
 
-def packed_attention(segments: jax.Array) -> Attend:
-    """The training side of the seam: causal within a document, no cache."""
+def packed_attention(segments: jax.Array, implementation: str = REFERENCE) -> Attend:
+    """The training side of the seam: causal within a document, no cache; by an implementation of
+    model/ops/attention.py."""
 
     def attend(
         layer: jax.Array,
@@ -56,7 +57,7 @@ def packed_attention(segments: jax.Array) -> Attend:
         scoring: Scoring,
         sinks: jax.Array | None,
     ) -> tuple[jax.Array, None]:
-        return attention.causal(q, k, v, segments, scoring, sinks), cache
+        return causal(q, k, v, segments, scoring, sinks, implementation=implementation), cache
 
     return attend
 
@@ -76,7 +77,8 @@ def loss_sum(config: ModelConfig, execution: Execution, params: Params, batch: B
     """Weighted sum of cross-entropies, float32[], of a batch whose arrays are [sequences, seq]; and the experts' load,
     float32[sparse layers, experts]."""
     model = bind(config, execution, params)
-    attend, long = packed_attention(batch.segments), long_sequences(config, batch)
+    attend = packed_attention(batch.segments, execution.kernels.attention)
+    long = long_sequences(config, batch)
     hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, long)
     losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
     return (losses * batch.weights).sum(), load

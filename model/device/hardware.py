@@ -41,6 +41,15 @@ class Limits:
     """'data sheet' or 'measured'"""
 
 
+def platform_of(device: jax.Device) -> str:
+    """The device's platform: "cpu", "cuda", "rocm", "tpu", or what JAX calls another one. To JAX both of cuda and rocm
+    are "gpu", and so is Intel's."""
+    if device.platform != "gpu":
+        return device.platform
+    version = device.client.platform_version
+    return next((name for name in ("cuda", "rocm") if name in version), device.platform)
+
+
 @cache
 def peak_flops(dtype: str = "float32", devices: int = 1) -> tuple[float, str]:
     """FLOP/s of `devices` devices in `dtype`, and where from: 'data sheet', or 'measured' in a moment."""

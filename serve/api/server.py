@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -144,7 +145,7 @@ class Server:
             on_progress,
         )
         await _in_daemon_thread(self.session.model.tokenizer.prepare)
-        engine = await _in_daemon_thread(build_engine, *build)
+        engine = await _in_daemon_thread(partial(build_engine, kernels=self.config.kernels), *build)
         engine.start()
         self.session.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)

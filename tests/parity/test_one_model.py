@@ -17,9 +17,7 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
-from isthmus.model.execution import DEFAULT_EXECUTION
-from isthmus.model.ops.attention import Cache
-from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.serve.engine.config import Bucket, EngineConfig
@@ -50,7 +48,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def start_executor(config: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Executor:
-    executor = Executor(Served(config, engine, VOCAB), random_params(config, mesh), mesh)
+    executor = Executor(Served(config, engine, VOCAB).with_kernels("auto", mesh), random_params(config, mesh), mesh)
     executor.warm_up()
     return executor
 
@@ -154,20 +152,21 @@ def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
         assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
 
 
-@pytest.mark.parametrize("kernel", [True, False], ids=["kernels", "reference"])
-def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Params, mesh: Mesh) -> None:
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Params, mesh: Mesh) -> None:
     """Equal tokens could hide a drift that shows on a larger model; the numbers behind them must agree too."""
     engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=32, pages=14)
     programs: dict[Bucket, Any] = {}
-    served = packed_params(CONFIG, params) if kernel else params
+    kept = packed_params(CONFIG, params) if kernels == "cpu" else params
+    served = Served(CONFIG, engine, VOCAB).with_kernels(kernels, mesh)
+    implementation = served.execution.kernels.paged_attention
 
     def program(bucket: Bucket) -> Any:
-        def step(params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
+        def step(params: Params, cache: PagedCache, packed: jax.Array) -> tuple[PagedCache, jax.Array]:
             arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-            model = bind(CONFIG, DEFAULT_EXECUTION, params)
-            attend = paged_attention(engine, bucket, arrays)
-            with use_cpu_kernels(kernel):
-                hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
+            model = bind(CONFIG, served.execution, params)
+            attend = paged_attention(engine, bucket, arrays, implementation)
+            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
             return cache, model.logits(hidden[arrays.sample_token])
 
         return jax.jit(step, donate_argnums=1)
@@ -179,13 +178,13 @@ def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Para
     for request in requests:
         scheduler.add(request)
     # Stale pages of others may hold anything, NaN included.
-    shape = abstract_cache(Served(CONFIG, engine, VOCAB), mesh).pages.shape
-    cache = Cache(jnp.full(shape, jnp.nan, jnp.float32))
+    shape = abstract_cache(served, mesh).pages.shape
+    cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
     seen: list[tuple[Request, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
-            cache, logits = run(served, cache, plan.packed)
+            cache, logits = run(kept, cache, plan.packed)
         rows = np.asarray(logits)
         seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
         scheduler.commit(plan, rows[:, :VOCAB].argmax(axis=1))

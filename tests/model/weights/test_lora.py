@@ -133,7 +133,7 @@ def test_the_engine_serves_the_adapted_model(tp: int) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
     requests = [Request(f"{i}", prompt, SamplingParams(temperature=0), 16) for i, prompt in enumerate(prompts)]
-    executor = Executor(Served(config, ENGINE.resolve(config), 90), params, mesh)
+    executor = Executor(Served(config, ENGINE.resolve(config), 90).with_kernels("auto", mesh), params, mesh)
     executor.warm_up()
     play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
     sequences, single = [request.tokens for request in requests], on_host(params)

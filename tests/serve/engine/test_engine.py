@@ -187,11 +187,12 @@ def test_a_dead_engine_tells_everybody_and_takes_nothing_new(
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_what_the_cache_held_before_reaches_nobody(kernels: bool, cache_dtype: Any, mesh: Mesh) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_what_the_cache_held_before_reaches_nobody(kernels: str, cache_dtype: Any, mesh: Mesh) -> None:
     """With the CPU's kernels it isn't written before it is used, and memory that a process gets may hold anything."""
-    engine = dataclasses.replace(ENGINE, kernels=kernels, cache_dtype=cache_dtype)
-    executor = Executor(Served(CONFIG, engine, CONFIG.vocab_size), random_params(CONFIG, mesh), mesh)
+    engine = dataclasses.replace(ENGINE, cache_dtype=cache_dtype)
+    served = Served(CONFIG, engine, CONFIG.vocab_size).with_kernels(kernels, mesh)
+    executor = Executor(served, random_params(CONFIG, mesh), mesh)
     executor.warm_up()
     texts = []
     for floating, integer in ((0.0, 0), (float("nan"), 77)):

@@ -37,7 +37,8 @@ def random_arrival(rng: random.Random, index: int) -> Arrival:
 def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     """A compilation in serving stops everybody's text for seconds, at a moment that a client chooses."""
     engine = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=30).resolve(CONFIG)
-    executor = Executor(Served(CONFIG, engine, CONFIG.vocab_size), random_params(CONFIG, mesh), mesh)
+    served = Served(CONFIG, engine, CONFIG.vocab_size).with_kernels("auto", mesh)
+    executor = Executor(served, random_params(CONFIG, mesh), mesh)
     executor.warm_up()
     rng = random.Random(0)
     arrivals = [random_arrival(rng, index) for index in range(200)]
