@@ -164,6 +164,12 @@ class Executor:
         self._cache = jax.jit(lambda: jax.tree.map(empty, abstract), out_shardings=shardings)()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
 
+    def free(self) -> None:
+        """Gives back the memory of parameters, cache and programs. No step may be under way, and none can follow."""
+        for leaf in jax.tree.leaves((self._params, self._cache, self._last_token)):
+            leaf.delete()
+        self._programs.clear()
+
     def compile(self, ready: Compiled | None = None, tick: Callable[[Bucket], None] = lambda bucket: None) -> None:
         """Compiles every bucket's program unless they are `ready`, with tick(bucket) after each, and runs each once on
         padding."""

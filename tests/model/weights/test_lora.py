@@ -23,7 +23,7 @@ from isthmus.model.transformer import Params, abstract_params, init_params, stac
 from isthmus.model.weights.lora import is_adapter, join, merge, split
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, next_tokens, on_host, random_params, relative_error
 
@@ -122,7 +122,7 @@ def test_the_engine_serves_the_adapted_model(tp: int) -> None:
     params = random_params(config, mesh)
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
-    requests = [Request(f"{i}", prompt, SamplingParams(temperature=0), 16) for i, prompt in enumerate(prompts)]
+    requests = [Request(f"{i}", prompt, Sampling(temperature=0), 16) for i, prompt in enumerate(prompts)]
     executor = Executor(config, ENGINE.resolve(config), params, mesh, 90)
     executor.compile()
     play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
