@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from isthmus.protocol import AsyncModel, Model
     from isthmus.serve.engine.config import EngineConfig
     from isthmus.train.config import TrainConfig
+    from isthmus.train.loop import train
     from isthmus.types import Completion, Delta, FinishReason, SamplingParams
 
 _HOME = {
@@ -83,10 +84,13 @@ __all__ = [  # found by __getattr__
     "Unauthenticated",
     "Unavailable",
     "generate_request",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # a package that can be called: see train/__init__.py
+        return importlib.import_module("isthmus.train")
     if name not in _MODULES:
         raise AttributeError(f"module 'isthmus' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -43,9 +43,9 @@ def generate_request(
 
     options: the fields of SamplingParams. Raises InvalidRequest for what the message can't hold.
     """
-    asked = question(prompt, None, options, parse_special, template_arguments)
+    asked = question(prompt, None, options, arguments=template_arguments)
     message = message_of(asked, token_ids=return_token_ids)
-    message.request_id = request_id
+    message.request_id, message.parse_special = request_id, parse_special
     return message
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from isthmus.errors import Overloaded
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import FinishReason, Output, QueueFull, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 from tests.serve.engine.harness import Arrival, Client, HookedExecutor, make, play
 
 PATIENCE = 60
@@ -162,7 +163,7 @@ def test_a_cancelled_name_is_free_at_once(executor: HookedExecutor) -> None:
 def test_cancels_do_not_make_room_without_end(executor: HookedExecutor) -> None:
     """While a step is under way, callers who come and go must not fill the memory."""
     engine = Engine(executor, lambda outputs: None)
-    with pytest.raises(QueueFull):
+    with pytest.raises(Overloaded):
         for index in range(1000):
             engine.submit(make(f"r{index}"))
             engine.cancel(f"r{index}")
