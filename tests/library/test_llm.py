@@ -223,7 +223,7 @@ def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
 
     before, taken = held(), []
     for kernels in (True, False):
-        with open_model(engine=EngineConfig(max_sequences=8, prefill_tokens=64, kernels=kernels)) as llm:
+        with open_model(engine=EngineConfig(max_sequences=1, prefill_tokens=32, kernels=kernels)) as llm:
             assert llm.generate(PROMPT, DRAWN).text
             taken.append(held() - before)
         assert held() == before
