@@ -9,7 +9,7 @@ from typing import Any, TypeVar, Unpack
 import grpc
 
 from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, message_of
-from isthmus.protocol import Model, question
+from isthmus.protocol import Model, to_question
 from isthmus.types import Completion, Delta, Messages, Prompt, Question, SamplingOptions
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
@@ -43,7 +43,7 @@ def generate_request(
 
     options: the fields of SamplingParams. Raises InvalidRequest for what the message can't hold.
     """
-    asked = question(prompt, None, options, arguments=template_arguments)
+    asked = to_question(prompt, None, options, arguments=template_arguments)
     message = message_of(asked, token_ids=return_token_ids)
     message.request_id, message.parse_special = request_id, parse_special
     return message

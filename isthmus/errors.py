@@ -116,3 +116,6 @@ class BatchError(RequestError):
             f"{len(self.errors)} of {len(self.results)} failed, first the one at {first}: {error} "
             "(`results` of this error has the others; return_errors=True returns all)"
         )
+
+    def __reduce__(self) -> tuple[type[BatchError], tuple[list[Completion | RequestError]]]:
+        return type(self), (self.results,)

@@ -103,8 +103,8 @@ class Model(Protocol):
     ) -> Completion | list[Completion] | list[Outcome]:
         """Goes on from a text or token ids. Raises RequestError."""
         if (prompts := _prompts(prompt)) is None:
-            return self.begin(question(cast(Prompt, prompt), sampling, options, parse_special), timeout).result()
-        questions = [question(one, sampling, options, parse_special) for one in prompts]
+            return self.begin(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout).result()
+        questions = [to_question(one, sampling, options, parse_special) for one in prompts]
         return self._all(questions, timeout, progress, return_errors)
 
     @overload
@@ -143,8 +143,8 @@ class Model(Protocol):
         """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
         if (talks := _conversations(messages)) is None:
             talk = cast(Messages, messages)
-            return self.begin(question(talk, sampling, options, arguments=template_arguments), timeout).result()
-        questions = [question(talk, sampling, options, arguments=template_arguments) for talk in talks]
+            return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
+        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in talks]
         return self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -225,8 +225,8 @@ class AsyncModel(Protocol):
     ) -> Completion | list[Completion] | list[Outcome]:
         """Goes on from a text or token ids. Raises RequestError."""
         if (prompts := _prompts(prompt)) is None:
-            return await self.ask(question(cast(Prompt, prompt), sampling, options, parse_special), timeout)
-        questions = [question(one, sampling, options, parse_special) for one in prompts]
+            return await self.ask(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout)
+        questions = [to_question(one, sampling, options, parse_special) for one in prompts]
         return await self._all(questions, timeout, progress, return_errors)
 
     @overload
@@ -265,8 +265,8 @@ class AsyncModel(Protocol):
         """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
         if (talks := _conversations(messages)) is None:
             talk = cast(Messages, messages)
-            return await self.ask(question(talk, sampling, options, arguments=template_arguments), timeout)
-        questions = [question(talk, sampling, options, arguments=template_arguments) for talk in talks]
+            return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
+        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in talks]
         return await self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -312,7 +312,7 @@ class AsyncModel(Protocol):
 # From arguments to questions
 
 
-def question(
+def to_question(
     prompt: Prompt | Messages,
     sampling: SamplingParams | None,
     options: SamplingOptions,
@@ -342,7 +342,7 @@ def streamed(
     rest = dict(options)
     timeout, parsed = rest.pop("timeout", None), rest.pop("parse_special", False)
     arguments = rest.pop("template_arguments", None)
-    asked = question(
+    asked = to_question(
         prompt,
         sampling,
         cast(SamplingOptions, rest),

@@ -23,7 +23,7 @@ class Receiver(ABC):
     """The event loop that it is given outputs on; None is the engine's thread"""
 
     @abstractmethod
-    def put(self, output: Output) -> None:
+    def put_nowait(self, item: Output, /) -> None:
         """Takes an output; must return quickly."""
 
 
@@ -35,7 +35,7 @@ class ThreadStream(Receiver):
     def __init__(self) -> None:
         self._outputs: SimpleQueue[Output] = SimpleQueue()
 
-    def put(self, output: Output) -> None:
+    def put_nowait(self, output: Output, /) -> None:
         self._outputs.put(output)
 
     def get(self, timeout: float | None) -> Output:
@@ -43,23 +43,20 @@ class ThreadStream(Receiver):
         return self._outputs.get(timeout=timeout)
 
 
-class LoopStream(Receiver):
+class LoopStream(asyncio.Queue[Output], Receiver):
     """Outputs for a task on the event loop that it is made on, as they come."""
 
     streams = True
 
     def __init__(self) -> None:
+        super().__init__()
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Output] = asyncio.Queue()
-
-    def put(self, output: Output) -> None:
-        self.queue.put_nowait(output)
 
     async def some(self, most: int) -> list[Output]:
         """What there is, at least one and at most `most`: several steps' when who reads is slow."""
-        outputs = [await self.queue.get()]
-        while not self.queue.empty() and len(outputs) < most:
-            outputs.append(self.queue.get_nowait())
+        outputs = [await self.get()]
+        while not self.empty() and len(outputs) < most:
+            outputs.append(self.get_nowait())
         return outputs
 
 
@@ -73,7 +70,7 @@ class ThreadEnd(Receiver):
         self._lock = threading.Lock()
         self._then: list[Callable[[], object]] = []
 
-    def put(self, output: Output) -> None:
+    def put_nowait(self, output: Output, /) -> None:
         with self._lock:
             self._ended.set()
         for call in self._then:
@@ -101,7 +98,7 @@ class LoopEnd(Receiver):
         self.loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self.loop.create_future()
 
-    def put(self, output: Output) -> None:
+    def put_nowait(self, output: Output, /) -> None:
         if not self.ended.done():
             self.ended.set_result(None)
 
@@ -114,7 +111,7 @@ def deliver(outputs: list[Output]) -> None:
         if output.finish_reason is None and not receiver.streams:
             continue
         if receiver.loop is None:
-            receiver.put(output)
+            receiver.put_nowait(output)
         else:
             batches.setdefault(receiver.loop, []).append(output)
     for loop, batch in batches.items():
@@ -124,4 +121,4 @@ def deliver(outputs: list[Output]) -> None:
 
 def _put(outputs: list[Output]) -> None:
     for output in outputs:
-        output.request.handle.put(output)
+        output.request.handle.put_nowait(output)
