@@ -21,9 +21,9 @@ from isthmus.model.sharding import MeshShape
 from isthmus.model.weights.packing import place_matrices
 from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
 
 

@@ -26,7 +26,7 @@ from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 
 
 class _Direct:
@@ -55,7 +55,7 @@ class _Direct:
     def run(self, planned: list[PlannedRequest], temperature: float) -> dict[str, Any]:
         """Submits them all and waits. seconds: from the first to the end of the last."""
         requests = [
-            Request(f"d{i}", p.prompt, SamplingParams(temperature=temperature, seed=p.seed), p.max_tokens)
+            Request(f"d{i}", p.prompt, Sampling(temperature=temperature, seed=p.seed), p.max_tokens)
             for i, p in enumerate(planned)
         ]
         self._left, self._tokens, self._failed = len(requests), 0, 0

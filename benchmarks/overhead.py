@@ -14,7 +14,7 @@ from isthmus.benchmarks.statistics import median
 from isthmus.benchmarks.timing import time_plan
 from isthmus.serve.engine.engine import Engine, StepTimes
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.request import Output, Request, SamplingParams
+from isthmus.serve.engine.request import Output, Request, Sampling
 
 PROMPT_TOKENS = 16
 BARE_REPEATS = 20
@@ -111,7 +111,7 @@ def _run_engine(executor: Executor, prompt: int, tokens: int, temperature: float
     # Handed over before the engine starts, so that one step admits them all.
     for index in range(window.sequences):
         ids = draw.integers(0, executor.model.vocab_size, prompt).tolist()
-        engine.submit(Request(f"r{index}", ids, SamplingParams(temperature=temperature, seed=index), tokens))
+        engine.submit(Request(f"r{index}", ids, Sampling(temperature=temperature, seed=index), tokens))
     engine.start()
     try:
         while not window.done.wait(0.1):

@@ -145,7 +145,7 @@ def test_generating_here(folder: Path, stage: str) -> None:
 
 def test_calling_a_server_that_does_not_answer() -> None:
     """The address is nobody's: connecting waits."""
-    check(tell("SIGINT", "call isthmus.client:stream", "generate", "a", "--address", "10.255.255.1:1"))
+    check(tell("SIGINT", "call isthmus.client:follow", "generate", "a", "--address", "10.255.255.1:1"))
 
 
 @pytest.mark.parametrize(

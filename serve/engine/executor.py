@@ -188,6 +188,12 @@ class Executor:
         self._cache = jax.jit(lambda: empty_cache(abstract, implementation), out_shardings=shardings)()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
 
+    def free(self) -> None:
+        """Gives back the memory of parameters, cache and programs. No step may be under way, and none can follow."""
+        for leaf in jax.tree.leaves((self.params, self._cache, self._last_token)):
+            leaf.delete()
+        self._programs.clear()
+
     def warm_up(
         self, ready: Compiled | None = None, on_progress: Callable[[Bucket], None] = lambda bucket: None
     ) -> None:

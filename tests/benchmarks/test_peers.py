@@ -20,7 +20,7 @@ from isthmus.benchmarks.versus import PeersBench, amount, cell_tokens, parse_cel
 from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
-from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 
 QUIET = Console(quiet=True)
 
@@ -167,7 +167,7 @@ def test_a_stack_that_is_not_installed_is_reported_and_the_rest_goes_on(tmp_path
 
 
 def test_decoding_is_timed_from_everybodys_first_token() -> None:
-    requests = [Request(name, [1], SamplingParams(), 9) for name in "ab"]
+    requests = [Request(name, [1], Sampling(), 9) for name in "ab"]
     a, b = (Output(request, 5, None) for request in requests)
     steps = _Steps(requests, 2)
     for outputs in ([a], [a, b], [a, b]):
@@ -181,7 +181,7 @@ def test_decoding_is_timed_from_everybodys_first_token() -> None:
         short.take(outputs)
     assert short.error is not None and short.done.is_set()
     failed = _Steps(requests, 5)
-    failed.take([Output(Request("of the question before", [1], SamplingParams(), 9), None, FinishReason.CANCELLED)])
+    failed.take([Output(Request("of the question before", [1], Sampling(), 9), None, FinishReason.CANCELLED)])
     assert failed.error is None
     failed.take([Output(requests[0], None, FinishReason.ERROR)])
     assert failed.error == "a request failed"

@@ -29,7 +29,7 @@ from isthmus.quality.costs import KNOWN, Cost
 from isthmus.quality.divergence import Divergence, Gathered, kl_divergence
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward
@@ -162,7 +162,7 @@ def test_what_is_measured_is_what_an_engine_says(folder: Path, tmp_path: Path) -
     quantize, dtype, cache_dtype = "int4", "bfloat16", "int8"
     config = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, cache_dtype=cache_dtype)
     executor = build_executor(open_model(folder, dtype, quantize=quantize), config, MeshShape())
-    request = Request("one", [9, 8, 7], SamplingParams(temperature=0), 45)
+    request = Request("one", [9, 8, 7], Sampling(temperature=0), 45)
     play(executor, [Arrival(request)])
     tokens = np.array([[*request.prompt, *request.completion]], np.int32)
     assert tokens.size == 48

@@ -27,7 +27,7 @@ from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention, sequence_of_token
 from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
 from isthmus.train.step import gradients, long_sequences, packed_attention
@@ -37,7 +37,7 @@ from tests.support import packed_params, relative_error
 
 TOLERANCE = 2e-5
 """Relative, of a sequence's logits together (Euclidean); float32 in another order of operations moves them by 5e-6."""
-GREEDY = SamplingParams(temperature=0)
+GREEDY = Sampling(temperature=0)
 
 
 def batch_of(tokens: Any, lengths: Any) -> Batch:

@@ -23,7 +23,7 @@ from isthmus.model.transformer import Params, bind
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention
 from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Request, Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward, next_tokens, packed_params, random_params
@@ -44,7 +44,7 @@ CONFIG = ModelConfig(
     qk_norm="head",
 )
 ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(CONFIG)
-GREEDY = SamplingParams(temperature=0)
+GREEDY = Sampling(temperature=0)
 
 
 def start_executor(config: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Executor:
@@ -123,9 +123,9 @@ def test_stopping_is_the_training_forwards_too(executor: Executor, params: Param
 def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> None:
     """A seed is a promise: the same text, whoever else is being served, preempted or not, cached or not."""
 
-    def sampling(index: int) -> SamplingParams:
+    def sampling(index: int) -> Sampling:
         filters = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}][index % 4]
-        return SamplingParams(temperature=1.0, seed=index * 0x9E3779B97F4A7C15 % 2**64, **filters)
+        return Sampling(temperature=1.0, seed=index * 0x9E3779B97F4A7C15 % 2**64, **filters)
 
     crowd = random_arrivals(40, sampling, seed=1)
     engine = play(executor, crowd).engine

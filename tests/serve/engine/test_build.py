@@ -17,7 +17,7 @@ from isthmus.serve.engine import build
 from isthmus.serve.engine.build import build_executor, fit_memory, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.engine.harness import Arrival, play
 
@@ -127,7 +127,7 @@ def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: str, 
 
 
 def completion(executor: Executor) -> list[int]:
-    request = Request("one", [5, 6, 7], SamplingParams(temperature=0), 20)
+    request = Request("one", [5, 6, 7], Sampling(temperature=0), 20)
     play(executor, [Arrival(request)])
     assert executor.recompilations == 0
     return request.completion

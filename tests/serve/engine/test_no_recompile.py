@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Request, Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
 
@@ -20,7 +20,7 @@ CONFIG = dataclasses.replace(TINY, layers=1)
 
 def random_arrival(rng: random.Random, index: int) -> Arrival:
     prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(rng.choice([1, 2, rng.randrange(1, 60), 62]))]
-    sampling = SamplingParams(
+    sampling = Sampling(
         temperature=rng.choice([0.0, 0.7, 1.0, 2.0]),
         top_k=rng.choice([0, 0, 1, 5, 1000]),
         top_p=rng.choice([1.0, 1.0, 0.9, 0.1]),

@@ -15,7 +15,7 @@ from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.quantization import quantize_params
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from isthmus.serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
@@ -37,7 +37,7 @@ def test_the_likeliest_token_is_what_an_engine_says(
     one; the window here is one step."""
     model = open_model(folder, dtype, quantize=quantize)
     config = EngineConfig(max_sequences=2, context_length=96, prefill_tokens=32, cache_dtype=cache_dtype)
-    request = Request("one", [*range(9, 49)], SamplingParams(temperature=0), 50)
+    request = Request("one", [*range(9, 49)], Sampling(temperature=0), 50)
     play(build_executor(model, config, MeshShape()), [Arrival(request)])
     window = np.array([[*request.prompt, *request.completion]], np.int32)
     (logits,) = predictions(model, cache_dtype, window, len(request.prompt) - 1)
