@@ -236,13 +236,13 @@ def _fetch(
     first = next(views)
     axes = tuple(sorted(range(first.ndim), key=lambda axis: -first.strides[axis]))  # the order of axes in memory
     wide = [axis for axis in axes if first.shape[axis] > 1]  # an axis of size 1 may be anywhere in that order
-    turned = wide != sorted(wide)
+    transposed = wide != sorted(wide)
     shape = (*lead, *(first.shape[axis] for axis in axes))
-    if turned and not lead and first.dtype == dtype:
+    if transposed and not lead and first.dtype == dtype:
         stored = first.transpose(axes)
     else:
         # The device may keep an array that isn't transposed without copying it. So that needs memory of its own.
-        stored = _scratch(shape, dtype) if turned else np.empty(shape, dtype)
+        stored = _scratch(shape, dtype) if transposed else np.empty(shape, dtype)
         for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), chain((first,), views), strict=True):
             np.copyto(target, view.transpose(axes), casting="unsafe")
     if order is not None:
