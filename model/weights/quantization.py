@@ -77,11 +77,11 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
     plain, half = options[1:] in (["plain"], ["half"]), options[1:] == ["half"]
     sizes = options[:1] if plain else options
     if not pattern and rule.partition(":")[0] in SCHEMES:
-        raise ConfigError(f"quantize: {rule!r} stands alone; among rules, or with a group's size, write '.*={rule}'")
+        raise ConfigError(f"quantize: {rule!r} is no rule; among rules, or with a group's size, write '.*={rule}'")
     if not pattern or kind not in (*_KINDS, "none") or len(sizes) > 1 or (options and kind == "none"):
         raise ConfigError(f"quantize: {rule!r} is neither {', '.join(_KINDS)} nor a rule: REGEX=none, or REGEX=KIND, "
                           "REGEX=KIND:GROUP or REGEX=KIND:GROUP:plain (or half), with one of these as its KIND; "
-                          "GGUF's own kinds are --gguf's of isthmus convert")  # fmt: skip
+                          "for GGUF's own kinds, use --gguf of isthmus convert")  # fmt: skip
     if sizes and sizes[0] not in _SIZES:
         raise ConfigError(f"quantize: {rule!r}: a group has {', '.join(_SIZES)} numbers")
     if (why := check_pattern(pattern, longest=_PATTERN)) is not None:

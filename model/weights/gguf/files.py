@@ -66,7 +66,7 @@ class GgufFiles(WeightFiles):
         for name, stored in header.tensors.items():
             for published, tensor in self._tensors(name, stored):
                 if published in self.tensors:
-                    raise ConfigError(f"{self.folder}: two tensors are {published}; one of them is {name}")
+                    raise ConfigError(f"{self.folder}: two tensors become {published}; one of them is {name}")
                 self.tensors[published] = tensor
         self._thread = threading.local()
 

@@ -180,7 +180,7 @@ class _Reader:
     def _take(self, size: int) -> bytes:
         if size > self._end - self._place:
             raise self._error(
-                "its header goes on behind its end: it is cut short, or damaged"
+                "its header goes on beyond its end: it is cut short, or damaged"
                 if self._end == len(self._memory)
                 else f"its header has more than {MAX_HEADER_BYTES >> 20} MiB, the most that one may have"
             )

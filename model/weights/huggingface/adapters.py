@@ -271,8 +271,8 @@ def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
         if match is None or match[1] not in modules:
             kind = "of an embedding or the head " if re.search(r"embed_tokens|lm_head", tensor) else ""
             raise ConfigError(
-                f"{files.folder / ADAPTER_FILE}: the tensor {tensor} {kind}is no part of an adapter that is supported: "
-                "lora_A and lora_B of projections in attention, and of MLPs that are not experts"
+                f"{files.folder / ADAPTER_FILE}: the tensor {tensor} {kind}is no part of an adapter that is supported; "
+                "only lora_A and lora_B of projections in attention, and in MLPs that are not experts, are"
             )
         halves.setdefault(match[1], set()).add(match[2])
     for name, sides in halves.items():

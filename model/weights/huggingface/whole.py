@@ -36,12 +36,12 @@ def kept_matrix(files: WeightFiles, name: str, view: View, spec: Spec) -> Kept |
     and the matrix consists of some of the tensor's outputs, each with all inputs in their order. view: makes the matrix
     from the tensor."""
     held, shape, inputs = files.tensors[name].shape, spec.shape, spec.inputs
-    inputs_last = spec.role is Role.EMBEDDING
+    embedding = spec.role is Role.EMBEDDING  # its inputs are its last axis
     axes = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == inputs), None)
-    if len(held) != 2 or held[1] != inputs or (axes is None and not inputs_last) or (exact := files.exact(name)) is None:
+    if len(held) != 2 or held[1] != inputs or (axes is None and not embedding) or (exact := files.exact(name)) is None:
         return None
     rows, columns = (_indices(view, held, axis) for axis in range(2))
-    if inputs_last:
+    if embedding:
         outputs, order = rows[..., 0].reshape(-1), columns[(0,) * (len(shape) - 1)]
     else:
         assert axes is not None

@@ -63,7 +63,7 @@ class Scheme:
 
     @property
     def what(self) -> str:
-        many = f"groups of {self.group}" if self.strategy == "group" else f"one scale a {self.strategy}"
+        many = f"groups of {self.group}" if self.strategy == "group" else f"one scale per {self.strategy}"
         return f"compressed-tensors, {'fp8' if self.kind == 'float' else f'int{self.bits}'}, {many}"
 
 
@@ -132,8 +132,8 @@ def _scheme_of(files: TensorFiles, module: str, schemes: list[Scheme]) -> Scheme
     found = (scheme for test in tests for scheme in schemes if any(test(target) for target in scheme.targets))
     scheme = next(found, None)
     if scheme is None:
-        raise ConfigError(f"{files.folder}: {module} is quantized, and config.json's quantization_config.config_groups "
-                          "says of no group that it is in it")  # fmt: skip
+        raise ConfigError(f"{files.folder}: {module} is quantized, and no group in config.json's "
+                          "quantization_config.config_groups names it")  # fmt: skip
     return scheme
 
 

@@ -34,7 +34,7 @@ class CodedFiles(WeightFiles):
         plain = {name: stored for name, stored in self._raw.tensors.items() if name not in taken.union(found.idle)}
         for name, stored in plain.items():
             if name in self.coded:
-                raise ConfigError(f"{folder}: {name} is there, and {self.coded[name].parts[0]} as well, in its place")
+                raise ConfigError(f"{folder}: {name} is there although {self.coded[name].parts[0]} takes its place")
             if stored.dtype not in map(np.dtype, DTYPES.values()):
                 raise ConfigError(
                     f"{folder}: {name} is stored as {stored.dtype.name}, and quant_method={method.name!r} of "

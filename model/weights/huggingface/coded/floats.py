@@ -60,7 +60,7 @@ def _fp8(files: TensorFiles, name: str, tile: tuple[int, ...]) -> list[Coded]:
     tiled = _tile(files, scale, shape, tile)
     down, across = (math.ceil(size / part) for size, part in zip(shape, tiled, strict=True))
     fits_tiles(files, scale, stored, (down, across), f"tiles of {list(tiled)} make it")
-    what = f"fp8, a scale for {_tile_name(shape, tiled)}"
+    what = f"fp8, one scale per {_tile_name(shape, tiled)}"
     return [tiles(files, name, (name, scale), shape, what, scale, tiled)]
 
 
@@ -80,8 +80,8 @@ def _tile(files: TensorFiles, scale: str, shape: tuple[int, ...], tile: tuple[in
 
 def _tile_name(shape: tuple[int, ...], tile: tuple[int, int]) -> str:
     if tile == shape:
-        return "a matrix"
-    return "a row" if tile == (1, shape[1]) else f"a tile of {tile[0]} x {tile[1]}"
+        return "matrix"
+    return "row" if tile == (1, shape[1]) else f"tile of {tile[0]} x {tile[1]}"
 
 
 def tiles(
