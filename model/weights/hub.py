@@ -130,7 +130,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None
     if not present(found / "config.json") and not present(found / "adapter_config.json"):
         raise ConfigError(
-            f"{name} has no config.json. From a repository of GGUF files, fetch one, such as with `hf download {name} "
-            "FILE`, and give its path"
+            f"{name} has no config.json. From a repository of GGUF files, fetch one, for example with "
+            f"`hf download {name} FILE`, and give its path"
         )
     return found

@@ -27,7 +27,7 @@ from isthmus.model.weights.huggingface.files import TensorFiles
 
 _BITS = (2, 3, 4, 8)
 _SCALES = ("float16", "bfloat16", "float32")
-_HOW = {  # notes of GPTQModel, AutoGPTQ and AutoAWQ on how they found the numbers, which don't change what these are
+_HOW = {  # what GPTQModel, AutoGPTQ and AutoAWQ write about how they quantized; decoding doesn't depend on it
     "gptq": (
         "damp_percent", "static_groups", "true_sequential", "model_name_or_path", "model_file_base_name", "meta",
         "lm_head", "desc_act", "sym", "act_group_aware", "dynamic", "tokenizer", "dataset", "backend", "model_seqlen",
