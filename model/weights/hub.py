@@ -23,14 +23,11 @@ class FolderOptions:
     """How a model folder is found and read."""
 
     base: Path | None = None
-    """Folder of an adapter's base model, or its name on Hugging Face (Org/Name). The default is the base model that the
-    adapter's adapter_config.json names"""
+    """Folder of an adapter's base model, or its name Org/Name, in place of the one that the adapter names"""
     ignore_field: tuple[str, ...] = ()
-    """Field of a published config.json, or key of a GGUF file's metadata, that is read as if it were absent. This may
-    change what the model computes. May be given repeatedly"""
+    """Field of config.json, or key of GGUF metadata, to read as if absent; this may change what the model computes"""
     download: bool = False
-    """Download a model named Org/Name from huggingface.co where the local Hugging Face cache doesn't hold all of it.
-    Without this option the network is not used"""
+    """Fetch a model named Org/Name from huggingface.co where the local Hugging Face cache lacks some of it"""
 
 
 def is_hub_name(name: str) -> bool:
