@@ -25,8 +25,7 @@ class ModelConfig:
     """Everything that decides what the network computes. The file `config.json` beside a checkpoint holds it."""
 
     vocab_size: int = 32000
-    """Rows of the embedding table; 0 means the tokenizer's vocabulary size, which training rounds up to a multiple of
-    128"""
+    """Rows of the embedding table; 0 means the tokenizer's vocabulary size, rounded up to a multiple of 128"""
     dim: int = 768
     """Width of the residual stream"""
     layers: int = 12
@@ -48,8 +47,7 @@ class ModelConfig:
     they use rope_theta and rope_scaling like all layers (Gemma 3)"""
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rotary_dim: int = 0
-    """Dimensions of each head, from the first, that the rotary embedding rotates; an even number; 0 means all
-    (Phi-4-mini)"""
+    """How many of each head's first dimensions the rotary embedding rotates, an even number; 0 is all (Phi-4-mini)"""
     rope_pattern: tuple[bool, ...] = (True,)
     """Whether each layer uses the rotary embedding; the pattern repeats over the layers (SmolLM3)"""
     windows: tuple[int, ...] = (0,)
@@ -140,7 +138,7 @@ class ModelConfig:
         return self.canonical() == other.canonical()
 
     def canonical(self) -> ModelConfig:
-        """One spelling that all configurations have in common that compute the same function."""
+        """The one spelling that stands for all configurations that compute the same function."""
         return dataclasses.replace(
             self,
             context_length=0,

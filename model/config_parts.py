@@ -88,8 +88,7 @@ class MixtureConfig:
     router_bias: bool = False
     """Add a bias to the router's logits"""
     correction: bool = False
-    """Add a bias that affects which experts are chosen but not their weights; training moves it to balance their load
-    (DeepSeek-V3)"""
+    """Add a bias that affects the choice of experts but not their weights; training balances by it (DeepSeek-V3)"""
 
     def validate(self, layers: int) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -163,11 +162,11 @@ class LoraConfig:
 
 
 class LayerKind(NamedTuple):
-    """In what a layer may differ from other layers of its network."""
+    """The properties in which the layers of one network may differ."""
 
     window: int
     """How many of the last tokens the layer attends to; 0 means all"""
     rope: Literal["global", "local", "none"]
-    """Base of its rotary frequencies: rope_theta, local_rope_theta, or no rotation"""
+    """Which base its rotary frequencies have: rope_theta (global) or local_rope_theta (local); none is no rotation"""
     sparse: bool
     """Whether it has a mixture of experts in place of the MLP"""

@@ -19,8 +19,7 @@ class Execution:
     scan_layers: bool = False
     """Compile one body for all layers, so that compile time doesn't grow with depth; for accelerators, slow on CPU"""
     remat: Remat = "none"
-    """What the backward pass computes again instead of keeping it: nothing (none), all but matrix products (dots), or
-    everything (full)"""
+    """What the backward pass computes again: nothing (none), all but matrix products (dots), or everything (full)"""
 
 
 DEFAULT_EXECUTION = Execution()

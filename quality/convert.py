@@ -30,8 +30,7 @@ from isthmus.quality.texts import texts
 @dataclass(frozen=True)
 class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A model folder of ours or of Hugging Face, an adapter or a GGUF file; or Org/Name in the local Hugging Face
-    cache"""
+    """A model folder of ours or of Hugging Face, an adapter or a GGUF file; or Org/Name in the Hugging Face cache"""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to make or, with --gguf, the file; it must not exist"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(

@@ -45,7 +45,7 @@ class Cost:
     def text(self) -> str:
         percent = None if self.ratio_error is None else 100 * self.ratio * self.ratio_error
         return (
-            f"KL {self.kl:.2g}{margin(self.kl_error)} nats a token, the same likeliest token {self.top1:.1%}, "
+            f"KL {self.kl:.2g}{margin(self.kl_error)} nats per token, the same likeliest token {self.top1:.1%}, "
             f"perplexity {100 * (self.ratio - 1):+.2f}{margin(percent)}%"
         )
 

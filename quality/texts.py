@@ -68,7 +68,7 @@ def texts(config: TextConfig, folder: ModelFolder, calibration: int = 0) -> Text
 
 
 def _default(half: corpus.Half, windows: int) -> Iterator[str]:
-    """Default text that is enough for so many windows of any tokenizer that was made for English."""
+    """Enough of the default text for so many windows, with any tokenizer that was made for English."""
     if windows:
         yield corpus.text(half, windows * WINDOW * 8)
 

@@ -63,8 +63,7 @@ class OptimizerConfig:
     clip: float = 1.0
     """Largest norm of the whole gradient; a larger gradient is scaled down to it"""
     correction_rate: float = 0.001
-    """How far each step moves a router's correction: up for experts with less than the mean load, down for the others
-    (DeepSeek-V3)"""
+    """How far each step moves a router's correction, up for experts below the mean load, else down (DeepSeek-V3)"""
 
     def fitted(self, steps: int) -> OptimizerConfig:
         """The same, with a warm-up of a tenth of the steps if it would take all of them."""
@@ -97,8 +96,7 @@ class TrainConfig:
     init: Path | None = None
     """A model to start from: a folder of ours or as Hugging Face publishes it, or Org/Name in its local cache"""
     ignore_field: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A field of --init's config.json to ignore, although the model may then be another one; may be given several
-    times"""
+    """A field of --init's config.json to ignore, though the model may then be another; may be given several times"""
     download: bool = False
     """Fetch an --init named Org/Name from huggingface.co if the local cache doesn't have it"""
     preset: str = "5m"

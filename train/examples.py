@@ -79,7 +79,8 @@ class Pretraining:
     """Encodes texts with one end-of-text token between two of them, which as a target teaches where a text ends.
 
     If the tokenizer puts that token before every prompt, it comes before each text; otherwise it comes after each text.
-    So a text always begins as a prompt does."""
+    So a text always begins as a prompt does.
+    """
 
     weighted = False
 

@@ -1,4 +1,4 @@
-"""The training step: a pure function of (state, batch), compiled with donated state; it never waits for the host."""
+"""The training step: a pure function of (state, batch), compiled with donated state. It never waits for the host."""
 
 from __future__ import annotations
 

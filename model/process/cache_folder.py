@@ -1,7 +1,8 @@
 """Folders that keep programs from one start to the next: those compiled by XLA, and the CPU's kernels.
 
 The programs there are run, so nobody else may have put them there. They only save time, so a folder that can't be used
-doesn't end the command. The mode and owner of a folder that exists are never changed."""
+doesn't end the command. The mode and owner of a folder that exists are never changed.
+"""
 
 from __future__ import annotations
 

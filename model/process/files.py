@@ -1,6 +1,7 @@
 """Reading the small files of a model folder, and writing files and folders whole or not at all.
 
-A model folder may come from a stranger, so only regular files are read, and only up to a limit."""
+A model folder may come from a stranger, so only regular files are read, and only up to a limit.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows how far long work is: by a moving display on a terminal, elsewhere by a line from time to time."""
+"""Shows the progress of long work: in a moving display on a terminal, elsewhere in a line from time to time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Tokens that tokenizer_config.json declares.
 
 Wherever a text that may hold special tokens spells one of them, it is a single token, also if tokenizer.json, which may
-have been pruned or written by another tool, has it as an ordinary word."""
+have been pruned or written by another tool, has it as an ordinary word.
+"""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def _nothing(*args: Any, **kwargs: Any) -> int:
 
 
 def _backwards(text: str, part: Any = None, *args: Any) -> int:
-    """Python's search backwards takes time in proportion to len(text) * len(part)."""
+    """The cost of a search backwards, for which Python takes time in proportion to len(text) * len(part)."""
     return len(text) * len(part) >> 4 if isinstance(part, str) else 0
 
 
