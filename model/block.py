@@ -1,4 +1,4 @@
-"""A block: attention, then MLP, each around the residual stream."""
+"""A block of the network: attention, then an MLP; each adds its output to the residual stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isthmus.model.sharding import shard
 
 
 class Block(nnx.Module):
-    """x + norm(attention(norm(x))), then the same with the MLP; config.norm_placement says which norms there are."""
+    """x + norm(attention(norm(x))), then the same with the MLP; config.norm_placement says which of the norms exist."""
 
     def __init__(self, config: ModelConfig, execution: Execution, kind: LayerKind, rngs: nnx.Rngs) -> None:
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
@@ -41,8 +41,8 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """The stream x, float32[..., dim], the cache, and the experts' load: float32[1, experts], or [0, experts] of a
-        dense layer."""
+        """Returns the stream, float32[..., dim], the cache, and the experts' load: float32[1, experts], or
+        float32[0, experts] in a dense layer."""
         inner = _normalized(self.attention_norm, x).astype(self.dtype)
         out, cache = self.attention(inner, kind, angles, layer, attend, cache)
         x = shard(x + _normalized(self.attention_out_norm, out), "residual")

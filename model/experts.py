@@ -1,5 +1,5 @@
-"""Mixture of experts: a router sends each token to a few of many MLPs. Dropless: no token is ever turned away, so what
-a token gets doesn't depend on the others in its batch."""
+"""Mixture of experts: a router sends each token to a few of many MLPs. No token is ever dropped, so a token's output
+doesn't depend on the others in its batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Router(nnx.Module):
         self.mixture = mixture
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
+        """Returns weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
         mixture = self.mixture
         logits = self.linear(x.astype(jnp.float32))
         scores = jax.nn.softmax(logits, axis=-1) if mixture.scores == "softmax" else jax.nn.sigmoid(logits)
@@ -69,7 +69,7 @@ class Mixture(nnx.Module):
         self.config, self.kernels = config, kernels
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The output, float32[..., dim], and each expert's load: float32[experts], tokens that went to it."""
+        """Returns the output, float32[..., dim], and how many tokens went to each expert, float32[experts]."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, experts = self.router(tokens)
         out = self._experts(tokens, weights, experts).reshape(x.shape)
@@ -85,7 +85,7 @@ class Mixture(nnx.Module):
         if mesh.empty or mesh.size == 1:
             return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0)
 
-        # Serving has one row of tokens for all devices; a training batch is split, and joined over "ep" for this alone.
+        # A training batch is split, and joined over "ep" for this alone. Serving has all its tokens on every device.
         splits = x.shape[0] % math.prod(mesh.shape[axis] for axis in mesh_axes("routed")) == 0
         data = partition_spec(("routed", None) if splits else ())
         specs = [(partition_spec(layer.axes_here), layer.bias_spec()) for layer in layers]
@@ -112,7 +112,8 @@ class Mixture(nnx.Module):
         add_up: Callable[[jax.Array, tuple[str, ...]], jax.Array],
         first: jax.Array | int,
     ) -> jax.Array:
-        """The part of the experts [first, first + those in arrays): sort by expert, multiply by group, put back."""
+        """The output's part that comes from the experts in `arrays`, whose numbers begin at `first`: sorts tokens by
+        expert, multiplies each group by its expert's matrices, and restores the order."""
         (gate, gate_bias), (up, up_bias), (down, down_bias) = arrays
         mine = gate.shape[0]
         local = experts.reshape(-1) - first
@@ -139,7 +140,7 @@ class Mixture(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-    """A Linear for each expert, in one array [experts, inputs, outputs]."""
+    """A linear layer per expert, all in one array [experts, inputs, outputs]."""
 
     def __init__(
         self,
@@ -168,6 +169,7 @@ class ExpertLinear(nnx.Module):
 
 
 def balanced(correction: jax.Array, load: jax.Array, rate: float) -> jax.Array:
-    """The router's correction after a step with `load` tokens an expert, both float32[..., experts]: a step towards
-    those with less than their share, by its sign alone (Wang et al. 2024, arXiv 2408.15664)."""
+    """The router's correction after a step in which each expert got `load` tokens, both float32[..., experts]. It grows
+    by `rate` for experts with less than the mean load and falls by `rate` for those with more (Wang et al. 2024, arXiv
+    2408.15664)."""
     return correction + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)

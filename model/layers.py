@@ -33,9 +33,9 @@ Attend = Callable[
 ]
 """The seam between training and serving: attend(layer, q, k, v, cache, scoring, sinks) -> (out, cache).
 
-layer: int32[], traced. q: [..., heads, head_dim]; k and v: [..., kv_heads, head_dim], a v of None being k; out: as q.
-scoring is static; sinks: float32[heads] or None; see model/ops/attention.py. Training passes causal attention and a
-cache of None, serving attention over the paged cache.
+layer: int32[], traced. q and out: [..., heads, head_dim]. k and v: [..., kv_heads, head_dim]; if v is None, the keys
+are the values. scoring is static; sinks: float32[heads] or None; see model/ops/attention.py. Training passes causal
+attention and a cache of None, serving passes attention over the paged cache.
 """
 
 STREAM = "float32"
@@ -43,7 +43,7 @@ STREAM = "float32"
 
 
 class Linear(nnx.Module):
-    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's share)."""
+    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's output)."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Linear(nnx.Module):
         dtype: str | None = None,
         role: Role = Role.MATRIX,
     ) -> None:
-        """dtype: what the output is in; None is the input's. role: the kernel's."""
+        """dtype: of the output; None means the input's dtype. role: of the kernel."""
         shape = (*inputs.values(), *outputs.values())
         self.axes = (*inputs, *outputs)
         contracted, start = math.prod(inputs.values()), nnx.initializers.normal(std)
@@ -84,7 +84,8 @@ class Linear(nnx.Module):
         return project(x, self)[0]
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """With what is added to the product with the kernel, [..., *outputs]; in the output's dtype."""
+        """Adds bias and adapter to `out`, the product of x and the kernel, [..., *outputs], and casts it to the
+        output's dtype."""
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
@@ -95,7 +96,7 @@ class Linear(nnx.Module):
 
 
 def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
-    """layer(x) of each of the layers, which have the same inputs and give the same dtype."""
+    """layer(x) for each of the layers, which must have the same inputs and the same output dtype."""
     weights = [(layer.kernel.get_value(), layer.outputs) for layer in layers]
     plain = all(layer.bias is None and layer.lora_a is None for layer in layers)
     dtype = (layers[0].dtype or x.dtype) if plain else jnp.float32
@@ -104,12 +105,12 @@ def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
 
 
 def zeros(rngs: nnx.Rngs, sizes: dict[str, int], role: Role = Role.VECTOR) -> nnx.Param:
-    """A bias with these axes, or what has another role, which starts as zeros."""
+    """A parameter with these axes that starts as zeros; a bias unless `role` says otherwise."""
     return parameter(rngs, tuple(sizes.values()), tuple(sizes), role, initializer=nnx.initializers.zeros)
 
 
 class HeadLinear(Linear):
-    """A Linear whose kernel is multiplied head by head: an einsum's operand, always a plain array."""
+    """A Linear whose kernel is multiplied head by head, by an einsum; the kernel is always a plain array."""
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], kernels: Kernels, rngs: nnx.Rngs) -> None:
         super().__init__(inputs, outputs, kernels, rngs, role=Role.HEADS)
@@ -120,7 +121,7 @@ class HeadLinear(Linear):
 
 
 class RMSNorm(nnx.Module):
-    """model/ops/norm.py's, with a learned scale."""
+    """The RMS norm of model/ops/norm.py with a learned scale."""
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class RMSNorm(nnx.Module):
         offset: float = 0.0,
         dtype: str | None = None,
     ) -> None:
-        """dtype: what the output is in; None is the input's."""
+        """dtype: of the output; None means the input's dtype."""
         start = nnx.initializers.constant(1 - offset)
         self.scale = parameter(rngs, (size,), (axis,), Role.VECTOR, initializer=start)
         self.eps, self.offset, self.dtype, self.kernels = eps, offset, dtype, kernels
@@ -143,7 +144,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; what is attended to is the caller's business (`attend`)."""
+    """Grouped-query attention; `attend`, which the caller passes, decides what each token attends to."""
 
     def __init__(self, config: ModelConfig, kernels: Kernels, rngs: nnx.Rngs) -> None:
         embed, head_dim = {"embed": config.dim}, {"head_dim": config.head_dim}
@@ -188,10 +189,10 @@ class Attention(nnx.Module):
 
 
 class LatentAttention(nnx.Module):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as one key of rank + rope_dim that all heads share.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with one key c of rank + rope_dim for all heads.
 
-    Heads differ in how they read it: a head's key projection is applied to its query instead (q·Wk)·c = q·(Wk c), and
-    its value projection to what it has read. So the cache holds one vector a token, whatever the number of heads.
+    A head's key projection is applied to its query instead of the key, since (q·Wk)·c = q·(Wk c), and its value
+    projection to the result of attention. So the cache holds one vector per token, whatever the number of heads.
     """
 
     def __init__(self, config: ModelConfig, kernels: Kernels, rngs: nnx.Rngs) -> None:
@@ -231,7 +232,7 @@ class LatentAttention(nnx.Module):
 
 
 LATENT_EPS = 1e-6
-"""The eps of the norms inside latent attention, whatever the network's other norms have, as DeepSeek published it."""
+"""Epsilon of the norms inside latent attention, whatever norm_eps is; this is as DeepSeek published it"""
 
 
 class MLP(nnx.Module):

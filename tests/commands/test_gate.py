@@ -177,7 +177,7 @@ def test_means_decide_and_intervals_tell_how_surely(bits: int, quality: Quality,
 
 def test_figures_come_with_their_interval() -> None:
     text = described(found(0.00412, 1.0057, 0.00011, 0.0008))
-    assert "KL 0.0041 ± 0.0002 nats a token" in text and "perplexity +0.57 ± 0.2%" in text
+    assert "KL 0.0041 ± 0.0002 nats per token" in text and "perplexity +0.57 ± 0.2%" in text
     assert "(10.06, before 10)" in text and "16,320 tokens in 64 windows" in text and "96.3%" in text
     assert "±" not in described(found(0.004, 1.0, math.nan, math.nan, 1)).split(";")[0], "nobody knows it of a window"
 
