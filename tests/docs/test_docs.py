@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import tyro
 
+from isthmus.commands.main import COMMANDS
 from tests.docs.pages import (
     LANGUAGES,
     REPOSITORY,
@@ -44,19 +46,31 @@ def all_blocks() -> list[Block]:
     return [block for page in pages() for block in blocks(page)]
 
 
-def command_type(name: str) -> Any:
-    """What the command line of `isthmus NAME` is made from."""
-    from isthmus.commands import bench, convert, demo, generate, kernels, serve, train
+COMMAND_TYPES = {
+    "convert": "ConvertConfig",
+    "demo": "DemoConfig",
+    "generate": "GenerateConfig",
+    "kernels": "Command",
+    "serve": "ServeConfig",
+    "train": "TrainConfig",
+}
+"""What the command line of isthmus.commands.NAME is made from. Each of bench's subcommands has a type of its own."""
 
-    return {
-        "bench": bench.Command,
-        "convert": convert.ConvertConfig,
-        "demo": demo.DemoConfig,
-        "generate": generate.GenerateConfig,
-        "kernels": kernels.Command,
-        "serve": serve.ServeConfig,
-        "train": train.TrainConfig,
-    }[name]
+
+def command_type(name: str, *rest: str) -> tuple[Any, list[str]]:
+    """What the command line of `isthmus NAME …` is made from, and the arguments that it parses."""
+    module = importlib.import_module(f"isthmus.commands.{name}")
+    if name == "bench":
+        return module.NAMED[rest[0]], list(rest[1:])
+    return getattr(module, COMMAND_TYPES[name]), list(rest)
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    """All commands, and the subcommands of bench."""
+    from isthmus.commands.bench import NAMED
+
+    yield from ((name,) for name in COMMANDS if name != "bench")
+    yield from (("bench", name) for name in NAMED)
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +96,9 @@ def test_a_page_does_what_it_says(page: str, files: Path, tmp_path: Path) -> Non
 )
 def test_what_does_not_run_has_options_that_exist(block: Block) -> None:
     """A renamed flag must be renamed in the pages, too."""
-    for argv in isthmus_calls(block.code):
-        tyro.cli(command_type(argv[0]), args=argv[1:], prog=f"isthmus {argv[0]}")
+    for words in isthmus_calls(block.code):
+        made_from, arguments = command_type(*words)
+        tyro.cli(made_from, args=arguments, prog=f"isthmus {words[0]}")
     if block.language == "python":
         compile(block.code, str(block), "exec")
 
@@ -98,9 +113,7 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("page", pages())
 def test_options_named_in_the_text_exist(page: str) -> None:
     """A page that tells of an option which is gone sends its reader to an error."""
-    from isthmus.commands.main import COMMANDS
-
-    known = {option for name in COMMANDS for option in _options(tyro.extras.get_parser(command_type(name)))}
+    known = {option for words in commands() for option in _options(tyro.extras.get_parser(command_type(*words)[0]))}
     assert named_options(page) - known - OF_OTHER_PROGRAMS == set()
 
 
