@@ -33,7 +33,7 @@ from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
 from isthmus.model.weights.huggingface.load import PublishedSource, check_size, whole_matrices
 from isthmus.model.weights.huggingface.whole import Kept
 from isthmus.model.weights.load import OnProgress, Source, Transform, load_params
-from isthmus.model.weights.lora import AdapterSource, Merge
+from isthmus.model.weights.lora import Adapter, AdapterSource, Merge
 from isthmus.model.weights.quantization import Quantize, formats, rules_for
 from isthmus.model.weights.writer import write_folder
 
@@ -66,6 +66,8 @@ class ModelFolder:
     gone when the process ends"""
     adapter: Path | None = None
     """The adapter's folder, where one was opened; path is its base model's then"""
+    factors: Adapter | None = None
+    """What that folder holds"""
     quantize: tuple[str, ...] = ()
     """Rules by which matrices become integers when they are loaded, beside those that already are"""
     whole: Mapping[str, Kept] = field(default_factory=dict)
@@ -144,15 +146,13 @@ class ModelFolder:
         if self.quantize:
             changes.insert(0, Quantize(config, self.quantize))
         source = self._source(mesh)
-        if self.adapter is not None:
-            settings, factors = load_adapter(self.adapter, self._base())
-            if merge_adapter or not config.lora.rank:
-                changes.insert(0, Merge(factors, settings.scale))
-                config = dataclasses.replace(config, lora=LoraConfig())
-            elif settings != config.lora:
-                raise ConfigError(f"{self.adapter} holds an adapter of {settings}, not of {config.lora}")
-            else:
-                source = AdapterSource(source, factors)
+        if self.factors is not None and (merge_adapter or not config.lora.rank):
+            changes.insert(0, Merge(self.factors.factors, self.factors.lora.scale))
+            config = dataclasses.replace(config, lora=LoraConfig())
+        elif self.factors is not None:
+            if self.factors.lora != config.lora:
+                raise ConfigError(f"{self.adapter} holds an adapter of {self.factors.lora}, not of {config.lora}")
+            source = AdapterSource(source, self.factors.factors)
         return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype), changes, on_progress)
 
     def save(self, target: Path, params: Params) -> None:
@@ -164,14 +164,10 @@ class ModelFolder:
 
     def _source(self, mesh: Mesh) -> Source:
         """Where the parameters come from, an adapter's left out."""
-        config = self._base().config if self.adapter is not None else self.config
+        config = dataclasses.replace(self.config, lora=LoraConfig()) if self.factors is not None else self.config
         if self.family is None or self.weights is None:
             return CheckpointSource(self.path, config, mesh)
         return PublishedSource(self.weights, self.family, config, mesh, self.whole)
-
-    def _base(self) -> ModelFolder:
-        """The model that the adapter adapts."""
-        return dataclasses.replace(self.with_config(lora=LoraConfig()), adapter=None, quantize=(), whole={})
 
 
 def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
@@ -203,12 +199,13 @@ def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     if chat is not base.chat and not present(path / "tokenizer_config.json"):
         raise ConfigError(f"{path} has a chat template without the tokenizer_config.json that names its special tokens")
     base.tokenizer.eos_ids |= turn_end(base.tokenizer, chat)
-    settings, _ = load_adapter(path, base)
+    adapter = load_adapter(path, base)
     warnings = base.warnings
     if where == path:
         warnings += (f"{path} holds an adapter beside the model, and it is applied: to leave it out, move "
                      f"{ADAPTER_CONFIG} elsewhere",)  # fmt: skip
-    folder = dataclasses.replace(base, adapter=path, chat=chat, warnings=warnings).with_config(lora=settings)
+    folder = dataclasses.replace(base, adapter=path, factors=adapter, chat=chat, warnings=warnings)
+    folder = folder.with_config(lora=adapter.lora)
     folder.config.validate()
     return folder
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isthmus.model.config import ModelConfig
+from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.ops.linear import Weight
 from isthmus.model.ops.rounding import narrowed
 from isthmus.model.parameter import Role
@@ -37,6 +37,14 @@ def adapter_paths(config: ModelConfig) -> frozenset[str]:
     """The paths of all adapters' factors, in both layouts."""
     layouts = (parameter_specs(config), parameter_specs(config, stacked=True))
     return frozenset(path for specs in layouts for path, spec in specs.items() if spec.role is Role.ADAPTER)
+
+
+class Adapter(NamedTuple):
+    """An adapter as it was read."""
+
+    lora: LoraConfig
+    factors: dict[str, np.ndarray]
+    """float32, by their paths in the unstacked layout"""
 
 
 @dataclass(frozen=True)

@@ -146,8 +146,9 @@ def test_experts_over_devices_are_one_devices(shape: MeshShape, scan_layers: boo
     devices = build_mesh(shape)
     params = placed(stack_params(small) if scan_layers else small, devices, stacked=scan_layers)
     split = NamedSharding(devices, PartitionSpec(None, *partition_spec(("batch", "seq"))))
+    step = jax.jit(partial(gradients, SPARSE, Execution(scan_layers=scan_layers)))
     with use_mesh(devices):
-        got = jax.jit(partial(gradients, SPARSE, Execution(scan_layers=scan_layers)))(params, jax.device_put(batch, split))
+        got = step(params, jax.device_put(batch, split))
     assert abs(float(got.loss) - float(want.loss)) < 1e-5
     np.testing.assert_array_equal(got.load, want.load)
     assert relative_error(unstack_params(on_host(got.grads)), on_host(want.grads)) < 2e-4

@@ -29,7 +29,7 @@ from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.huggingface.load import Part, leaves_of, parts_of
 from isthmus.model.weights.layout import unstack_params
-from isthmus.model.weights.lora import split
+from isthmus.model.weights.lora import Adapter, split
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -217,7 +217,7 @@ def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
 # reading
 
 
-def load_adapter(folder: Path, base: Described) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(folder: Path, base: Described) -> Adapter:
     """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
     the unstacked layout.
 
@@ -246,7 +246,7 @@ def load_adapter(folder: Path, base: Described) -> tuple[LoraConfig, dict[str, n
         linear = f"blocks/{slot.layer}/{slot.path}"
         pair = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
         ours[f"{linear}/lora_a"], ours[f"{linear}/lora_b"] = pair
-    return lora, ours
+    return Adapter(lora, ours)
 
 
 def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:

@@ -1,7 +1,9 @@
-"""What lies under a file's name in a stranger's folder can't hang, fill memory or end in a traceback."""
+"""What lies under a file's name in a stranger's folder can't hang, fill memory or end in a traceback; and what is
+written appears whole."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import ConfigError
-from isthmus.model.process.files import read_bytes, read_json
+from isthmus.model.process.files import appearing, read_bytes, read_json
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE, TensorFiles
 from tests.model.weights.huggingface.folders import write_folder
@@ -105,3 +107,20 @@ def test_a_limit_is_exact(tmp_path: Path) -> None:
     assert read_bytes(path, 1024) == b"x" * 1024
     with pytest.raises(ConfigError, match="has more than"):
         read_bytes(path, 1023)
+
+
+def test_two_that_write_to_one_name_do_not_mix(tmp_path: Path) -> None:
+    """One writes into its own folder whatever the other does, and the later one is told; a folder of somebody else's
+    stays as it was, whatever it is called."""
+    (tmp_path / "new.partial").mkdir()
+    with contextlib.ExitStack() as other:
+        with appearing(tmp_path / "new") as first:
+            second = other.enter_context(appearing(tmp_path / "new"))
+            first.mkdir()
+            second.mkdir()
+            (first / "a").touch()
+            (second / "b").touch()
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+        with pytest.raises(ConfigError, match="made by somebody else"):
+            other.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.partial"]

@@ -22,13 +22,15 @@ from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params
 from isthmus.model.weights.checkpoint import Checkpoints
 from isthmus.model.weights.folder import ModelFolder, open_folder
-from isthmus.model.weights.lora import join, load_adapter, merge, save_adapter, split
+from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapter
+from isthmus.model.weights.layout import unstack_params
+from isthmus.model.weights.lora import split
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.request import Request, SamplingParams
 from tests.model.weights.test_lora import ENGINE, EVERYTHING, LORA, assert_same, some_tokens, zero_b
 from tests.parity.weights import family_tensors
 from tests.serve.engine.harness import Arrival, play
-from tests.support import TINY, forward, next_tokens, random_params, relative_error
+from tests.support import TINY, forward, merged, next_tokens, random_params, relative_error
 
 GOLDEN = Path(__file__).resolve().parents[2] / "parity" / "golden"
 
@@ -67,10 +69,13 @@ def own(tmp_path: Path, tokenizer: Tokenizer, mesh: Mesh) -> ModelFolder:
     return open_folder(folder)
 
 
-def with_adapters(base: ModelFolder, mesh: Mesh, lora: LoraConfig = LORA) -> tuple[ModelConfig, Params]:
+def with_adapters(
+    base: ModelFolder, mesh: Mesh, lora: LoraConfig = LORA, *, stacked: bool = False
+) -> tuple[ModelConfig, Params]:
     """The base model's parameters with random adapters."""
     config = dataclasses.replace(base.config, lora=lora)
-    return config, join(base.load_params(mesh), split(random_params(config, mesh))[1])
+    _, adapters = split(config, random_params(config, mesh, stacked=stacked))
+    return config, {**base.load_params(mesh, stacked=stacked), **adapters}
 
 
 TARGETS = {
@@ -86,33 +91,33 @@ TARGETS = {
 }
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("family", TARGETS)
 def test_what_is_saved_is_what_is_loaded(
-    family: str, scan_layers: bool, published: Callable, mesh: Mesh, tmp_path: Path
+    family: str, stacked: bool, published: Callable, mesh: Mesh, tmp_path: Path
 ) -> None:
     """Training goes on from a saved adapter, and a server starts from it: not a bit may be lost on the way."""
-    base = published(family).with_config(scan_layers=scan_layers)
-    config, params = with_adapters(base, mesh, dataclasses.replace(LORA, targets=TARGETS[family]))
+    base = published(family)
+    config, params = with_adapters(base, mesh, dataclasses.replace(LORA, targets=TARGETS[family]), stacked=stacked)
     config.validate()
     save_adapter(tmp_path / "adapter", base, config, params)
     lora, adapters = load_adapter(tmp_path / "adapter", base)
-    assert_same(adapters, split(params)[1])
+    assert_same(adapters, unstack_params(split(config, params)[1]))
     assert (lora.rank, lora.alpha) == (LORA.rank, LORA.alpha)
     again = dataclasses.replace(config, lora=lora)
     assert [again.adapted(kind) for kind in config.layer_kinds] == [config.adapted(kind) for kind in config.layer_kinds]
 
-    folder = open_folder(tmp_path / "adapter").with_config(scan_layers=scan_layers)
+    folder = open_folder(tmp_path / "adapter")
     assert (folder.name, folder.adapter, folder.path) == ("adapter", tmp_path / "adapter", base.path)
     assert folder.config == again
-    assert_same(folder.load_params(mesh), params)
+    assert_same(folder.load_params(mesh, stacked=stacked), params)
 
 
 def test_a_fresh_adapter_survives_saving(published: Callable, mesh: Mesh, tmp_path: Path) -> None:
     """A run may be stopped before its first step."""
     base = published("phi3")
     config = dataclasses.replace(base.config, lora=dataclasses.replace(LORA, targets="attention/(query|value)"))
-    adapters = split(zero_b(random_params(config, mesh)))[1]
+    adapters = split(config, zero_b(random_params(config, mesh)))[1]
     save_adapter(tmp_path / "adapter", base, config, adapters)
     assert_same(load_adapter(tmp_path / "adapter", base)[1], adapters)
 
@@ -125,8 +130,8 @@ def test_an_adapter_of_a_model_of_our_own(own: ModelFolder, mesh: Mesh, tmp_path
     assert stored["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     folder = open_folder(tmp_path / "adapter")
     assert_same(folder.load_params(mesh), params)
-    assert_same(folder.load_params(mesh, merge_adapter=True), merge(config, params)[1])
-    assert folder.load_params(mesh, "bfloat16")["blocks"]["0"]["mlp"]["up"]["lora_a"].dtype == "bfloat16"
+    assert_same(folder.load_params(mesh, merge_adapter=True), merged(config, params)[1])
+    assert folder.load_params(mesh, "bfloat16")["blocks/0/mlp/up/lora_a"].dtype == "bfloat16"
     assert folder.tokenizer.eos_ids == own.tokenizer.eos_ids
 
 
@@ -252,7 +257,7 @@ def test_an_adapter_from_elsewhere_adds_its_product(
     _, adapters = load_adapter(adapter, base)
     mesh = build_mesh(MeshShape())
     config = dataclasses.replace(base.config, lora=open_folder(adapter).config.lora)
-    computed = forward(config, join(base.load_params(mesh), adapters), some_tokens(config))
+    computed = forward(config, {**base.load_params(mesh), **adapters}, some_tokens(config))
     want = merged_by_hand(base, tensors, lambda module: 3 / (2 if rslora else 4))
     assert relative_error(computed, forward(base.config, want, some_tokens(config))) <= 1e-5
 
@@ -269,7 +274,7 @@ def test_ranks_and_scales_may_differ(rslora: bool, published: Callable, mesh: Me
     lora, adapters = load_adapter(adapter, base)
     assert lora.rank == 12
     config = dataclasses.replace(base.config, lora=lora)
-    computed = forward(config, join(base.load_params(mesh), adapters), some_tokens(config))
+    computed = forward(config, {**base.load_params(mesh), **adapters}, some_tokens(config))
 
     def scale(module: str) -> float:
         rank = ranks[module]
@@ -283,10 +288,10 @@ def test_layers_without_an_adapter_are_the_bases(published: Callable, mesh: Mesh
     """layers_to_transform adapts some layers only, in the scanned layout too."""
     base, adapter = published("llama3"), tmp_path / "adapter"
     make_adapter(base, adapter, {LAYER.format(2, "self_attn.q_proj"): 4}, layers_to_transform=[2])
-    folder = open_folder(adapter).with_config(scan_layers=True)
-    adapters = split(folder.load_params(mesh))[1]
-    (query,) = adapters["blocks"].values()
-    used = np.asarray(query["attention"]["query"]["lora_b"]).any(axis=(1, 2, 3))
+    folder = open_folder(adapter)
+    _, adapters = split(folder.config, folder.load_params(mesh, stacked=True))
+    (query,) = (weight for path, weight in adapters.items() if path.endswith("/attention/query/lora_b"))
+    used = np.asarray(query).any(axis=(1, 2, 3))
     assert used.tolist() == [layer == 2 for layer in range(base.config.layers)]
 
 

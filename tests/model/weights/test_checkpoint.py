@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -17,44 +18,49 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, ModelConfig
 from isthmus.model.ops.rounding import narrowed
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.model.transformer import Params, abstract_params, param_shardings, stack_blocks, stacked, unstack_blocks
-from isthmus.model.weights.checkpoint import FOLDER, CheckpointError, Checkpoints, load_params
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.checkpoint import FOLDER, CheckpointError, Checkpoints, CheckpointSource
+from isthmus.model.weights.layout import stack_params, unstack_params
+from isthmus.model.weights.load import load_params
 from tests.support import on_host, random_params
 
 
 def abstract_state(config: ModelConfig, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
     """Parameters, and an optimizer state that mirrors them twice and counts."""
-    params = abstract_params(stacked(config), mesh)
+    params = abstract_params(config, mesh, stacked=True)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     return params, {"mu": params, "nu": params, "count": count}
 
 
-def make_state(config: ModelConfig, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
-    mu, nu = random_params(config, mesh, seed=1), random_params(config, mesh, seed=2)
-    return random_params(config, mesh), {"mu": mu, "nu": nu, "count": jnp.int32(7)}
+def make_state(config: ModelConfig, mesh: Mesh, *, stacked: bool = False) -> tuple[Params, dict[str, Any]]:
+    params, mu, nu = (random_params(config, mesh, seed, stacked=stacked) for seed in range(3))
+    return params, {"mu": mu, "nu": nu, "count": jnp.int32(7)}
+
+
+def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str | None = None, *, stacked: bool = False) -> Params:
+    return load_params(
+        CheckpointSource(folder, config, mesh), abstract_params(config, mesh, stacked=stacked, dtype=dtype)
+    )
 
 
 def assert_equal(got: Any, want: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, on_host(got), on_host(want))
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-def test_saved_on_eight_devices_restored_on_one(
-    scan_layers: bool, tiny: ModelConfig, mesh: Mesh, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "scanned"])
+def test_saved_on_eight_devices_restored_on_one(stacked: bool, tiny: ModelConfig, mesh: Mesh, tmp_path: Path) -> None:
     """A run must be able to move to another machine, and to change its layout, without losing a bit."""
-    config = dataclasses.replace(tiny, scan_layers=scan_layers)
-    params, optimizer = make_state(config, build_mesh(MeshShape(fsdp=4, tp=2)))
+    params, optimizer = make_state(tiny, build_mesh(MeshShape(fsdp=4, tp=2)), stacked=stacked)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(7, params, optimizer, {"step": 7, "tokens": 123})
     checkpoints.close()
 
     reopened = Checkpoints(tmp_path)
-    restored = reopened.restore(*abstract_state(config, mesh))
+    restored = reopened.restore(*abstract_state(tiny, mesh))
     reopened.close()
     assert restored.step == 7
     assert restored.progress == {"step": 7, "tokens": 123}
-    layout = (lambda tree: tree) if scan_layers else unstack_blocks
+    layout = (lambda tree: tree) if stacked else unstack_params
     assert_equal(layout(restored.params), params)
     assert_equal(layout(restored.optimizer), optimizer)
     assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(restored.params))
@@ -70,9 +76,9 @@ def test_saved_on_one_device_restored_on_eight(
     cube = build_mesh(MeshShape(2, 2, 2))
     restored = checkpoints.restore(*abstract_state(tiny, cube))
     checkpoints.close()
-    assert_equal(restored.params, stack_blocks(params))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, restored.optimizer["nu"])
-    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, shardings, param_shardings(stacked(tiny), cube)))
+    assert_equal(restored.params, stack_params(params))
+    wanted = abstract_params(tiny, cube, stacked=True)
+    assert jax.tree.all(jax.tree.map(lambda x, leaf: x.sharding == leaf.sharding, restored.optimizer["nu"], wanted))
 
 
 def test_a_save_under_way_does_not_read_the_next_step(tiny: ModelConfig, mesh: Mesh, tmp_path: Path) -> None:
@@ -85,7 +91,7 @@ def test_a_save_under_way_does_not_read_the_next_step(tiny: ModelConfig, mesh: M
         leaf.delete()
     restored = checkpoints.restore(*abstract_state(tiny, mesh))
     checkpoints.close()
-    assert_equal(unstack_blocks((restored.params, restored.optimizer)), want)
+    assert_equal(unstack_params((restored.params, restored.optimizer)), want)
 
 
 def test_the_newest_are_kept(tiny: ModelConfig, mesh: Mesh, tmp_path: Path) -> None:
@@ -116,37 +122,44 @@ def model_folder(tiny: ModelConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_serving_loads_either_layout(tiny: ModelConfig, tiny_params: Params, mesh: Mesh, model_folder: Path) -> None:
     """The layout is the server's choice, not the trainer's."""
-    assert_equal(load_params(model_folder, tiny, mesh), tiny_params)
-    assert_equal(load_params(model_folder, stacked(tiny), mesh), stack_blocks(tiny_params))
+    assert_equal(load(model_folder, tiny, mesh), tiny_params)
+    assert_equal(load(model_folder, tiny, mesh, stacked=True), stack_params(tiny_params))
 
 
 def test_serving_casts_matrices_and_keeps_norms(
     tiny: ModelConfig, tiny_params: Params, mesh: Mesh, model_folder: Path
 ) -> None:
     """Weights are cast once at load; norms stay in float32, where a bfloat16 scale would cost accuracy for nothing."""
-    loaded = load_params(model_folder, tiny, mesh, "bfloat16")
-
-    def check(path: tuple, leaf: jax.Array, original: jax.Array) -> None:
-        dtype = jnp.float32 if path[-1].key == "scale" else jnp.bfloat16
+    loaded = load(model_folder, tiny, mesh, "bfloat16")
+    assert loaded.keys() == tiny_params.keys()
+    for path, leaf in loaded.items():
+        dtype = jnp.float32 if path.endswith("/scale") else jnp.bfloat16
         assert leaf.dtype == dtype, path
-        np.testing.assert_array_equal(leaf, narrowed(original, dtype))
+        np.testing.assert_array_equal(leaf, narrowed(tiny_params[path], dtype))
 
-    jax.tree_util.tree_map_with_path(check, loaded, tiny_params)
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_path_is_a_path_through_dicts_on_disk(tiny: ModelConfig, tiny_params: Params, model_folder: Path) -> None:
+    """Folders of earlier versions hold nested dicts, stacked: written otherwise, neither could read the other's."""
+    tree = ocp.PyTreeCheckpointer().restore(model_folder.resolve() / FOLDER / "3" / "params")
+    assert tree.keys() == {"embedding", "blocks", "norm", "head"} and tree["blocks"].keys() == {"0-1"}
+    want = stack_params(tiny_params)["blocks/0-1/attention/query/kernel"]
+    np.testing.assert_array_equal(tree["blocks"]["0-1"]["attention"]["query"]["kernel"], want)
 
 
 def test_a_folder_that_is_no_model_is_named(tiny: ModelConfig, mesh: Mesh, tmp_path: Path) -> None:
     """Pointing the server at the wrong folder is common; a stack trace from Orbax is no answer."""
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        load_params(tmp_path, tiny, mesh)
+        load(tmp_path, tiny, mesh)
     with pytest.raises(ConfigError, match="nowhere"):
-        load_params(tmp_path / "nowhere", tiny, mesh)
+        load(tmp_path / "nowhere", tiny, mesh)
 
 
 def test_a_run_without_a_checkpoint_is_named(tiny: ModelConfig, mesh: Mesh, tmp_path: Path) -> None:
     """A run that was stopped before its first checkpoint has a folder and nothing in it."""
     (tmp_path / FOLDER).mkdir()
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        load_params(tmp_path, tiny, mesh)
+        load(tmp_path, tiny, mesh)
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         checkpoints.restore(*abstract_state(tiny, mesh))
@@ -194,3 +207,13 @@ def test_fields_left_out_take_their_default(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"vocab_size": 64, "dim": 32, "heads": 4, "kv_heads": 4, "head_dim": 8}))
     assert ModelConfig.load(path) == ModelConfig(vocab_size=64, dim=32, heads=4, kv_heads=4, head_dim=8)
+
+
+def test_an_earlier_versions_execution_is_passed_over(tmp_path: Path) -> None:
+    """config.json said once how the network is computed and trained, too; it is the same network without."""
+    path = tmp_path / "config.json"
+    fields = dataclasses.asdict(PRESETS["1b"])
+    fields |= {"dtype": "bfloat16", "scan_layers": True, "remat": "dots"}
+    fields["mixture"]["correction_rate"] = 0.001
+    path.write_text(json.dumps(fields))
+    assert ModelConfig.load(path) == PRESETS["1b"]

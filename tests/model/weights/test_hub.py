@@ -22,11 +22,11 @@ import tyro
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from isthmus.commands.convert import ConvertConfig
 from isthmus.commands.generate import GenerateConfig
 from isthmus.errors import ConfigError
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.hub import FolderOptions, is_hub_name
+from isthmus.quality.convert import ConvertConfig
 from isthmus.serve.api.config import ServeConfig
 from tests.model.process.test_files import KINDS
 from tests.model.weights.huggingface.folders import write_folder
@@ -175,8 +175,8 @@ def test_a_folder_that_is_both(cache: Path, mesh: Mesh) -> None:
     assert len(folder.warnings) == 1 and "an adapter beside the model" in folder.warnings[0]
     merged = folder.load_params(mesh, merge_adapter=True)
     tensors = adapter_product(both)
-    kernel = np.asarray(bare["blocks"]["0"]["attention"]["query"]["kernel"])
-    got = np.asarray(merged["blocks"]["0"]["attention"]["query"]["kernel"])
+    kernel = np.asarray(bare["blocks/0/attention/query/kernel"])
+    got = np.asarray(merged["blocks/0/attention/query/kernel"])
     np.testing.assert_allclose(got, kernel + tensors.reshape(kernel.shape), rtol=1e-5, atol=1e-5)
     # Only what PEFT copies beside an adapter: the model is where the adapter says.
     (both / "model.safetensors").unlink()

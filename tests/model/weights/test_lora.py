@@ -1,8 +1,9 @@
-"""Adapters: what they compute, how they lie in a tree, and which settings are refused."""
+"""Adapters: what they compute, how they lie among parameters, and which settings are refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from pathlib import Path
@@ -17,15 +18,18 @@ from jax.sharding import Mesh
 from isthmus.errors import ConfigError
 from isthmus.model.block import Block
 from isthmus.model.config import LatentConfig, LoraConfig, MixtureConfig, ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION
 from isthmus.model.layers import Linear
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
-from isthmus.model.transformer import Params, abstract_params, init_params, stack_blocks, stacked, unstack_blocks
-from isthmus.model.weights.lora import is_adapter, join, merge, split
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.layout import stack_params, unstack_params
+from isthmus.model.weights.lora import Merge, split
+from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.request import Request, SamplingParams
 from tests.serve.engine.harness import Arrival, play
-from tests.support import TINY, forward, next_tokens, on_host, random_params, relative_error
+from tests.support import TINY, forward, merged, next_tokens, on_host, random_params, relative_error
 
 EVERYTHING = r"attention/(query_down|query|latent|out)|mlp/(shared/)?(gate|up|down)"
 """What can be adapted in every network, with latent attention or without."""
@@ -56,6 +60,10 @@ def without(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, lora=LoraConfig())
 
 
+def is_adapter(path: str) -> bool:
+    return path.endswith(("/lora_a", "/lora_b"))
+
+
 def assert_same(got: Any, want: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, on_host(got), on_host(want))
 
@@ -71,9 +79,9 @@ def test_an_adapter_is_a_change_of_the_kernel(name: str, tp: int) -> None:
     params, tokens = random_params(config, mesh), some_tokens(config)
     with use_mesh(mesh):
         adapted = forward(config, params, tokens)
-        merged = forward(*merge(config, params), tokens)
-        plain = forward(without(config), split(params)[0], tokens)
-    assert relative_error(adapted, merged) <= 5e-6
+        added = forward(*merged(config, params), tokens)
+        plain = forward(without(config), split(config, params)[0], tokens)
+    assert relative_error(adapted, added) <= 5e-6
     assert relative_error(adapted, plain) > 0.1
 
 
@@ -83,35 +91,37 @@ def test_scanned_adapters_are_the_unrolled_ones(name: str, mesh: Mesh) -> None:
     config = NETWORKS[name]
     params, tokens = random_params(config, mesh), some_tokens(config)
     want = forward(config, params, tokens)
-    stack = stack_blocks(params)
-    assert relative_error(forward(stacked(config), stack, tokens), want) <= 1e-6
-    merged_config, merged = merge(stacked(config), stack)
-    assert merged_config == without(stacked(config))
-    assert relative_error(unstack_blocks(merged), merge(config, params)[1]) <= 1e-6
+    stack = stack_params(params)
+    assert relative_error(forward(config, stack, tokens), want) <= 1e-6
+    plain, added = merged(config, stack)
+    assert plain == without(config)
+    assert relative_error(unstack_params(added), merged(config, params)[1]) <= 1e-6
 
 
 def test_an_adapter_is_born_beside_the_same_model(mesh: Mesh) -> None:
     """What else a model starts from must not depend on whether it has adapters; and b starts as zeros, a doesn't."""
     config = NETWORKS["dense"]
-    base, adapters = split(init_params(config, 4, mesh))
+    base, adapters = split(config, init_params(config, 4, mesh))
     assert_same(base, init_params(without(config), 4, mesh))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(adapters):
-        assert bool(leaf.any()) == (path[-1].key == "lora_a")
+    for path, leaf in adapters.items():
+        assert bool(leaf.any()) == path.endswith("/lora_a")
 
 
 def zero_b(params: Params) -> Params:
     """The same parameters with adapters that add nothing yet."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * 0 if path[-1].key == "lora_b" else leaf, params)
+    return {path: leaf * 0 if path.endswith("/lora_b") else leaf for path, leaf in params.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_new_adapter_changes_no_bit(name: str, dtype: Any, mesh: Mesh) -> None:
     """Training starts from the base model's own answers. Operation by operation: XLA may round two programs apart."""
-    config = dataclasses.replace(NETWORKS[name], dtype=dtype)
+    config = NETWORKS[name]
     params, tokens = zero_b(random_params(config, mesh)), some_tokens(config)
+    base = split(config, params)[0]
     with jax.disable_jit():
-        got, want = forward(config, params, tokens), forward(without(config), split(params)[0], tokens)
+        got = forward(config, params, tokens, dtype=dtype)
+        want = forward(without(config), base, tokens, dtype=dtype)
     np.testing.assert_array_equal(got, want)
 
 
@@ -123,51 +133,62 @@ def test_the_engine_serves_the_adapted_model(tp: int) -> None:
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
     requests = [Request(f"{i}", prompt, SamplingParams(temperature=0), 16) for i, prompt in enumerate(prompts)]
-    executor = Executor(config, ENGINE.resolve(config), params, mesh, 90)
-    executor.compile()
+    executor = Executor(Served(config, ENGINE.resolve(config), 90), params, mesh)
+    executor.warm_up()
     play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
     sequences, single = [request.tokens for request in requests], on_host(params)
     adapted = next_tokens(config, single, sequences, 90)
-    plain = next_tokens(without(config), split(single)[0], sequences, 90)
+    plain = next_tokens(without(config), split(config, single)[0], sequences, 90)
     for request, row, other in zip(requests, adapted, plain, strict=True):
         part = slice(len(request.prompt) - 1, len(request.tokens) - 1)
         assert request.completion == row[part].tolist(), request.id
         assert request.completion != other[part].tolist(), "the adapter decides nothing"
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("donate", [False, True])
-def test_merging_keeps_dtype_and_sharding(scan_layers: bool, donate: bool) -> None:
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "scanned"])
+def test_merging_keeps_dtype_and_sharding(stacked: bool, mesh: Mesh) -> None:
     """A merged model that lands on one device, or in float32, may not fit where the model did."""
-    mesh = build_mesh(MeshShape(fsdp=2, tp=2))
-    config = dataclasses.replace(NETWORKS["dense"], scan_layers=scan_layers)
-    exact = random_params(config, mesh)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype("float32" if is_adapter(path) else "bfloat16"), exact
-    )
-    want = jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), split(params)[0])
-    inside = on_host(jax.jit(lambda params: merge(config, params)[1])(params))
-    merged = merge(config, params, donate=donate)[1]
-    assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.sharding), merged) == want
-    assert_same(merged, inside)
-    assert relative_error(merged, merge(config, exact)[1]) <= 0.01
+    config = NETWORKS["dense"]
+
+    def narrow(params: Params) -> Params:
+        return {path: leaf.astype("float32" if is_adapter(path) else "bfloat16") for path, leaf in params.items()}
+
+    exact = random_params(config, build_mesh(MeshShape(fsdp=2, tp=2)), stacked=stacked)
+    params, alone = narrow(exact), narrow(random_params(config, mesh, stacked=stacked))
+    want = {path: (leaf.dtype, leaf.sharding) for path, leaf in split(config, params)[0].items()}
+    got = merged(config, params)[1]
+    assert {path: (leaf.dtype, leaf.sharding) for path, leaf in got.items()} == want
+    assert_same(got, merged(config, alone)[1])
+    assert relative_error(got, merged(config, exact)[1]) <= 0.01
 
 
-# in a tree
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "scanned"])
+def test_merging_takes_no_memory_of_its_own(stacked: bool) -> None:
+    """A model that fills the devices must fit with its adapter added, too: what is merged takes the kernel's place."""
+    config, devices = NETWORKS["dense"], build_mesh(MeshShape(fsdp=2, tp=2))
+    base, adapters = split(config, random_params(config, devices, stacked=stacked))
+    merge = Merge(on_host(unstack_params(adapters)), config.lora.scale)
+    for path, weight in base.items():
+        kept = merge(path, weight)
+        assert weight.is_deleted() == any(name.startswith(path.removesuffix("kernel") + "lora") for name in adapters)
+        assert (kept is weight) != weight.is_deleted()
+
+
+# among parameters
 
 
 def test_split_and_join_are_inverses(mesh: Mesh) -> None:
     """Training holds the two apart; a leaf on the wrong side would be frozen, or trained and not stored."""
-    for config in NETWORKS.values():
-        params = abstract_params(config)
-        base, adapters = split(params)
-        assert base == abstract_params(without(config))
-        assert all(is_adapter(path) for path, _ in jax.tree_util.tree_leaves_with_path(adapters))
-        assert not any(is_adapter(path) for path, _ in jax.tree_util.tree_leaves_with_path(base))
-        assert join(base, adapters) == params
-        assert split(base) == (base, {})
-    _, adapters = split(abstract_params(NETWORKS["attention alone"]))
-    assert adapters.keys() == {"blocks"} and adapters["blocks"]["0"].keys() == {"attention"}
+    for config, stacked in itertools.product(NETWORKS.values(), (False, True)):
+        params = abstract_params(config, stacked=stacked)
+        base, adapters = split(config, params)
+        assert base == abstract_params(without(config), stacked=stacked)
+        assert all(map(is_adapter, adapters)) and not any(map(is_adapter, base))
+        assert {**base, **adapters} == params
+        assert split(config, base) == (base, {})
+    config = NETWORKS["attention alone"]
+    _, adapters = split(config, abstract_params(config))
+    assert {tuple(path.split("/")[::2])[:2] for path in adapters} == {("blocks", "attention")}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -176,7 +197,7 @@ def test_every_projection_can_be_named(name: str) -> None:
     config = without(NETWORKS[name])
     for kind in set(config.layer_kinds):
         with nnx.use_eager_sharding(False):
-            block = nnx.eval_shape(lambda kind=kind: Block(config, kind, nnx.Rngs(0)))
+            block = nnx.eval_shape(lambda kind=kind: Block(config, DEFAULT_EXECUTION, kind, nnx.Rngs(0)))
         found = {"/".join(path) for path, module in nnx.iter_modules(block) if isinstance(module, Linear)}
         read_past = {"attention/key", "attention/value"} if config.latent.rank else set()
         assert set(config.projections(kind)) == found - read_past - {"mlp/router/linear"}
@@ -210,7 +231,8 @@ def test_experts_alone_can_not_be_adapted() -> None:
         config.validate()
     dense_first = dataclasses.replace(config, mixture=dataclasses.replace(mixture, dense_layers=(0,)))
     dense_first.validate()
-    assert split(abstract_params(dense_first))[1]["blocks"].keys() == {"0"}
+    _, adapters = split(dense_first, abstract_params(dense_first))
+    assert {path.split("/")[1] for path in adapters} == {"0"}
 
 
 def test_settings_are_kept_in_json(tmp_path: Path) -> None:

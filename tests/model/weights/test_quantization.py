@@ -17,17 +17,19 @@ from jax.sharding import Mesh
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import DEFAULT_EXECUTION
 from isthmus.model.ops.quantized import Quantized, from_integers, quantize, shapes
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
-from isthmus.model.transformer import Params, bind
-from isthmus.model.weights.checkpoint import CheckpointError, Checkpoints, load_params
+from isthmus.model.transformer import Params, abstract_params, bind
+from isthmus.model.weights.checkpoint import CheckpointError, Checkpoints, CheckpointSource
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.gptq import quantize_by_moments
-from isthmus.model.weights.packing import replace_matrices
+from isthmus.model.weights.load import load_params
 from isthmus.model.weights.quantization import (
     SCHEMES,
     check_rules,
     formats,
+    matrices,
     parse_rule,
     quantize_params,
     spelt_out,
@@ -35,7 +37,7 @@ from isthmus.model.weights.quantization import (
 )
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.request import Request, SamplingParams
 from isthmus.train.step import packed_attention
 from tests.model.weights.huggingface.folders import write_folder
@@ -51,9 +53,13 @@ ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_token
 
 def quantized(config: ModelConfig, params: Params, scheme: str) -> Params:
     """A copy with the matrices of a scheme as integers."""
-    copy: Params = jax.tree.map(lambda leaf: leaf, params)
+    copy = dict(params)
     quantize_params(config, copy, SCHEMES[scheme])
     return copy
+
+
+def load_checkpoint(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
+    return load_params(CheckpointSource(folder, config, mesh), abstract_params(config, mesh))
 
 
 @pytest.mark.parametrize("inputs", [1, 31, 64, 100, 344])
@@ -133,19 +139,19 @@ def plain_gptq(matrix: np.ndarray, x: np.ndarray, scales: np.ndarray, group: int
 def test_rules_choose_by_path_and_the_first_one_counts() -> None:
     """Somebody keeps the first layer whole, or everything but the MLPs: the rules must mean what they say."""
     chosen = formats(CONFIG, ("blocks/0/.*=none", ".*mlp.*=int4:32", "head=int8"))
-    assert {path[:2] for path in chosen} == {("blocks", "1"), ("head",)}
-    assert all(each.bits == (8 if path == ("head",) else 4) for path, each in chosen.items())
-    assert ("blocks", "1", "attention", "query", "kernel") not in chosen
+    assert {"/".join(path.split("/")[:2]) for path in chosen} == {"blocks/1", "head"}
+    assert all(each.bits == (8 if path == "head" else 4) for path, each in chosen.items())
+    assert "blocks/1/attention/query/kernel" not in chosen
     everything = formats(CONFIG, SCHEMES["int4"])
-    assert everything[("embedding",)].bits == 8 and everything[("blocks", "0", "mlp", "up", "kernel")].group == 64
-    assert everything[("blocks", "0", "attention", "value", "kernel")].bits == 6
+    assert everything["embedding"].bits == 8 and everything["blocks/0/mlp/up/kernel"].group == 64
+    assert everything["blocks/0/attention/value/kernel"].bits == 6
 
 
 @pytest.mark.parametrize(("inputs", "group"), [(576, 64), (640, 64), (344, 32), (24, 32), (1000, 64)])
 def test_a_group_fits_the_inputs_unless_a_rule_names_it(inputs: int, group: int) -> None:
     """Padding would be read like weights at every step: 344 inputs in groups of 64 are 12% more."""
     config = dataclasses.replace(CONFIG, dim=inputs, heads=2, kv_heads=1, head_dim=16)
-    path = ("blocks", "0", "mlp", "up", "kernel")
+    path = "blocks/0/mlp/up/kernel"
     assert formats(config, (".*=int8",))[path].group == group
     assert formats(config, (".*=int8:128",))[path] == (8, 128, True, "bfloat16", True)
     assert formats(config, (".*=int8:32:plain",))[path] == (8, 32, False, "bfloat16", True)
@@ -201,12 +207,11 @@ def test_a_rule_that_means_nothing_is_an_error(rule: str) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_memory_is_what_the_rules_say(scheme: str, mesh: Mesh) -> None:
     """The pages of the cache are counted from what the weights leave."""
-    config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(config, mesh))
-    made = quantized(config, params, scheme)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(CONFIG, mesh))
+    made = quantized(CONFIG, params, scheme)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(made))
-    assert abs(weight_bytes(config, SCHEMES[scheme]) - held) < 0.15 * held
-    assert weight_bytes(config, ()) > 1.8 * weight_bytes(config, SCHEMES["int8"])
+    assert abs(weight_bytes(CONFIG, "bfloat16", SCHEMES[scheme]) - held) < 0.15 * held
+    assert weight_bytes(CONFIG, "bfloat16", ()) > 1.8 * weight_bytes(CONFIG, "bfloat16", SCHEMES["int8"])
 
 
 @pytest.mark.parametrize(("family", "most"), [("deepseek_v3", 0.15), ("gemma3", 0.003), ("gpt_oss", 0.02)])
@@ -214,10 +219,8 @@ def test_families_stay_close_to_themselves(family: str, most: float, mesh: Mesh)
     """Latents, experts, tied and scaled embeddings: what can't be quantized is left alone, the rest stays near. The
     bounds are two to three times what these networks, tiny and of large random weights, came to."""
     _, config, params = load(family, mesh)
-    config = dataclasses.replace(config, scan_layers=False)
     made = quantized(config, params, "int8")
-    leaves = jax.tree.leaves(made, is_leaf=lambda node: isinstance(node, Quantized))
-    assert any(isinstance(leaf, Quantized) for leaf in leaves)
+    assert any(isinstance(weight, Quantized) for weight in made.values())
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (4, min(96, config.context_length)))
     want, got = (jax.nn.log_softmax(forward(config, each, tokens), axis=-1) for each in (params, made))
     assert 0 < float((jnp.exp(want) * (want - got)).sum(axis=-1).mean()) < most
@@ -230,8 +233,8 @@ def test_the_engine_generates_with_integers(scheme: str, cache_dtype: Any, mesh:
     texts: dict[bool, list[list[int]]] = {}
     for kernels in (True, False):
         engine = dataclasses.replace(ENGINE, kernels=kernels, cache_dtype=cache_dtype)
-        executor = Executor(CONFIG, engine, params, mesh, CONFIG.vocab_size)
-        executor.compile()
+        executor = Executor(Served(CONFIG, engine, CONFIG.vocab_size), params, mesh)
+        executor.warm_up()
         requests = [Request(f"{i}", [i, 7, 3 * i + 1], GREEDY, 24) for i in range(6)]
         play(executor, [Arrival(request) for request in requests])
         texts[kernels] = [request.completion for request in requests]
@@ -246,8 +249,8 @@ def test_the_engine_generates_with_integers(scheme: str, cache_dtype: Any, mesh:
 def test_a_batch_does_not_change_a_quantized_row(mesh: Mesh) -> None:
     """Activations are rounded by row: a neighbour with large numbers must not coarsen anybody else's."""
     params = quantized(CONFIG, random_params(CONFIG, mesh), "int4")
-    executor = Executor(CONFIG, ENGINE, params, mesh, CONFIG.vocab_size)
-    executor.compile()
+    executor = Executor(Served(CONFIG, ENGINE, CONFIG.vocab_size), params, mesh)
+    executor.warm_up()
     alone = Request("alone", [5, 6, 7], GREEDY, 20)
     play(executor, [Arrival(alone)])
     crowd = [Request(f"{i}", [i, 5, 6, 7], GREEDY, 30) for i in range(3)]
@@ -261,7 +264,7 @@ def test_one_quantized_step_lowers_for_every_platform(mesh: Mesh) -> None:
     params = quantized(CONFIG, random_params(CONFIG, mesh), "int4")
 
     def step(params: Params, tokens: jax.Array) -> jax.Array:
-        model = bind(CONFIG, params)
+        model = bind(CONFIG, DEFAULT_EXECUTION, params)
         hidden, _ = model(tokens, jnp.arange(8)[None], packed_attention(jnp.zeros((1, 8), jnp.int32)), None)
         return model.logits(hidden)
 
@@ -284,11 +287,10 @@ def test_conversion_writes_what_serving_reads_on_any_mesh(tmp_path: Path, capsys
     folder = open_folder(tmp_path / "small")
     assert folder.config.quantization == (".*=int8:32",)
     original = open_folder(source)
-    want: Params = original.with_config(scan_layers=False).load_params(build_mesh(MeshShape()))
-    quantize_params(dataclasses.replace(original.config, scan_layers=False), want, SCHEMES["int8"])
+    want = original.load_params(build_mesh(MeshShape()))
+    quantize_params(original.config, want, SCHEMES["int8"])
     for shape in (MeshShape(), MeshShape(tp=2)):
-        config = dataclasses.replace(folder.config, scan_layers=False)
-        got = load_params(folder.path, config, build_mesh(shape))
+        got = load_checkpoint(folder.path, folder.config, build_mesh(shape))
         jax.tree.map(np.testing.assert_array_equal, got, want)
     with pytest.raises(ConfigError, match="quantized already"):
         open_model(tmp_path / "small", quantize="int8")
@@ -299,28 +301,26 @@ def test_conversion_writes_what_serving_reads_on_any_mesh(tmp_path: Path, capsys
         (".*=int8:64",),
         (),
     ):  # the first takes as many bytes, which mean other numbers
-        config = dataclasses.replace(folder.config, quantization=edited, scan_layers=False)
+        config = dataclasses.replace(folder.config, quantization=edited)
         with pytest.raises(CheckpointError, match=r"made by, which is \.\*=int8:32; put it back"):
-            load_params(folder.path, config, build_mesh(MeshShape()))
+            load_checkpoint(folder.path, config, build_mesh(MeshShape()))
 
 
 def test_integers_of_an_earlier_version_are_refused(tmp_path: Path, mesh: Mesh) -> None:
     """They were kept in other bytes: read as ours they would be a model that talks nonsense."""
-    config = dataclasses.replace(CONFIG, quantization=(".*mlp/up/.*=int8:64",), scan_layers=False)
+    config = dataclasses.replace(CONFIG, quantization=(".*mlp/up/.*=int8:64",))
     params = random_params(CONFIG, mesh)
     quantize_params(config, params, config.quantization)
-
-    def earlier(path: tuple[str, ...], weight: Any, inputs: int) -> Any:
-        if not isinstance(weight, Quantized):
-            return weight
-        return {"integers": weight.integers(), "scales": weight.scales[:1].astype(jnp.float32)}
-
-    replace_matrices(config, params, earlier)
+    for path in matrices(config):
+        if isinstance(params[path], Quantized):
+            weight = params.pop(path)
+            params[f"{path}/integers"] = weight.integers()
+            params[f"{path}/scales"] = weight.scales[:1].astype(jnp.float32)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, params, None, {"step": 0, "tokens": 0})
     checkpoints.close()
     with pytest.raises(CheckpointError, match="made by, which is not known"):
-        load_params(tmp_path, config, mesh)
+        load_checkpoint(tmp_path, config, mesh)
 
 
 def test_a_model_that_loses_too_much_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import gguf
-import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -16,8 +14,7 @@ from jax.sharding import Mesh
 from isthmus.model.ops.quantized import Quantized
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
-from isthmus.model.weights.huggingface.export import network_of
-from isthmus.model.weights.packing import replace_matrices
+from isthmus.model.weights.quantization import matrices
 from isthmus.serve.engine.build import open_model
 from tests.model.weights.gguf.made import ARCHITECTURES, write_gguf
 from tests.parity.families import GOLDEN, golden, load
@@ -37,7 +34,7 @@ FIXED = {
 @pytest.mark.parametrize("family", sorted(set(ARCHITECTURES) - {"qwen3_moe"}))
 def test_a_file_is_the_folder_that_it_was_made_from(family: str, tmp_path: Path, mesh: Mesh) -> None:
     """Another rope, another order of rows, or a norm without its 1 would be another model, and say so to nobody."""
-    folder = open_folder(write_gguf(tmp_path / "model.gguf", family)).with_config(scan_layers=False)
+    folder = open_folder(write_gguf(tmp_path / "model.gguf", family))
     _, want_config, want = load(family, mesh)
     got, changed = folder.config, FIXED.get(family, {})
     if "query_pre_attn_scalar" in changed:
@@ -52,12 +49,12 @@ def test_a_file_is_the_folder_that_it_was_made_from(family: str, tmp_path: Path,
         assert factor == pytest.approx(want_config.rope_scaling.attention_factor, rel=1e-6)
         scaling = dataclasses.replace(want_config.rope_scaling, attention_factor=factor)
         want_config = dataclasses.replace(want_config, rope_scaling=scaling)
-    assert network_of(got) == network_of(want_config)
+    assert got.canonical() == want_config.canonical()
     params = folder.load_params(mesh)
-    for (path, one), (_, other) in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree_util.tree_leaves_with_path(want), strict=True
-    ):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-7, err_msg=str(path))  # a norm's 1 is added and taken
+    assert params.keys() == want.keys()
+    for path, array in want.items():
+        # A norm's 1 is added and taken.
+        np.testing.assert_allclose(params[path], array, rtol=0, atol=2e-7, err_msg=path)
     if changed:
         return
     truth = golden(family)
@@ -78,17 +75,14 @@ def sparse_everywhere() -> dict[str, np.ndarray]:
 def test_stacked_experts_are_each_themselves(tensors: int, tmp_path: Path) -> None:
     """One expert in another's place changes what the model says, and not that it talks. Over two devices, too."""
     written = sparse_everywhere()
-    folder = open_folder(write_gguf(tmp_path / "model.gguf", "qwen3_moe", tensors=written)).with_config(
-        scan_layers=False
-    )
+    folder = open_folder(write_gguf(tmp_path / "model.gguf", "qwen3_moe", tensors=written))
     assert folder.config.mixture.dense_layers == () and folder.config.mixture.normalize
     params = folder.load_params(build_mesh(MeshShape(tp=tensors)))
     for layer in range(folder.config.layers):
-        mlp = params["blocks"][str(layer)]["mlp"]
         for expert in range(folder.config.mixture.experts):
             for name in ("gate", "up", "down"):
                 want = written[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"].T
-                np.testing.assert_array_equal(mlp[name]["kernel"][expert], want)
+                np.testing.assert_array_equal(params[f"blocks/{layer}/mlp/{name}/kernel"][expert], want)
 
 
 KINDS = [GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "F16", "BF16")]
@@ -102,13 +96,13 @@ def test_blocks_become_the_numbers_of_package_gguf(
     """To the bit in float32, and rounded once in bfloat16; also where rows are put in another order."""
     tensors, sizes = wide_llama()
     folder = open_folder(write_gguf(tmp_path / "model.gguf", "llama2", kind, tensors, **sizes))
-    params = folder.with_config(scan_layers=False).load_params(mesh, dtype)
-    block = params["blocks"]["0"]
-    for name, got in {
-        "self_attn.q_proj": block["attention"]["query"]["kernel"],
-        "self_attn.k_proj": block["attention"]["key"]["kernel"],
-        "mlp.down_proj": block["mlp"]["down"]["kernel"],
+    params = folder.load_params(mesh, dtype)
+    for name, path in {
+        "self_attn.q_proj": "attention/query",
+        "self_attn.k_proj": "attention/key",
+        "mlp.down_proj": "mlp/down",
     }.items():
+        got = params[f"blocks/0/{path}/kernel"]
         array = tensors[f"model.layers.0.{name}.weight"]
         want = gguf.dequantize(gguf.quantize(array, kind), kind).T.astype(got.dtype)
         np.testing.assert_array_equal(np.asarray(got).reshape(want.shape), want)
@@ -128,13 +122,9 @@ def test_what_our_formats_hold_stays_integers(name: str, tp: int, tmp_path: Path
     assert f"9 in {name} stay integers" in folder.remarks[-1]
     params = folder.load_params(build_mesh(MeshShape(tp=tp)), "float32")
     held: dict[str, np.ndarray] = {}
-
-    def gather(path: tuple[str, ...], weight: Any, inputs: int) -> Any:
-        assert isinstance(weight, Quantized), path
-        held["/".join(path)] = np.asarray(weight.dequantize())
-        return weight
-
-    replace_matrices(folder.config, params, gather)
+    for path in matrices(folder.config):
+        assert isinstance(params[path], Quantized), path
+        held[path] = np.asarray(params[path].dequantize())
     for path, stored in {
         "embedding": "model.embed_tokens", "head": "lm_head",
         "blocks/0/mlp/down/kernel": "model.layers.0.mlp.down_proj",

@@ -15,10 +15,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from jax.sharding import Mesh
 from rich.console import Console
 
-from isthmus.commands.convert import ConvertConfig, convert
 from isthmus.errors import ConfigError
 from isthmus.model.weights.folder import GenerationDefaults, open_folder
 from isthmus.model.weights.gguf.header import read_header
+from isthmus.quality.convert import ConvertConfig, convert
 from tests.model.weights.gguf.made import finish, write_config, write_gguf, write_tokenizer
 from tests.model.weights.gguf.test_families import wide_llama
 from tests.parity.families import golden
@@ -140,7 +140,7 @@ def test_what_a_file_can_not_say_is_refused(tmp_path: Path) -> None:
 def test_a_file_becomes_a_folder_of_the_same_logits(file: Path, tmp_path: Path, mesh: Mesh) -> None:
     """`isthmus convert file.gguf folder --to huggingface`: transformers' own numbers come out."""
     convert(ConvertConfig(file, tmp_path / "folder", to="huggingface"), Console(file=StringIO()))
-    folder, truth = open_folder(tmp_path / "folder").with_config(scan_layers=False), golden("llama2")
+    folder, truth = open_folder(tmp_path / "folder"), golden("llama2")
     params = folder.load_params(mesh)
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
     logits = np.asarray(_logits(folder.config)(params, batch_of(truth["tokens"], truth["lengths"])))

@@ -3,23 +3,19 @@ the stored tensors, written from the formats' definitions, number by number."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh
 
-from isthmus.model.transformer import abstract_params
-from isthmus.model.weights.huggingface.coded.files import open_tensors
+from isthmus.model.transformer import parameter_specs
 from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import SINGLE, TensorFiles
-from isthmus.model.weights.huggingface.load import leaves_of, load_params, parts_of, path_name
+from isthmus.model.weights.huggingface.load import leaves_of, parts_of
 from tests.model.weights.huggingface.folders import write_folder, write_tensors
 
 Tensors = dict[str, np.ndarray]
@@ -267,12 +263,11 @@ def mxfp4_experts(rng: Rng, experts: int, inputs: int, outputs: int) -> tuple[Te
 def plain_tensors(folder: Path, rng: Rng) -> Tensors:
     """Random float32 tensors of the names and shapes that the folder's config.json asks for."""
     family, config = read_config(folder / "config.json", ("quantization_config",))
-    flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     table = family.table(config)
     return {
         part.name: rng.uniform(-0.1, 0.1, part.piece.shape(part.shape, config)).astype(np.float32)
-        for path, leaf in flat
-        for part in leaves_of(parts_of(config, table, path_name(path), leaf.shape))
+        for path, spec in sorted(parameter_specs(config).items())
+        for part in leaves_of(parts_of(config, table, path, spec.shape))
     }
 
 
@@ -333,9 +328,3 @@ def stored(folder: Path) -> Tensors:
     """As the file has them, in memory of their own."""
     files = TensorFiles(folder, codes=True)
     return {name: np.array(files.array(name)) for name in files.tensors}
-
-
-def loaded(folder: Path, mesh: Mesh, dtype: str | None = None, **changes: Any) -> Any:
-    family, config = read_config(folder / "config.json")
-    files = open_tensors(folder, family.method)
-    return load_params(files, family, dataclasses.replace(config, **changes), mesh, dtype)

@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.huggingface.coded.files import open_tensors
+from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE
+from isthmus.model.weights.huggingface.load import PublishedSource
+from isthmus.model.weights.load import load_params
 from tests.parity.families import GOLDEN
 from tests.parity.weights import family_tensors
 
@@ -47,3 +53,10 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], shards: int = 1)
     for file in set(placed.values()):
         save_file({name: tensors[name] for name in names if placed[name] == file}, folder / file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+
+
+def loaded(folder: Path, mesh: Mesh, dtype: str | None = None, *, stacked: bool = False) -> Params:
+    """The folder's parameters, whether it has a tokenizer or not."""
+    family, config = read_config(folder / "config.json")
+    source = PublishedSource(open_tensors(folder, family.method), family, config, mesh)
+    return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype))

@@ -9,17 +9,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 from rich.console import Console
 
-from isthmus.commands.convert import ConvertConfig, convert
 from isthmus.errors import ConfigError
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import PUBLISHED_CONFIG, open_folder
+from isthmus.quality.convert import ConvertConfig, convert
 from tests.model.weights.huggingface.coded_folders import (
     Kind,
     Tensors,
@@ -28,13 +27,12 @@ from tests.model.weights.huggingface.coded_folders import (
     fp8,
     gptq,
     is_linear,
-    loaded,
     stored,
     write_coded,
     write_mxfp4,
     write_plain,
 )
-from tests.model.weights.huggingface.folders import write_folder, write_tensors
+from tests.model.weights.huggingface.folders import loaded, write_folder, write_tensors
 
 KINDS: dict[str, Kind] = {
     "gptq": gptq(4, 32, symmetric=True),
@@ -74,16 +72,16 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def check(folder: Path, plain: Tensors, mesh: Mesh, dtype: str | None = None, **changes: Any) -> None:
+def check(folder: Path, plain: Tensors, mesh: Mesh, dtype: str | None = None, *, stacked: bool = False) -> None:
     """The folder's parameters are, to the bit, those of a plain one of what it stands for."""
     other = folder.with_name("plain")
     if not other.exists():
         write_plain(other, folder, plain)
-    got, wanted = loaded(folder, mesh, dtype, **changes), loaded(other, mesh, dtype, **changes)
-    assert jax.tree.structure(got) == jax.tree.structure(wanted)
-    for (path, ours), theirs in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(wanted), strict=True):
-        assert ours.dtype == theirs.dtype and ours.sharding == theirs.sharding, path
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), err_msg=jax.tree_util.keystr(path))
+    got, wanted = loaded(folder, mesh, dtype, stacked=stacked), loaded(other, mesh, dtype, stacked=stacked)
+    assert got.keys() == wanted.keys()
+    for path, ours in got.items():
+        assert ours.dtype == wanted[path].dtype and ours.sharding == wanted[path].sharding, path
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(wanted[path]), err_msg=path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,8 +129,8 @@ def test_codes_are_split_over_devices(kind: str, tmp_path: Path) -> None:
     two = build_mesh(MeshShape(tp=2))
     folder, plain = write_coded(tmp_path / "model", "llama3", KINDS[kind])
     check(folder, plain, two)
-    check(folder, plain, two, "bfloat16", scan_layers=False)
-    check(folder, plain, build_mesh(MeshShape(fsdp=2, tp=2)), scan_layers=True)
+    check(folder, plain, two, "bfloat16")
+    check(folder, plain, build_mesh(MeshShape(fsdp=2, tp=2)), stacked=True)
 
 
 def test_experts_of_codes_are_split_over_devices(tmp_path: Path) -> None:

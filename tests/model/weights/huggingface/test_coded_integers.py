@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,19 +13,17 @@ from isthmus.errors import ConfigError
 from isthmus.model.ops.quantized import Quantized
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import ModelFolder
-from isthmus.model.weights.packing import as_matrix, matrix_inputs, replace_matrices
-from isthmus.model.weights.quantization import Format, formats
+from isthmus.model.weights.quantization import Format, formats, matrices
 from isthmus.serve.engine.build import abstract_served, open_model
 from tests.model.weights.huggingface.coded_folders import (
     Kind,
     compressed,
     fp8,
-    loaded,
     stored,
     write_coded,
     write_plain,
 )
-from tests.model.weights.huggingface.folders import write_tensors
+from tests.model.weights.huggingface.folders import loaded, write_tensors
 
 WHOLE: dict[str, tuple[Kind, int]] = {
     "int8 channels": (compressed(8, "channel", packed=False), 14),
@@ -60,19 +57,12 @@ def test_what_our_formats_hold_stays_integers(case: str, tp: int, tmp_path: Path
             lambda x: (x.shape, x.dtype), params
         )
     found = 0
-
-    def same(path: tuple[str, ...], weight: Any, inputs: int) -> Any:
-        nonlocal found
-        expected = wanted
-        for name in path:
-            expected = expected[name]
+    for path, spec in matrices(model.config).items():
+        weight, expected = params[path], wanted[path]
         if isinstance(weight, Quantized):
             found += 1
-            weight, expected = weight.dequantize(), as_matrix(path, expected, inputs)
-        np.testing.assert_array_equal(np.asarray(weight), np.asarray(expected), err_msg="/".join(path))
-        return weight
-
-    replace_matrices(model.config, params, same)
+            weight, expected = weight.dequantize(), spec.as_matrix(expected)
+        np.testing.assert_array_equal(np.asarray(weight), np.asarray(expected), err_msg=path)
     assert found == count
 
 
@@ -98,12 +88,9 @@ def test_fused_and_reordered_matrices_stay_integers(mesh: Mesh, tmp_path: Path) 
         other = loaded(write_plain(tmp_path / f"{family} plain", folder, plain), mesh)
         params = model.load_params(mesh)
         for path in model.whole:
-            weight, expected = params, other
-            for name in path:
-                weight, expected = weight[name], expected[name]
-            assert isinstance(weight, Quantized)
-            inputs = matrix_inputs(model.config)[path]
-            np.testing.assert_array_equal(weight.dequantize(), as_matrix(path, expected, inputs))
+            assert isinstance(params[path], Quantized)
+            expected = matrices(model.config)[path].as_matrix(other[path])
+            np.testing.assert_array_equal(params[path].dequantize(), expected)
 
 
 def test_fewer_bits_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -116,4 +103,4 @@ def test_fewer_bits_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
         model = served(folder, scheme)
         chosen = formats(model.config, model.quantize)
         assert len(model.whole) == 14 and {chosen[path] for path in model.whole} == {Format(4, 32, rotated=False)}
-        assert chosen["embedding",] == Format(8, 32)
+        assert chosen["embedding"] == Format(8, 32)

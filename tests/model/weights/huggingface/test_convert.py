@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -17,22 +16,23 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from isthmus.commands.convert import _appearing
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, MixtureConfig, ModelConfig
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.model.transformer import Params, abstract_params, stack_blocks, stacked
-from isthmus.model.weights.checkpoint import Checkpoints, serving_layout
+from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.weights.checkpoint import Checkpoints
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.huggingface.export import published_config, stored_dtypes, write_weights
 from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.files import TensorFiles
-from isthmus.model.weights.huggingface.load import load_params
-from tests.model.weights.huggingface.folders import write_folder
+from isthmus.model.weights.huggingface.load import PublishedSource
+from isthmus.model.weights.layout import stack_params
+from isthmus.model.weights.load import load_params
+from tests.model.weights.huggingface.folders import loaded, write_folder
 from tests.model.weights.test_hub import adapter as write_adapter
 from tests.parity.families import golden, others_slow, published
-from tests.support import TINY, forward, largest_file, on_host, random_params, relative_error
+from tests.support import TINY, as_kept, forward, largest_file, on_host, random_params, relative_error
 
 PEERS_PYTHON = Path(__file__).parents[4] / ".venv-peers" / "bin" / "python"
 
@@ -53,7 +53,7 @@ def test_every_family_comes_back_bit_for_bit(family: str, mesh: Mesh, tmp_path: 
     """A converted model that is off by one bit in one tensor can't be told from one that was tampered with."""
     source = write_folder(tmp_path / "bf16", family, dtype=ml_dtypes.bfloat16)
     kind, config = read_config(source / "config.json")
-    params = load_params(TensorFiles(source), kind, config, mesh)
+    params = loaded(source, mesh)
     target = tmp_path / "back"
     target.mkdir()
     write_weights(target, kind, config, params, stored_dtypes(TensorFiles(source)), 60_000)
@@ -86,17 +86,15 @@ def test_an_export_in_bfloat16_serves_the_weights_of_its_checkpoint(family: str,
     kind, config = read_config(write_folder(tmp_path / "source", family) / "config.json")
     params = random_params(config, mesh)
     write_weights(tmp_path, kind, config, params, {"": "BF16"}, 1 << 30)
-    exported = load_params(TensorFiles(tmp_path), kind, config, mesh, "bfloat16")
-    served = serving_layout(config, mesh, "bfloat16")(stack_blocks(params))
-    kinds = set()
-
-    def check(path: tuple, got: jax.Array, want: jax.Array) -> None:
+    source = PublishedSource(TensorFiles(tmp_path), kind, config, mesh)
+    exported = load_params(source, abstract_params(config, mesh, dtype="bfloat16"))
+    served, kinds = as_kept(config, mesh, params, "bfloat16"), set()
+    assert exported.keys() == served.keys()
+    for path, got in exported.items():
         kinds.add(got.dtype.name)
-        assert got.dtype == want.dtype
+        assert got.dtype == served[path].dtype
         if got.dtype == ml_dtypes.bfloat16:
-            np.testing.assert_array_equal(np.asarray(got), np.asarray(want), err_msg=str(path))
-
-    jax.tree_util.tree_map_with_path(check, exported, served)
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(served[path]), err_msg=path)
     assert kinds == {"float32", "bfloat16"}
 
 
@@ -192,23 +190,6 @@ def test_nothing_is_overwritten_or_left_half_done(tmp_path: Path, capsys: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "taken"]
 
 
-def test_two_conversions_to_one_name_do_not_mix(tmp_path: Path) -> None:
-    """One writes into its own folder whatever the other does, and the later one is told; a folder of somebody else's
-    stays as it was, whatever it is called."""
-    (tmp_path / "new.partial").mkdir()
-    with contextlib.ExitStack() as other:
-        with _appearing(tmp_path / "new") as first:
-            second = other.enter_context(_appearing(tmp_path / "new"))
-            first.mkdir()
-            second.mkdir()
-            (first / "a").touch()
-            (second / "b").touch()
-        assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
-        with pytest.raises(ConfigError, match="made by somebody else"):
-            other.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.partial"]
-
-
 @pytest.mark.parametrize("options", [["--to", "huggingface"], ["--gguf", "f32"], ["--quantize", "int8", "--force"]])
 def test_a_full_disk_is_one_line(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_folder(tmp_path / "source", "llama3")
@@ -263,33 +244,29 @@ PLACED = {
 def test_placement_over_devices_changes_no_bit(family: str, mesh: Mesh) -> None:
     """Each device reads its own part of each tensor: a wrong slice is a wrong model on some meshes only."""
     folder = published(family)
-    kind, config = read_config(folder / "config.json")
-    want = on_host(load_params(TensorFiles(folder), kind, config, mesh))
+    _, config = read_config(folder / "config.json")
+    want = on_host(loaded(folder, mesh))
     devices = build_mesh(PLACED[family])
-    got = load_params(TensorFiles(folder), kind, stacked(config), devices)
-    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(stacked(config), devices))
-    assert jax.tree.all(jax.tree.map(lambda x, sharding: x.sharding == sharding, got, layout))
-    jax.tree.map(np.testing.assert_array_equal, on_host(got), on_host(stack_blocks(want)))
+    got = loaded(folder, devices, stacked=True)
+    layout = abstract_params(config, devices, stacked=True)
+    assert jax.tree.all(jax.tree.map(lambda x, leaf: x.sharding == leaf.sharding, got, layout))
+    jax.tree.map(np.testing.assert_array_equal, on_host(got), on_host(stack_params(want)))
 
 
 def test_bfloat16_is_kept_or_widened(mesh: Mesh, tmp_path: Path) -> None:
     """Serving in bfloat16 must not pass through rounding twice; norms and routers stay float32."""
     source = write_folder(tmp_path, "qwen3_moe", dtype=ml_dtypes.bfloat16)
-    kind, config = read_config(source / "config.json")
-    wide, narrow = (
-        load_params(TensorFiles(source), kind, config, mesh),
-        load_params(TensorFiles(source), kind, config, mesh, "bfloat16"),
-    )
-    mlp = narrow["blocks"]["1"]["mlp"]
-    assert mlp["gate"]["kernel"].dtype == "bfloat16" and mlp["router"]["linear"]["kernel"].dtype == "float32"
-    assert narrow["norm"]["scale"].dtype == "float32"
+    wide, narrow = loaded(source, mesh), loaded(source, mesh, "bfloat16")
+    assert narrow["blocks/1/mlp/gate/kernel"].dtype == "bfloat16"
+    assert narrow["blocks/1/mlp/router/linear/kernel"].dtype == "float32"
+    assert narrow["norm/scale"].dtype == "float32"
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b, np.float32)), wide, narrow)
 
 
 def model_of_ours(folder: Path, config: ModelConfig, mesh: Mesh) -> Params:
     from isthmus.model.text.tokenizer import Tokenizer
 
-    params = random_params(stacked(config), mesh)
+    params = random_params(config, mesh, stacked=True)
     checkpoints = Checkpoints(folder)
     checkpoints.save(1, params, None, {"step": 1})
     checkpoints.close()
@@ -317,7 +294,7 @@ def test_transformers_reads_what_was_trained_here(family: str, mesh: Mesh, tmp_p
     tokens = np.random.default_rng(0).integers(0, 384, (2, 20))
     np.save(tmp_path / "tokens.npy", tokens)
     run_peers("check_export.py", tmp_path / "exported", tmp_path / "tokens.npy", tmp_path / "logits.npy")
-    assert relative_error(forward(stacked(config), params, tokens), np.load(tmp_path / "logits.npy")) < 2e-5
+    assert relative_error(forward(config, params, tokens), np.load(tmp_path / "logits.npy")) < 2e-5
     described = json.loads((tmp_path / "exported" / "tokenizer_config.json").read_text())
     assert described["eos_token"] == "<|endoftext|>"
 

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.huggingface.files import TensorFiles
-from isthmus.model.weights.huggingface.load import _fetch, load_params, parts_of
-from tests.model.weights.huggingface.folders import write_folder, write_tensors
+from isthmus.model.weights.huggingface.load import _fetch, parts_of
+from tests.model.weights.huggingface.folders import loaded, write_folder, write_tensors
 from tests.parity.families import GOLDEN
 from tests.parity.weights import family_tensors
 
@@ -58,9 +58,7 @@ def test_what_a_device_may_take_as_it_is_has_memory_of_its_own(dtype: Any, tmp_p
 def test_a_mixture_of_one_expert_is_read_whole(mesh: Mesh, tmp_path: Path) -> None:
     """As above, through the loader."""
     path, tensors = one_expert(tmp_path / "model", ml_dtypes.bfloat16)
-    folder = open_folder(path)
-    assert folder.family is not None
-    params = load_params(TensorFiles(path), folder.family, folder.config, mesh)
-    for layer in range(folder.config.layers):
-        got = params["blocks"][str(layer)]["mlp"]["router"]["linear"]["kernel"]
+    params = loaded(path, mesh)
+    for layer in range(open_folder(path).config.layers):
+        got = params[f"blocks/{layer}/mlp/router/linear/kernel"]
         np.testing.assert_array_equal(got, tensors[f"model.layers.{layer}.{ROUTER}"].astype(np.float32).T)
