@@ -36,8 +36,8 @@ class Block:
 
 
 def pages() -> list[str]:
-    """The README and all tutorials, as paths in the repository."""
-    return ["README.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
+    """The pages for users and contributors, as paths in the repository."""
+    return ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
 
 
 def blocks(page: str) -> list[Block]:
