@@ -1,0 +1,140 @@
+"""The README and docs/ are what a reader types. Every code block runs, on small models; what can't run parses."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from isthmus.commands.main import COMMANDS
+from tests.docs.pages import (
+    LANGUAGES,
+    REPOSITORY,
+    RUN,
+    Block,
+    blocks,
+    isthmus_calls,
+    make_targets,
+    named_options,
+    pages,
+    relative_links,
+)
+from tests.docs.reader import copy_of, reader, write_files
+
+MADE_BY_PAGE = {
+    "README.md": ("runs",),
+    "docs/training.md": ("runs",),
+    "docs/fine-tuning.md": ("runs", "chats.jsonl"),
+    "docs/many-devices.md": ("runs",),
+}
+"""What a reader of a page doesn't have when they begin, because the page makes it."""
+OF_OTHER_PROGRAMS = {"--http2-prior-knowledge", "--protocol", "--local-dir"}
+
+
+def pages_that_run() -> list[str]:
+    return [page for page in pages() if any(block.language in RUN and not block.not_run for block in blocks(page))]
+
+
+def all_blocks() -> list[Block]:
+    return [block for page in pages() for block in blocks(page)]
+
+
+COMMAND_TYPES = {
+    "convert": "ConvertConfig",
+    "demo": "DemoConfig",
+    "generate": "GenerateConfig",
+    "kernels": "Command",
+    "serve": "ServeConfig",
+    "train": "TrainConfig",
+}
+"""What the command line of isthmus.commands.NAME is made from. Each of bench's subcommands has a type of its own."""
+
+
+def command_type(name: str, *rest: str) -> tuple[Any, list[str]]:
+    """What the command line of `isthmus NAME …` is made from, and the arguments that it parses."""
+    module = importlib.import_module(f"isthmus.commands.{name}")
+    if name == "bench":
+        return module.NAMED[rest[0]], list(rest[1:])
+    return getattr(module, COMMAND_TYPES[name]), list(rest)
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    """All commands, and the subcommands of bench."""
+    from isthmus.commands.bench import NAMED
+
+    yield from ((name,) for name in COMMANDS if name != "bench")
+    yield from (("bench", name) for name in NAMED)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    write_files(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", pages_that_run())
+def test_a_page_does_what_it_says(page: str, files: Path, tmp_path: Path) -> None:
+    """A reader who types a page from its first block to its last must meet no error."""
+    (tmp_path / "programs").mkdir()
+    folder = copy_of(files, tmp_path / "reader", MADE_BY_PAGE.get(page, ()))
+    with reader(folder, tmp_path / "programs") as one:
+        for block in blocks(page):
+            if block.language in RUN and not block.not_run:
+                one.run(block)
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in all_blocks() if block.not_run or block.language == "dockerfile"], ids=str
+)
+def test_what_does_not_run_has_options_that_exist(block: Block) -> None:
+    """A renamed flag must be renamed in the pages, too."""
+    for words in isthmus_calls(block.code):
+        made_from, arguments = command_type(*words)
+        tyro.cli(made_from, args=arguments, prog=f"isthmus {words[0]}")
+    if block.language == "python":
+        compile(block.code, str(block), "exec")
+
+
+def test_make_targets_exist() -> None:
+    known = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    for block in all_blocks():
+        if block.language == "sh":
+            assert set(make_targets(block.code)) <= set(known), block
+
+
+@pytest.mark.parametrize("page", pages())
+def test_options_named_in_the_text_exist(page: str) -> None:
+    """A page that tells of an option which is gone sends its reader to an error."""
+    known = {option for words in commands() for option in _options(tyro.extras.get_parser(command_type(*words)[0]))}
+    assert named_options(page) - known - OF_OTHER_PROGRAMS == set()
+
+
+@pytest.mark.parametrize("page", pages())
+def test_links_lead_to_files(page: str) -> None:
+    for target in relative_links(page):
+        assert ((REPOSITORY / page).parent / target).exists(), f"{page} links to {target}"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_blocks_are_of_a_language_that_is_checked(page: str) -> None:
+    """A block of another language would be run by nobody."""
+    for block in blocks(page):
+        assert block.language in LANGUAGES, block
+        if block.language == "json":
+            json.loads(block.code)
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (option.replace("_", "-") for option in action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action.choices.values():
+                yield from _options(choice)
