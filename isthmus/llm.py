@@ -74,10 +74,10 @@ class LLM(Model):
         Org/Name in the local Hugging Face cache. dtype: of weights, activations and KV cache; auto is bfloat16, and
         float32 on CPU. quantize: keep matrices as integers, made while loading. mesh: the devices to split it over; by
         default one. kernels: "auto", "reference", or a kernel's name, as `isthmus serve --kernels`. engine: its sizes.
-        merge_adapter: add an adapter to the weights once. base: the folder of the model that an adapter adapts. ignore_field: fields of a published config.json to go on without. download: fetch a name
-        that the cache hasn't. compilation_cache: where compiled programs are kept; by default where JAX was told to
-        keep them, or in ~/.cache/isthmus/xla. progress: whether to show how loading goes; None is where standard error
-        is a terminal.
+        merge_adapter: add an adapter to the weights once. base: the folder of the model that an adapter adapts.
+        ignore_field: fields of a published config.json to go on without. download: fetch a name that the cache hasn't.
+        compilation_cache: where compiled programs are kept; by default where JAX was told to keep them, or in
+        ~/.cache/isthmus/xla. progress: whether to show how loading goes; None shows it if standard error is a terminal.
 
         Raises ConfigError, naming the setting, and CheckpointError for a folder whose weights can't be read.
         """

@@ -215,7 +215,8 @@ FREE_ON_RESUME = (
     "checkpoint_every",
 )
 """Settings that may change when a run is resumed: none of them changes a parameter, except that another mesh or other
-kernels round differently. `steps` may also change if the learning rates of the steps until now stay the same (train/resume.py)."""
+kernels round differently. `steps` may also change if the learning rates of the steps until now stay the same
+(train/resume.py)."""
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
