@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -89,9 +89,6 @@ class Side(Protocol):
     facts: dict[str, Any]
     """What the result says of it: `version` and the `seconds` it took to start, at least"""
     idle: Idle
-
-
-S = TypeVar("S", bound=Side)
 
 
 class Turns:

@@ -31,6 +31,7 @@ from isthmus.model.weights.packing import place_matrices
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import build_engine, open_model
+from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink, StepTimes
 from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
 
@@ -178,7 +179,13 @@ class EngineProcess(Inference):
         enable_compilation_cache()
         folder = open_model(Path(model), dtype, quantize=quantize)
         self.limits = max_sequences, context
-        config = Sizes(max_sequences, context).engine
+        config = EngineConfig(
+            max_sequences=max_sequences,
+            context_length=context,
+            pages=Sizes(max_sequences, context).pages,
+            max_waiting=4096,
+            prefix_cache=False,
+        )
         self._driver = Driver(lambda sink: build_engine(folder, config, MeshShape(), sink))
         return {
             "version": f"isthmus, jax {jax.__version__}",

@@ -117,7 +117,7 @@ class EngineSide:
 
     def __init__(self, start: Start, children: ExitStack, log: Path) -> None:
         """Raises BenchError."""
-        self._child = children.enter_context(Child(start.child, log))
+        self._child = children.enter_context(Child(start.command(start.engine.child), log))
         self.facts = self._child.ask("load", **start.load)
         self.facts.setdefault("weight_bytes", start.weight_bytes())
         self.idle = Idle(self._child.cpu_seconds)

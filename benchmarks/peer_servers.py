@@ -132,7 +132,7 @@ class ServerSide:
         if self._start.stack.engine != "isthmus":
             return
         log = self._folder / f"{self._start.stack.name}-engine.log"
-        child = self._running.enter_context(Child(self._start.child, log))
+        child = self._running.enter_context(Child(self._start.command(self._start.engine.child), log))
         child.ask("load", **self._start.load)
         self.engine = child
 

@@ -16,8 +16,7 @@ from isthmus.benchmarks.load import Target, as_json, ask_load, load_figures, ser
 from isthmus.benchmarks.machine import Machine, describe
 from isthmus.benchmarks.processes import BenchError, Child, module
 from isthmus.benchmarks.record import Record
-from isthmus.benchmarks.servers import isthmus_server
-from isthmus.benchmarks.stacks import serve_flags
+from isthmus.benchmarks.servers import isthmus_server, serve_flags
 from isthmus.benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
 from isthmus.client import Client, read_token
 from isthmus.errors import ConfigError

@@ -4,6 +4,7 @@ check passes."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -19,12 +20,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from isthmus.benchmarks.http_api import APIS, get
-from isthmus.benchmarks.processes import BenchError, session_cpu_seconds, stop, tail
-from isthmus.benchmarks.stacks import ENGINES, Start, isthmus_command
+from isthmus.benchmarks.processes import BenchError, module, session_cpu_seconds, stop, tail
+from isthmus.benchmarks.stacks import Start
+from isthmus.model.config import Dtype
 from isthmus.model.process.cleaning import cleaning
+from isthmus.serve.engine.config import EngineConfig
 
 START_SECONDS = 1800.0
-"""To load and compile"""
+"""How long a server may load and compile"""
 
 Health = Callable[[str], bool]
 """Whether the server at an address serves; takes a few seconds at most"""
@@ -36,7 +39,7 @@ class RunningServer:
 
     address: str
     session: int
-    """Of its processes"""
+    """The one that all its processes are in"""
 
     def cpu_seconds(self) -> float:
         """Processor time that its processes have taken."""
@@ -57,20 +60,33 @@ def http_health(address: str) -> bool:
     return get(address, "/health") is not None
 
 
+def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig) -> list[str]:
+    """The command line of `isthmus serve` for these settings, but for the port."""
+    flags = ["--model", str(model), "--tp", str(tp), "--dtype", dtype or "auto", "--report-cached-tokens"]
+    for item in dataclasses.fields(engine):
+        name, value = item.name.replace("_", "-"), getattr(engine, item.name)
+        if isinstance(value, bool):
+            flags.append(f"--engine.{name}" if value else f"--engine.no-{name}")
+        else:
+            flags += [f"--engine.{name}", str(value)]
+    return flags
+
+
 @contextlib.contextmanager
 def isthmus_server(flags: list[str], log: Path) -> Iterator[RunningServer]:
     """`isthmus serve FLAGS`, without --port: a free one of the loopback is taken. As `running_server` otherwise."""
     port = free_port()
-    with running_server(isthmus_command(flags, port), port, grpc_health, log) as server:
+    command = [*module("isthmus.commands.main"), "serve", *flags, "--port", str(port)]
+    with running_server(command, port, grpc_health, log) as server:
         yield server
 
 
 @contextlib.contextmanager
 def stack_server(start: Start, log: Path) -> Iterator[RunningServer]:
     """The stack's server, started as stacks.py says. As `running_server` otherwise."""
-    port, engine = free_port(), start.stack.engine
-    health = grpc_health if engine == "isthmus" else http_health
-    with running_server(start.server(port), port, health, log, ENGINES[engine].environment) as server:
+    port, health = free_port(), grpc_health if start.stack.engine == "isthmus" else http_health
+    command = start.command(start.engine.server, port)
+    with running_server(command, port, health, log, start.engine.environment) as server:
         yield server
 
 

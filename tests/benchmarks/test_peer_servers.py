@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 
 from isthmus.benchmarks import peer_servers
 from isthmus.benchmarks.comparison import with_comparison
@@ -18,12 +19,14 @@ from isthmus.benchmarks.http_api import APIS, HttpError, post
 from isthmus.benchmarks.load import Outcome, Target, closed_loop, load_figures, run_load, send
 from isthmus.benchmarks.machine import describe
 from isthmus.benchmarks.peer_servers import COMPLETIONS, PROMPTS, PeerServersBench, plan, served_of_engine, sizes
+from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.report import write_report
 from isthmus.benchmarks.stacks import STACKS, Installed, Sizes, Start
 from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.commands import bench as command
 from isthmus.model.config import ModelConfig
+from isthmus.serve.api.config import ServeConfig
 
 PLANNED = PlannedRequest(0.0, [1, 2], 3, 0)
 
@@ -150,15 +153,18 @@ def test_all_servers_are_started_for_as_much(tmp_path: Path) -> None:
     config = ModelConfig(vocab_size=10, layers=2, kv_heads=3, head_dim=4)
 
     def server(name: str) -> list[str]:
-        return Start(STACKS[name], tmp_path / "m", config, Sizes(32, 384), installed).server(1234)
+        start = Start(STACKS[name], tmp_path / "m", config, Sizes(32, 384), installed)
+        return start.command(start.engine.server, 1234)
 
-    ours = server("isthmus-int8")
-    assert ours[ours.index("--quantize") + 1] == "int8" and "--engine.no-prefix-cache" in ours
-    assert "--quantize" not in server("isthmus-bf16")
+    ours = tyro.cli(ServeConfig, args=server("isthmus-int8")[4:])
+    assert (ours.quantize, ours.dtype, ours.port, ours.engine.pages) == ("int8", "bfloat16", 1234, 1 + 32 * 24)
+    assert (ours.engine.max_sequences, ours.engine.context_length, ours.engine.prefix_cache) == (32, 384, False)
+    assert tyro.cli(ServeConfig, args=server("isthmus-bf16")[4:]).quantize == "none"
     llama = server("llama-q8_0")
     assert llama[llama.index("-c") + 1] == str(32 * 384) and llama[llama.index("-np") + 1] == "32"
     assert server("vllm-f32")[-1] == str((32 * 3 + 1) * 128 * 2 * 2 * 3 * 4 * 4)
-    assert all("1234" in command for command in (ours, llama, server("vllm-f32")))
+    with pytest.raises(BenchError, match=r"m-q4_0\.gguf does not exist; make_gguf\.py"):
+        server("llama-q4_0")
 
 
 def test_wrong_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
