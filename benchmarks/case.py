@@ -22,7 +22,7 @@ Qualities = dict[str, dict[str, float]]
 """KL divergence by model and stack, in nats a token, as `isthmus bench quality` measured it"""
 
 Tick = Callable[[], None]
-"""To be called once for each part of the work that is done"""
+"""A function to call once for each part of the work that is done"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Bench:
     """What every benchmark is told. The command line is generated from its subclasses."""
 
     out: Path | None = None
-    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
+    """Folder of the results, PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results if it exists, else
+    ./bench-results"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""

@@ -27,7 +27,7 @@ class HttpApi:
     body: Callable[[PlannedRequest, str], Json]
     """The JSON that asks for a request of the model of that name"""
     tokens: Callable[[Json], tuple[int, int | None]]
-    """Of a server-sent event: how many tokens it carries, and of the whole completion where it says so"""
+    """How many tokens a server-sent event carries, and how many the whole completion has where the event says so"""
     version: tuple[str, str]
     """The path that tells the software's version, and the field of its JSON"""
 

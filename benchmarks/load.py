@@ -45,14 +45,14 @@ class Outcome:
     lag: float = 0.0
     """How late it was sent"""
     first: float | None = None
-    """To the first token"""
+    """When the first token came"""
     end: float = 0.0
-    """To the end of the stream"""
+    """When the stream ended"""
     tokens: int = 0
     messages: int = 0
     """How many carried tokens: fewer than tokens when the server put several into one"""
     gaps: list[float] = field(default_factory=list)
-    """Between one message with tokens and the next"""
+    """Seconds between one message with tokens and the next"""
     error: str | None = None
     """The gRPC status's name, or what went wrong over HTTP"""
 
@@ -64,7 +64,7 @@ class Target:
     address: str
     token: str | None = None
     tls_ca: str | None = None
-    """As isthmus.Client's"""
+    """A file with the certificate to trust, as isthmus.Client takes it"""
     temperature: float = 1.0
     """Ours only: the others are greedy"""
     timeout: float = 600.0
@@ -187,7 +187,7 @@ def server_facts(client: Client) -> dict[str, Any]:
     }
 
 
-def server_counters(client: Client) -> dict[str, int]:
+def server_counters(client: Client) -> dict[str, Any]:
     """What one of our servers has counted since it started."""
     load = client.load(timeout=30)
     names = ("steps", "completion_tokens", "cached_prompt_tokens", "preemptions", "recompilations")

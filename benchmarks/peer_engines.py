@@ -15,20 +15,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from isthmus.benchmarks import comparison
 from isthmus.benchmarks.case import Qualities
-from isthmus.benchmarks.comparison import (
-    ComparisonBench,
-    Idle,
-    Run,
-    Session,
-    label,
-    newest,
-    run_comparison,
-    show_conditions,
-    show_rates,
-    show_ratios,
-    spinning,
-)
+from isthmus.benchmarks.comparison import ComparisonBench, Idle, Run, Session
 from isthmus.benchmarks.figures import median, paragraphs, percent, table
 from isthmus.benchmarks.machine import limits_of_any_dtype
 from isthmus.benchmarks.processes import Child
@@ -138,7 +127,7 @@ def run(bench: PeersBench, console: Console) -> Record:
     bench.validate()
     stacks = chosen(bench.stacks)
     amount = len(stacks) * (1 + len(bench.cells) * (1 + bench.repeats))
-    return run_comparison("peers", bench, stacks, bench.cells, amount, console, partial(measure, bench))
+    return comparison.run_comparison("peers", bench, stacks, bench.cells, amount, console, partial(measure, bench))
 
 
 def measure(bench: PeersBench, at: Session) -> Run:
@@ -193,17 +182,17 @@ def show(record: Record, qualities: Qualities) -> str:
         "that stores weights in as many bits; float32 of vLLM and transformers counts with the 16 bits."
     )
     text += " KL: what the same weights cost real models, above." if qualities else ""
-    parts = [text, show_ratios(record, qualities), show_rates(runs, qualities)]
-    if found := {cell: found for cell, found in newest(runs, "shares").items() if found}:
+    parts = [text, comparison.show_ratios(record, qualities), comparison.show_rates(runs, qualities)]
+    if found := {cell: found for cell, found in comparison.newest(runs, "shares").items() if found}:
         rows = [[name, *(percent(by_stack.get(name)) for by_stack in found.values())] for name in STACKS]
         parts += [
             "One sequence decoding: weights read, of the bandwidth. A prompt: FLOPs, of a matrix product's peak.",
-            table(["", *map(label, found)], [row for row in rows if any(cell != "-" for cell in row[1:])]),
+            table(["", *map(comparison.label, found)], [row for row in rows if any(cell != "-" for cell in row[1:])]),
         ]
-    return paragraphs(*parts, show_conditions(runs))
+    return paragraphs(*parts, comparison.show_conditions(runs))
 
 
 def notes(record: Record) -> str:
     sides = record.figures["pieces"][-1]["limits"]
     limits = [f"{side['bandwidth'] / 1e9:.1f} GB/s and {side['flops'] / 1e9:,.0f} GFLOP/s" for side in sides]
-    return paragraphs(f"The machine gave {', then '.join(limits)}.", spinning(record))
+    return paragraphs(f"The machine gave {', then '.join(limits)}.", comparison.spinning(record))

@@ -13,22 +13,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from isthmus.benchmarks import comparison
 from isthmus.benchmarks.case import Qualities
-from isthmus.benchmarks.comparison import (
-    PAUSE_SECONDS,
-    ComparisonBench,
-    Idle,
-    Run,
-    Session,
-    Turns,
-    label,
-    newest,
-    run_comparison,
-    show_conditions,
-    show_rates,
-    show_ratios,
-    spinning,
-)
+from isthmus.benchmarks.comparison import PAUSE_SECONDS, ComparisonBench, Idle, Run, Session, Turns
 from isthmus.benchmarks.figures import listed, median, number, paragraphs, percentiles, table
 from isthmus.benchmarks.load import Target, as_json, ask_load, load_figures
 from isthmus.benchmarks.machine import limits_of_any_dtype
@@ -203,7 +190,9 @@ def run(bench: PeerServersBench, console: Console) -> Record:
     bench.validate()
     stacks = chosen(bench.stacks, SERVERS)
     amount = len(stacks) * (2 + bench.runs_engine + len(bench.loads) * bench.repeats)
-    return run_comparison("peer-servers", bench, stacks, list(bench.loads), amount, console, partial(measure, bench))
+    return comparison.run_comparison(
+        "peer-servers", bench, stacks, list(bench.loads), amount, console, partial(measure, bench)
+    )
 
 
 def measure(bench: PeerServersBench, at: Session) -> Run:
@@ -243,24 +232,30 @@ def show(record: Record, qualities: Qualities) -> str:
     )
     text += " KL: what the same weights cost real models, above." if qualities else ""
     lines = [line for run in runs for line in (*_engine_lines(run), _start_line(run))]
-    return paragraphs(text, show_ratios(record, qualities), _latencies(runs), listed(lines), show_conditions(runs))
+    return paragraphs(
+        text,
+        comparison.show_ratios(record, qualities),
+        _latencies(runs),
+        listed(lines),
+        comparison.show_conditions(runs),
+    )
 
 
 def notes(record: Record) -> str:
-    return paragraphs(show_rates(record.figures["pieces"], {}), spinning(record))
+    return paragraphs(comparison.show_rates(record.figures["pieces"], {}), comparison.spinning(record))
 
 
 def _latencies(runs: list[Run]) -> str:
-    """The table of the newest measurements."""
+    """The table of the comparison.newest measurements."""
     rows = [
         [
-            label(load),
+            comparison.label(load),
             name,
             number(row["output_tokens_per_second"], 4),
             str(row["requests"] - row["completed"]),
             *(percentiles(row[latency], 1e3, ("p50", "p99")) for latency in ("ttft", "itl")),
         ]
-        for load, found in newest(runs, "served").items()
+        for load, found in comparison.newest(runs, "served").items()
         for name, row in found.items()
     ]
     return table(("load", "server", "tok/s", "failed", "TTFT p50 / p99, ms", "ITL p50 / p99, ms"), rows)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
-from isthmus.benchmarks import corpus
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
 from isthmus.benchmarks.figures import listed, number, paragraphs, table
 from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, write_base
@@ -26,12 +25,13 @@ from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.process.resources import usable_cpus
 from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.quantization import SCHEMES, weight_bytes
+from isthmus.quality import corpus
 from isthmus.quality.divergence import Divergence, Gathered, Quality
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.scoring import predictions
 
 KIND = "quality"
-"""The record's"""
+"""The name of this benchmark's records"""
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,21 @@ class QualityBench(Bench):
     model: Path = Path("models/125m")
     """A published folder, of a trained model: the figures of random weights mean nothing"""
     kinds: tuple[str, ...] = ("none", "int8", "int4")
-    """Of ours: what `isthmus serve --quantize` takes"""
+    """Which of ours to measure, as `isthmus serve --quantize` names them"""
     folders: tuple[str, ...] = ()
     """NAME=FOLDER: the same model as `isthmus convert --quantize` wrote it, and what the table calls it"""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
-    """Of ours: of activations and what is no integer; each kind is measured in each"""
+    """What ours compute in: activations, and weights that are no integers. Each kind is measured in each"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """Of our keys and values; llama.cpp's are float16"""
+    """What our keys and values are kept in; llama.cpp's are float16"""
     types: tuple[str, ...] = ("bf16", "q8_0", "q6_K", "q5_K_M", "q4_K_M", "q4_K_S", "q4_0")
-    """Of llama.cpp's"""
+    """Which of llama.cpp's types to measure"""
     peer: Path = Path(".peers-llama")
     """The folder with llama.cpp's bin"""
     gguf: Path | None = None
     """Where make_gguf.py put the model's files, f32 among them; default: beside the folder"""
     text: Path | None = None
-    """A file; default: half of a text that Python brings (benchmarks/corpus.py), the half that nobody calibrates on"""
+    """A file; default: half of a text that Python brings (quality/corpus.py), the half that nobody calibrates on"""
     windows: int = 24
     """How many parts of the text are predicted"""
     n_ctx: int = 512
@@ -84,7 +84,7 @@ class QualityBench(Bench):
                 raise ConfigError(f"folders: {given!r} must be NAME=FOLDER")
 
     def file(self, kind: str) -> Path:
-        """Of the model in one of llama.cpp's types. Raises BenchError when it isn't there."""
+        """The model's file in one of llama.cpp's types. Raises BenchError when it isn't there."""
         model = self.model.resolve()
         path = (self.gguf or model.parent) / f"{model.name}-{kind}.gguf"
         if not path.is_file():
@@ -103,7 +103,7 @@ class Ours:
 
     @property
     def name(self) -> str:
-        """As the stacks of the other benchmarks are called, which run in bfloat16."""
+        """The row's name: in bfloat16 it is the name of the stack that other benchmarks time (stacks.py)."""
         kind = {"none": {"bfloat16": "bf16", "float32": "f32"}[self.dtype]}.get(self.kind, self.kind)
         return f"isthmus-{kind}" + ("-f32" if self.dtype == "float32" and self.kind != "none" else "")
 
@@ -123,7 +123,7 @@ class ServedQuality(Quality):
     """What a model lost, and what it takes."""
 
     bytes: int
-    """Of weights, as serving keeps them"""
+    """How many its weights take, as serving keeps them"""
 
 
 def measure(

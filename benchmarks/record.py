@@ -26,7 +26,7 @@ class Record:
     """What was measured: the preset or the model folder's name"""
     machine: Machine
     config: dict[str, Any]
-    """As it was asked for"""
+    """The settings that it was run with"""
     figures: dict[str, Any]
     """What came out; times in seconds, sizes in bytes, rates per second"""
 

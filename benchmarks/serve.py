@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,7 @@ class _Load:
         self._bench, self._child = bench, child
         tls_ca = None if bench.tls_ca is None else str(bench.tls_ca)
         self._target = Target(address, token, tls_ca, bench.temperature, bench.timeout)
-        try:
-            self._client = Client(address, token=token, tls_ca=tls_ca)
-            self.facts = server_facts(self._client)
-        except OSError as error:
-            raise ConfigError(f"tls_ca: {error}") from None
-        except grpc.RpcError as error:
-            raise BenchError(f"{address}: {error.code().name}: {error.details()}") from None
+        self.facts = self._ask(server_facts)
         self._sizes = (self.facts["vocab_size"], self.facts["context_length"])
 
     def at_once(self, round_: int) -> list[PlannedRequest]:
@@ -112,8 +107,18 @@ class _Load:
     def send(self, requests: list[PlannedRequest]) -> dict[str, Any]:
         return load_figures(ask_load(self._child, self._target, requests))
 
-    def counters(self) -> dict[str, int]:
-        return server_counters(self._client)
+    def counters(self) -> dict[str, Any]:
+        return self._ask(server_counters)
+
+    def _ask(self, question: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
+        target = self._target
+        try:
+            with Client(target.address, token=target.token, tls_ca=target.tls_ca) as client:
+                return question(client)
+        except OSError as error:
+            raise ConfigError(f"tls_ca: {error}") from None
+        except grpc.RpcError as error:
+            raise BenchError(f"{target.address}: {error.code().name}: {error.details()}") from None
 
 
 def compare(bench: ServeBench, load: _Load, engine: Child, tick: Tick) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Stack:
     kind: str
     """The weights' type, as the result names it"""
     dtype: str
-    """As the engine's `load` takes it"""
+    """The dtype or file type that the engine's `load` is told"""
     weights: Literal["16 bits", "8 bits", "4 bits"]
     """Its class, which float32 of engines that are slow in bfloat16 belongs to"""
     bytes_per_weight: float

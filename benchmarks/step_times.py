@@ -75,7 +75,7 @@ class Timing:
     intervals: np.ndarray
     """Between one result and the next"""
     launches: np.ndarray
-    """Of the call that launches a step"""
+    """How long each call took that launched a step"""
     inline: bool
     """Most launches only returned once the step had run: XLA does so with tiny programs on CPU"""
 
@@ -143,7 +143,7 @@ def _run_engine(executor: Executor, prompt: int, tokens: int, temperature: float
 
 
 def _figures(seen: list[SeenStep], sequences: int, bare: float, inline: bool) -> dict[str, Any]:
-    """Of the steps from when every sequence has three tokens to the first that ends a sequence."""
+    """The figures of the steps from when every sequence has three tokens to the first that ends a sequence."""
     drawn = np.cumsum([step.drawn for step in seen])
     begin = seen[int(np.argmax(drawn >= 3 * sequences))]
     end = next(step for step in seen if step.ended and step.at > begin.at)

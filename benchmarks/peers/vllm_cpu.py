@@ -70,7 +70,7 @@ class Vllm(Inference):
 
 
 def cache_bytes(model: str, dtype: str, max_sequences: int, context: int) -> int:
-    """Of a cache for that many sequences of that many tokens, and a block that vLLM keeps for itself."""
+    """Bytes of a cache for that many sequences of that many tokens, and a block that vLLM keeps for itself."""
     config = vllm.transformers_utils.config.get_config(model, trust_remote_code=False)
     itemsize = getattr(torch, dtype).itemsize
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus.benchmarks import corpus, quality
+from isthmus.benchmarks import quality
 from isthmus.benchmarks.comparison import with_comparison
 from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, parse
 from isthmus.benchmarks.machine import describe
@@ -23,6 +23,7 @@ from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
+from isthmus.quality import corpus
 from isthmus.quality.costs import KNOWN, Cost
 from isthmus.quality.divergence import Divergence, Gathered, kl_divergence
 from isthmus.serve.engine.build import build_executor, open_model
