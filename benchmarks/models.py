@@ -23,7 +23,7 @@ DEFAULT_VOCAB = 32000
 """For presets that leave the vocabulary to the tokenizer"""
 
 SAMPLE_BYTES = 8 << 20
-"""Of Python's own source, to train a tokenizer on"""
+"""How much of Python's own source a tokenizer is trained on"""
 
 
 def preset(name: str, vocab_size: int) -> ModelConfig:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from isthmus.benchmarks.machine import Limits
 from isthmus.model.config import ModelConfig
+from isthmus.model.device.hardware import Limits
 from isthmus.model.transformer import abstract_params
 from isthmus.serve.engine.config import Bucket
 
 
 @dataclass(frozen=True)
-class Workload:
+class StepWork:
     """What a step of a bucket is given: rows that decode, and prompts from their first token."""
 
     rows: int
@@ -49,12 +49,12 @@ class Workload:
         return self.rows * self.depth + sum(p * (p + 1) // 2 for p in self.prompts)
 
 
-def workload(bucket: Bucket, depth: int) -> Workload:
+def workload(bucket: Bucket, depth: int) -> StepWork:
     """The bucket full: every row at `depth`, every block part of a prompt of up to `depth` tokens, in whole blocks."""
     per_prompt = max(1, depth // bucket.block_size)
     whole, rest = divmod(bucket.blocks, per_prompt)
     blocks = [per_prompt] * whole + [rest] * bool(rest)
-    return Workload(bucket.rows, depth, tuple(count * bucket.block_size for count in blocks))
+    return StepWork(bucket.rows, depth, tuple(count * bucket.block_size for count in blocks))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def weight_bytes(config: ModelConfig, tokens: int) -> int:
     return total
 
 
-def cost(config: ModelConfig, work: Workload) -> Cost:
+def cost(config: ModelConfig, work: StepWork) -> Cost:
     """FLOPs are ModelConfig.forward_flops, less the head's for tokens that draw nothing."""
     headless = 2 * config.vocab_size * config.dim * (work.tokens - work.drawn)
     return Cost(

@@ -20,8 +20,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.benchmarks.child import BenchError
-from isthmus.benchmarks.servers import served
+from isthmus.benchmarks.processes import BenchError
+from isthmus.benchmarks.servers import isthmus_server
 from isthmus.client import Client
 from isthmus.errors import ConfigError, RequestError
 from isthmus.model.config import ModelConfig
@@ -217,11 +217,11 @@ def run(config: DemoConfig, console: Console) -> None:
         raise KeyboardInterrupt
     _show_training(report, training, console)
     console.rule("serve")
-    flags = ["--model", str(config.out), "--port", "0", "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
+    flags = ["--model", str(config.out), "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
     log = config.out / "serve.log"
     with contextlib.ExitStack() as stack:
         with working(console, "isthmus serve: compiling"):
-            server = stack.enter_context(served(flags, log))
+            server = stack.enter_context(isthmus_server(flags, log))
         console.print(log.read_text().strip(), highlight=False)
         console.rule("generate")
         _call(server.address, config, console)

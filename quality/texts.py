@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isthmus.benchmarks import corpus
 from isthmus.errors import ConfigError
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import ModelFolder
+from isthmus.quality import corpus
 from isthmus.train.documents import Document, read_documents
 
 WINDOW = 512

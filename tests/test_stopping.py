@@ -193,10 +193,10 @@ from isthmus.benchmarks import servers
 from isthmus.model.process.command import run
 
 def work():
-    with servers.served(["--model", {str(folder)!r}, "--port", "0"], Path({str(tmp_path / "log")!r})):
+    with servers.isthmus_server(["--model", {str(folder)!r}], Path({str(tmp_path / "log")!r})):
         raise AssertionError("it was told before")
 
-servers._wait_for_address = lambda process, log: os.kill(os.getpid(), signal.SIGTERM)
+servers._wait_until_healthy = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(run(work))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)

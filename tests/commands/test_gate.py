@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.benchmarks import corpus
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.ops.cpu import library
@@ -20,7 +19,7 @@ from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.quality import compare as quality
-from isthmus.quality import costs
+from isthmus.quality import corpus, costs
 from isthmus.quality.compare import KeptPredictions, described, original_kept, passes, undecided
 from isthmus.quality.costs import MeasuredCost, measured
 from isthmus.quality.divergence import Quality, kl_divergence, log_softmax

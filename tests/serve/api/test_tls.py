@@ -88,7 +88,8 @@ def test_the_command_line_talks_tls(encrypted: RunningServer, pair: Pair, token_
 def test_the_benchmark_talks_tls(encrypted: RunningServer, pair: Pair) -> None:
     """A server beyond loopback, which `isthmus bench serve --address` is for, has it."""
     target = Target(encrypted.address, TOKEN, str(pair.cert), timeout=PATIENCE)
-    assert asyncio.run(server_facts(target))["context_length"] == encrypted.engine.config.context_length
+    with Client(encrypted.address, token=TOKEN, tls_ca=pair.cert) as client:
+        assert server_facts(client)["context_length"] == encrypted.engine.config.context_length
     answer = asyncio.run(run_load(target, [PlannedRequest(0.0, [5, 6, 7], 3, 1)]))
     assert [(outcome["error"], outcome["tokens"]) for outcome in answer["outcomes"]] == [(None, 3)]
 
