@@ -26,14 +26,15 @@ from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.device.hardware import default_dtype
 from isthmus.model.device.memory import keep_heap
 from isthmus.model.ops.cpu.packed import Packed
+from isthmus.model.ops.linear import unpacked
+from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape
-from isthmus.model.weights.packing import place_matrices
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink, StepTimes
-from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 
 FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
 
@@ -137,9 +138,7 @@ class Driver:
         """Requests whose ids were never used before."""
         self._questions += 1
         return [
-            Request(
-                f"q{self._questions}-{i}", p.prompt, SamplingParams(temperature=temperature, seed=p.seed), p.max_tokens
-            )
+            Request(f"q{self._questions}-{i}", p.prompt, Sampling(temperature=temperature, seed=p.seed), p.max_tokens)
             for i, p in enumerate(planned)
         ]
 
@@ -173,7 +172,9 @@ class EngineProcess(Inference):
         write_model(Path(folder), preset(name, vocab_size))
         return {}
 
-    def load(self, model: str, dtype: str, max_sequences: int, context: int, quantize: str = "none") -> dict[str, Any]:
+    def load(
+        self, model: str, dtype: Dtype, max_sequences: int, context: int, quantize: str = "none"
+    ) -> dict[str, Any]:
         """Loads and compiles, without the prefix cache. quantize: as serving takes it."""
         start = time.perf_counter()
         enable_compilation_cache()
@@ -232,9 +233,9 @@ class EngineProcess(Inference):
 
 def weight_bytes_read(engine: Engine, tied: bool) -> int:
     """Bytes of weights that a step reads: an embedding that is not the head is only looked up."""
-    params = engine.executor._params
+    params = engine.executor.params
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    embedding = place_matrices(params)["embedding"]
+    embedding = unpacked(params)["embedding"]
     looked_up = sum(leaf.nbytes for leaf in jax.tree.leaves(embedding))
     if isinstance(embedding, Packed):
         looked_up //= embedding.lines.shape[0]  # it is one of a stack

@@ -165,7 +165,7 @@ def shares(run: Run, config: ModelConfig) -> dict[str, dict[str, float]]:
             continue
         limit = "bandwidth" if what == "decode" else "flops"
         limits = [max(before[limit], after[limit]) for before, after in pairwise(run["limits"])]
-        flops = cost(config, StepWork(0, 0, (count,))).flops / count
+        flops = cost(config, StepWork(0, 0, (count,)), "float32").flops / count
         needs = {name: run["stacks"][name]["weight_bytes"] if what == "decode" else flops for name in rates}
         # A stack that fails in a cell is not asked again there, so its values are those of the first repetitions.
         found[cell] = {

@@ -21,6 +21,7 @@ from isthmus.benchmarks.machine import describe
 from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record, results_folder
 from isthmus.errors import ConfigError
+from isthmus.model.parameter import Dtype
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.process.resources import usable_cpus
 from isthmus.model.weights.folder import ModelFolder, open_folder
@@ -127,7 +128,7 @@ class ServedQuality(Quality):
 
 
 def measure(
-    model: Path, quantize: str, dtype: str, cache_dtype: str, base: Path, tick: Tick = lambda: None
+    model: Path, quantize: str, dtype: Dtype | Literal["auto"], cache_dtype: str, base: Path, tick: Tick = lambda: None
 ) -> ServedQuality:
     """Runs the model of a folder over a base file's tokens, as `isthmus serve` computes: the paged cache, the kernels,
     the dtypes and the integers that serve; tick() after each window.
@@ -138,7 +139,7 @@ def measure(
     folder = open_model(model, dtype, quantize=quantize if quantize in SCHEMES else "none")
     if quantize not in SCHEMES:
         folder = dataclasses.replace(folder, quantize=tuple(quantize.split(",")))
-    size = weight_bytes(folder.config, folder.quantize or folder.config.quantization)
+    size = weight_bytes(folder.config, folder.execution.dtype, folder.quantize or folder.config.quantization)
     file = BaseLogits.open(base)
     if file.vocab != folder.config.vocab_size:
         raise ConfigError(f"base: {base} has a vocabulary of {file.vocab}, {model} of {folder.config.vocab_size}")

@@ -21,7 +21,7 @@ from isthmus.benchmarks.servers import isthmus_server, serve_flags
 from isthmus.benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
 from isthmus.client import Client, read_token
 from isthmus.errors import ConfigError
-from isthmus.model.config import Dtype
+from isthmus.model.parameter import Dtype
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.serve.engine.config import EngineConfig
 
@@ -71,6 +71,8 @@ class ServeBench(Bench):
     """What the model computes in; default bfloat16, and float32 on CPU"""
     tp: int = 1
     """Devices to split the model over"""
+    kernels: str = "auto"
+    """What computes, as in isthmus serve: auto, reference, or the name of kernels such as cpu"""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def validate(self) -> None:
@@ -187,7 +189,7 @@ def _run_local(bench: ServeBench, console: Console, child: Child, folder: Path) 
             console.print(f"writing {bench.preset} with random weights", highlight=False)
             engine.ask("write", folder=str(model), name=bench.preset, vocab_size=bench.vocab_size)
         about = engine.ask("machine", dtype=bench.dtype, devices=bench.tp)
-        flags = serve_flags(model, bench.dtype, bench.tp, bench.engine)
+        flags = serve_flags(model, bench.dtype, bench.tp, bench.kernels, bench.engine)
         if bench.compare_rounds:
             console.print("starting a server to compare with its engine")
             port = engine.ask("serve", flags=[*flags, "--port", "0"])["port"]

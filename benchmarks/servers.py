@@ -22,7 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from isthmus.benchmarks.http_api import APIS, get
 from isthmus.benchmarks.processes import BenchError, module, session_cpu_seconds, stop, tail
 from isthmus.benchmarks.stacks import Start
-from isthmus.model.config import Dtype
+from isthmus.model.parameter import Dtype
 from isthmus.model.process.cleaning import cleaning
 from isthmus.serve.engine.config import EngineConfig
 
@@ -60,9 +60,10 @@ def http_health(address: str) -> bool:
     return get(address, "/health") is not None
 
 
-def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig) -> list[str]:
+def serve_flags(model: Path, dtype: Dtype | None, tp: int, kernels: str, engine: EngineConfig) -> list[str]:
     """The command line of `isthmus serve` for these settings, but for the port."""
-    flags = ["--model", str(model), "--tp", str(tp), "--dtype", dtype or "auto", "--report-cached-tokens"]
+    flags = ["--model", str(model), "--mesh", f"tp={tp}", "--dtype", dtype or "auto", "--report-cached-tokens"]
+    flags += ["--kernels", kernels]
     for item in dataclasses.fields(engine):
         name, value = item.name.replace("_", "-"), getattr(engine, item.name)
         if isinstance(value, bool):

@@ -11,16 +11,20 @@ from rich.console import Console
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
 from isthmus.benchmarks.figures import bucket_label, median, number, paragraphs, percent, table
 from isthmus.benchmarks.machine import better, describe, measure_limits
-from isthmus.benchmarks.models import as_served, preset, random_params
+from isthmus.benchmarks.models import preset
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.roofline import StepWork, cost, limit_seconds, workload
 from isthmus.benchmarks.step_times import Timing, build_plan, measure_overhead, time_plan, with_room
 from isthmus.errors import ConfigError
-from isthmus.model.config import Dtype, ModelConfig
-from isthmus.model.device.hardware import Limits
+from isthmus.model.config import ModelConfig
+from isthmus.model.device.hardware import Limits, default_dtype
+from isthmus.model.execution import Execution
+from isthmus.model.ops.kernels import announcement
+from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible
+from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.executor import Executor, Served
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class StepBench(Bench):
     """Steps of each bucket before those"""
     overhead_tokens: int = 64
     """Tokens a sequence that the whole engine decodes, all sequences at once; 0 leaves that part out"""
+    kernels: str = "auto"
+    """What computes, as in isthmus serve: auto, reference, or the name of kernels such as cpu"""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def validate(self) -> None:
@@ -59,16 +65,14 @@ class StepBench(Bench):
             raise ConfigError(f"overhead_tokens={self.overhead_tokens} must be 0 or at least 8")
 
 
-def bucket_figures(
-    config: ModelConfig, bucket: Bucket, work: StepWork, timing: Timing, limits: Limits
-) -> dict[str, Any]:
+def bucket_figures(served: Served, bucket: Bucket, work: StepWork, timing: Timing, limits: Limits) -> dict[str, Any]:
     """A bucket's timing against the least it could take.
 
     tokens: what isn't padding. seconds: the median interval between results. launch_seconds: the median of the call
     that launches a step, which with `inline` only returned once the step had run. bound: what sets the limit, memory or
     compute. limit_share: limit_seconds / seconds; 1 is as fast as the machine can.
     """
-    least = cost(config, work)
+    least = cost(served.model, work, served.execution.dtype)
     limit, bound = limit_seconds(least, limits)
     seconds = median(timing.intervals.tolist())
     return {
@@ -88,7 +92,7 @@ def bucket_figures(
     }
 
 
-def build_executor(bench: StepBench, config: ModelConfig, tick: Tick) -> tuple[Executor, int]:
+def build_executor(bench: StepBench, config: ModelConfig, dtype: Dtype, tick: Tick) -> tuple[Executor, int]:
     """A compiled executor of random weights, and the depth its rows decode at. Raises ConfigError."""
     engine = bench.engine.resolve(config)
     depth = bench.depth or max(1, engine.context_length // 2)
@@ -97,8 +101,9 @@ def build_executor(bench: StepBench, config: ModelConfig, tick: Tick) -> tuple[E
     shape = MeshShape(tp=bench.tp)
     check_divisible(config, shape)
     mesh = build_mesh(shape)
-    executor = Executor(config, with_room(engine, depth), random_params(config, mesh), mesh, config.vocab_size)
-    executor.compile(tick=lambda bucket: tick())
+    served = Served(config, with_room(engine, depth), config.vocab_size, Execution(dtype))
+    executor = Executor(served.with_kernels(bench.kernels, mesh), init_params(config, 0, mesh, dtype=dtype), mesh)
+    executor.warm_up(on_progress=lambda bucket: tick())
     return executor, depth
 
 
@@ -106,11 +111,12 @@ def run(bench: StepBench, console: Console) -> Record:
     """Measures and returns the record. Raises ConfigError."""
     bench.validate()
     machine = describe()
-    config = as_served(preset(bench.preset, bench.vocab_size), bench.dtype)
-    before = measure_limits(config.dtype, bench.tp)
+    config, dtype = preset(bench.preset, bench.vocab_size), bench.dtype or default_dtype()
+    before = measure_limits(dtype, bench.tp)
     buckets = bench.engine.resolve(config).buckets
     with progress_bar(console, "compiling", len(buckets)) as tick:
-        executor, depth = build_executor(bench, config, tick)
+        executor, depth = build_executor(bench, config, dtype, tick)
+    console.print(announcement(executor.served.execution.kernels, executor.served.setting(executor.mesh)))
     timings: list[tuple[Bucket, StepWork, Timing]] = []
     with progress_bar(console, "timing steps", len(buckets)) as tick:
         for bucket in buckets:
@@ -120,17 +126,17 @@ def run(bench: StepBench, console: Console) -> Record:
             tick()
     overhead = measure_overhead(executor, bench.overhead_tokens, bench.temperature) if bench.overhead_tokens else None
     recompilations = executor.recompilations  # before the limits' own programs are compiled again
-    limits = better(before, measure_limits(config.dtype, bench.tp))
+    limits = better(before, measure_limits(dtype, bench.tp))
     figures: dict[str, Any] = {
         "limits": dataclasses.asdict(limits),
         "depth": depth,
         "parameters": config.parameters,
         "compile_seconds": executor.compile_seconds,
-        "buckets": [bucket_figures(config, *timing, limits) for timing in timings],
+        "buckets": [bucket_figures(executor.served, *timing, limits) for timing in timings],
         "overhead": overhead,
         "recompilations": recompilations,
     }
-    sizes = {"model": dataclasses.asdict(config), "engine": dataclasses.asdict(executor.engine)}
+    sizes = {"model": {**dataclasses.asdict(config), "dtype": dtype}, "engine": dataclasses.asdict(executor.engine)}
     return Record("step", bench.preset, machine, {**dataclasses.asdict(bench), **sizes}, figures)
 
 

@@ -24,6 +24,7 @@ from isthmus.benchmarks.record import Record
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, ModelConfig
 from isthmus.model.device.hardware import Limits
+from isthmus.model.execution import DEFAULT_EXECUTION, PRESET_EXECUTIONS
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.train.config import OptimizerConfig
@@ -95,7 +96,8 @@ class Ours:
     def __init__(self, bench: TrainBench, config: ModelConfig, text: TokenFile) -> None:
         optimizer = OptimizerConfig(beta2=0.99)
         mesh = build_mesh(MeshShape())
-        self._trainer = Trainer(config, build_optimizer(optimizer, SCHEDULE_STEPS), mesh)
+        execution = PRESET_EXECUTIONS.get(bench.preset, DEFAULT_EXECUTION)
+        self._trainer = Trainer(config, build_optimizer(optimizer, SCHEDULE_STEPS, config), mesh, execution)
         self._data = TrainingData(text, text, config.context_length, seed=0)
         self._state: TrainState = self._trainer.init(0)
         self._batch = bench.batch
@@ -155,7 +157,8 @@ def run(bench: TrainBench, console: Console) -> Record:
     bench.validate()
     machine = describe()
     config = dataclasses.replace(PRESETS[bench.preset], vocab_size=bench.vocab_size)
-    before = measure_limits(config.dtype)
+    dtype = PRESET_EXECUTIONS.get(bench.preset, DEFAULT_EXECUTION).dtype
+    before = measure_limits(dtype)
     with temporary_folder("isthmus-bench-") as folder, ExitStack() as children:
         stem = folder / "symbols"
         ours = Ours(bench, config, write_symbols(stem, bench.vocab_size))
@@ -169,7 +172,7 @@ def run(bench: TrainBench, console: Console) -> Record:
             seconds = take_turns(sides, bench, tick)
         if not np.isfinite(ours.loss) or (peer and not np.isfinite(peer.loss)):
             raise BenchError("a loss is not finite: the figures would mean nothing")
-        limits = better(before, measure_limits(config.dtype))
+        limits = better(before, measure_limits(dtype))
     figures = _figures(bench, config, ours, peer, seconds, limits)
     asked = {**dataclasses.asdict(bench), "model": dataclasses.asdict(config)}
     return Record("train", bench.preset, machine, asked, figures)

@@ -24,18 +24,19 @@ from safetensors.numpy import save_file
 from isthmus.benchmarks.case import Bench, Qualities, progress_bar
 from isthmus.benchmarks.figures import median, number, paragraphs, table
 from isthmus.benchmarks.machine import describe
-from isthmus.benchmarks.models import as_served, preset
+from isthmus.benchmarks.models import preset
 from isthmus.benchmarks.record import Record
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.model.transformer import Params, abstract_params
+from isthmus.model.transformer import Params, abstract_params, parameter_specs
 from isthmus.model.weights.huggingface.export import published_config
 from isthmus.model.weights.huggingface.families import read_config, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import INDEX, TensorFiles
-from isthmus.model.weights.huggingface.load import leaves_of, load_params, parts_of, path_name
+from isthmus.model.weights.huggingface.load import PublishedSource, leaves_of, parts_of
+from isthmus.model.weights.load import load_params
 from isthmus.serve.engine.build import open_model
 
 MEASURED = (("reading the files", "read_seconds"), ("loading the model", "load_seconds"))
@@ -75,7 +76,7 @@ def run(config: WeightsBench, console: Console) -> Record:
     if config.quantize != "none":
         raise ConfigError("quantize: with --model only; what --preset writes is loaded as it is")
     with temporary_folder("isthmus-bench-") as path:
-        write_random(path, as_served(preset(config.preset, config.vocab_size)))
+        write_random(path, preset(config.preset, config.vocab_size))
         files = sorted(path.glob("*.safetensors"))
         return _measure(config, files, partial(_load_tensors, path, config), f"{config.preset}-{config.dtype}", console)
 
@@ -91,7 +92,8 @@ def _load_served(path: Path, config: WeightsBench, mesh: Mesh) -> Params:
 def _load_tensors(path: Path, config: WeightsBench, mesh: Mesh) -> Params:
     """A folder of tensors alone."""
     family, model = read_config(path / "config.json")
-    return load_params(TensorFiles(path), family, model, mesh, config.dtype)
+    source = PublishedSource(TensorFiles(path), family, model, mesh)
+    return load_params(source, abstract_params(model, mesh, dtype=config.dtype))
 
 
 def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:
@@ -101,9 +103,8 @@ def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:
     (folder / "config.json").write_text(json.dumps(values))
     noise = (0.02 * np.random.default_rng(0).standard_normal(1 << 22)).astype(ml_dtypes.bfloat16)
     tensors: dict[str, np.ndarray] = {}
-    flat, _ = jax.tree_util.tree_flatten_with_path(abstract_params(model))
-    for path, leaf in flat:
-        for part in leaves_of(parts_of(model, family.table(model), path_name(path), leaf.shape)):
+    for path, spec in parameter_specs(model).items():
+        for part in leaves_of(parts_of(model, family.table(model), path, spec.shape)):
             tensors[part.name] = np.resize(noise, part.piece.shape(part.shape, model))
     number = {name: index * shards // len(tensors) + 1 for index, name in enumerate(tensors)}
     placed = {name: f"model-{number[name]:05d}-of-{shards:05d}.safetensors" for name in tensors}

@@ -30,13 +30,13 @@ from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, ModelConfig
 from isthmus.model.device.hardware import Limits
-from isthmus.model.transformer import Params, stack_blocks
-from isthmus.model.weights.checkpoint import serving_layout
+from isthmus.model.transformer import Params
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import split_plan
 from isthmus.train.data import TrainingData
+from tests.support import as_kept
 
 QUIET = Console(quiet=True)
 SMALL = ModelConfig(
@@ -62,7 +62,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_cost_of_decoding_equals_a_count_by_hand() -> None:
     work = roofline.workload(Bucket(3, 0, 4), depth=5)
-    least = roofline.cost(SMALL, work)
+    least = roofline.cost(SMALL, work, "float32")
     # A layer: q 4x4, k and v 4x2 each, out 4x4, gate, up and down 4x3 each, two norms of 4. Then the norm and the head.
     layer = 16 + 8 + 8 + 16 + 3 * 12
     norms = 2 * 2 * 4 + 4
@@ -78,22 +78,22 @@ def test_cost_of_prompts_counts_the_head_once_a_prompt_and_the_keys_once_a_seque
     assert (work.tokens, work.drawn, work.read) == (14, 4, 2 * 8 + 8 + 4)
     assert work.attended == 2 * 8 + 36 + 10
     headless = dataclasses.replace(SMALL, vocab_size=0)
-    least = roofline.cost(SMALL, work)
+    least = roofline.cost(SMALL, work, "float32")
     assert least.flops == headless.forward_flops(14, work.attended) + 4 * 2 * 10 * 4
 
 
 def test_a_tied_embedding_is_read_once_and_bfloat16_halves_matrices_only() -> None:
     tied = dataclasses.replace(SMALL, tie_embeddings=True)
-    assert roofline.weight_bytes(tied, 3) == 4 * tied.parameters
-    half = dataclasses.replace(tied, dtype="bfloat16")
-    assert roofline.weight_bytes(half, 3) == 2 * tied.parameters + 2 * (4 * 5)
+    assert roofline.weight_bytes(tied, 3, "float32") == 4 * tied.parameters
+    assert roofline.weight_bytes(tied, 3, "bfloat16") == 2 * tied.parameters + 2 * (4 * 5)
 
 
 def test_the_counted_weights_are_those_that_serving_holds(tiny: ModelConfig, tiny_params: Params, mesh: Mesh) -> None:
-    config = dataclasses.replace(tiny, dtype="bfloat16")
-    held = serving_layout(config, mesh, "bfloat16")(stack_blocks(tiny_params))
-    rows_not_read = (config.vocab_size - 3) * config.dim * 2
-    assert roofline.weight_bytes(config, 3) == sum(leaf.nbytes for leaf in jax.tree.leaves(held)) - rows_not_read
+    held = as_kept(tiny, mesh, tiny_params, "bfloat16")
+    rows_not_read = (tiny.vocab_size - 3) * tiny.dim * 2
+    assert (
+        roofline.weight_bytes(tiny, 3, "bfloat16") == sum(leaf.nbytes for leaf in jax.tree.leaves(held)) - rows_not_read
+    )
 
 
 def test_the_slower_limit_binds() -> None:
@@ -179,8 +179,8 @@ def test_load_figures_count_failures_apart() -> None:
 
 def test_the_server_is_started_with_every_setting_of_the_engine() -> None:
     engine = EngineConfig(max_sequences=3, prefix_cache=False, pages=77)
-    config = tyro.cli(ServeConfig, args=serve_flags(Path("m"), "bfloat16", 2, engine))
-    assert config.engine == engine and config.dtype == "bfloat16" and config.tp == 2
+    config = tyro.cli(ServeConfig, args=serve_flags(Path("m"), "bfloat16", 2, "auto", engine))
+    assert config.engine == engine and config.dtype == "bfloat16" and config.mesh_shape.tp == 2
 
 
 # whole benchmarks, of a tiny model

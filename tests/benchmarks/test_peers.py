@@ -35,7 +35,7 @@ from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.engine import Sink, StepTimes
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 
 QUIET = Console(quiet=True)
 
@@ -225,7 +225,7 @@ class _Engine:
         self.submitted.append(request)
 
     def start(self) -> None:
-        self._sink([Output(Request("of the question before", [1], SamplingParams(), 9), None, FinishReason.CANCELLED)])
+        self._sink([Output(Request("of the question before", [1], Sampling(), 9), None, FinishReason.CANCELLED)])
         for step in self.steps:
             self._sink([Output(self.submitted[at], None if reason else 5, reason) for at, reason in step])
 

@@ -13,6 +13,7 @@ import pytest
 
 from isthmus.benchmarks.load import Target, run_load, server_facts
 from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.client import Client
 from isthmus.errors import ConfigError
 from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.conftest import StartServer
