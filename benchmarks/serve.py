@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
@@ -20,7 +19,7 @@ from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.servers import isthmus_server, serve_flags
 from isthmus.benchmarks.workload import Lengths, PlannedRequest, all_at_once, open_loop
 from isthmus.client import Client, read_token
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, RequestError
 from isthmus.model.parameter import Dtype
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.serve.engine.config import EngineConfig
@@ -119,8 +118,8 @@ class _Load:
                 return question(client)
         except OSError as error:
             raise ConfigError(f"tls_ca: {error}") from None
-        except grpc.RpcError as error:
-            raise BenchError(f"{target.address}: {error.code().name}: {error.details()}") from None
+        except RequestError as error:
+            raise BenchError(f"{target.address}: {error.code}: {error.message}") from None
 
 
 def compare(bench: ServeBench, load: _Load, engine: Child, tick: Tick) -> dict[str, Any]:

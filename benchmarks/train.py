@@ -174,7 +174,7 @@ def run(bench: TrainBench, console: Console) -> Record:
             raise BenchError("a loss is not finite: the figures would mean nothing")
         limits = better(before, measure_limits(dtype))
     figures = _figures(bench, config, ours, peer, seconds, limits)
-    asked = {**dataclasses.asdict(bench), "model": dataclasses.asdict(config)}
+    asked = {**dataclasses.asdict(bench), "model": {**dataclasses.asdict(config), "dtype": dtype}}
     return Record("train", bench.preset, machine, asked, figures)
 
 
