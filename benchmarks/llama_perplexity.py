@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,14 +54,9 @@ class BaseLogits:
         return found
 
     @property
-    def first(self) -> int:
-        """The first position of a window whose next token is predicted."""
-        return self.n_ctx // 2
-
-    @property
     def predicted(self) -> int:
-        """Tokens of a window that are predicted."""
-        return self.n_ctx - 1 - self.first
+        """Tokens of a window that are predicted: those after the first half and one more."""
+        return self.n_ctx - 1 - self.n_ctx // 2
 
     @property
     def _row(self) -> np.dtype:
@@ -79,15 +75,12 @@ class BaseLogits:
         flat = np.fromfile(self.path, "<i4", self.windows * self.n_ctx, offset=HEADER.itemsize)
         return flat.reshape(self.windows, self.n_ctx)
 
-    def targets(self, window: int) -> np.ndarray:
-        """int32[predicted]: the tokens that came."""
-        return self.tokens[window, self.first + 1 :]
-
-    def log_probabilities(self, window: int) -> np.ndarray:
-        """float32[predicted, vocab]."""
-        offset = self._start + window * self.predicted * self._row.itemsize
-        rows = np.fromfile(self.path, self._row, self.predicted, offset=offset)
-        return rows["q"][:, : self.vocab] * rows["scale"][:, None] + rows["least"][:, None]
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """float32[predicted, vocab] of log-probabilities for each window."""
+        size = self.predicted * self._row.itemsize
+        for window in range(self.windows):
+            rows = np.fromfile(self.path, self._row, self.predicted, offset=self._start + window * size)
+            yield rows["q"][:, : self.vocab] * rows["scale"][:, None] + rows["least"][:, None]
 
 
 TRIES = 3

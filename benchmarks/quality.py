@@ -27,9 +27,9 @@ from isthmus.model.process.resources import usable_cpus
 from isthmus.model.weights.folder import ModelFolder, open_folder
 from isthmus.model.weights.quantization import SCHEMES, weight_bytes
 from isthmus.quality import corpus
-from isthmus.quality.divergence import Divergence, Gathered, Quality
+from isthmus.quality.compare import compare
+from isthmus.quality.divergence import Divergence, Quality
 from isthmus.serve.engine.build import open_model
-from isthmus.serve.engine.scoring import predictions
 
 KIND = "quality"
 """The name of this benchmark's records"""
@@ -145,11 +145,8 @@ def measure(
         raise ConfigError(f"base: {base} has a vocabulary of {file.vocab}, {model} of {folder.config.vocab_size}")
     if file.n_ctx > folder.config.context_length:
         raise ConfigError(f"base: {base} has windows of {file.n_ctx}, {model} takes {folder.config.context_length}")
-    gathered = Gathered()
-    for window, logits in enumerate(predictions(folder, cache_dtype, windows(folder, file), file.first)):
-        gathered.add(file.log_probabilities(window), logits, file.targets(window))
-        tick()
-    return ServedQuality(**vars(gathered.quality()), bytes=size)
+    quality = compare(file, folder, cache_dtype, windows(folder, file), tick)
+    return ServedQuality(**vars(quality), bytes=size)
 
 
 def windows(folder: ModelFolder, file: BaseLogits) -> np.ndarray:
