@@ -37,7 +37,11 @@ class Block:
 
 def pages() -> list[str]:
     """The pages for users and contributors, as paths in the repository."""
-    return ["README.md", "CONTRIBUTING.md", *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))]
+    return [
+        "README.md",
+        "CONTRIBUTING.md",
+        *sorted(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md")),
+    ]
 
 
 def blocks(page: str) -> list[Block]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tyro
+from _pytest.mark import ParameterSet
 
 from isthmus.commands.main import COMMANDS
 from tests.docs.pages import (
@@ -35,11 +36,14 @@ MADE_BY_PAGE = {
     "docs/many-devices.md": ("runs",),
 }
 """What a reader of a page doesn't have when they begin, because the page makes it."""
+SLOW = ("docs/fine-tuning.md", "docs/many-devices.md", "docs/quantizing.md")
+"""Pages that `make test` has no time for."""
 OF_OTHER_PROGRAMS = {"--http2-prior-knowledge", "--protocol", "--local-dir"}
 
 
-def pages_that_run() -> list[str]:
-    return [page for page in pages() if any(block.language in RUN and not block.not_run for block in blocks(page))]
+def pages_that_run() -> list[ParameterSet]:
+    found = [page for page in pages() if any(block.language in RUN and not block.not_run for block in blocks(page))]
+    return [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in found]
 
 
 def all_blocks() -> list[Block]:
@@ -80,6 +84,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", pages_that_run())
 def test_a_page_does_what_it_says(page: str, files: Path, tmp_path: Path) -> None:
     """A reader who types a page from its first block to its last must meet no error."""
@@ -114,7 +119,9 @@ def test_make_targets_exist() -> None:
 def test_options_named_in_the_text_exist(page: str) -> None:
     """A page that tells of an option which is gone sends its reader to an error."""
     known = {option for words in commands() for option in _options(tyro.extras.get_parser(command_type(*words)[0]))}
-    assert named_options(page) - known - OF_OTHER_PROGRAMS == set()
+    assert named_options(page) - known - SLOW = ("docs/fine-tuning.md", "docs/many-devices.md", "docs/quantizing.md")
+"""Pages that `make test` has no time for."""
+OF_OTHER_PROGRAMS == set()
 
 
 @pytest.mark.parametrize("page", pages())
