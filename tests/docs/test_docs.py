@@ -80,7 +80,7 @@ def help_of(*words: str) -> str:
 def options_of(*words: str) -> set[str]:
     """The long options of a command and of its subcommands."""
     said = help_of(*words)
-    first_columns = [re.split(r" {2,}", line)[0] for line in re.findall(r"^│ (-.*)", said, re.MULTILINE)]
+    first_columns = [re.split(r" {2,}", line)[0] for line in re.findall(r"^[│ ]+(-.*)", said, re.MULTILINE)]
     mine = set(re.findall(r"--[a-z][\w.-]*", " ".join(first_columns)))
     subcommands = re.match(r"usage: isthmus \w+ \[-h\] \{([\w,-]+)\}", said)
     return mine.union(*(options_of(*words, name) for name in subcommands[1].split(","))) if subcommands else mine
@@ -90,7 +90,7 @@ def options_of(*words: str) -> set[str]:
 def known_options() -> set[str]:
     """The long options of all commands."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", "1000")
+        patch.setenv("COLUMNS", "100")  # so narrow, options stand in one column
         return set().union(*(options_of(name) for name in COMMANDS))
 
 
