@@ -6,29 +6,18 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from isthmus.model.device import hardware
+from isthmus.model.device.hardware import Limits
 from isthmus.model.process.resources import usable_cpus
 
 VECTORS = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 """What Linux calls the vector instructions that make the difference, best first"""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The roofline's two numbers, all devices together."""
-
-    flops: float
-    """FLOP/s of a large matrix product in the model's dtype"""
-    bandwidth: float
-    """Bytes/s read from main memory"""
-    source: str
-    """'data sheet' or 'measured'"""
 
 
 @dataclass(frozen=True)
@@ -43,35 +32,27 @@ class Machine:
     cores: int
     """Host cores that this process may use"""
     memory_bytes: int
-    """Of the host"""
+    """The host's"""
     operating_system: str
     python: str
     jax: str
     commit: str
-    """Of the working folder; '+' means uncommitted changes, empty is no git"""
+    """The working folder's; '+' means uncommitted changes, empty is no git"""
     date: str
     """UTC, ISO 8601"""
     load: float
     """Processes that wanted a core over the minute before the run: well above 0 means that others took part"""
 
 
-def describe() -> Machine:
-    """This machine, now."""
-    devices = jax.devices()
-    on_cpu = devices[0].platform == "cpu"
-    return _describe(devices[0].platform, cpu_name() if on_cpu else devices[0].device_kind, len(devices))
-
-
-def describe_remote(kind: str, devices: list[str]) -> Machine:
-    """This machine's host, with the devices that a server named; no device is touched."""
-    return _describe(kind, cpu_name() if kind == "cpu" else devices[0], len(devices))
-
-
-def _describe(kind: str, device: str, devices: int) -> Machine:
+def describe(kind: str = "", devices: Sequence[str] = ()) -> Machine:
+    """This machine now. kind, devices: the platform and the devices' names as a server tells them, whose machine this
+    is; without them, those of JAX in this process."""
+    if not kind:
+        kind, devices = jax.default_backend(), [device.device_kind for device in jax.devices()]
     return Machine(
         platform=kind,
-        device=device,
-        devices=devices,
+        device=cpu_name() if kind == "cpu" else devices[0],
+        devices=len(devices),
         cores=usable_cpus(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         operating_system=f"{platform.system()} {platform.release()}",
@@ -86,14 +67,13 @@ def _describe(kind: str, device: str, devices: int) -> Machine:
 def cpu_name() -> str:
     """The model name that Linux knows and its widest vectors, which cloud names don't tell; else what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return name_of(Path("/proc/cpuinfo").read_text().splitlines())
     except OSError:
         return platform.processor() or platform.machine()
-    return name_of(lines)
 
 
 def name_of(cpuinfo: Iterable[str]) -> str:
-    """Of the lines of /proc/cpuinfo."""
+    """The processor's name in the lines of /proc/cpuinfo."""
     fields = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in cpuinfo)}
     flags = fields.get("flags") or fields.get("Features") or []
     name = " ".join(fields.get("model name") or [platform.machine()])
@@ -117,10 +97,15 @@ def git_commit(folder: Path) -> str:
 def measure_limits(dtype: str, devices: int = 1) -> Limits:
     """Peak and bandwidth of this machine, measured now (about two seconds) or from the data sheet."""
     hardware.peak_flops.cache_clear()
-    found = hardware.limits(dtype, devices)
-    return Limits(found.flops, found.bandwidth, found.source)
+    return hardware.limits(dtype, devices)
 
 
 def better(first: Limits, second: Limits) -> Limits:
     """The higher of each: another process can only make a limit look lower than it is."""
     return Limits(max(first.flops, second.flops), max(first.bandwidth, second.bandwidth), first.source)
+
+
+def limits_of_any_dtype() -> dict[str, float]:
+    """bandwidth, bytes/s; flops, FLOP/s of a matrix product in the faster of float32 and bfloat16."""
+    limits = [measure_limits(dtype) for dtype in ("float32", "bfloat16")]
+    return {"bandwidth": max(x.bandwidth for x in limits), "flops": max(x.flops for x in limits)}

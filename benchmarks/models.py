@@ -9,21 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
-from isthmus.model.config import PRESETS, Dtype, ModelConfig
-from isthmus.model.device.hardware import default_dtype
+from isthmus.model.config import PRESETS, ModelConfig
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.transformer import Params, init_params, stacked
-from isthmus.model.weights.checkpoint import Checkpoints, serving_layout
+from isthmus.model.weights.checkpoint import Checkpoints
+from isthmus.model.weights.random import init_params
 
 DEFAULT_VOCAB = 32000
 """For presets that leave the vocabulary to the tokenizer"""
 
 SAMPLE_BYTES = 8 << 20
-"""Of Python's own source, to train a tokenizer on"""
+"""How much of Python's own source a tokenizer is trained on"""
 
 
 def preset(name: str, vocab_size: int) -> ModelConfig:
@@ -32,16 +30,6 @@ def preset(name: str, vocab_size: int) -> ModelConfig:
         raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
     config = PRESETS[name]
     return dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size or DEFAULT_VOCAB)
-
-
-def as_served(config: ModelConfig, dtype: Dtype | None = None) -> ModelConfig:
-    """The configuration that serving runs: layers unrolled; dtype None is the backend's."""
-    return dataclasses.replace(config, dtype=dtype or default_dtype(), scan_layers=False, remat="none")
-
-
-def random_params(config: ModelConfig, mesh: Mesh) -> Params:
-    """Parameters in memory, in the layout and dtypes that serving reads."""
-    return serving_layout(config, mesh, config.dtype)(init_params(stacked(config), 0, mesh))
 
 
 def write_model(folder: Path, config: ModelConfig) -> None:
@@ -54,7 +42,7 @@ def write_model(folder: Path, config: ModelConfig) -> None:
     mesh = build_mesh(MeshShape())
     checkpoints = Checkpoints(folder)
     with use_mesh(mesh):
-        checkpoints.save(0, init_params(stacked(config), 0, mesh), {"steps": jax.numpy.int32(0)}, {"step": 0})
+        checkpoints.save(0, init_params(config, 0, mesh, stacked=True), {"steps": jax.numpy.int32(0)}, {"step": 0})
     checkpoints.close()
 
 

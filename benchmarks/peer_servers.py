@@ -1,196 +1,274 @@
-"""Servers of other people and ours, each a process group of its own that is ready when it says so."""
+"""`isthmus bench peer-servers`: `isthmus serve` beside llama-server and vLLM's server, under the same requests."""
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import json
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from rich.console import Console
 
-from isthmus.benchmarks.child import BenchError, stop, tail
-from isthmus.benchmarks.servers import START_SECONDS, serve_flags
-from isthmus.benchmarks.stacks import Installed, Stack, gguf_path
-from isthmus.model.config import ModelConfig
-from isthmus.model.process.cleaning import cleaning
-from isthmus.model.process.resources import usable_cpus
-from isthmus.serve.engine.config import EngineConfig
+from isthmus.benchmarks import comparison
+from isthmus.benchmarks.case import Qualities
+from isthmus.benchmarks.comparison import PAUSE_SECONDS, ComparisonBench, Idle, Run, Session, Turns
+from isthmus.benchmarks.figures import listed, median, number, paragraphs, percentiles, table
+from isthmus.benchmarks.load import Target, as_json, ask_load, load_figures
+from isthmus.benchmarks.machine import limits_of_any_dtype
+from isthmus.benchmarks.processes import BenchError, Child, module
+from isthmus.benchmarks.record import Record
+from isthmus.benchmarks.servers import http_version, stack_server
+from isthmus.benchmarks.stacks import SERVERS, Sizes, Start, chosen
+from isthmus.benchmarks.workload import PlannedRequest, poisson_arrivals
+from isthmus.errors import ConfigError
 
-VLLM_BLOCK = 128
-"""Tokens of a block of vLLM's cache on CPUs"""
-
-
-@dataclass(frozen=True)
-class PeerServer:
-    """One that runs."""
-
-    stack: Stack
-    address: str
-    model: str
-    """What a request must call it"""
-    group: int
-    """Of its processes"""
-
-    def cpu_seconds(self) -> float:
-        """Of processor time that its processes have taken."""
-        return session_cpu_seconds(self.group)
+PROMPTS, COMPLETIONS = (16, 256), (16, 96)
+"""Fewest and most tokens, drawn evenly"""
+ENGINE_PROMPT, ENGINE_STEPS = 32, 32
+"""Tokens of the engine's own decoding, beside which the server's throughput is stated"""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PeerServersBench(ComparisonBench):
+    """Sends the same requests to servers that run side by side, one after the other, and compares.
+
+    Prompts of 16 to 256 tokens and completions of 16 to 96, as token ids, streamed, greedy, without prefix caches. At
+    each rate they arrive as a Poisson process; in the closed loop --streams are always in flight. In each repetition
+    every load is put on every server, in an order that rotates. Ours is also compared with its engine in a process of
+    its own, which gets the requests of the closed loop directly and decodes --streams sequences.
+    """
+
+    stacks: tuple[str, ...] = ("isthmus-bf16", "llama-bf16", "vllm-bf16", "vllm-f32")
+    """Whose servers to run"""
+    rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Requests a second"""
+    seconds: float = 30.0
+    """How long requests arrive at each rate"""
+    streams: int = 32
+    """How many the closed loop keeps in flight; 0 leaves it out"""
+    requests: int = 96
+    """How many the closed loop sends"""
+    repeats: int = 3
+    """How often every load is put on every server"""
+    engine: bool = True
+    """Run our engine in the closed loop too, without a server"""
+    timeout: float = 300.0
+    """Deadline of a request, in seconds; one that misses it has failed"""
+
+    def validate(self) -> None:
+        chosen(self.stacks, SERVERS)
+        if any(not rate > 0 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
+            raise ConfigError("rates must be above 0, and none twice")
+        if not self.rates and not self.streams:
+            raise ConfigError("rates: without any, streams must be above 0")
+        self.check_least(streams=0, requests=self.streams, repeats=1)
+        self.check_positive("seconds", "timeout")
+        super().validate()
+
+    @property
+    def runs_engine(self) -> bool:
+        return self.engine and self.streams > 0
+
+    @property
+    def loads(self) -> dict[str, float]:
+        """Requests a second by the load's name; 0 is the closed loop."""
+        closed = {f"closed{self.streams}": 0.0} if self.streams else {}
+        return closed | {f"rate{rate:g}": rate for rate in self.rates}
+
+
+def sizes(bench: PeerServersBench) -> Sizes:
     """What every server is started for."""
-
-    sequences: int
-    context: int
+    return Sizes(max(32, bench.streams), -(-(PROMPTS[1] + COMPLETIONS[1]) // 128) * 128)
 
 
-def session_cpu_seconds(session: int) -> float:
-    """Processor time of all processes of a session, those included that ended and were waited for."""
-    total = 0
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session:
-            total += sum(map(int, fields[11:15]))
-    return total / os.sysconf("SC_CLK_TCK")
+def plan(bench: PeerServersBench, rate: float, turn: int, vocab: int) -> list[PlannedRequest]:
+    """The requests of a load and repetition, the same for every server. rate 0: the closed loop's, all at 0."""
+    random = np.random.default_rng([bench.seed, round(rate * 1e6), turn])
+    times = poisson_arrivals(random, rate, bench.seconds) or [0.0] if rate else [0.0] * bench.requests
+    requests = []
+    for at in times:
+        prompt, completion = (int(random.integers(low, high + 1)) for low, high in (PROMPTS, COMPLETIONS))
+        ids = random.integers(min(10, vocab - 1), vocab, prompt).tolist()
+        requests.append(PlannedRequest(at, ids, completion, int(random.integers(1 << 32))))
+    return requests
 
 
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+class ServerSide:
+    """A stack's server that is ready; beside ours, a child with the engine alone."""
 
-
-def isthmus_command(stack: Stack, model: Path, sizes: Sizes) -> list[str]:
-    pages = 1 + sizes.sequences * -(-sizes.context // EngineConfig.page_size)
-    engine = EngineConfig(
-        max_sequences=sizes.sequences,
-        context_length=sizes.context,
-        pages=pages,
-        prefix_cache=False,
-        max_waiting=4096,
-    )
-    flags = serve_flags(model, "bfloat16", 1, engine)
-    quantize = [] if stack.quantize == "none" else ["--quantize", stack.quantize]
-    return [sys.executable, "-m", "isthmus.commands.main", "serve", *flags, *quantize]
-
-
-def llama_command(stack: Stack, model: Path, sizes: Sizes, installed: Installed, port: int) -> list[str]:
-    """A slot a sequence, each with room for a whole one; batches that mix prompts and steps are its default."""
-    gguf = gguf_path(stack, model)
-    if not gguf.is_file():
-        raise BenchError(f"{gguf} does not exist; make_gguf.py makes it")
-    threads = str(usable_cpus())
-    room = str(sizes.sequences * sizes.context)
-    flags = ["--host", "127.0.0.1", "--port", str(port), "-np", str(sizes.sequences), "-c", room]
-    caches = ["--no-cache-prompt", "--cache-ram", "0", "--no-webui"]
-    program = str(installed.program("llama-server"))
-    return [program, "-m", str(gguf), "-t", threads, "-tb", threads, *flags, *caches]
-
-
-def vllm_command(
-    stack: Stack, model: Path, config: ModelConfig, sizes: Sizes, installed: Installed, port: int
-) -> list[str]:
-    """Its OpenAI server, a cache for as many sequences as ours. The `vllm` program looks for a package of that name,
-    which the build for CPUs is not."""
-    python = installed.command(stack)[0]
-    width = 4 if stack.dtype == "float32" else 2
-    token = 2 * config.layers * config.kv_heads * config.head_dim * width
-    cache = (sizes.sequences * -(-sizes.context // VLLM_BLOCK) + 1) * VLLM_BLOCK * token
-    limits = ["--max-model-len", str(sizes.context), "--max-num-seqs", str(sizes.sequences)]
-    where = ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
-    program = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", stack.dtype]
-    return [*program, *limits, *where, "--kv-cache-memory-bytes", str(cache)]
-
-
-@contextlib.contextmanager
-def peer_server(
-    stack: Stack, model: Path, config: ModelConfig, sizes: Sizes, installed: Installed, log: Path
-) -> Iterator[PeerServer]:
-    """Starts the stack's server and waits until it is ready; ends all its processes after that. Raises BenchError."""
-    port = free_port()
-    environment = dict(os.environ)
-    if stack.engine == "isthmus":
-        command = isthmus_command(stack, model, sizes)
-    elif stack.engine == "llama":
-        command = llama_command(stack, model, sizes, installed, port)
-    else:
-        command = vllm_command(stack, model, config, sizes, installed, port)
-        threads = str(usable_cpus())
-        environment.update(OMP_NUM_THREADS=threads, VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
-    ready = _says_serving(log) if stack.engine == "isthmus" else _is_healthy(port)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=environment,
+    def __init__(self, bench: PeerServersBench, start: Start, running: ExitStack, folder: Path) -> None:
+        """Raises BenchError."""
+        self._start, self._running, self._folder = start, running, folder
+        begun, stack = time.perf_counter(), start.stack
+        server = running.enter_context(stack_server(start, folder / f"{stack.name}.log"))
+        self.facts: dict[str, Any] = {"seconds": time.perf_counter() - begun}
+        ours = stack.engine == "isthmus"
+        self.facts["version"] = (
+            f"isthmus, jax {jax.__version__}" if ours else http_version(stack.engine, server.address)
         )
-    try:
-        with cleaning(partial(os.killpg, process.pid, signal.SIGKILL)):  # a group of its own: no Ctrl-C reaches it
-            yield PeerServer(stack, _wait(process, ready, log), str(model), process.pid)
-    finally:
-        stop(process, 30.0, signal.SIGTERM)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        self._target = Target(server.address, None, None, 0.0, bench.timeout, stack.engine, str(start.model))
+        self.idle = Idle(server.cpu_seconds)
+        self.engine: Child | None = None
+
+    def start_engine(self) -> None:
+        """Loads the engine of a server that is ours. Raises BenchError."""
+        if self._start.stack.engine != "isthmus":
+            return
+        log = self._folder / f"{self._start.stack.name}-engine.log"
+        child = self._running.enter_context(Child(self._start.command(self._start.engine.child), log))
+        child.ask("load", **self._start.load)
+        self.engine = child
+
+    def send(self, generator: Child, planned: list[PlannedRequest], streams: int) -> dict[str, Any]:
+        """The load generator's answer. Raises BenchError, also when no request was answered."""
+        with self.idle.asked():
+            answer = ask_load(generator, self._target, planned, streams)
+        if not (figures := load_figures(answer))["completed"]:
+            raise BenchError(f"no request was answered: {figures['failures']}")
+        return answer
 
 
-def _wait(process: subprocess.Popen, ready: Callable[[], str | None], log: Path) -> str:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        address = ready()
-        if address is not None:
-            return address
-        if process.poll() is not None:
-            raise BenchError(f"the server ended before it served:\n{tail(log)}")
-        time.sleep(0.2)
-    raise BenchError(f"the server was not ready after {START_SECONDS:g} s:\n{tail(log)}")
+class _Loads:
+    """Puts the loads on the servers, and keeps what the load generator saw."""
+
+    def __init__(self, bench: PeerServersBench, vocab: int, turns: Turns, generator: Child) -> None:
+        self._bench, self._vocab, self._turns, self._generator = bench, vocab, turns, generator
+        self._answers: dict[str, dict[str, list[dict[str, Any]]]] = {load: {} for load in bench.loads}
+        self._engines: dict[str, dict[str, list[float]]] = {}
+
+    def warm_up(self) -> None:
+        """A few requests at once to each server, which compiles or touches what the first ones need."""
+        some = plan(self._bench, 0.0, self._bench.repeats, self._vocab)[:8] or [PlannedRequest(0.0, [10] * 16, 16, 0)]
+        self._turns.each("warm-up", lambda _, side: side.send(self._generator, some, 8))
+
+    def measure(self, load: str, turn: int, name: str, side: ServerSide) -> float:
+        """Completed tokens a second."""
+        rate = self._bench.loads[load]
+        planned = plan(self._bench, rate, turn, self._vocab)
+        answer = side.send(self._generator, planned, 0 if rate else self._bench.streams)
+        self._answers[load].setdefault(name, []).append(answer)
+        found = load_figures(answer)["output_tokens_per_second"]
+        self._turns.log(f"{load}, {name}: {found:,.1f} tok/s")
+        if not rate and side.engine is not None:
+            try:
+                self._measure_engine(name, side.engine, planned)
+            except BenchError as error:
+                self._turns.fail(name, "engine", error)
+                side.engine = None
+        return float(found)
+
+    def _measure_engine(self, name: str, engine: Child, planned: list[PlannedRequest]) -> None:
+        """The same requests without a server, and a decode of as many sequences."""
+        streams = self._bench.streams
+        random = np.random.default_rng(self._bench.seed)
+        prompts = random.integers(10, self._vocab, (streams, ENGINE_PROMPT)).tolist()
+        time.sleep(PAUSE_SECONDS)
+        closed = engine.ask("closed", requests=as_json(planned), streams=streams)
+        time.sleep(PAUSE_SECONDS)
+        decode = engine.ask("decode", tokens=prompts, steps=ENGINE_STEPS)
+        found = self._engines.setdefault(name, {"closed": [], "decode": []})
+        found["closed"].append(closed["tokens"] / closed["seconds"])
+        found["decode"].append(streams * ENGINE_STEPS / decode["seconds"])
+
+    def figures(self) -> dict[str, Any]:
+        """The latencies of all repetitions together, and the engines' throughputs by repetition."""
+        answers = {load: found for load, found in self._answers.items() if found}
+        return {
+            "served": {
+                load: {name: load_figures(*every) for name, every in found.items()} for load, found in answers.items()
+            },
+            "engine": self._engines,
+        }
 
 
-def _says_serving(log: Path) -> Callable[[], str | None]:
-    def ready() -> str | None:
-        found = re.search(r"SERVING on (\S+:\d+)", log.read_text(errors="replace"))
-        return found[1] if found else None
-
-    return ready
-
-
-def _is_healthy(port: int) -> Callable[[], str | None]:
-    return lambda: f"127.0.0.1:{port}" if _get(f"127.0.0.1:{port}", "/health") is not None else None
+def run(bench: PeerServersBench, console: Console) -> Record:
+    """Measures and returns the record, merged if asked to. Raises ConfigError, BenchError."""
+    bench.validate()
+    stacks = chosen(bench.stacks, SERVERS)
+    amount = len(stacks) * (2 + bench.runs_engine + len(bench.loads) * bench.repeats)
+    return comparison.run_comparison(
+        "peer-servers", bench, stacks, list(bench.loads), amount, console, partial(measure, bench)
+    )
 
 
-def version(server: PeerServer) -> str:
-    """Of the software, as the server itself says where it does."""
-    if server.stack.engine == "isthmus":
-        return f"isthmus, jax {jax.__version__}"
-    path, key = ("/props", "build_info") if server.stack.engine == "llama" else ("/version", "version")
-    text = _get(server.address, path)
-    return f"{server.stack.engine} {json.loads(text)[key] if text else 'unknown'}"
+def measure(bench: PeerServersBench, at: Session) -> Run:
+    """All loads on all servers, the machine's limits before and after."""
+    before = limits_of_any_dtype()
+    for stack in at.stacks:
+        start = bench.start(stack, at.config, sizes(bench))
+        at.turns.start(stack, partial(ServerSide, bench, start, at.children, at.folder))
+    if bench.runs_engine:
+        at.turns.each("engine", lambda _, side: side.start_engine())
+    generator = at.children.enter_context(Child(module("isthmus.benchmarks.load"), at.folder / "load.log"))
+    loads = _Loads(bench, at.config.vocab_size, at.turns, generator)
+    loads.warm_up()
+    at.turns.repeat(bench.repeats, loads.measure)
+    found = {**at.turns.figures(at.machine, [before, limits_of_any_dtype()]), **loads.figures()}
+    found |= {"streams": bench.streams, "seconds": bench.seconds}
+    return {**found, "served_of_engine": served_of_engine(found)}
 
 
-def _get(address: str, path: str) -> bytes | None:
-    """The body, if the answer is a success."""
-    connection = http.client.HTTPConnection(address, timeout=5)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.read() if answer.status == 200 else None
-    except (OSError, http.client.HTTPException):
-        return None
-    finally:
-        connection.close()
+def served_of_engine(run: Run) -> dict[str, dict[str, float]]:
+    """By stack of ours: the closed loop's throughput as a share of its engine's with the same requests, and of its
+    engine's when it only decodes."""
+    loads = [load for load in run["rates"] if load.startswith("closed")]
+    closed = run["rates"][loads[0]] if loads else {}
+    return {
+        name: {key: median(closed[name]) / median(values) for key, values in found.items()}
+        for name, found in run["engine"].items()
+        if name in closed
+    }
+
+
+def show(record: Record, qualities: Qualities) -> str:
+    runs = record.figures["pieces"]
+    text = (
+        "Server against server: the same requests of 16 to 256 tokens and completions of 16 to 96, streamed, greedy, "
+        "without prefix caches; Poisson arrivals, or so many streams always in flight. Completed tokens a second."
+    )
+    text += " KL: what the same weights cost real models, above." if qualities else ""
+    lines = [line for run in runs for line in (*_engine_lines(run), _start_line(run))]
+    return paragraphs(
+        text,
+        comparison.show_ratios(record, qualities),
+        _latencies(runs),
+        listed(lines),
+        comparison.show_conditions(runs),
+    )
+
+
+def notes(record: Record) -> str:
+    return paragraphs(comparison.show_rates(record.figures["pieces"], {}), comparison.spinning(record))
+
+
+def _latencies(runs: list[Run]) -> str:
+    """The table of the comparison.newest measurements."""
+    rows = [
+        [
+            comparison.label(load),
+            name,
+            number(row["output_tokens_per_second"], 4),
+            str(row["requests"] - row["completed"]),
+            *(percentiles(row[latency], 1e3, ("p50", "p99")) for latency in ("ttft", "itl")),
+        ]
+        for load, found in comparison.newest(runs, "served").items()
+        for name, row in found.items()
+    ]
+    return table(("load", "server", "tok/s", "failed", "TTFT p50 / p99, ms", "ITL p50 / p99, ms"), rows)
+
+
+def _engine_lines(run: Run) -> list[str]:
+    return [
+        f"{name}: {found['closed']:.1%} of its engine's throughput with the same requests, {found['decode']:.1%} of "
+        f"its engine's when {run['streams']} sequences only decode"
+        for name, found in run["served_of_engine"].items()
+    ]
+
+
+def _start_line(run: Run) -> str:
+    ready = (f"{name} {facts['seconds']:.1f} s" for name, facts in run["stacks"].items())
+    return f"From the command to the first health check that passed: {', '.join(ready)}"

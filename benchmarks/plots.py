@@ -1,22 +1,20 @@
-"""PNG plots of records."""
+"""Plots of records, as matplotlib figures that nobody else holds: whoever gets one closes it."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
-from isthmus.benchmarks import pieces
+from isthmus.benchmarks import comparison
+from isthmus.benchmarks.figures import bucket_label, median
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.stacks import CLASSES, STACKS
-from isthmus.benchmarks.statistics import median
 
-MEASURED, LIMIT = "#2f6f9f", "#c9c9c9"
+MEASURED, LIMIT, OTHER = "#2f6f9f", "#c9c9c9", "#8a8a8a"
 LATENCIES = (
     ("ttft", "time to first token, ms", 1e3),
     ("itl", "between tokens, ms", 1e3),
@@ -24,29 +22,28 @@ LATENCIES = (
 )
 
 
-def plot_steps(record: Record, path: Path) -> None:
+def plot_steps(record: Record) -> Figure:
     """Bars of measured and least time for each bucket, on a logarithmic scale."""
     buckets = record.figures["buckets"]
-    names = [
-        f"{row['rows']}+{row['blocks']}x{row['block_size']}" if row["blocks"] else str(row["rows"]) for row in buckets
-    ]
     figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
     at = range(len(buckets))
     measured = axes.bar([i - 0.2 for i in at], [row["seconds"] * 1e3 for row in buckets], 0.4, color=MEASURED)
     axes.bar([i + 0.2 for i in at], [row["limit_seconds"] * 1e3 for row in buckets], 0.4, color=LIMIT)
     axes.bar_label(measured, [f"{row['limit_share']:.0%}" for row in buckets], fontsize=8)
     axes.set_yscale("log")
-    axes.set_xticks(list(at), names)
+    axes.set_xticks(list(at), [bucket_label(row, "+") for row in buckets])
     axes.set_xlabel("decoding rows + blocks of prompt")
     axes.set_ylabel("ms a step")
     axes.legend(["measured, and its share of the limit", "limit of memory and arithmetic"], frameon=False)
     axes.set_title(_title(record), fontsize=10)
-    _finish(figure, path)
+    return figure
 
 
-def plot_rates(record: Record, path: Path) -> None:
-    """Latency percentiles against the arrival rate, one panel a latency."""
+def plot_rates(record: Record) -> Figure | None:
+    """Latency percentiles against the arrival rate, one panel a latency; None where no rate was measured."""
     rows = sorted(record.figures["rates"], key=lambda row: row["rate"])
+    if not rows:
+        return None
     figure, panels = pyplot.subplots(1, len(LATENCIES), figsize=(12, 3.8), layout="constrained")
     for axes, (name, label, factor) in zip(panels, LATENCIES, strict=True):
         for percentile, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
@@ -58,13 +55,13 @@ def plot_rates(record: Record, path: Path) -> None:
         axes.grid(alpha=0.3)
     panels[0].legend(["p50", "p90", "p99"], frameon=False)
     figure.suptitle(_title(record), fontsize=10)
-    _finish(figure, path)
+    return figure
 
 
-def plot_peers(record: Record, path: Path) -> None:
+def plot_comparison(record: Record) -> Figure:
     """Bars of tokens a second, a panel a cell, stacks grouped by how they store weights; Isthmus' ratio to the best of
     its group stands above its bar."""
-    found = pieces.newest(record.figures["pieces"])
+    found = comparison.newest(record.figures["pieces"])
     ratios = {(row["cell"], row["ours"]): row["ratio"] for row in record.figures["compared"]}
     columns = min(2, len(found))
     rows = -(-len(found) // columns)
@@ -73,10 +70,9 @@ def plot_peers(record: Record, path: Path) -> None:
     for axes in panels.flat[len(found) :]:
         axes.axis("off")
     for axes, (cell, rates) in zip(panels.flat, found.items(), strict=False):
-        groups = [[n for n in rates if STACKS[n].weights == weights] for weights in (*CLASSES, "")]
-        names = [name for group in groups for name in group]
-        shift = {name: index * 0.6 for index, group in enumerate(groups) for name in group}
-        at = [index + shift[name] for index, name in enumerate(names)]
+        placed = sorted(((name, CLASSES.index(STACKS[name].weights)) for name in rates), key=lambda pair: pair[1])
+        names = [name for name, _ in placed]
+        at = [index + 0.6 * group for index, (_, group) in enumerate(placed)]
         colors = [MEASURED if STACKS[name].engine == "isthmus" else LIMIT for name in names]
         bars = axes.bar(at, [median(rates[name]) for name in names], color=colors)
         texts = [f"{ratios[cell, name]:.2f}x" if (cell, name) in ratios else "" for name in names]
@@ -84,15 +80,15 @@ def plot_peers(record: Record, path: Path) -> None:
         axes.set_xticks(at, [name.replace("-", "\n") for name in names], fontsize=6.5)
         axes.set_ylabel("tok/s")
         axes.margins(y=0.12)
-        axes.set_title(pieces.label(cell), fontsize=9)
+        axes.set_title(comparison.label(cell), fontsize=9)
     figure.suptitle(_title(record), fontsize=10)
-    _finish(figure, path)
+    return figure
 
 
-def plot_quality(record: Record, path: Path) -> None:
+def plot_quality(record: Record) -> Figure:
     """KL divergence, on a logarithmic scale, against bytes: what lies left and below of another is better."""
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
-    for color, label, is_ours in ((MEASURED, "Isthmus", True), ("#8a8a8a", "llama.cpp", False)):
+    for color, label, is_ours in ((MEASURED, "Isthmus", True), (OTHER, "llama.cpp", False)):
         rows = [row for row in record.figures["rows"] if row["name"].startswith("isthmus-") == is_ours]
         at = [row["bytes"] / 1e6 for row in rows]
         errors = [row["kl_error"] for row in rows]
@@ -107,13 +103,8 @@ def plot_quality(record: Record, path: Path) -> None:
     axes.margins(x=0.12)
     axes.legend(frameon=False)
     axes.set_title(record.subject, fontsize=10)
-    _finish(figure, path)
+    return figure
 
 
 def _title(record: Record) -> str:
     return f"{record.subject} on {record.machine.device}, {record.machine.cores} cores, {record.machine.platform}"
-
-
-def _finish(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -5,40 +5,38 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from isthmus.benchmarks import corpus
-from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
+from isthmus.benchmarks.figures import listed, number, paragraphs, table
+from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, write_base
 from isthmus.benchmarks.machine import describe
-from isthmus.benchmarks.perplexity import BaseLogits, divergence, write_base
-from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record, results_folder
-from isthmus.benchmarks.served import measure
-from isthmus.benchmarks.statistics import number
 from isthmus.errors import ConfigError
+from isthmus.model.parameter import Dtype
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.process.resources import usable_cpus
-from isthmus.model.weights.folder import open_folder
-from isthmus.model.weights.quantization import SCHEMES
-from isthmus.quality.divergence import Divergence
+from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.model.weights.quantization import SCHEMES, weight_bytes
+from isthmus.quality import corpus
+from isthmus.quality.compare import compare
+from isthmus.quality.divergence import Divergence, Quality
+from isthmus.serve.engine.build import open_model
 
 KIND = "quality"
-"""Of the record"""
-
-Qualities = dict[str, dict[str, float]]
-"""KL divergence by model and stack, in nats a token"""
+"""The name of this benchmark's records"""
 
 
 @dataclass(frozen=True)
-class QualityBench:
+class QualityBench(Bench):
     """How far a quantized model's predictions are from the float32 model's, ours beside llama.cpp's.
 
     llama-perplexity predicts a text with the F32 file, in windows of which the second half counts, and compares each of
@@ -49,36 +47,32 @@ class QualityBench:
     model: Path = Path("models/125m")
     """A published folder, of a trained model: the figures of random weights mean nothing"""
     kinds: tuple[str, ...] = ("none", "int8", "int4")
-    """Of ours: what `isthmus serve --quantize` takes"""
+    """Which of ours to measure, as `isthmus serve --quantize` names them"""
     folders: tuple[str, ...] = ()
     """NAME=FOLDER: the same model as `isthmus convert --quantize` wrote it, and what the table calls it"""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
-    """Of ours: of activations and what is no integer; each kind is measured in each"""
+    """What ours compute in: activations, and weights that are no integers. Each kind is measured in each"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """Of our keys and values; llama.cpp's are float16"""
+    """What our keys and values are kept in; llama.cpp's are float16"""
     types: tuple[str, ...] = ("bf16", "q8_0", "q6_K", "q5_K_M", "q4_K_M", "q4_K_S", "q4_0")
-    """Of llama.cpp's"""
+    """Which of llama.cpp's types to measure"""
     peer: Path = Path(".peers-llama")
     """The folder with llama.cpp's bin"""
     gguf: Path | None = None
     """Where make_gguf.py put the model's files, f32 among them; default: beside the folder"""
     text: Path | None = None
-    """A file; default: half of a text that Python brings (benchmarks/corpus.py), the half that nobody calibrates on"""
+    """A file; default: half of a text that Python brings (quality/corpus.py), the half that nobody calibrates on"""
     windows: int = 24
+    """How many parts of the text are predicted"""
     n_ctx: int = 512
     """Tokens of a window"""
     base: Path | None = None
     """A file of llama-perplexity's, with the F32 predictions: taken as it is where it exists, else kept there"""
     merge: bool = False
     """Keep the rows of the result's file that are not measured now; else replace it"""
-    out: Path | None = None
-    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
 
     def validate(self) -> None:
-        """Raises ConfigError naming the field."""
-        for name, least in (("windows", 1), ("n_ctx", 8)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        self.check_least(windows=1, n_ctx=8)
         if not (self.model / "config.json").is_file():
             raise ConfigError(f"model: {self.model} is not a published model's folder")
         if not (self.kinds or self.folders or self.types):
@@ -91,7 +85,7 @@ class QualityBench:
                 raise ConfigError(f"folders: {given!r} must be NAME=FOLDER")
 
     def file(self, kind: str) -> Path:
-        """Of the model in one of llama.cpp's types. Raises BenchError when it isn't there."""
+        """The model's file in one of llama.cpp's types. Raises BenchError when it isn't there."""
         model = self.model.resolve()
         path = (self.gguf or model.parent) / f"{model.name}-{kind}.gguf"
         if not path.is_file():
@@ -110,7 +104,7 @@ class Ours:
 
     @property
     def name(self) -> str:
-        """As the stacks of the other benchmarks are called, which run in bfloat16."""
+        """The row's name: in bfloat16 it is the name of the stack that other benchmarks time (stacks.py)."""
         kind = {"none": {"bfloat16": "bf16", "float32": "f32"}[self.dtype]}.get(self.kind, self.kind)
         return f"isthmus-{kind}" + ("-f32" if self.dtype == "float32" and self.kind != "none" else "")
 
@@ -120,6 +114,51 @@ def ours(bench: QualityBench) -> list[Ours]:
     found = [(kind, bench.model, kind) for kind in bench.kinds]
     found += [(name, Path(path), "none") for name, _, path in (given.partition("=") for given in bench.folders)]
     return [Ours(kind, dtype, folder, quantize) for kind, folder, quantize in found for dtype in bench.dtypes]
+
+
+# how far our predictions are from the file's
+
+
+@dataclass(frozen=True)
+class ServedQuality(Quality):
+    """What a model lost, and what it takes."""
+
+    bytes: int
+    """How many its weights take, as serving keeps them"""
+
+
+def measure(
+    model: Path, quantize: str, dtype: Dtype | Literal["auto"], cache_dtype: str, base: Path, tick: Tick = lambda: None
+) -> ServedQuality:
+    """Runs the model of a folder over a base file's tokens, as `isthmus serve` computes: the paged cache, the kernels,
+    the dtypes and the integers that serve; tick() after each window.
+
+    quantize: a scheme of model/weights/quantization.py, or rules with commas between them; "none" for a folder that is
+    quantized already, or is to be measured in `dtype`. dtype, cache_dtype: as serving takes them. Raises ConfigError.
+    """
+    folder = open_model(model, dtype, quantize=quantize if quantize in SCHEMES else "none")
+    if quantize not in SCHEMES:
+        folder = dataclasses.replace(folder, quantize=tuple(quantize.split(",")))
+    size = weight_bytes(folder.config, folder.execution.dtype, folder.quantize or folder.config.quantization)
+    file = BaseLogits.open(base)
+    if file.vocab != folder.config.vocab_size:
+        raise ConfigError(f"base: {base} has a vocabulary of {file.vocab}, {model} of {folder.config.vocab_size}")
+    if file.n_ctx > folder.config.context_length:
+        raise ConfigError(f"base: {base} has windows of {file.n_ctx}, {model} takes {folder.config.context_length}")
+    quality = compare(file, folder, cache_dtype, windows(folder, file), tick)
+    return ServedQuality(**vars(quality), bytes=size)
+
+
+def windows(folder: ModelFolder, file: BaseLogits) -> np.ndarray:
+    """int32[windows, n_ctx]: the file's tokens as llama.cpp gives them to the model: where the text began with a token
+    that the tokenizer puts there, every window does."""
+    tokens = file.tokens.copy()
+    if folder.tokenizer.encode("")[:1] == [int(tokens[0, 0])]:
+        tokens[:, 0] = tokens[0, 0]
+    return tokens
+
+
+# the whole measurement
 
 
 def run(bench: QualityBench, console: Console) -> Record:
@@ -132,14 +171,16 @@ def run(bench: QualityBench, console: Console) -> Record:
         text = bench.text or corpus.write(folder)["evaluation"]
         base = _base(bench, text, folder, console)
         rows = list(_rows(bench, base, files, console))
-        facts = {"text": "corpus" if bench.text is None else str(bench.text), "sha256": _sha256(base)}
-    record = Record(
-        KIND,
-        bench.model.resolve().name,
-        machine,
-        dataclasses.asdict(bench),
-        {"python": platform.python_version(), "windows": base.windows, "n_ctx": base.n_ctx, **facts, "rows": rows},
-    )
+        figures = {
+            "python": machine.python,
+            "windows": base.windows,
+            "n_ctx": base.n_ctx,
+            "text": "corpus" if bench.text is None else str(bench.text),
+            # The same where the same text was read by the same tokenizer.
+            "sha256": hashlib.sha256(base.tokens.tobytes()).hexdigest(),
+            "rows": rows,
+        }
+    record = Record(KIND, bench.model.resolve().name, machine, dataclasses.asdict(bench), figures)
     return _merged(record, results_folder(bench.out)) if bench.merge else record
 
 
@@ -150,11 +191,6 @@ def _base(bench: QualityBench, text: Path, folder: Path, console: Console) -> Ba
         console.print(f"llama-perplexity: predicting with {source}", highlight=False)
         write_base(bench.peer, source, text, path, bench.windows, bench.n_ctx, usable_cpus())
     return BaseLogits.open(path)
-
-
-def _sha256(base: BaseLogits) -> str:
-    """Of the tokens: the same where the same text was read by the same tokenizer."""
-    return hashlib.sha256(base.tokens.tobytes()).hexdigest()
 
 
 def _rows(bench: QualityBench, base: BaseLogits, files: dict[str, Path], console: Console) -> Iterator[dict[str, Any]]:
@@ -185,23 +221,20 @@ def stored(path: Path) -> tuple[int, dict[str, int]]:
 def _merged(record: Record, folder: Path) -> Record:
     """`record`, with the rows of the file that it would replace which it has not measured. Raises ConfigError when
     those are of another text."""
-    path = folder / f"{record.stem}.json"
-    if not path.is_file():
+    before = record.predecessor(folder)
+    if before is None:
         return record
-    before = Record.load(path).figures
     for name in ("sha256", "windows", "n_ctx"):
-        if before[name] != record.figures[name]:
-            raise ConfigError(f"merge: {path} was measured on another text: {name} differs")
-    rows = {row["name"]: row for row in (*before["rows"], *record.figures["rows"])}
-    return dataclasses.replace(record, figures={**record.figures, "rows": list(rows.values())})
+        if before.figures[name] != record.figures[name]:
+            raise ConfigError(f"merge: {record.stem}.json in {folder} was measured on another text: {name} differs")
+    rows = {row["name"]: row for row in (*before.figures["rows"], *record.figures["rows"])}
+    return record.with_figures(rows=list(rows.values()))
 
 
-HEAD = ("", "MB", "KL", "±", "top-1", "perplexity")
-
-
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table of HEAD, fewest bytes first."""
-    return [
+def show(record: Record, _: Qualities) -> str:
+    figures, rows = record.figures, record.figures["rows"]
+    count = figures["windows"] * (figures["n_ctx"] - 1 - figures["n_ctx"] // 2)
+    cells = [
         [
             row["name"],
             f"{row['bytes'] / 1e6:,.1f}",
@@ -212,15 +245,19 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         ]
         for row in sorted(rows, key=lambda row: row["bytes"])
     ]
-
-
-def show(record: Record, console: Console) -> None:
-    """Prints the record as a table."""
-    figures = record.figures
-    table = Table(*HEAD, title=f"{record.subject}: beside float32, {figures['windows']} windows of {figures['n_ctx']}")
-    for row in cells(figures["rows"]):
-        table.add_row(*row)
-    console.print(table)
+    text = (
+        f"KL divergence from llama.cpp's float32 predictions, nats a token, over {count:,} tokens: the second halves "
+        f"of {figures['windows']} windows of {figures['n_ctx']}; its standard error; the share of tokens with the same "
+        "likeliest next one; perplexity beside float32's. Ours as served, activations in bfloat16, or in float32 "
+        "(-f32). Bytes of weights as they are kept, nothing else of a file."
+    )
+    tensors = [
+        f"{row['name']}: {', '.join(f'{count} {kind}' for kind, count in row['tensors'].items())}"
+        for row in rows
+        if row.get("tensors")
+    ]
+    named = ["What llama.cpp's names mean for this model's sizes, tensors by type:", listed(tensors)] if tensors else []
+    return paragraphs(text, table(("", "MB", "KL", "±", "top-1", "perplexity"), cells), *named)
 
 
 def known(records: Sequence[Record]) -> Qualities:
@@ -230,13 +267,13 @@ def known(records: Sequence[Record]) -> Qualities:
 
 def costs(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
     """What `isthmus serve --quantize` tells, quality/costs.py: {scheme: {dtype: {model: fields of Cost}}}."""
-    table: dict[str, dict[str, dict[str, Any]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for record in (record for record in records if record.kind == KIND):
         for row in record.figures["rows"]:
             scheme = row["name"].removeprefix("isthmus-").removesuffix("-f32")
             if scheme not in SCHEMES or row["cache_dtype"] != "model":
                 continue
-            table.setdefault(scheme, {}).setdefault(row["dtype"], {})[record.subject] = {
+            found.setdefault(scheme, {}).setdefault(row["dtype"], {})[record.subject] = {
                 "kl": row["kl"],
                 "kl_error": row["kl_window_error"],
                 "ratio": row["ratio"],
@@ -246,4 +283,4 @@ def costs(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
                 "dtype": row["dtype"],
                 "cache_dtype": row["dtype"],
             }
-    return table
+    return found

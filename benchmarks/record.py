@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a platform and benchmark, with everything needed to read or repeat it."""
+"""Results on disk: one JSON file a platform, benchmark and subject, with everything needed to read or repeat it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isthmus.benchmarks.machine import Machine
 from isthmus.errors import ConfigError
 
 FORMAT = 1
-"""Of the files; a reader refuses another"""
+"""The files' format; a reader refuses another"""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Record:
     """A finished benchmark."""
 
     kind: str
-    """step, serve, quality, peers, peer-servers, train or weights"""
+    """The name of its case: step, serve, quality, peers, peer-servers, train or weights"""
     subject: str
     """What was measured: the preset or the model folder's name"""
     machine: Machine
     config: dict[str, Any]
-    """As it was asked for"""
+    """The settings that it was run with"""
     figures: dict[str, Any]
     """What came out; times in seconds, sizes in bytes, rates per second"""
 
@@ -53,6 +53,15 @@ class Record:
             return cls(**{**fields, "machine": Machine(**fields["machine"])})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is not a benchmark's result: {error}") from None
+
+    def predecessor(self, folder: Path) -> Record | None:
+        """The record whose file in `folder` this one would replace, if there is one."""
+        path = folder / f"{self.stem}.json"
+        return Record.load(path) if path.is_file() else None
+
+    def with_figures(self, **changes: Any) -> Record:
+        """The same record with other figures under these names."""
+        return dataclasses.replace(self, figures={**self.figures, **changes})
 
 
 def results_folder(out: Path | None) -> Path:

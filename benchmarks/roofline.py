@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 
-from isthmus.benchmarks.machine import Limits
 from isthmus.model.config import ModelConfig
-from isthmus.model.transformer import abstract_params
-from isthmus.serve.engine.config import Bucket
+from isthmus.model.device.hardware import Limits
+from isthmus.model.parameter import Role
+from isthmus.model.transformer import parameter_specs
+from isthmus.serve.engine.config import Bucket, EngineConfig
 
 
 @dataclass(frozen=True)
-class Workload:
+class StepWork:
     """What a step of a bucket is given: rows that decode, and prompts from their first token."""
 
     rows: int
@@ -49,12 +49,12 @@ class Workload:
         return self.rows * self.depth + sum(p * (p + 1) // 2 for p in self.prompts)
 
 
-def workload(bucket: Bucket, depth: int) -> Workload:
+def workload(bucket: Bucket, depth: int) -> StepWork:
     """The bucket full: every row at `depth`, every block part of a prompt of up to `depth` tokens, in whole blocks."""
     per_prompt = max(1, depth // bucket.block_size)
     whole, rest = divmod(bucket.blocks, per_prompt)
     blocks = [per_prompt] * whole + [rest] * bool(rest)
-    return Workload(bucket.rows, depth, tuple(count * bucket.block_size for count in blocks))
+    return StepWork(bucket.rows, depth, tuple(count * bucket.block_size for count in blocks))
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,25 @@ class Cost:
         return self.weight_bytes + self.kv_read_bytes + self.kv_written_bytes
 
 
-def weight_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of parameters that a step over `tokens` tokens reads: matrices in the model's dtype, norms in float32."""
-    size = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+def weight_bytes(config: ModelConfig, tokens: int, dtype: str) -> int:
+    """Bytes of parameters that a step over `tokens` tokens reads, as serving in `dtype` keeps them."""
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        name = path[-1].key
-        if name == "embedding" and not config.tie_embeddings:
-            total += min(tokens, config.vocab_size) * config.dim * size
-        else:
-            total += leaf.size * (4 if name in ("scale", "bias") else size)
+    for spec in parameter_specs(config).values():
+        only_looked_up = spec.role is Role.EMBEDDING and not config.tie_embeddings
+        numbers = min(tokens, config.vocab_size) * config.dim if only_looked_up else spec.size
+        total += numbers * jnp.dtype(spec.storage_dtype(dtype)).itemsize
     return total
 
 
-def cost(config: ModelConfig, work: Workload) -> Cost:
-    """FLOPs are ModelConfig.forward_flops, less the head's for tokens that draw nothing."""
+def cost(config: ModelConfig, work: StepWork, dtype: str) -> Cost:
+    """FLOPs are ModelConfig.forward_flops, less the head's for tokens that draw nothing; bytes are those of a model and
+    a cache in `dtype`."""
+    token_bytes = EngineConfig().kv_bytes_per_token(config, dtype)
     headless = 2 * config.vocab_size * config.dim * (work.tokens - work.drawn)
     return Cost(
-        weight_bytes=weight_bytes(config, work.tokens),
-        kv_read_bytes=work.read * config.kv_bytes_per_token(),
-        kv_written_bytes=work.tokens * config.kv_bytes_per_token(),
+        weight_bytes=weight_bytes(config, work.tokens, dtype),
+        kv_read_bytes=work.read * token_bytes,
+        kv_written_bytes=work.tokens * token_bytes,
         flops=config.forward_flops(work.tokens, work.attended) - headless,
     )
 

@@ -1,41 +1,69 @@
-"""`isthmus serve` as a process of its own."""
+"""The one driver of a server: ours and others', each a session of processes of its own that is ready when its health
+check passes."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
+import json
+import os
 import signal
+import socket
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from isthmus.benchmarks.child import BenchError, stop, tail
-from isthmus.model.config import Dtype
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from isthmus.benchmarks.http_api import APIS, get
+from isthmus.benchmarks.processes import BenchError, module, session_cpu_seconds, stop, tail
+from isthmus.benchmarks.stacks import Start
+from isthmus.model.parameter import Dtype
 from isthmus.model.process.cleaning import cleaning
 from isthmus.serve.engine.config import EngineConfig
 
 START_SECONDS = 1800.0
-"""To load and compile"""
+"""How long a server may load and compile"""
+
+Health = Callable[[str], bool]
+"""Whether the server at an address serves; takes a few seconds at most"""
 
 
 @dataclass(frozen=True)
-class Served:
-    """A running server."""
+class RunningServer:
+    """A server that was started here."""
 
     address: str
-    token: str | None = None
-    tls_ca: str | None = None
-    """As isthmus.Client's"""
+    session: int
+    """The one that all its processes are in"""
+
+    def cpu_seconds(self) -> float:
+        """Processor time that its processes have taken."""
+        return session_cpu_seconds(self.session)
 
 
-def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig) -> list[str]:
-    """The command line of `isthmus serve` for these settings, on a free port of the loopback."""
-    flags = ["--model", str(model), "--port", "0", "--tp", str(tp), "--dtype", dtype or "auto"]
-    flags.append("--report-cached-tokens")
+def grpc_health(address: str) -> bool:
+    """Whether grpc.health.v1 says SERVING."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def http_health(address: str) -> bool:
+    return get(address, "/health") is not None
+
+
+def serve_flags(model: Path, dtype: Dtype | None, tp: int, kernels: str, engine: EngineConfig) -> list[str]:
+    """The command line of `isthmus serve` for these settings, but for the port."""
+    flags = ["--model", str(model), "--mesh", f"tp={tp}", "--dtype", dtype or "auto", "--report-cached-tokens"]
+    flags += ["--kernels", kernels]
     for item in dataclasses.fields(engine):
         name, value = item.name.replace("_", "-"), getattr(engine, item.name)
         if isinstance(value, bool):
@@ -46,25 +74,69 @@ def serve_flags(model: Path, dtype: Dtype | None, tp: int, engine: EngineConfig)
 
 
 @contextlib.contextmanager
-def served(flags: list[str], log: Path) -> Iterator[Served]:
-    """Starts the server and waits until it says SERVING; SIGTERM at the end. Raises BenchError with what it printed."""
+def isthmus_server(flags: list[str], log: Path) -> Iterator[RunningServer]:
+    """`isthmus serve FLAGS`, without --port: a free one of the loopback is taken. As `running_server` otherwise."""
+    port = free_port()
+    command = [*module("isthmus.commands.main"), "serve", *flags, "--port", str(port)]
+    with running_server(command, port, grpc_health, log) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def stack_server(start: Start, log: Path) -> Iterator[RunningServer]:
+    """The stack's server, started as stacks.py says. As `running_server` otherwise."""
+    port, health = free_port(), grpc_health if start.stack.engine == "isthmus" else http_health
+    command = start.command(start.engine.server, port)
+    with running_server(command, port, health, log, start.engine.environment) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running_server(
+    command: Sequence[str], port: int, health: Health, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """Starts a server and waits until it is healthy; SIGTERM at the end, after which none of its processes is left.
+    Raises BenchError with what it printed, which goes to `log`."""
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "isthmus.commands.main", "serve", *flags]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
+        )
+    kill = partial(os.killpg, process.pid, signal.SIGKILL)
     try:
-        with cleaning(process.terminate):
-            yield Served(_wait_for_address(process, log))
+        with cleaning(kill):  # a group of its own: no Ctrl-C reaches it
+            _wait_until_healthy(process, f"127.0.0.1:{port}", health, log)
+            yield RunningServer(f"127.0.0.1:{port}", process.pid)
     finally:
         stop(process, 60.0, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            kill()
 
 
-def _wait_for_address(process: subprocess.Popen, log: Path) -> str:
+def _wait_until_healthy(process: subprocess.Popen, address: str, health: Health, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        found = re.search(r"SERVING on (\S+:\d+)", log.read_text(errors="replace"))
-        if found:
-            return found[1]
         if process.poll() is not None:
-            raise BenchError(f"`isthmus serve` ended before it served:\n{tail(log)}")
+            raise BenchError(f"the server ended before it served:\n{tail(log)}")
+        if health(address):
+            return
         time.sleep(0.1)
-    raise BenchError(f"`isthmus serve` was not ready after {START_SECONDS:g} s:\n{tail(log)}")
+    raise BenchError(f"the server was not ready after {START_SECONDS:g} s:\n{tail(log)}")
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def http_version(engine: str, address: str) -> str:
+    """The software's version, as the server itself says."""
+    path, key = APIS[engine].version
+    text = get(address, path)
+    return f"{engine} {json.loads(text)[key] if text else 'unknown'}"

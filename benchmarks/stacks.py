@@ -1,4 +1,5 @@
-"""Everything that is timed beside Isthmus: which inference stacks there are, how each is started, and whom it meets.
+"""Everything that is timed beside Isthmus, as data: which inference stacks there are, how each is started, alone and as
+a server, and whom it meets.
 
 A stack is an engine with its weights in one type. Those that store a weight in as many bits form a class; Isthmus'
 ratio is against the fastest of its class.
@@ -6,27 +7,31 @@ ratio is against the fastest of its class.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from isthmus.benchmarks.child import BenchError, module
+from isthmus.benchmarks.processes import BenchError
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
+from isthmus.model.process.resources import usable_cpus
+from isthmus.serve.engine.config import EngineConfig
 
-Engine = Literal["isthmus", "llama", "vllm", "transformers"]
-PEERS = Path(__file__).parent / "peers"
+EngineName = Literal["isthmus", "llama", "vllm", "transformers"]
+VLLM_BLOCK = 128
+"""Tokens of a block of vLLM's cache on CPUs"""
 
 
 @dataclass(frozen=True)
 class Stack:
     """One engine, its weights in one type."""
 
-    engine: Engine
+    engine: EngineName
     kind: str
-    """Of the weights, as the result names it"""
+    """The weights' type, as the result names it"""
     dtype: str
-    """As the engine's `load` takes it"""
+    """The dtype or file type that the engine's `load` is told"""
     weights: Literal["16 bits", "8 bits", "4 bits"]
     """Its class, which float32 of engines that are slow in bfloat16 belongs to"""
     bytes_per_weight: float
@@ -74,52 +79,136 @@ class Installed:
     """Where `make peers`, `make peers-llama` and `make peers-vllm` put them."""
 
     peers_python: Path = Path(".venv-peers/bin/python")
-    """Of the environment with transformers"""
+    """The Python of the environment with transformers"""
     vllm_python: Path = Path(".venv-vllm/bin/python")
-    """Of the environment with vLLM"""
+    """The Python of the environment with vLLM"""
     llama: Path = Path(".peers-llama")
     """The folder with llama.cpp's bin"""
 
-    def command(self, stack: Stack) -> list[str]:
-        """What starts the stack's child, which answers as benchmarks/peers/protocol.py says. Raises BenchError."""
-        if stack.engine == "isthmus":
-            return module("isthmus.benchmarks.engine_child")
-        if stack.engine == "llama":
-            self.program("llama-batched-bench")
-            return [str(_existing(self.peers_python, "make peers")), str(PEERS / "llama_cpp.py"), str(self.llama)]
-        python, script = (
-            (_existing(self.vllm_python, "make peers-vllm"), "vllm_cpu.py")
-            if stack.engine == "vllm"
-            else (_existing(self.peers_python, "make peers"), "transformers_torch.py")
-        )
-        return [str(python), str(PEERS / script)]
 
-    def program(self, name: str) -> Path:
-        """One of llama.cpp's. Raises BenchError."""
-        return _existing(self.llama / "bin" / name, "make peers-llama")
+@dataclass(frozen=True)
+class Sizes:
+    """What every engine of a comparison is started for."""
+
+    sequences: int
+    context: int
+    """Tokens of a sequence, prompt and completion together"""
+
+    @property
+    def pages(self) -> int:
+        """Of our cache: room for each sequence's whole context, and the null page."""
+        return 1 + self.sequences * -(-self.context // EngineConfig.page_size)
 
 
-def _existing(path: Path, target: str) -> Path:
-    if not path.is_file():
-        raise BenchError(f"{path} does not exist; `{target}` builds it")
-    return path.absolute()
+@dataclass(frozen=True)
+class Engine:
+    """How an engine is started, as command lines with the names that Start.command fills in; http_api.py says how its
+    server is asked."""
+
+    child: str
+    """Answers as protocol.py says"""
+    server: str = ""
+    """Listens on a port of the loopback; empty where there is none"""
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the server wants set"""
 
 
-def load_question(stack: Stack, model: Path, max_sequences: int, context: int) -> dict[str, Any]:
-    """The fields of `load`."""
-    fields = {"model": str(model), "dtype": stack.dtype, "max_sequences": max_sequences, "context": context}
-    return {**fields, "quantize": stack.quantize} if stack.engine == "isthmus" else fields
+ENGINES: dict[EngineName, Engine] = {
+    "isthmus": Engine(
+        child="{python} -m isthmus.benchmarks.engine",
+        server="{python} -m isthmus.commands.main serve --model {model} --port {port} --dtype bfloat16 "
+        "--quantize {quantize} --engine.max-sequences {sequences} --engine.context-length {context} "
+        "--engine.pages {pages} --engine.max-waiting 4096 --engine.no-prefix-cache --report-cached-tokens",
+    ),
+    # A slot a sequence, each with room for a whole one; batches that mix prompts and steps are its default.
+    "llama": Engine(
+        child="{peers_python} {peers}/llama_cpp.py {llama}",
+        server="{llama}/bin/llama-server -m {gguf} --host 127.0.0.1 --port {port} -t {threads} -tb {threads} "
+        "-np {sequences} -c {room} --no-cache-prompt --cache-ram 0 --no-webui",
+    ),
+    # The `vllm` program looks for a package of that name, which the build for CPUs is not.
+    "vllm": Engine(
+        child="{vllm_python} {peers}/vllm_cpu.py",
+        server="{vllm_python} -m vllm.entrypoints.openai.api_server --model {model} --dtype {dtype} --host 127.0.0.1 "
+        "--port {port} --max-model-len {context} --max-num-seqs {sequences} --no-enable-prefix-caching "
+        "--kv-cache-memory-bytes {vllm_cache}",
+        environment={"OMP_NUM_THREADS": str(usable_cpus()), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"},
+    ),
+    "transformers": Engine(child="{peers_python} {peers}/transformers_torch.py"),
+}
+SERVERS = tuple(name for name, stack in STACKS.items() if ENGINES[stack.engine].server)
+"""The stacks that have one"""
+
+MADE_BY = {
+    "peers_python": "`make peers`",
+    "vllm_python": "`make peers-vllm`",
+    "llama": "`make peers-llama`",
+    "gguf": "make_gguf.py",
+}
+"""What makes the files that a command line may name"""
 
 
-def gguf_path(stack: Stack, model: Path) -> Path:
-    """Where make_gguf.py put the model for this stack."""
-    return model.resolve().with_name(f"{model.resolve().name}-{stack.kind}.gguf")
+@dataclass(frozen=True)
+class Start:
+    """All that starting a stack depends on."""
 
+    stack: Stack
+    model: Path
+    """The published folder, absolute"""
+    config: ModelConfig
+    """The model's"""
+    sizes: Sizes
+    installed: Installed
 
-def weight_bytes(stack: Stack, config: ModelConfig, model: Path) -> float:
-    """Bytes of weights that a step of a peer reads: all that is stored, but of an embedding that is not the head only a
-    few rows. llama.cpp's are its file's."""
-    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
-    if stack.engine == "llama":
-        return gguf_path(stack, model).stat().st_size - looked_up * stack.bytes_per_weight
-    return (config.parameters - looked_up) * stack.bytes_per_weight
+    @property
+    def engine(self) -> Engine:
+        return ENGINES[self.stack.engine]
+
+    @property
+    def gguf(self) -> Path:
+        """Where make_gguf.py put the model for this stack."""
+        return self.model.with_name(f"{self.model.name}-{self.stack.kind}.gguf")
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """The arguments of the child's `load`."""
+        asked = {"model": str(self.model), "dtype": self.stack.dtype}
+        asked |= {"quantize": self.stack.quantize} if self.stack.engine == "isthmus" else {}
+        return {**asked, "max_sequences": self.sizes.sequences, "context": self.sizes.context}
+
+    def command(self, template: str, port: int = 0) -> list[str]:
+        """A command line of the engine's, filled in. Raises BenchError for a file in it that isn't there."""
+        files = {**{name: path.absolute() for name, path in vars(self.installed).items()}, "gguf": self.gguf}
+        for name, by in MADE_BY.items():
+            if f"{{{name}}}" in template and not files[name].exists():
+                raise BenchError(f"{files[name]} does not exist; {by} makes it")
+        names = {
+            **files,
+            "python": sys.executable,
+            "peers": Path(__file__).parent / "peers",
+            "model": self.model,
+            "dtype": self.stack.dtype,
+            "quantize": self.stack.quantize,
+            "port": port,
+            "threads": usable_cpus(),
+            **vars(self.sizes),
+            "pages": self.sizes.pages,
+            "room": self.sizes.sequences * self.sizes.context,
+            "vllm_cache": self.vllm_cache(),
+        }
+        return [word.format(**names) for word in template.split()]
+
+    def vllm_cache(self) -> int:
+        """Bytes of a cache of vLLM's for as many sequences as ours, and a block that it keeps for itself."""
+        config, blocks = self.config, self.sizes.sequences * -(-self.sizes.context // VLLM_BLOCK) + 1
+        width = 4 if self.stack.dtype == "float32" else 2
+        return blocks * VLLM_BLOCK * 2 * config.layers * config.kv_heads * config.head_dim * width
+
+    def weight_bytes(self) -> float:
+        """Bytes of weights that a step of a peer reads: all that is stored, but of an embedding that is not the head
+        only a few rows. llama.cpp's are its file's."""
+        config = self.config
+        looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
+        if self.stack.engine == "llama":
+            return self.gguf.stat().st_size - looked_up * self.stack.bytes_per_weight
+        return (config.parameters - looked_up) * self.stack.bytes_per_weight

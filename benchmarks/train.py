@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from isthmus.benchmarks.child import BenchError, Child
-from isthmus.benchmarks.machine import Limits, better, describe, measure_limits
+from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
+from isthmus.benchmarks.figures import median, number, paragraphs, percent, summarize, table
+from isthmus.benchmarks.machine import better, describe, measure_limits
 from isthmus.benchmarks.models import python_source
-from isthmus.benchmarks.progress import progress_bar
+from isthmus.benchmarks.processes import BenchError, Child
 from isthmus.benchmarks.record import Record
-from isthmus.benchmarks.statistics import median, summarize
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, ModelConfig
+from isthmus.model.device.hardware import Limits
+from isthmus.model.execution import DEFAULT_EXECUTION, PRESET_EXECUTIONS
 from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.train.config import OptimizerConfig
@@ -34,13 +36,13 @@ from isthmus.train.step import Metrics, Trainer, TrainState
 PEER_SCRIPT = Path(__file__).parent / "peers" / "nanogpt_torch.py"
 TEXT_BYTES = 4 << 20
 SCHEDULE_STEPS = 2000
-"""Of the recipe; the measured steps lie on its schedule of the learning rate"""
+"""Steps of the recipe; the measured steps lie on its schedule of the learning rate"""
 PAUSE_SECONDS = 0.2
 """Between turns, until the worker threads of the last one sleep"""
 
 
 @dataclass(frozen=True)
-class TrainBench:
+class TrainBench(Bench):
     """Times training steps with the trainer and the batches that `isthmus train` uses, and the same recipe in torch.
 
     The recipe is nanoGPT's for a CPU (github.com/karpathy/nanoGPT, README): 4 layers, 4 heads, 128 wide, 64 tokens a
@@ -50,30 +52,26 @@ class TrainBench:
     """
 
     preset: str = "nano"
+    """Size of the model"""
     vocab_size: int = 65
-    """Symbols; at least 2"""
+    """How many symbols there are; at least 2"""
     batch: int = 12
     """Sequences a step"""
     steps: int = 60
-    """Of a turn"""
+    """How many a turn has"""
     turns: int = 9
-    """Measured; the median counts"""
+    """How many are measured; the median counts"""
     warmup: int = 60
     """Steps before those, the compiling one included"""
     peer: bool = False
     """Time nanoGPT in torch too, in turns with ours, and report the ratio of medians"""
     peer_python: Path = Path(".venv-peers/bin/python")
-    """Of the environment that `make peers` builds"""
-    out: Path | None = None
-    """Folder for PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results where there is one, else ./bench-results"""
+    """The Python of the environment that `make peers` builds"""
 
     def validate(self) -> None:
-        """Raises ConfigError naming the field."""
         if self.preset not in PRESETS:
             raise ConfigError(f"preset: {self.preset!r} is none of {', '.join(PRESETS)}")
-        for name, least in (("vocab_size", 2), ("batch", 1), ("steps", 1), ("turns", 3), ("warmup", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        self.check_least(vocab_size=2, batch=1, steps=1, turns=3, warmup=1)
         if self.peer and not self.peer_python.is_file():
             raise ConfigError(f"peer_python: {self.peer_python} does not exist; `make peers` builds it")
 
@@ -98,7 +96,8 @@ class Ours:
     def __init__(self, bench: TrainBench, config: ModelConfig, text: TokenFile) -> None:
         optimizer = OptimizerConfig(beta2=0.99)
         mesh = build_mesh(MeshShape())
-        self._trainer = Trainer(config, build_optimizer(optimizer, SCHEDULE_STEPS), mesh)
+        execution = PRESET_EXECUTIONS.get(bench.preset, DEFAULT_EXECUTION)
+        self._trainer = Trainer(config, build_optimizer(optimizer, SCHEDULE_STEPS, config), mesh, execution)
         self._data = TrainingData(text, text, config.context_length, seed=0)
         self._state: TrainState = self._trainer.init(0)
         self._batch = bench.batch
@@ -127,18 +126,10 @@ class Ours:
 class Peer:
     """nanoGPT in torch, in a process and an environment of its own, on the same symbols."""
 
-    def __init__(self, bench: TrainBench, config: ModelConfig, text: Path, log: Path) -> None:
-        sizes = {
-            "layers": config.layers,
-            "heads": config.heads,
-            "dim": config.dim,
-            "block": config.context_length,
-            "vocab": config.vocab_size,
-            "batch": bench.batch,
-            "data": str(text),
-        }
-        self._child = Child([str(bench.peer_python), str(PEER_SCRIPT), json.dumps(sizes)], log)
-        self.facts = self._child.ask("facts")
+    def __init__(self, bench: TrainBench, config: ModelConfig, text: Path, child: Child) -> None:
+        sizes = {"layers": config.layers, "heads": config.heads, "dim": config.dim, "block": config.context_length}
+        self._child = child
+        self.facts = child.ask("load", **sizes, vocab=config.vocab_size, batch=bench.batch, data=str(text))
         self.loss = float("nan")
 
     def run(self, steps: int) -> float:
@@ -147,23 +138,8 @@ class Peer:
         self.loss = answer["loss"]
         return float(answer["seconds"])
 
-    def close(self) -> None:
-        self._child.close()
 
-
-@contextlib.contextmanager
-def _peer(bench: TrainBench, config: ModelConfig, text: Path, log: Path) -> Iterator[Peer | None]:
-    peer = Peer(bench, config, text, log) if bench.peer else None
-    try:
-        yield peer
-    finally:
-        if peer is not None:
-            peer.close()
-
-
-def take_turns(
-    sides: dict[str, Callable[[int], float]], bench: TrainBench, tick: Callable[[], None]
-) -> dict[str, list[float]]:
+def take_turns(sides: dict[str, Callable[[int], float]], bench: TrainBench, tick: Tick) -> dict[str, list[float]]:
     """Seconds of each side's turns; who begins alternates, so that a drift of the machine's speed touches both."""
     for run_steps in sides.values():
         run_steps(bench.warmup)
@@ -181,22 +157,24 @@ def run(bench: TrainBench, console: Console) -> Record:
     bench.validate()
     machine = describe()
     config = dataclasses.replace(PRESETS[bench.preset], vocab_size=bench.vocab_size)
-    before = measure_limits(config.dtype)
-    with temporary_folder("isthmus-bench-") as folder:
+    dtype = PRESET_EXECUTIONS.get(bench.preset, DEFAULT_EXECUTION).dtype
+    before = measure_limits(dtype)
+    with temporary_folder("isthmus-bench-") as folder, ExitStack() as children:
         stem = folder / "symbols"
-        text = write_symbols(stem, bench.vocab_size)
-        ours = Ours(bench, config, text)
-        with _peer(bench, config, stem.with_suffix(".bin"), folder / "peer.log") as peer:
-            sides: dict[str, Callable[[int], float]] = {"ours": ours.run}
-            if peer is not None:
-                sides["peer"] = peer.run
-            with progress_bar(console, "turns of training", bench.turns) as tick:
-                seconds = take_turns(sides, bench, tick)
-            if not np.isfinite(ours.loss) or (peer and not np.isfinite(peer.loss)):
-                raise BenchError("a loss is not finite: the figures would mean nothing")
-            limits = better(before, measure_limits(config.dtype))
-            figures = _figures(bench, config, ours, peer, seconds, limits)
-    asked = {**dataclasses.asdict(bench), "model": dataclasses.asdict(config)}
+        ours = Ours(bench, config, write_symbols(stem, bench.vocab_size))
+        sides: dict[str, Callable[[int], float]] = {"ours": ours.run}
+        peer: Peer | None = None
+        if bench.peer:
+            child = children.enter_context(Child([str(bench.peer_python), str(PEER_SCRIPT)], folder / "peer.log"))
+            peer = Peer(bench, config, stem.with_suffix(".bin"), child)
+            sides["peer"] = peer.run
+        with progress_bar(console, "turns of training", bench.turns) as tick:
+            seconds = take_turns(sides, bench, tick)
+        if not np.isfinite(ours.loss) or (peer and not np.isfinite(peer.loss)):
+            raise BenchError("a loss is not finite: the figures would mean nothing")
+        limits = better(before, measure_limits(dtype))
+    figures = _figures(bench, config, ours, peer, seconds, limits)
+    asked = {**dataclasses.asdict(bench), "model": {**dataclasses.asdict(config), "dtype": dtype}}
     return Record("train", bench.preset, machine, asked, figures)
 
 
@@ -218,7 +196,7 @@ def _figures(
         "tokens_per_second": rate,
         "mfu": rate * flops / limits.flops,
         "turns": rates,
-        "spread": {name: dataclasses.asdict(summarize(values)) for name, values in rates.items()},
+        "spread": {name: summarize(values) for name, values in rates.items()},
         "loss": ours.loss,
         "peer": None,
     }
@@ -228,22 +206,30 @@ def _figures(
     return figures
 
 
-def show(record: Record, console: Console) -> None:
-    """Prints the record."""
+def show(record: Record, _: Qualities) -> str:
     figures = record.figures
-    spread = figures["spread"]["ours"]
-    console.print(
-        f"{record.machine.device}, {record.machine.cores} cores; {record.subject}: "
-        f"{figures['tokens_per_second']:,.0f} tok/s ({spread['min']:,.0f} to {spread['max']:,.0f}), "
-        f"MFU {figures['mfu']:.1%} of {figures['limits']['flops'] / 1e9:,.0f} GFLOP/s, "
-        f"{figures['parameters'] / 1e6:.2f}M parameters, loss {figures['loss']:.2f}",
-        highlight=False,
+    config, peer = record.config, figures["peer"]
+    sides = [("Isthmus", figures, figures["spread"]["ours"])]
+    if peer is not None:
+        sides.append((f"nanoGPT, torch {peer['torch']} eager", peer, figures["spread"]["peer"]))
+    rows = [
+        [
+            name,
+            f"{side['parameters'] / 1e6:.2f}M",
+            number(side["tokens_per_second"]),
+            f"{number(spread['min'])} to {number(spread['max'])}",
+        ]
+        for name, side, spread in sides
+    ]
+    text = (
+        f"{config['batch']} sequences of {config['model']['context_length']} tokens, {config['steps']} steps a turn, "
+        f"{config['turns']} turns, {config['model']['dtype']}; MFU {percent(figures['mfu'])}."
     )
-    if (peer := figures["peer"]) is not None:
-        spread = figures["spread"]["peer"]
-        console.print(
-            f"nanoGPT in torch {peer['torch']}: {peer['tokens_per_second']:,.0f} tok/s ({spread['min']:,.0f} to "
-            f"{spread['max']:,.0f}), {peer['parameters'] / 1e6:.2f}M parameters, loss {peer['loss']:.2f}; "
-            f"ours is {peer['ratio']:.2f}x as fast",
-            highlight=False,
-        )
+    ratio = "" if peer is None else f"Ratio of medians: {peer['ratio']:.2f}."
+    return paragraphs(text, table(["", "parameters", "tok/s, median", "spread"], rows), ratio)
+
+
+def notes(record: Record) -> str:
+    peer = record.figures["peer"]
+    theirs = "" if peer is None else f"; nanoGPT's {peer['loss']:.2f}"
+    return f"Loss {record.figures['loss']:.2f}{theirs}."

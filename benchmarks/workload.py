@@ -20,13 +20,13 @@ class Lengths:
     """
 
     prompt_mean: float = 161.31
-    """Tokens"""
+    """Tokens of a prompt, in the mean"""
     output_mean: float = 337.99
-    """Tokens"""
+    """Tokens of a completion, in the mean"""
     spread: float = 1.0
     """Standard deviation of the logarithm; 0 makes all alike"""
     scale: float = 1.0
-    """Of both means: less than 1 makes a shorter run on a slow machine"""
+    """What both means are multiplied by: less than 1 makes a shorter run on a slow machine"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""
@@ -48,7 +48,7 @@ class Lengths:
         return pairs
 
     def _lognormal(self, random: np.random.Generator, mean: float, count: int) -> np.ndarray:
-        """Whose mean, before rounding and cutting, is mean * scale."""
+        """float64[count] numbers whose mean, before rounding and cutting, is mean * scale."""
         median = mean * self.scale / math.exp(self.spread**2 / 2)
         return median * np.exp(self.spread * random.standard_normal(count))
 

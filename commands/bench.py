@@ -1,16 +1,18 @@
-"""`isthmus bench`."""
+"""`isthmus bench`: a subcommand for each of benchmarks/cases.py, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
 
 import tyro
 from rich.console import Console
+from rich.markdown import Markdown
 
-from isthmus.benchmarks import quality, report, serve, step, train, versus, versus_serve, weights
-from isthmus.benchmarks.child import BenchError
-from isthmus.benchmarks.record import Record, results_folder
+from isthmus.benchmarks.case import Bench, Case
+from isthmus.benchmarks.cases import CASES
+from isthmus.benchmarks.processes import BenchError
+from isthmus.benchmarks.record import results_folder
+from isthmus.benchmarks.report import ReportConfig, write_report
 from isthmus.errors import ConfigError
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.weights.checkpoint import CheckpointError
@@ -33,67 +35,29 @@ examples:
 
 Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
 
-Measurement = (
-    step.StepBench
-    | serve.ServeBench
-    | train.TrainBench
-    | weights.WeightsBench
-    | versus.PeersBench
-    | versus_serve.PeerServersBench
-    | quality.QualityBench
-)
-Command = (
-    Annotated[step.StepBench, tyro.conf.subcommand("step")]
-    | Annotated[serve.ServeBench, tyro.conf.subcommand("serve")]
-    | Annotated[train.TrainBench, tyro.conf.subcommand("train")]
-    | Annotated[weights.WeightsBench, tyro.conf.subcommand("weights")]
-    | Annotated[versus.PeersBench, tyro.conf.subcommand("peers")]
-    | Annotated[versus_serve.PeerServersBench, tyro.conf.subcommand("peer-servers")]
-    | Annotated[quality.QualityBench, tyro.conf.subcommand("quality")]
-    | Annotated[report.ReportConfig, tyro.conf.subcommand("report")]
-)
+NAMED: dict[str, Callable[..., Bench]] = {**{case.name: case.bench for case in CASES}, "report": ReportConfig}
 
 
-def _measure(command: Measurement, console: Console) -> None:
+def _measure(case: Case, bench: Bench, console: Console) -> None:
     """Runs, prints and saves one benchmark."""
-    record: Record
-    match command:
-        case step.StepBench():
-            record = step.run(command, console)
-            step.show(record, console)
-        case serve.ServeBench():
-            record = serve.run(command, console)
-            serve.show(record, console)
-        case train.TrainBench():
-            record = train.run(command, console)
-            train.show(record, console)
-        case weights.WeightsBench():
-            record = weights.run(command, console)
-            weights.show(record, console)
-        case versus.PeersBench():
-            record = versus.run(command, console)
-            versus.show(record, console)
-        case versus_serve.PeerServersBench():
-            record = versus_serve.run(command, console)
-            versus_serve.show(record, console)
-        case quality.QualityBench():
-            record = quality.run(command, console)
-            quality.show(record, console)
-    console.print(f"saved {record.save(results_folder(command.out))}", highlight=False)
+    if warning := enable_compilation_cache():
+        console.print(warning, style="yellow", markup=False)
+    record = case.run(bench, console)
+    for text in (case.section(record, {}), case.notes(record)):
+        console.print(Markdown(text), soft_wrap=False)
+    console.print(f"saved {record.save(results_folder(bench.out))}", highlight=False)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the process's exit status."""
     console = Console(soft_wrap=True)
-    command = tyro.cli(Command, args=list(argv), description=HELP, prog="isthmus bench")  # type: ignore[arg-type]
+    bench = tyro.extras.subcommand_cli_from_dict(NAMED, prog="isthmus bench", description=HELP, args=argv)
     try:
-        if isinstance(command, report.ReportConfig):
-            for path in report.write_report(results_folder(command.out)):
+        if isinstance(bench, ReportConfig):
+            for path in write_report(results_folder(bench.out)):
                 console.print(f"wrote {path}", highlight=False)
             return 0
-        if warning := enable_compilation_cache():
-            console.print(warning, style="yellow", markup=False)
-        _measure(command, console)
+        _measure(next(case for case in CASES if isinstance(bench, case.bench)), bench, console)
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus bench: {error}", style="red", markup=False)
         return 2

@@ -6,9 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
-import grpc
-
-from isthmus.serve.engine.request import InvalidRequest
+from isthmus.errors import RequestError
 
 PROMPT = "> "
 
@@ -35,10 +33,10 @@ def chat(complete: Callable[[Sequence[Mapping[str, str]]], Answer], first: str |
         asked = [*history, {"role": "user", "content": line}]
         try:
             answer = _answer(complete(asked))
-        except (InvalidRequest, grpc.RpcError) as error:
+        except RequestError as error:
             if not interactive:
                 raise
-            print(_reason(error), file=sys.stderr)
+            print(error, file=sys.stderr)
         else:
             history = [*asked, {"role": "assistant", "content": answer}]
 
@@ -81,7 +79,3 @@ def _answer(pieces: Answer) -> str:
     pieces.close()
     print(flush=True)
     return "".join(said)
-
-
-def _reason(error: InvalidRequest | grpc.RpcError) -> str:
-    return f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else str(error)

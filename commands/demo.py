@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpc
 import tyro
 from rich.console import Console
 from rich.panel import Panel
@@ -21,10 +20,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from isthmus.benchmarks.child import BenchError
-from isthmus.benchmarks.servers import served
-from isthmus.client import Client, finish_reason_name
-from isthmus.errors import ConfigError
+from isthmus.benchmarks.processes import BenchError
+from isthmus.benchmarks.servers import isthmus_server
+from isthmus.client import Client
+from isthmus.errors import ConfigError, RequestError
 from isthmus.model.config import ModelConfig
 from isthmus.model.process.progress import working
 from isthmus.model.weights.checkpoint import CheckpointError
@@ -33,6 +32,7 @@ from isthmus.train.documents import read_documents
 from isthmus.train.heldout import split
 from isthmus.train.loop import Report, TrainError, train
 from isthmus.train.metrics import save_curve, terminal_curve
+from isthmus.types import SamplingParams
 
 HELP = """Trains a small model on the source of Python's own standard library, read where it lies, serves it over gRPC,
 and streams completions for eight prompts at once."""
@@ -132,21 +132,12 @@ def xz_bits_per_byte(training: TrainConfig) -> float:
 def _complete(client: Client, prompt: str, config: DemoConfig, seed: int) -> Generation:
     result = Generation(prompt)
     start = time.perf_counter()
-    for event in client.stream(
-        prompt,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=0.95,
-        seed=seed,
-        timeout=CLIENT_SECONDS,
-    ):
-        kind = event.WhichOneof("event")
-        if kind == "delta":
-            result.first = result.first or time.perf_counter() - start
-            result.chunks.append(event.delta.text)
-        elif kind == "finished":
-            result.tokens = event.finished.usage.completion_tokens
-            result.reason = finish_reason_name(event.finished.finish_reason)
+    sampling = SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature, top_p=0.95, seed=seed)
+    for delta in client.stream(prompt, sampling, timeout=CLIENT_SECONDS):
+        result.first = result.first or time.perf_counter() - start
+        result.chunks.append(delta.text)
+        if delta.completion is not None:
+            result.tokens, result.reason = delta.completion.completion_tokens, delta.completion.finish_reason
     result.total = time.perf_counter() - start
     result.text = "".join(result.chunks)
     return result
@@ -226,11 +217,11 @@ def run(config: DemoConfig, console: Console) -> None:
         raise KeyboardInterrupt
     _show_training(report, training, console)
     console.rule("serve")
-    flags = ["--model", str(config.out), "--port", "0", "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
+    flags = ["--model", str(config.out), "--engine.max-sequences", "8", "--engine.prefill-tokens", "64"]
     log = config.out / "serve.log"
     with contextlib.ExitStack() as stack:
         with working(console, "isthmus serve: compiling"):
-            server = stack.enter_context(served(flags, log))
+            server = stack.enter_context(isthmus_server(flags, log))
         console.print(log.read_text().strip(), highlight=False)
         console.rule("generate")
         _call(server.address, config, console)
@@ -248,9 +239,8 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, OSError) as error:
         console.print(f"isthmus demo: {error}", style="red", markup=False)
         return 2
-    except (BenchError, CheckpointError, TrainError, grpc.RpcError) as error:
-        reason = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.RpcError) else error
-        console.print(f"isthmus demo: {reason}", style="red", markup=False)
+    except (BenchError, CheckpointError, TrainError, RequestError) as error:
+        console.print(f"isthmus demo: {error}", style="red", markup=False)
         return 1
     console.print(
         f"done in {time.perf_counter() - start:.0f} s. Serve it yourself: isthmus serve --model {config.out}",

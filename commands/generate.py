@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import grpc
 import tyro
 
+from isthmus.client import Client, read_token
+from isthmus.commands.chat import chat
+from isthmus.errors import ConfigError, InvalidRequest, RequestError
 from isthmus.model.process.cleaning import interrupts_raised
 from isthmus.model.weights.hub import FolderOptions
+from isthmus.protocol import Model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.types import Messages, SamplingParams
 
 if TYPE_CHECKING:
-    import grpc
+    from isthmus.llm import LLM
 
+ALONE = EngineConfig(max_sequences=1, prefill_tokens=256)
+"""The engine of a single sequence"""
 HELP = """Completes a prompt and prints the text as it comes.
 
 examples:
@@ -28,8 +38,7 @@ examples:
 Without --model it calls the server at --address; with it, it runs the model folder in this process. With --chat it
 talks until Ctrl-D: Ctrl-C stops an answer, /reset forgets what was said, /exit ends. Lines piped in are turns."""
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-Complete = Callable[[Prompt], Generator[str, None, None]]
+Complete = Callable[[str | Messages], Generator[str, None, None]]
 """The text that a model goes on with, as it comes. Closing the generator ends the request."""
 
 
@@ -47,6 +56,20 @@ class GenerateConfig:
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
+    merge_adapter: bool = False
+    """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
+    quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
+    """Of --model: keep matrices as integers, made when they are loaded"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of --model's weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
+    mesh: str = ""
+    """Devices to split --model over, as in isthmus serve"""
+    kernels: str = "auto"
+    """What computes --model, as in isthmus serve"""
+    compilation_cache: Path | None = None
+    """Where compiled programs are kept; default ~/.cache/isthmus/xla"""
+    engine: EngineConfig = field(default_factory=lambda: ALONE)
+    """Of --model"""
     chat: bool = False
     """Talk, with the model's chat template"""
     system: str | None = None
@@ -63,16 +86,19 @@ class GenerateConfig:
     seed: int | None = None
     """The same seed draws the same text"""
 
-    def options(self) -> dict[str, Any]:
-        """As generate_request takes them."""
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "parse_special", "seed")
-        return {name: getattr(self, name) for name in names}
+    def sampling(self) -> SamplingParams:
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        return SamplingParams(**{name: getattr(self, name) for name in names})
+
+    def complete(self, model: Model, prompt: str | Messages) -> Generator[str, None, None]:
+        """The text as it comes."""
+        parsed = self.parse_special and isinstance(prompt, str)
+        with closing(model.stream(prompt, self.sampling(), parse_special=parsed)) as deltas:
+            for delta in deltas:
+                yield delta.text
 
     def read_token(self) -> str | None:
         """Raises ConfigError when the file can't be read."""
-        from isthmus.client import read_token
-        from isthmus.errors import ConfigError
-
         try:
             return None if self.auth_token_file is None else read_token(self.auth_token_file)
         except (OSError, ValueError) as error:
@@ -80,8 +106,6 @@ class GenerateConfig:
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        from isthmus.errors import ConfigError
-
         if self.prompt is None and not self.chat:
             raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
         if self.system is not None and not self.chat:
@@ -90,6 +114,9 @@ class GenerateConfig:
             raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
         if self.model is None and self.folder != FolderOptions():
             raise ConfigError("--base, --ignore-field and --download are for --model")
+        for name in _OF_A_FOLDER:
+            if self.model is None and getattr(self, name) != getattr(_DEFAULT, name):
+                raise ConfigError(f"--{name.replace('_', '-')} is for --model")
         if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
             raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
         for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
@@ -98,74 +125,31 @@ class GenerateConfig:
                 raise ConfigError(f"{name}={value} must be 0 to {(1 << bits) - 1}")
 
 
-@contextmanager
-def _on_server(config: GenerateConfig) -> Iterator[Complete]:
-    from isthmus.client import Client
-
-    with Client(config.address, token=config.read_token(), tls_ca=config.tls_ca) as client:
-
-        def complete(prompt: Prompt) -> Generator[str, None, None]:
-            for event in client.stream(prompt, **config.options()):
-                if event.WhichOneof("event") == "delta":
-                    yield event.delta.text
-
-        yield complete
+_DEFAULT = GenerateConfig()
+_OF_A_FOLDER = ("merge_adapter", "quantize", "dtype", "mesh", "kernels", "compilation_cache", "engine")
 
 
-@contextmanager
-def _on_folder(config: GenerateConfig, folder: Path) -> Iterator[Complete]:
-    """Through the same validation and engine as a server's, of one sequence."""
-    from queue import SimpleQueue
-
-    from rich.console import Console
-
-    from isthmus.client import generate_request
-    from isthmus.model.device.compilation import enable_compilation_cache
-    from isthmus.model.process.progress import working
+def _open(config: GenerateConfig) -> Client | LLM:
+    """The server, or the model in this process. Raises ConfigError and CheckpointError."""
+    if config.model is None:
+        return Client(config.address, token=config.read_token(), tls_ca=config.tls_ca)
+    from isthmus.llm import LLM
     from isthmus.model.sharding import MeshShape
-    from isthmus.serve.api.validation import build_request, prompt_ids
-    from isthmus.serve.engine.build import build_engine, open_model
-    from isthmus.serve.engine.config import EngineConfig
-    from isthmus.serve.engine.request import FinishReason, Output
 
-    console = Console(stderr=True, soft_wrap=True)
-    if warning := enable_compilation_cache():
-        console.print(warning, style="yellow", markup=False)
-    model = open_model(folder, options=config.folder)
-    for warning in model.remarks:
-        console.print(warning, style="yellow", markup=False)
-
-    def take(batch: list[Output]) -> None:
-        for output in batch:
-            output.request.handle.put(output)
-
-    def complete(prompt: Prompt) -> Generator[str, None, None]:
-        message = generate_request(prompt, **config.options())
-        ids = prompt_ids(message, model.tokenizer, model.chat, engine.config.context_length)
-        request = build_request(message, ids, model.tokenizer, engine.config.context_length, model.generation)
-        outputs: SimpleQueue[Output] = SimpleQueue()
-        request.handle = outputs
-        engine.submit(request)
-        stream = model.tokenizer.stream(ids)
-        try:
-            while True:
-                output = outputs.get()
-                stops = output.finish_reason in (FinishReason.EOS, FinishReason.STOP_TOKEN)
-                if output.token is not None and not stops:
-                    yield stream.push([output.token])
-                if output.finish_reason is not None:
-                    yield stream.flush()
-                    return
-        finally:
-            engine.cancel(request)
-
-    with working(console, "loading") as show:
-        engine = build_engine(model, EngineConfig(max_sequences=1, prefill_tokens=256), MeshShape(), take, show)
-    engine.start()
-    try:
-        yield complete
-    finally:
-        engine.close()
+    return LLM(
+        config.model,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        mesh=MeshShape.parse(config.mesh),
+        kernels=config.kernels,
+        engine=config.engine,
+        merge_adapter=config.merge_adapter,
+        base=config.folder.base,
+        ignore_field=config.folder.ignore_field,
+        download=config.folder.download,
+        compilation_cache=config.compilation_cache,
+        progress=True,
+    )
 
 
 def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
@@ -190,44 +174,44 @@ def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
     print(unsaid)
 
 
-def _hint(error: grpc.RpcError) -> str:
-    """What to do. Every status that a server of ours sends has details, in the metadata that ends a call."""
-    import grpc
+def _reason(error: RequestError, address: str) -> str:
+    """What a server's answer says, and what to do. Every status of ours has details, in the metadata that ends a
+    call."""
+    code, hint = error.code, ""
+    if isinstance(call := error.__cause__, grpc.RpcError):
+        code = call.code().name
+        if not call.trailing_metadata():
+            hint = _HINTS.get(code, "")
+    return f"{address}: {code}: {error}{hint}"
 
-    if error.trailing_metadata():
-        return ""
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
-        return "; is a server running there? isthmus serve --model DIR"
-    if error.code() == grpc.StatusCode.UNIMPLEMENTED:
-        return "; is it another server's port?"
-    return ""
+
+_HINTS = {
+    "UNAVAILABLE": "; is a server running there? isthmus serve --model DIR",
+    "UNIMPLEMENTED": "; is it another server's port?",
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    import grpc
-
     config = tyro.cli(GenerateConfig, args=list(argv), description=HELP, prog="isthmus generate")
-    from isthmus.commands.chat import chat
-    from isthmus.errors import ConfigError
     from isthmus.model.weights.checkpoint import CheckpointError
-    from isthmus.serve.engine.request import InvalidRequest
 
     try:
         config.validate()
         prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
-        with _on_folder(config, config.model) if config.model else _on_server(config) as complete:
+        with _open(config) as model:
+            complete = partial(config.complete, model)
             if config.chat:
                 with interrupts_raised() if sys.stdin.isatty() else nullcontext():
                     chat(complete, prompt, config.system)
             else:
                 _print(prompt or "", complete, config.parse_special)
-    except grpc.RpcError as error:
-        reason = f"{error.code().name}: {error.details()}{_hint(error)}"
-        print(f"isthmus generate: {config.address}: {reason}", file=sys.stderr)
-        return 1
+    except RequestError as error:
+        here = config.model is not None
+        print(f"isthmus generate: {error if here else _reason(error, config.address)}", file=sys.stderr)
+        return 2 if here and isinstance(error, InvalidRequest) else 1
     except BrokenPipeError:  # nobody reads any more: commands/main.py ends the process
         raise
-    except (ConfigError, CheckpointError, InvalidRequest, OSError, ValueError) as error:
+    except (ConfigError, CheckpointError, OSError, ValueError) as error:
         print(f"isthmus generate: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -11,6 +11,8 @@ from rich.console import Console
 
 from isthmus.errors import ConfigError
 from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.ops.kernels import announcement, fallbacks
+from isthmus.model.ops.operation import AUTO
 from isthmus.model.process.progress import working
 from isthmus.model.process.signals import end_at_once
 from isthmus.model.weights.checkpoint import CheckpointError
@@ -20,6 +22,7 @@ from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.logs import bound_logs
 from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import open_model
+from isthmus.serve.engine.executor import Executor
 
 HELP = """Serves a model folder over gRPC, with continuous batching on a paged KV cache.
 
@@ -84,8 +87,7 @@ def announce(server: Server, console: Console) -> None:
         f"{pages * engine.config.page_size * token_bytes / 1e6:.0f} MB",
         highlight=False,
     )
-    if reason := engine.executor.without_kernels:
-        console.print(f"slower than it could be, without CPU kernels: {reason}", style="yellow", markup=False)
+    _announce_kernels(engine.executor, config.kernels, console)
     for line in _costs(config, model):
         console.print(line, style="yellow", markup=False)
     if not config.engine.context_length and engine.config.context_length < model.config.context_length:
@@ -97,6 +99,14 @@ def announce(server: Server, console: Console) -> None:
     for setting in model.generation.ignored:
         console.print(f"generation_config.json: {setting} is not supported and has no effect", style="yellow")
     console.print(f"SERVING on {config.host}:{server.port}", highlight=False)
+
+
+def _announce_kernels(executor: Executor, wish: str, console: Console) -> None:
+    """Says which implementation each operation took, and what was wanted in vain."""
+    kernels, setting = executor.served.execution.kernels, executor.served.setting(executor.mesh)
+    console.print(announcement(kernels, setting), highlight=False)
+    for fallback in fallbacks(kernels, setting) if wish == AUTO else ():
+        console.print(f"slower than it could be, {fallback}", style="yellow", markup=False)
 
 
 def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:

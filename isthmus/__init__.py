@@ -10,19 +10,87 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isthmus.client import Client, Completion, generate_request
-    from isthmus.errors import ConfigError
-
-__all__ = ["Client", "Completion", "ConfigError", "generate_request"]
+    from isthmus.aio import AsyncClient
+    from isthmus.client import Client, generate_request
+    from isthmus.errors import (
+        BatchError,
+        Cancelled,
+        ConfigError,
+        DeadlineExceeded,
+        DuplicateRequest,
+        InvalidRequest,
+        Overloaded,
+        RequestError,
+        RequestFailed,
+        Unauthenticated,
+        Unavailable,
+    )
+    from isthmus.llm import LLM, AsyncLLM
+    from isthmus.model.sharding import MeshShape
+    from isthmus.protocol import AsyncModel, Model
+    from isthmus.serve.engine.config import EngineConfig
+    from isthmus.train.config import TrainConfig
+    from isthmus.train.loop import train
+    from isthmus.types import Completion, Delta, FinishReason, SamplingParams
 
 _HOME = {
-    "isthmus.client": ("Client", "Completion", "generate_request"),
-    "isthmus.errors": ("ConfigError",),
+    "isthmus.aio": ("AsyncClient",),
+    "isthmus.client": ("Client", "generate_request"),
+    "isthmus.errors": (
+        "BatchError",
+        "Cancelled",
+        "ConfigError",
+        "DeadlineExceeded",
+        "DuplicateRequest",
+        "InvalidRequest",
+        "Overloaded",
+        "RequestError",
+        "RequestFailed",
+        "Unauthenticated",
+        "Unavailable",
+    ),
+    "isthmus.llm": ("LLM", "AsyncLLM"),
+    "isthmus.model.sharding": ("MeshShape",),
+    "isthmus.protocol": ("AsyncModel", "Model"),
+    "isthmus.serve.engine.config": ("EngineConfig",),
+    "isthmus.train.config": ("TrainConfig",),
+    "isthmus.types": ("Completion", "Delta", "FinishReason", "SamplingParams"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
+__all__ = [  # found by __getattr__
+    "LLM",
+    "AsyncClient",
+    "AsyncLLM",
+    "AsyncModel",
+    "BatchError",
+    "Cancelled",
+    "Client",
+    "Completion",
+    "ConfigError",
+    "DeadlineExceeded",
+    "Delta",
+    "DuplicateRequest",
+    "EngineConfig",
+    "FinishReason",
+    "InvalidRequest",
+    "MeshShape",
+    "Model",
+    "Overloaded",
+    "RequestError",
+    "RequestFailed",
+    "SamplingParams",
+    "TrainConfig",
+    "Unauthenticated",
+    "Unavailable",
+    "generate_request",
+    "train",
+]
+
 
 def __getattr__(name: str) -> Any:
+    if name == "train":  # a package that can be called: see train/__init__.py
+        return importlib.import_module("isthmus.train")
     if name not in _MODULES:
         raise AttributeError(f"module 'isthmus' has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,114 +1,52 @@
-"""A client for the isthmus.v1 API: synchronous, typed, without jax."""
+"""A client of a server's isthmus.v1 API: synchronous, typed, without jax."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, Unpack
 
 import grpc
 
+from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, message_of
+from isthmus.protocol import Model, to_question
+from isthmus.types import Completion, Delta, Messages, Prompt, Question, SamplingOptions
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""A text, its token ids, or the messages of a conversation: {"role": …, "content": …}"""
+__all__ = ["Client", "bearer", "finish_reason_name", "generate_request", "read_token", "tls_credentials"]
+
+T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""Of an answer; gRPC's own limit is 4 MiB"""
-_OPTIONS = (
+"""Most bytes of an answer; gRPC's own limit is 4 MiB"""
+OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 20_000),  # a server that is gone is noticed while an answer is waited for
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished generation."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    """Without the token that ended the sequence"""
-    finish_reason: str
-    """EOS, STOP_TOKEN, LENGTH or CONTEXT_LENGTH"""
-    seed: int
-    """Draws the same tokens again"""
-    prompt_tokens: int
-    cached_prompt_tokens: int
-    """0 unless the server runs with --report-cached-tokens"""
-    time_to_first_token: float
-    """Seconds, as the server measured it"""
+AT_ONCE = 64
+"""Items of a list that are asked at once, unless it is said otherwise"""
 
 
 def generate_request(
-    prompt: Prompt,
+    prompt: Prompt | Messages,
     *,
-    template_arguments: Mapping[str, Any] | None = None,
+    template_arguments: Mapping[str, object] | None = None,
     parse_special: bool = False,
-    max_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    top_k: int | None = None,
-    min_p: float | None = None,
-    seed: int | None = None,
-    stop_token_ids: Sequence[int] = (),
-    ignore_eos: bool = False,
     return_token_ids: bool = True,
     request_id: str = "",
+    **options: Unpack[SamplingOptions],
 ) -> inference_pb2.GenerateRequest:
-    """The request message; None takes the server's default: as the model's makers recommend, or as the API says.
+    """The message that `Client` sends, for who calls the API without it.
 
-    prompt: messages need a model with a chat template. template_arguments: the template's variables, such as
-    {"enable_thinking": False}, which reach it in this order; only for messages. parse_special: whether a special token
-    spelt out in a text is that token. Raises ValueError for a number too big for its field, for a key that messages
-    don't have, for template_arguments without messages, and for what JSON can't hold in them.
+    options: the fields of SamplingParams. Raises InvalidRequest for what the message can't hold.
     """
-    request = inference_pb2.GenerateRequest(request_id=request_id)
-    _set_prompt(request, prompt, template_arguments)
-    request.parse_special = parse_special
-    sampling: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "seed": seed,
-    }
-    for name, value in sampling.items():
-        if value is not None:
-            setattr(request.sampling, name, value)
-    if max_tokens is not None:
-        request.stop.max_tokens = max_tokens
-    request.stop.token_ids.extend(stop_token_ids)
-    request.stop.ignore_eos = ignore_eos
-    request.output.token_ids = return_token_ids
-    return request
-
-
-def _set_prompt(
-    request: inference_pb2.GenerateRequest, prompt: Prompt, template_arguments: Mapping[str, Any] | None
-) -> None:
-    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-        turns = cast(Sequence[Mapping[str, str]], prompt)
-        request.messages.messages.extend(inference_pb2.ChatMessage(**turn) for turn in turns)
-        if template_arguments:
-            request.messages.template_arguments_json = _json(template_arguments)
-    elif template_arguments is not None:
-        raise ValueError("template_arguments are for messages")
-    elif isinstance(prompt, str):
-        request.text = prompt
-    else:
-        request.token_ids.ids.extend(cast(Sequence[int], prompt))
-
-
-def _json(arguments: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
-    except TypeError as error:
-        raise ValueError(f"template_arguments: {error}") from None
+    asked = to_question(prompt, None, options, arguments=template_arguments)
+    message = message_of(asked, token_ids=return_token_ids)
+    message.request_id, message.parse_special = request_id, parse_special
+    return message
 
 
 def read_token(path: Path) -> str:
@@ -125,13 +63,24 @@ def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(Path(ca).read_bytes())
 
 
+def choose_credentials(
+    credentials: grpc.ChannelCredentials | None, tls_ca: Path | str | None
+) -> grpc.ChannelCredentials | None:
+    """The one that was given; None is plain text. Raises ValueError when both were, and OSError."""
+    if tls_ca is None:
+        return credentials
+    if credentials is not None:
+        raise ValueError("give credentials or tls_ca")
+    return tls_credentials(tls_ca)
+
+
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
     """The metadata that carries an auth token."""
     return () if token is None else (("authorization", f"Bearer {token}"),)
 
 
-class Client:
-    """Calls one server. Every method raises grpc.RpcError; `timeout` is the deadline in seconds."""
+class Client(Model):
+    """Calls one server. Every method raises RequestError; `timeout` is the deadline in seconds."""
 
     def __init__(
         self,
@@ -140,73 +89,78 @@ class Client:
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
         tls_ca: Path | str | None = None,
+        at_once: int = AT_ONCE,
     ) -> None:
         """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text. tls_ca: for
-        TLS too, as tls_credentials takes it.
+        TLS too, as tls_credentials takes it. at_once: most items of a list that are asked at once.
 
         Raises OSError when tls_ca can't be read, and ValueError when both are given.
         """
-        if tls_ca is not None:
-            if credentials is not None:
-                raise ValueError("give credentials or tls_ca")
-            credentials = tls_credentials(tls_ca)
-        if credentials is not None:
-            self.channel = grpc.secure_channel(target, credentials, _OPTIONS)
+        chosen = choose_credentials(credentials, tls_ca)
+        if chosen is not None:
+            self.channel = grpc.secure_channel(target, chosen, OPTIONS)
         else:
-            self.channel = grpc.insecure_channel(target, _OPTIONS)
+            self.channel = grpc.insecure_channel(target, OPTIONS)
+        self._at_once = at_once
         self._metadata = bearer(token)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self._control = control_pb2_grpc.ControlServiceStub(self.channel)
 
-    def generate(self, prompt: Prompt, *, timeout: float | None = None, **options: Any) -> Completion:
-        """The whole completion. options: as generate_request takes."""
-        answer = self._inference.Generate(generate_request(prompt, **options), timeout=timeout, metadata=self._metadata)
-        usage = answer.finished.usage
-        return Completion(
-            text=answer.text,
-            token_ids=tuple(answer.token_ids),
-            finish_reason=finish_reason_name(answer.finished.finish_reason),
-            seed=answer.started.seed,
-            prompt_tokens=usage.prompt_tokens,
-            cached_prompt_tokens=usage.cached_prompt_tokens,
-            time_to_first_token=answer.finished.timings.time_to_first_token.ToNanoseconds() / 1e9,
-        )
+    @property
+    def at_once(self) -> int:
+        return self._at_once
 
-    def stream(
-        self, prompt: Prompt, *, timeout: float | None = None, **options: Any
-    ) -> Generator[inference_pb2.GenerateStreamResponse, None, None]:
-        """Started, Deltas, Finished, as they come. Closing the iterator cancels the request."""
-        call = self._inference.GenerateStream(
-            inference_pb2.GenerateStreamRequest(request=generate_request(prompt, **options)),
-            timeout=timeout,
-            metadata=self._metadata,
-        )
+    def begin(self, question: Question, timeout: float | None = None) -> _Call:
+        return _Call(self._inference.Generate.future(message_of(question), timeout=timeout, metadata=self._metadata))
+
+    def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
+        message = inference_pb2.GenerateStreamRequest(request=message_of(question))
+        call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
+        gathered = Gathered()
         try:
-            yield from call
+            for event in call:
+                if (delta := gathered.take(event)) is not None:
+                    yield delta
+        except grpc.RpcError as error:
+            raise error_of(error) from error
         finally:
             call.cancel()
 
     def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
-        request = inference_pb2.TokenizeRequest(text=text, parse_special=parse_special)
-        return list(self._inference.Tokenize(request, timeout=timeout, metadata=self._metadata).token_ids)
+        request = fitting("text", lambda: inference_pb2.TokenizeRequest(text=text, parse_special=parse_special))
+        return list(self._call(self._inference.Tokenize, request, inference_pb2.TokenizeResponse, timeout).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
-        request = inference_pb2.DetokenizeRequest(token_ids=token_ids)
-        return self._inference.Detokenize(request, timeout=timeout, metadata=self._metadata).text
+        request = fitting("token_ids", lambda: inference_pb2.DetokenizeRequest(token_ids=token_ids))
+        return str(self._call(self._inference.Detokenize, request, inference_pb2.DetokenizeResponse, timeout).text)
 
     def model_info(self, *, timeout: float | None = None) -> control_pb2.GetModelInfoResponse:
-        return self._control.GetModelInfo(control_pb2.GetModelInfoRequest(), timeout=timeout, metadata=self._metadata)
+        return self._call(
+            self._control.GetModelInfo, control_pb2.GetModelInfoRequest(), control_pb2.GetModelInfoResponse, timeout
+        )
 
     def server_info(self, *, timeout: float | None = None) -> control_pb2.GetServerInfoResponse:
-        return self._control.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=timeout, metadata=self._metadata)
+        return self._call(
+            self._control.GetServerInfo, control_pb2.GetServerInfoRequest(), control_pb2.GetServerInfoResponse, timeout
+        )
 
     def load(self, *, timeout: float | None = None) -> control_pb2.GetLoadResponse:
-        return self._control.GetLoad(control_pb2.GetLoadRequest(), timeout=timeout, metadata=self._metadata)
+        return self._call(self._control.GetLoad, control_pb2.GetLoadRequest(), control_pb2.GetLoadResponse, timeout)
 
     def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
-        """The ids that were found in flight."""
+        """Ends requests by their ids, whoever made them. Returns those that were found in flight."""
         request = control_pb2.CancelRequest(request_ids=request_ids)
-        return list(self._control.Cancel(request, timeout=timeout, metadata=self._metadata).cancelled_request_ids)
+        return list(
+            self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout).cancelled_request_ids
+        )
+
+    def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:
+        """kind: the answer's."""
+        try:
+            answer: T = method(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error, generating=False) from error
+        return answer
 
     def close(self) -> None:
         self.channel.close()
@@ -218,5 +172,46 @@ class Client:
         self.close()
 
 
-def finish_reason_name(reason: int) -> str:
-    return inference_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_")
+class _Call:
+    """A call of Generate that is under way."""
+
+    def __init__(self, future: Any) -> None:
+        self._future = future
+
+    def result(self) -> Completion:
+        try:
+            answer = self._future.result()
+        except grpc.FutureCancelledError:
+            raise error_of(self._future) from None
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+        return completion_of(answer.started, answer.text, tuple(answer.token_ids), answer.finished)
+
+    def cancel(self) -> None:
+        self._future.cancel()
+
+    def then(self, call: Callable[[], object]) -> None:
+        self._future.add_done_callback(lambda _: call())
+
+
+class Gathered:
+    """The events of a stream as deltas."""
+
+    def __init__(self) -> None:
+        self._started = inference_pb2.Started()
+        self._texts: list[str] = []
+        self._ids: list[int] = []
+
+    def take(self, event: inference_pb2.GenerateStreamResponse) -> Delta | None:
+        """The delta that an event is, if it is one."""
+        match event.WhichOneof("event"):
+            case "started":
+                self._started = event.started
+                return None
+            case "delta":
+                self._texts.append(event.delta.text)
+                self._ids += event.delta.token_ids
+                return Delta(event.delta.text, tuple(event.delta.token_ids))
+            case _:
+                whole = completion_of(self._started, "".join(self._texts), tuple(self._ids), event.finished)
+                return Delta("", (), whole)

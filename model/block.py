@@ -1,4 +1,4 @@
-"""A block: attention, then MLP, each around the residual stream."""
+"""A block of the network: attention, then an MLP; each adds its output to the residual stream."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from isthmus.model.sharding import shard
 
 
 class Block(nnx.Module):
-    """x + norm(attention(norm(x))), then the same with the MLP; config.norm_placement says which norms there are."""
+    """x + norm(attention(norm(x))), then the same with the MLP; config.norm_placement says which of the norms exist."""
 
     def __init__(self, config: ModelConfig, execution: Execution, kind: LayerKind, rngs: nnx.Rngs) -> None:
         before, after = config.norm_placement != "post", config.norm_placement != "pre"
+        kernels = execution.kernels
 
         def norm(wanted: bool, dtype: str) -> RMSNorm | None:
-            offset = config.norm_offset
-            return RMSNorm(config.dim, "embed", config.norm_eps, rngs, offset=offset, dtype=dtype) if wanted else None
+            if not wanted:
+                return None
+            return RMSNorm(config.dim, "embed", config.norm_eps, kernels, rngs, offset=config.norm_offset, dtype=dtype)
 
         self.attention_norm = norm(before, execution.dtype)
-        self.attention = LatentAttention(config, rngs) if config.latent.rank else Attention(config, rngs)
+        self.attention = (LatentAttention if config.latent.rank else Attention)(config, kernels, rngs)
         self.attention_out_norm = norm(after, STREAM)
         self.mlp_norm = norm(before, execution.dtype)
-        self.mlp = Mixture(config, rngs) if kind.sparse else MLP(config, config.mlp_dim, rngs)
+        self.mlp = Mixture(config, kernels, rngs) if kind.sparse else MLP(config, config.mlp_dim, kernels, rngs)
         self.mlp_out_norm = norm(after, STREAM)
         self.experts, self.dtype = config.mixture.experts, execution.dtype
         for path in config.adapted(kind):
@@ -39,8 +41,8 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """The stream x, float32[..., dim], the cache, and the experts' load: float32[1, experts], or [0, experts] of a
-        dense layer."""
+        """Returns the stream, float32[..., dim], the cache, and the experts' load: float32[1, experts], or
+        float32[0, experts] in a dense layer."""
         inner = _normalized(self.attention_norm, x).astype(self.dtype)
         out, cache = self.attention(inner, kind, angles, layer, attend, cache)
         x = shard(x + _normalized(self.attention_out_norm, out), "residual")

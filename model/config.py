@@ -17,70 +17,77 @@ from isthmus.model.process.files import read_json, write_json
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
 
 EXECUTION_FIELDS = ("dtype", "scan_layers", "remat")
-"""Fields of `isthmus.model.execution.Execution` that config.json held in older folders."""
+"""Fields of `isthmus.model.execution.Execution` that config.json holds in older folders."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides what the network computes. `config.json` beside a checkpoint holds it."""
+    """Everything that decides what the network computes. The file `config.json` beside a checkpoint holds it."""
 
     vocab_size: int = 32000
-    """Rows of the embedding; 0 means the tokenizer's size"""
+    """Rows of the embedding table; 0 means the tokenizer's vocabulary size, rounded up to a multiple of 128"""
     dim: int = 768
     """Width of the residual stream"""
     layers: int = 12
+    """Number of blocks, 1 to 4096"""
     heads: int = 12
-    """Query heads"""
+    """Number of query heads, a multiple of `kv_heads`"""
     kv_heads: int = 12
-    """Key and value heads; fewer than `heads` is grouped-query attention"""
+    """Number of key and value heads; fewer than `heads` means grouped-query attention"""
     head_dim: int = 64
+    """Width of each head; it must be even"""
     mlp_dim: int = 2048
-    """Hidden width of the SwiGLU"""
+    """Hidden width of the gated MLP"""
     context_length: int = 2048
-    """Most tokens of prompt and completion together"""
+    """Most tokens that prompt and completion may have together"""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies"""
     local_rope_theta: float = 0.0
-    """Of layers with a window, which are not scaled then; 0 is as everywhere (Gemma 3)"""
+    """Base of the rotary frequencies in layers with a window, to which rope_scaling then doesn't apply; 0 means that
+    they use rope_theta and rope_scaling like all layers (Gemma 3)"""
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rotary_dim: int = 0
-    """Dimensions of a head that turn by position, from the first; 0 is all (Phi-4-mini)"""
+    """How many of each head's first dimensions the rotary embedding rotates, an even number; 0 is all (Phi-4-mini)"""
     rope_pattern: tuple[bool, ...] = (True,)
-    """Which layers turn by position at all, repeated over the layers (SmolLM3)"""
+    """Whether each layer uses the rotary embedding; the pattern repeats over the layers (SmolLM3)"""
     windows: tuple[int, ...] = (0,)
-    """Last tokens that each layer attends to, repeated over the layers; 0 is all of them"""
+    """How many of the last tokens each layer attends to; the pattern repeats over the layers; 0 means all tokens"""
     norm_eps: float = 1e-5
+    """Added to the mean square in every norm, against division by zero"""
     norm_offset: float = 0.0
-    """Added to every norm's scale (Gemma: 1)"""
+    """Added to the learned scale of every norm (Gemma: 1)"""
     norm_placement: Literal["pre", "post", "both"] = "pre"
-    """Of a block's norms: before attention and MLP, after them (OLMo 2), or both (Gemma)"""
+    """Where a block has norms: before attention and MLP, after them (OLMo 2), or both (Gemma)"""
     tie_embeddings: bool = True
-    """The head is the embedding, transposed"""
+    """Use the transposed embedding table as the output head"""
     embedding_scale: float = 1.0
-    """Multiplies the embedding on the way in (Gemma: the root of dim)"""
+    """Multiplies the embeddings before the first block (Gemma: the square root of dim)"""
     logit_soft_cap: float = 0.0
-    """c in c * tanh(logits / c); 0 is off (Gemma 2)"""
+    """Limits logits smoothly: c * tanh(logits / c) with this c; 0 means no limit (Gemma 2)"""
     attention_bias: bool = False
-    """Biases on the query, key and value projections (Qwen2)"""
+    """Add biases to the query, key and value projections (Qwen2)"""
     attention_out_bias: bool = False
+    """Add a bias to the output projection of attention"""
     attention_scale: float = 0.0
-    """Multiplies the scores; 0 is 1 / sqrt(head_dim)"""
+    """Multiplies the attention scores; 0 means 1 / sqrt(width of a query head)"""
     attention_soft_cap: float = 0.0
-    """As logit_soft_cap, of the scores"""
+    """Limits attention scores smoothly: c * tanh(scores / c) with this c; 0 means no limit"""
     attention_sinks: bool = False
-    """A learned logit a head that takes its share of the softmax and gives no value (gpt-oss)"""
+    """Add to each head's softmax a learned logit that takes a share of the weights but adds no value (gpt-oss)"""
     qk_norm: Literal["none", "head", "projection"] = "none"
-    """RMSNorm over queries and keys: over each head (Qwen3) or over all heads together (OLMo 2)"""
+    """RMSNorm on queries and keys: over each head (Qwen3), or over all heads together (projection, OLMo 2)"""
     mlp_bias: bool = False
+    """Add biases to the projections of the MLP"""
     activation: Activation = "silu"
-    """Of the gated MLP; clamped_swiglu is gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate)"""
+    """Activation of the gated MLP; clamped_swiglu is gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate)"""
     activation_limit: float = 7.0
-    """Where clamped_swiglu cuts gate and up"""
+    """Value at which clamped_swiglu clips gate and up; other activations don't use it"""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     quantization: tuple[str, ...] = ()
-    """Rules by which the folder's matrices are integers (model/weights/quantization.py); `isthmus convert --quantize`
-    sets it"""
+    """Rules that say which matrices the folder holds as integers (model/weights/quantization.py); `isthmus convert
+    --quantize` sets it"""
 
     def validate(self) -> None:
         """Raises ConfigError when no such network exists."""
@@ -95,7 +102,7 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
         if self.head_dim % 2:
-            raise ConfigError(f"model.head_dim={self.head_dim} must be even: rotary turns pairs")
+            raise ConfigError(f"model.head_dim={self.head_dim} must be even: it is rotated in pairs")
         if not 0 <= self.rotary_dim <= self.head_dim or self.rotary_dim % 2:
             raise ConfigError(f"model.rotary_dim={self.rotary_dim} must be even and at most head_dim={self.head_dim}")
         if not self.windows or min(self.windows) < 0:
@@ -107,17 +114,17 @@ class ModelConfig:
                 raise ConfigError(f"model.{name}={getattr(self, name)} must be positive and finite")
         for name in ("local_rope_theta", "attention_scale", "attention_soft_cap", "logit_soft_cap", "norm_offset"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"model.{name}={getattr(self, name)} must not be negative, and finite")
+                raise ConfigError(f"model.{name}={getattr(self, name)} must be finite and not negative")
         if self.rope_scaling.kind == "yarn" and self.rope_theta == 1:
-            raise ConfigError("model.rope_theta must not be 1 with yarn: nothing turns by it")
+            raise ConfigError("model.rope_theta must not be 1 with yarn: all frequencies would be the same")
         self.rope_scaling.validate(self.rotated)
         self.mixture.validate(self.layers)
         self.latent.validate()
         self.lora.validate()
         if self.latent.rank and (self.kv_heads != 1 or self.head_dim != self.latent.rank + self.latent.rope_dim):
-            raise ConfigError("model.latent: kv_heads must be 1 and head_dim rank + rope_dim, what the cache holds")
+            raise ConfigError("model.latent: kv_heads must be 1 and head_dim must be rank + rope_dim")
         if self.latent.rank and (self.qk_norm != "none" or self.attention_bias or self.rotary_dim):
-            raise ConfigError("model.latent goes with qk_norm=none, attention_bias=False and rotary_dim=0")
+            raise ConfigError("model.latent needs qk_norm=none, attention_bias=False and rotary_dim=0")
         if self.lora.rank and not any(self.adapted(kind) for kind in self.layer_kinds):
             known = sorted({path for kind in self.layer_kinds for path in self.projections(kind)})
             raise ConfigError(
@@ -126,11 +133,12 @@ class ModelConfig:
             )
 
     def computes_as(self, other: ModelConfig) -> bool:
-        """Whether both are the same function of parameters and tokens, however it is spelt, adapters aside."""
+        """Whether both compute the same function of parameters and tokens, even if spelt differently; adapters don't
+        count."""
         return self.canonical() == other.canonical()
 
     def canonical(self) -> ModelConfig:
-        """The one spelling of all configurations that compute the same."""
+        """The one spelling that stands for all configurations that compute the same function."""
         return dataclasses.replace(
             self,
             context_length=0,
@@ -143,7 +151,7 @@ class ModelConfig:
 
     @property
     def rotated(self) -> int:
-        """Dimensions of a head that turn by position."""
+        """Dimensions of each head that the rotary embedding rotates."""
         return self.latent.rope_dim if self.latent.rank else self.rotary_dim or self.head_dim
 
     def layer_kind(self, layer: int) -> LayerKind:
@@ -158,7 +166,7 @@ class ModelConfig:
         return tuple(map(self.layer_kind, range(self.layers)))
 
     def projections(self, kind: LayerKind) -> tuple[str, ...]:
-        """Paths, within a block of `kind`, of the projections that can have an adapter."""
+        """The projections of a block of `kind` that can have an adapter, as paths within the block."""
         latent = ("query_down", "query") if self.latent.query_rank else ("query",)
         attention = (*latent, "latent", "out") if self.latent.rank else ("query", "key", "value", "out")
         mlp = "mlp/shared" if kind.sparse else "mlp"
@@ -172,7 +180,7 @@ class ModelConfig:
         if not self.lora.rank:
             return ()
         targets = re.compile(self.lora.targets)
-        # Latent attention reads these two by their kernels, past anything beside them.
+        # Latent attention reads the kernels of these two directly, so an adapter would have no effect.
         for path in ("attention/key", "attention/value") if self.latent.rank else ():
             if targets.fullmatch(path):
                 raise ConfigError(
@@ -188,16 +196,17 @@ class ModelConfig:
 
     @property
     def rope_switch(self) -> int:
-        """Tokens past which a sequence turns by other frequencies from its first token on (longrope); 0 is never."""
+        """With longrope, a sequence of more tokens than this uses other rotary frequencies from its first token on;
+        0 means never."""
         return self.rope_scaling.original_context if self.rope_scaling.kind == "longrope" else 0
 
     @property
     def cache_heads(self) -> int:
-        """Vectors of head_dim that the KV cache holds for a token and layer: keys and values, or one latent."""
+        """Vectors of head_dim that the KV cache holds per token and layer: keys and values, or one latent vector."""
         return 1 if self.latent.rank else 2 * self.kv_heads
 
     def _attention_parameters(self) -> int:
-        """Of one layer, without biases and norms."""
+        """Attention parameters of one layer, without biases and norms."""
         latent = self.latent
         if not latent.rank:
             return self.dim * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
@@ -207,21 +216,21 @@ class ModelConfig:
         return query + self.dim * self.head_dim + up + self.heads * latent.value_dim * self.dim
 
     def _mlp_parameters(self, experts: int) -> int:
-        """Of all layers, `experts` of a mixture counted, without biases."""
+        """MLP parameters of all layers, without biases; of each mixture, `experts` experts are counted."""
         mixture, sparse = self.mixture, self.sparse_layers
         dense = (self.layers - sparse) * self.mlp_dim + sparse * (mixture.shared_dim + experts * mixture.dim)
         return 3 * self.dim * dense + sparse * self.dim * mixture.experts
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that a token multiplies: all but norms, biases, an untied embedding, adapters, and experts not
-        chosen."""
+        """Parameters that each token is multiplied by: all but norms, biases, an untied embedding, adapters, and the
+        experts that are not chosen."""
         mlp = self._mlp_parameters(self.mixture.per_token)
         return self.layers * self._attention_parameters() + mlp + self.vocab_size * self.dim
 
     @property
     def parameters(self) -> int:
-        """Every parameter but those of adapters."""
+        """Number of all parameters except those of adapters."""
         matrices = self.layers * self._attention_parameters() + self._mlp_parameters(self.mixture.experts)
         tables = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return matrices + tables + self._norm_parameters() + self._bias_parameters()
@@ -249,15 +258,15 @@ class ModelConfig:
         return total + sparse * mixture.experts * (mixture.router_bias + mixture.correction)
 
     def forward_flops(self, tokens: int, attended: int) -> int:
-        """FLOPs of a forward pass over `tokens` tokens that attend, all together, to `attended` positions.
+        """FLOPs of a forward pass over `tokens` tokens that attend to `attended` positions in total.
 
-        Two for each multiply-add: 2N a token, and 4·heads·head_dim a layer for each query-key pair. A window's saving
-        is not counted.
+        A multiply-add counts as two. So there are 2 * matmul_parameters per token, and 4 * heads * head_dim per layer
+        and query-key pair. What windows save is not subtracted.
         """
         return 2 * self.matmul_parameters * tokens + 4 * self.layers * self.heads * self.head_dim * attended
 
     def train_flops(self, batch: int, seq: int) -> int:
-        """FLOPs of a training step, causal attention counted as the half that is needed: 3x the forward pass."""
+        """FLOPs of a training step: 3x the forward pass, with only the half of attention that is causal."""
         return 3 * self.forward_flops(batch * seq, batch * seq * (seq + 1) // 2)
 
     def save(self, path: Path) -> None:
@@ -266,8 +275,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelConfig:
-        """The inverse of dataclasses.asdict, JSON's lists taken for tuples. What older folders say of how the network
-        is executed or trained is passed over. Raises TypeError for an unknown field."""
+        """The inverse of dataclasses.asdict; JSON's lists become tuples. Fields of older folders that concern execution
+        or training are ignored. Raises TypeError for an unknown field."""
         fields = {name: value for name, value in fields.items() if name not in EXECUTION_FIELDS}
         if isinstance(mixture := fields.get("mixture"), dict):
             fields["mixture"] = {name: value for name, value in mixture.items() if name != "correction_rate"}
@@ -277,7 +286,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
-        """Reads `config.json`. Raises ConfigError when a field is unknown or missing."""
+        """Reads `config.json`. Raises ConfigError when it can't be read, or a field is unknown or invalid."""
         fields = read_json(path)
         try:
             config = cls.from_dict(fields)
@@ -292,7 +301,7 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_types(config: Any, name: str) -> None:
-    """Raises ConfigError for a field that holds another type than it declares: what JSON may bring."""
+    """Raises ConfigError for a field whose value has another type than it declares, as JSON may bring."""
     for key, declared in typing.get_type_hints(type(config)).items():
         value, full = getattr(config, key), f"{name}.{key}"
         if dataclasses.is_dataclass(value):
@@ -314,6 +323,7 @@ def _is_a(value: Any, declared: type) -> bool:
 
 
 def _preset(dims: tuple[int, int, int, int, int, int], **fields: Any) -> ModelConfig:
+    """dims: dim, layers, heads, kv_heads, head_dim, mlp_dim."""
     dim, layers, heads, kv_heads, head_dim, mlp_dim = dims
     return ModelConfig(
         dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp_dim=mlp_dim, **fields
@@ -323,7 +333,7 @@ def _preset(dims: tuple[int, int, int, int, int, int], **fields: Any) -> ModelCo
 _LARGE: dict[str, Any] = {"context_length": 4096, "vocab_size": 128256, "rope_theta": 500000.0}
 
 PRESETS: dict[str, ModelConfig] = {
-    # nanoGPT's CPU recipe in this architecture: SwiGLU of 8/3 the width has the parameters of a 4x GELU.
+    # The sizes of nanoGPT's CPU recipe. A SwiGLU of 8/3 the width has as many parameters as a GELU MLP of 4x.
     "nano": _preset((128, 4, 4, 4, 32, 344), vocab_size=0, context_length=64),
     "5m": _preset((256, 4, 4, 2, 64, 768), vocab_size=0, context_length=512),
     "25m": _preset((384, 8, 6, 3, 64, 1024), vocab_size=0, context_length=1024),
@@ -333,4 +343,4 @@ PRESETS: dict[str, ModelConfig] = {
     "3b": _preset((3072, 28, 24, 8, 128, 8192), **_LARGE),
     "8b": _preset((4096, 32, 32, 8, 128, 14336), **{**_LARGE, "context_length": 8192}, tie_embeddings=False),
 }
-"""Sizes to start from, by their rough number of parameters: dim, layers, heads, kv_heads, head_dim, mlp_dim, …"""
+"""Sizes to start from, named by their rough number of parameters"""

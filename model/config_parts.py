@@ -1,4 +1,4 @@
-"""The parts of ModelConfig, each with what it refuses; model.config is where to import them from."""
+"""The parts of ModelConfig and their validation. Import them from isthmus.model.config."""
 
 from __future__ import annotations
 
@@ -12,34 +12,35 @@ from isthmus.errors import ConfigError
 RopeKind = Literal["none", "linear", "llama3", "yarn", "longrope"]
 
 MAX_LAYERS = 4096
-"""More are a mistake, or meant to fill memory"""
+"""A configuration of more layers is a mistake, or meant to fill memory"""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched past the length that a model was first trained on; see model/rotary.py."""
+    """How rotary frequencies are stretched for contexts longer than in the first training; see model/rotary.py."""
 
     kind: RopeKind = "none"
+    """Method that stretches the frequencies; none leaves them as they are"""
     factor: float = 1.0
-    """Of the context's length (linear, llama3, yarn)"""
+    """How many times longer the context becomes (linear, llama3, yarn)"""
     original_context: int = 0
-    """The length first trained on (llama3, yarn, longrope)"""
+    """Context length of the first training, in tokens (llama3, yarn, longrope)"""
     attention_factor: float = 1.0
     """Multiplies the rotated queries and keys (yarn, longrope)"""
     low_freq_factor: float = 1.0
-    """Wavelengths above original_context / this are stretched whole (llama3)"""
+    """Wavelengths above original_context / low_freq_factor are stretched by the whole factor (llama3)"""
     high_freq_factor: float = 4.0
-    """Wavelengths below original_context / this are left alone (llama3)"""
+    """Wavelengths below original_context / high_freq_factor are left alone (llama3)"""
     beta_fast: float = 32.0
-    """Dimensions that turn more often than this within original_context are left alone (yarn)"""
+    """Dimensions that make more than this many turns within original_context are left alone (yarn)"""
     beta_slow: float = 1.0
-    """Dimensions that turn less often than this are stretched whole (yarn)"""
+    """Dimensions that make fewer turns than this are stretched by the whole factor (yarn)"""
     truncate: bool = True
-    """Round the dimensions found so to whole ones (yarn)"""
+    """Round the limits that beta_fast and beta_slow set to whole dimensions (yarn)"""
     short_factors: tuple[float, ...] = ()
-    """Divide each frequency in a sequence of up to original_context tokens (longrope)"""
+    """Divisors, one per frequency, for sequences of up to original_context tokens (longrope)"""
     long_factors: tuple[float, ...] = ()
-    """Divide each frequency in a longer one"""
+    """Divisors, one per frequency, for longer sequences (longrope)"""
 
     def validate(self, rotary_dim: int) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -54,38 +55,40 @@ class RopeScaling:
             factors = getattr(self, name)
             if len(factors) != rotary_dim // 2 or not all(0 < factor < math.inf for factor in factors):
                 raise ConfigError(
-                    f"model.rope_scaling.{name} must be {rotary_dim // 2} positive numbers: half of rotary"
+                    f"model.rope_scaling.{name} must be {rotary_dim // 2} positive numbers, one per frequency"
                 )
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """A mixture of experts in place of the MLP: each token goes to a few of many small MLPs, and none is dropped."""
+    """A mixture of experts in place of the MLP: each token goes to a few of many small MLPs; no token is dropped."""
 
     experts: int = 0
-    """0 is a dense MLP"""
+    """Number of experts in each layer; 0 means a dense MLP"""
     per_token: int = 2
-    """Experts that each token goes to"""
+    """How many experts each token goes to"""
     dim: int = 0
-    """Hidden width of an expert"""
+    """Hidden width of each expert"""
     shared_dim: int = 0
-    """Hidden width of the MLP that every token goes to as well; 0 is none (DeepSeek)"""
+    """Hidden width of one more MLP, which every token goes to; 0 means none (DeepSeek)"""
     dense_layers: tuple[int, ...] = ()
-    """Layers that have a dense MLP all the same"""
+    """Layers, counted from 0, that have a dense MLP instead"""
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    """Of the router's logits"""
+    """Function that turns the router's logits into scores"""
     normalize: bool = True
-    """The chosen experts' scores are divided by their sum"""
+    """Divide the scores of a token's experts by their sum"""
     scale: float = 1.0
-    """Multiplies the chosen experts' scores"""
+    """Multiplies the scores of a token's experts"""
     groups: int = 1
-    """Experts are chosen from the best `groups_per_token` of this many groups (DeepSeek)"""
+    """Number of groups of experts; a token's experts come from its best `groups_per_token` groups (DeepSeek)"""
     groups_per_token: int = 1
+    """How many groups a token's experts may come from"""
     group_score: Literal["max", "top2"] = "max"
-    """A group's score: its best expert's, or the sum of its best two"""
+    """Score of a group: that of its best expert (max), or the sum of its best two (top2)"""
     router_bias: bool = False
+    """Add a bias to the router's logits"""
     correction: bool = False
-    """A bias that decides who is chosen and not with what weight; training moves it instead of a loss (DeepSeek-V3)"""
+    """Add a bias that affects the choice of experts but not their weights; training balances by it (DeepSeek-V3)"""
 
     def validate(self, layers: int) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -112,18 +115,18 @@ class MixtureConfig:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """Multi-head latent attention: keys and values are kept as one small vector a token (DeepSeek-V2, 2405.04434)."""
+    """Multi-head latent attention: the cache holds one small vector per token (DeepSeek-V2, arXiv 2405.04434)."""
 
     rank: int = 0
-    """Width of the vector; 0 is ordinary attention"""
+    """Width of that vector without the rope_dim dimensions beside it; 0 means ordinary attention"""
     query_rank: int = 0
-    """Width that queries are squeezed through; 0 is none"""
+    """Width of a low-rank projection that queries pass through first; 0 means none"""
     rope_dim: int = 0
-    """Dimensions of a head that turn by position, shared by all heads' keys"""
+    """Dimensions of each head that the rotary embedding rotates, an even number; all heads' keys share them"""
     nope_dim: int = 0
-    """Dimensions of a head that don't"""
+    """Dimensions of each head that are not rotated"""
     value_dim: int = 0
-    """Width of a head's value"""
+    """Width of each head's value"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -133,14 +136,14 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters: alpha / rank * (x·a)·b beside projections x·kernel (Hu et al. 2021, arXiv 2106.09685)."""
+    """Adapters, which add alpha / rank * (x·a)·b to projections x·kernel (LoRA; Hu et al. 2021, arXiv 2106.09685)."""
 
     rank: int = 0
-    """Columns of a and rows of b; 0 is no adapters"""
+    """Columns of a and rows of b; 0 means no adapters"""
     alpha: float = 16.0
-    """alpha / rank multiplies what an adapter adds"""
+    """An adapter's output is multiplied by alpha / rank"""
     targets: str = r"attention/(query|key|value|out)|mlp/(gate|up|down)"
-    """A regular expression; who matches it with their whole path in a block, as mlp/shared/up, get an adapter"""
+    """Regular expression; a projection gets an adapter if its whole path in the block matches, such as mlp/shared/up"""
 
     @property
     def scale(self) -> float:
@@ -159,9 +162,11 @@ class LoraConfig:
 
 
 class LayerKind(NamedTuple):
-    """What sets a layer apart from others of its network."""
+    """The properties in which the layers of one network may differ."""
 
     window: int
+    """How many of the last tokens the layer attends to; 0 means all"""
     rope: Literal["global", "local", "none"]
+    """Which base its rotary frequencies have: rope_theta (global) or local_rope_theta (local); none is no rotation"""
     sparse: bool
-    """Has a mixture of experts"""
+    """Whether it has a mixture of experts in place of the MLP"""

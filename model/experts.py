@@ -1,36 +1,37 @@
-"""Mixture of experts: a router sends each token to a few of many MLPs. Dropless: no token is ever turned away, so what
-a token gets doesn't depend on the others in its batch."""
+"""Mixture of experts: a router sends each token to a few of many MLPs. No token is ever dropped, so a token's output
+doesn't depend on the others in its batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
 from isthmus.model.config import MixtureConfig, ModelConfig
 from isthmus.model.layers import MLP, Linear, zeros
 from isthmus.model.ops.gated import gated
 from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.ops.kernels import Kernels
 from isthmus.model.parameter import INIT_STD, Role, parameter
-from isthmus.model.sharding import partition_spec
+from isthmus.model.sharding import mesh_axes, partition_spec
 
 
 class Router(nnx.Module):
     """Chooses each token's experts and their weights; always in float32."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, rngs: nnx.Rngs) -> None:
         mixture = config.mixture
         routes = {"routes": mixture.experts}
-        self.linear = Linear({"embed": config.dim}, routes, rngs, bias=mixture.router_bias, role=Role.ROUTER)
+        self.linear = Linear({"embed": config.dim}, routes, kernels, rngs, bias=mixture.router_bias, role=Role.ROUTER)
         self.correction = zeros(rngs, routes, Role.CORRECTION) if mixture.correction else None
         self.mixture = mixture
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
+        """Returns weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
         mixture = self.mixture
         logits = self.linear(x.astype(jnp.float32))
         scores = jax.nn.softmax(logits, axis=-1) if mixture.scores == "softmax" else jax.nn.sigmoid(logits)
@@ -57,18 +58,18 @@ def best_groups(mixture: MixtureConfig, scores: jax.Array) -> jax.Array:
 class Mixture(nnx.Module):
     """The experts' MLPs, kept as [experts, ...] arrays, and perhaps an MLP that every token goes to as well."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, rngs: nnx.Rngs) -> None:
         mixture, bias = config.mixture, config.mlp_bias
         experts, embed, mlp = {"experts": mixture.experts}, {"embed": config.dim}, {"mlp": mixture.dim}
-        self.router = Router(config, rngs)
+        self.router = Router(config, kernels, rngs)
         self.gate = ExpertLinear(experts, embed, mlp, rngs, bias=bias)
         self.up = ExpertLinear(experts, embed, mlp, rngs, bias=bias)
         self.down = ExpertLinear(experts, mlp, embed, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers))
-        self.shared = MLP(config, mixture.shared_dim, rngs) if mixture.shared_dim else None
-        self.config = config
+        self.shared = MLP(config, mixture.shared_dim, kernels, rngs) if mixture.shared_dim else None
+        self.config, self.kernels = config, kernels
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The output, float32[..., dim], and each expert's load: float32[experts], tokens that went to it."""
+        """Returns the output, float32[..., dim], and how many tokens went to each expert, float32[experts]."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, experts = self.router(tokens)
         out = self._experts(tokens, weights, experts).reshape(x.shape)
@@ -84,22 +85,20 @@ class Mixture(nnx.Module):
         if mesh.empty or mesh.size == 1:
             return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0)
 
-        # Serving has one row of tokens for all devices; a training batch is split, and joined over "ep" for this alone.
-        data = PartitionSpec(("dp", "fsdp"), None) if x.shape[0] % _size(mesh, "dp", "fsdp") == 0 else PartitionSpec()
-        kernels = [partition_spec(layer.axes) for layer in layers]
-        whole = [PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec)) for spec in kernels]
-        biases = [
-            PartitionSpec(spec[0], spec[2]) if a[1] is not None else None for spec, a in zip(whole, arrays, strict=True)
-        ]
+        # A training batch is split, and joined over "ep" for this alone. Serving has all its tokens on every device.
+        splits = x.shape[0] % math.prod(mesh.shape[axis] for axis in mesh_axes("routed")) == 0
+        data = partition_spec(("routed", None) if splits else ())
+        specs = [(partition_spec(layer.axes_here), layer.bias_spec()) for layer in layers]
+        (experts_axis,) = mesh_axes("experts")
 
         def local(x: jax.Array, weights: jax.Array, experts: jax.Array, arrays: list) -> jax.Array:
-            first = jax.lax.axis_index("ep") * arrays[0][0].shape[0]
+            first = jax.lax.axis_index(experts_axis) * arrays[0][0].shape[0]
             return self._compute(x, weights, experts, arrays, jax.lax.psum, first)
 
         return jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(data, data, data, list(zip(whole, biases, strict=True))),
+            in_specs=(data, data, data, specs),
             out_specs=data,
             check_vma=False,
         )(x, weights, experts, arrays)
@@ -113,7 +112,8 @@ class Mixture(nnx.Module):
         add_up: Callable[[jax.Array, tuple[str, ...]], jax.Array],
         first: jax.Array | int,
     ) -> jax.Array:
-        """The part of the experts [first, first + those in arrays): sort by expert, multiply by group, put back."""
+        """The output's part that comes from the experts in `arrays`, whose numbers begin at `first`: sorts tokens by
+        expert, multiplies each group by its expert's matrices, and restores the order."""
         (gate, gate_bias), (up, up_bias), (down, down_bias) = arrays
         mine = gate.shape[0]
         local = experts.reshape(-1) - first
@@ -123,22 +123,24 @@ class Mixture(nnx.Module):
         group = jnp.minimum(local[order], mine - 1)
         rows = x[order // experts.shape[1]]
 
+        multiply = partial(grouped_matmul, implementation=self.kernels.grouped_matmul)
+
         def layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-            out = grouped_matmul(x, kernel, sizes)
+            out = multiply(x, kernel, sizes)
             return (out if bias is None else out + bias[group]).astype(x.dtype)
 
-        hidden = gated(
-            self.config.activation, self.config.activation_limit, layer(rows, gate, gate_bias), layer(rows, up, up_bias)
-        )
-        out = add_up(grouped_matmul(hidden, down, sizes), ("tp",))
+        gates, ups = layer(rows, gate, gate_bias), layer(rows, up, up_bias)
+        activation, limit = self.config.activation, self.config.activation_limit
+        hidden = gated(activation, limit, gates, ups, implementation=self.kernels.gated)
+        out = add_up(multiply(hidden, down, sizes), mesh_axes("mlp"))
         out = out if down_bias is None else out + down_bias[group]
         out = jnp.where((local[order] < mine)[:, None], out, 0)
         back = jnp.zeros_like(out).at[order].set(out).reshape(*experts.shape, -1)
-        return add_up((back * weights[..., None]).sum(axis=1), ("ep",))
+        return add_up((back * weights[..., None]).sum(axis=1), mesh_axes("experts"))
 
 
 class ExpertLinear(nnx.Module):
-    """A Linear an expert, in one array [experts, inputs, outputs]."""
+    """A linear layer per expert, all in one array [experts, inputs, outputs]."""
 
     def __init__(
         self,
@@ -151,20 +153,23 @@ class ExpertLinear(nnx.Module):
         std: float = INIT_STD,
     ) -> None:
         sizes = {**experts, **inputs, **outputs}
-        self.axes = tuple(sizes)
-        start = nnx.initializers.normal(std)
-        self.kernel = parameter(rngs, tuple(sizes.values()), self.axes, Role.EXPERTS, initializer=start)
+        axes, start = tuple(sizes), nnx.initializers.normal(std)
+        self.kernel = parameter(rngs, tuple(sizes.values()), axes, Role.EXPERTS, initializer=start)
+        self.axes_here = tuple(None if axis == "embed" else axis for axis in axes)
+        """The kernel's logical axes where it is multiplied: every device has all numbers of the stream"""
         self.bias = zeros(rngs, {**experts, **outputs}) if bias else None
 
     def bias_or_none(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]
 
-
-def _size(mesh: jax.sharding.AbstractMesh, *axes: str) -> int:
-    return math.prod(mesh.shape[axis] for axis in axes)
+    def bias_spec(self) -> jax.sharding.PartitionSpec | None:
+        """How the bias lies where the kernel is multiplied."""
+        experts, _, outputs = self.axes_here
+        return None if self.bias is None else partition_spec((experts, outputs))
 
 
 def balanced(correction: jax.Array, load: jax.Array, rate: float) -> jax.Array:
-    """The router's correction after a step with `load` tokens an expert, both float32[..., experts]: a step towards
-    those with less than their share, by its sign alone (Wang et al. 2024, arXiv 2408.15664)."""
+    """The router's correction after a step in which each expert got `load` tokens, both float32[..., experts]. It grows
+    by `rate` for experts with less than the mean load and falls by `rate` for those with more (Wang et al. 2024, arXiv
+    2408.15664)."""
     return correction + rate * jnp.sign(load.mean(axis=-1, keepdims=True) - load)

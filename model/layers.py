@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +19,7 @@ from flax import nnx
 from isthmus.model.config import LayerKind, ModelConfig
 from isthmus.model.ops.attention import Scoring
 from isthmus.model.ops.gated import gated
+from isthmus.model.ops.kernels import Kernels
 from isthmus.model.ops.linear import linear, linears
 from isthmus.model.ops.norm import rms_norm
 from isthmus.model.ops.rotary import rotate
@@ -31,9 +33,9 @@ Attend = Callable[
 ]
 """The seam between training and serving: attend(layer, q, k, v, cache, scoring, sinks) -> (out, cache).
 
-layer: int32[], traced. q: [..., heads, head_dim]; k and v: [..., kv_heads, head_dim], a v of None being k; out: as q.
-scoring is static; sinks: float32[heads] or None; see model/ops/attention.py. Training passes causal attention and a
-cache of None, serving attention over the paged cache.
+layer: int32[], traced. q and out: [..., heads, head_dim]. k and v: [..., kv_heads, head_dim]; if v is None, the keys
+are the values. scoring is static; sinks: float32[heads] or None; see model/ops/attention.py. Training passes causal
+attention and a cache of None, serving passes attention over the paged cache.
 """
 
 STREAM = "float32"
@@ -41,12 +43,13 @@ STREAM = "float32"
 
 
 class Linear(nnx.Module):
-    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's share)."""
+    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's output)."""
 
     def __init__(
         self,
         inputs: dict[str, int],
         outputs: dict[str, int],
+        kernels: Kernels,
         rngs: nnx.Rngs,
         *,
         bias: bool = False,
@@ -54,7 +57,7 @@ class Linear(nnx.Module):
         dtype: str | None = None,
         role: Role = Role.MATRIX,
     ) -> None:
-        """dtype: what the output is in; None is the input's. role: the kernel's."""
+        """dtype: of the output; None means the input's dtype. role: of the kernel."""
         shape = (*inputs.values(), *outputs.values())
         self.axes = (*inputs, *outputs)
         contracted, start = math.prod(inputs.values()), nnx.initializers.normal(std)
@@ -64,7 +67,7 @@ class Linear(nnx.Module):
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
         self.lora_scale = 0.0
-        self.dtype = dtype
+        self.dtype, self.kernels = dtype, kernels
 
     def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
         """Adds alpha / rank * (x @ lora_a[*inputs, rank]) @ lora_b[rank, *outputs] to the output: nothing at first,
@@ -81,33 +84,36 @@ class Linear(nnx.Module):
         return project(x, self)[0]
 
     def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
-        """With what is added to the product with the kernel, [..., *outputs]; in the output's dtype."""
+        """Adds bias and adapter to `out`, the product of x and the kernel, [..., *outputs], and casts it to the
+        output's dtype."""
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
-            hidden = linear(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
-            out = out + self.lora_scale * linear(hidden, self.lora_b[...], self.outputs)
+            product = partial(linear, implementation=self.kernels.linear)
+            hidden = product(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
+            out = out + self.lora_scale * product(hidden, self.lora_b[...], self.outputs)
         return out.astype(self.dtype or x.dtype)
 
 
 def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
-    """layer(x) of each of the layers, which have the same inputs and give the same dtype."""
+    """layer(x) for each of the layers, which must have the same inputs and the same output dtype."""
     weights = [(layer.kernel.get_value(), layer.outputs) for layer in layers]
     plain = all(layer.bias is None and layer.lora_a is None for layer in layers)
-    products = linears(x, weights, layers[0].inputs, dtype=(layers[0].dtype or x.dtype) if plain else jnp.float32)
+    dtype = (layers[0].dtype or x.dtype) if plain else jnp.float32
+    products = linears(x, weights, layers[0].inputs, dtype=dtype, implementation=layers[0].kernels.linear)
     return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
 
 
 def zeros(rngs: nnx.Rngs, sizes: dict[str, int], role: Role = Role.VECTOR) -> nnx.Param:
-    """A bias with these axes, or what has another role, which starts as zeros."""
+    """A parameter with these axes that starts as zeros; a bias unless `role` says otherwise."""
     return parameter(rngs, tuple(sizes.values()), tuple(sizes), role, initializer=nnx.initializers.zeros)
 
 
 class HeadLinear(Linear):
-    """A Linear whose kernel is multiplied head by head: an einsum's operand, always a plain array."""
+    """A Linear whose kernel is multiplied head by head, by an einsum; the kernel is always a plain array."""
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], rngs: nnx.Rngs) -> None:
-        super().__init__(inputs, outputs, rngs, role=Role.HEADS)
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], kernels: Kernels, rngs: nnx.Rngs) -> None:
+        super().__init__(inputs, outputs, kernels, rngs, role=Role.HEADS)
 
     def per_head(self, equation: str, x: jax.Array) -> jax.Array:
         kernel = self.kernel[...].astype(x.dtype)
@@ -115,45 +121,53 @@ class HeadLinear(Linear):
 
 
 class RMSNorm(nnx.Module):
-    """model/ops/norm.py's, with a learned scale."""
+    """The RMS norm of model/ops/norm.py with a learned scale."""
 
     def __init__(
-        self, size: int, axis: str, eps: float, rngs: nnx.Rngs, *, offset: float = 0.0, dtype: str | None = None
+        self,
+        size: int,
+        axis: str,
+        eps: float,
+        kernels: Kernels,
+        rngs: nnx.Rngs,
+        *,
+        offset: float = 0.0,
+        dtype: str | None = None,
     ) -> None:
-        """dtype: of the output; None is the input's."""
+        """dtype: of the output; None means the input's dtype."""
         start = nnx.initializers.constant(1 - offset)
         self.scale = parameter(rngs, (size,), (axis,), Role.VECTOR, initializer=start)
-        self.eps, self.offset, self.dtype = eps, offset, dtype
+        self.eps, self.offset, self.dtype, self.kernels = eps, offset, dtype, kernels
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.scale[...], self.eps, self.offset, self.dtype)
+        return rms_norm(x, self.scale[...], self.eps, self.offset, self.dtype, implementation=self.kernels.norm)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention; what is attended to is the caller's business (`attend`)."""
+    """Grouped-query attention; `attend`, which the caller passes, decides what each token attends to."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, rngs: nnx.Rngs) -> None:
         embed, head_dim = {"embed": config.dim}, {"head_dim": config.head_dim}
         heads, kv_heads = {"heads": config.heads, **head_dim}, {"kv_heads": config.kv_heads, **head_dim}
         bias, out_std = config.attention_bias, INIT_STD / math.sqrt(2 * config.layers)
-        self.query = Linear(embed, heads, rngs, bias=bias)
-        self.key = Linear(embed, kv_heads, rngs, bias=bias)
-        self.value = Linear(embed, kv_heads, rngs, bias=bias)
-        self.out = Linear(heads, embed, rngs, bias=config.attention_out_bias, std=out_std, dtype=STREAM)
-        self.query_norm = self._norm(config, config.heads, rngs)
-        self.key_norm = self._norm(config, config.kv_heads, rngs)
+        self.query = Linear(embed, heads, kernels, rngs, bias=bias)
+        self.key = Linear(embed, kv_heads, kernels, rngs, bias=bias)
+        self.value = Linear(embed, kv_heads, kernels, rngs, bias=bias)
+        self.out = Linear(heads, embed, kernels, rngs, bias=config.attention_out_bias, std=out_std, dtype=STREAM)
+        self.query_norm = self._norm(config, config.heads, kernels, rngs)
+        self.key_norm = self._norm(config, config.kv_heads, kernels, rngs)
         self.sinks = parameter(rngs, (config.heads,), ("heads",), Role.VECTOR) if config.attention_sinks else None
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.soft_cap = config.attention_soft_cap
-        self.whole = config.qk_norm == "projection"
+        self.whole, self.kernels = config.qk_norm == "projection", kernels
 
     @staticmethod
-    def _norm(config: ModelConfig, heads: int, rngs: nnx.Rngs) -> RMSNorm | None:
+    def _norm(config: ModelConfig, heads: int, kernels: Kernels, rngs: nnx.Rngs) -> RMSNorm | None:
         if config.qk_norm == "none":
             return None
         # A norm over all heads needs all of them on every device: its scale is small, and not split.
         size = config.head_dim * (heads if config.qk_norm == "projection" else 1)
-        return RMSNorm(size, "head_dim", config.norm_eps, rngs, offset=config.norm_offset)
+        return RMSNorm(size, "head_dim", config.norm_eps, kernels, rngs, offset=config.norm_offset)
 
     def _normalize(self, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
         if norm is None:
@@ -166,7 +180,7 @@ class Attention(nnx.Module):
         q, k, v = project(x, self.query, self.key, self.value)
         q, k = self._normalize(self.query_norm, q), self._normalize(self.key_norm, k)
         if kind.rope != "none":
-            q, k = rotate(angles[kind.rope], q, k)
+            q, k = rotate(angles[kind.rope], q, k, implementation=self.kernels.rotary)
         q = shard(q, "heads", "head_dim")
         k, v = shard(k, "kv_heads", "head_dim"), shard(v, "kv_heads", "head_dim")
         sinks = None if self.sinks is None else self.sinks[...]
@@ -175,27 +189,27 @@ class Attention(nnx.Module):
 
 
 class LatentAttention(nnx.Module):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), as one key of rank + rope_dim that all heads share.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), with one key c of rank + rope_dim for all heads.
 
-    Heads differ in how they read it: a head's key projection is applied to its query instead (q·Wk)·c = q·(Wk c), and
-    its value projection to what it has read. So the cache holds one vector a token, whatever the number of heads.
+    A head's key projection is applied to its query instead of the key, since (q·Wk)·c = q·(Wk c), and its value
+    projection to the result of attention. So the cache holds one vector per token, whatever the number of heads.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, kernels: Kernels, rngs: nnx.Rngs) -> None:
         latent, heads = config.latent, {"heads": config.heads}
         embed, rank = {"embed": config.dim}, {"latent": latent.rank}
         query = {**heads, "head_dim": latent.nope_dim + latent.rope_dim}
         squeezed = {"latent": latent.query_rank}
-        self.query_down = Linear(embed, squeezed, rngs) if latent.query_rank else None
-        self.query_norm = RMSNorm(latent.query_rank, "latent", LATENT_EPS, rngs) if latent.query_rank else None
-        self.query = Linear(squeezed if latent.query_rank else embed, query, rngs)
-        self.latent = Linear(embed, {"latent": latent.rank + latent.rope_dim}, rngs)
-        self.latent_norm = RMSNorm(latent.rank, "latent", LATENT_EPS, rngs)
-        self.key = HeadLinear(rank, {**heads, "head_dim": latent.nope_dim}, rngs)
-        self.value = HeadLinear(rank, {**heads, "head_dim": latent.value_dim}, rngs)
+        self.query_down = Linear(embed, squeezed, kernels, rngs) if latent.query_rank else None
+        self.query_norm = RMSNorm(latent.query_rank, "latent", LATENT_EPS, kernels, rngs) if latent.query_rank else None
+        self.query = Linear(squeezed if latent.query_rank else embed, query, kernels, rngs)
+        self.latent = Linear(embed, {"latent": latent.rank + latent.rope_dim}, kernels, rngs)
+        self.latent_norm = RMSNorm(latent.rank, "latent", LATENT_EPS, kernels, rngs)
+        self.key = HeadLinear(rank, {**heads, "head_dim": latent.nope_dim}, kernels, rngs)
+        self.value = HeadLinear(rank, {**heads, "head_dim": latent.value_dim}, kernels, rngs)
         out = {**heads, "head_dim": latent.value_dim}
-        self.out = Linear(out, embed, rngs, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM)
-        self.rank, self.nope_dim = latent.rank, latent.nope_dim
+        self.out = Linear(out, embed, kernels, rngs, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM)
+        self.rank, self.nope_dim, self.kernels = latent.rank, latent.nope_dim, kernels
         self.scale = config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5
 
     def __call__(
@@ -208,7 +222,7 @@ class LatentAttention(nnx.Module):
         plain, turned = q[..., : self.nope_dim], q[..., self.nope_dim :]
         content, position = self.latent_norm(latent[..., : self.rank]), latent[..., None, self.rank :]
         if kind.rope != "none":
-            turned, position = rotate(angles[kind.rope], turned, position)
+            turned, position = rotate(angles[kind.rope], turned, position, implementation=self.kernels.rotary)
         plain = self.key.per_head("...hd,rhd->...hr", plain)
         q = shard(jnp.concatenate([plain, turned], axis=-1), "heads", "head_dim")
         k = shard(jnp.concatenate([content[..., None, :], position], axis=-1), "latent_head", "head_dim")
@@ -218,19 +232,22 @@ class LatentAttention(nnx.Module):
 
 
 LATENT_EPS = 1e-6
-"""Of the norms inside latent attention, whatever the network's other norms have: so DeepSeek published it."""
+"""Epsilon of the norms inside latent attention, whatever norm_eps is; this is as DeepSeek published it"""
 
 
 class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, width: int, kernels: Kernels, rngs: nnx.Rngs) -> None:
         embed, mlp, bias = {"embed": config.dim}, {"mlp": width}, config.mlp_bias
-        self.gate = Linear(embed, mlp, rngs, bias=bias)
-        self.up = Linear(embed, mlp, rngs, bias=bias)
-        self.down = Linear(mlp, embed, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM)
-        self.activation, self.limit = config.activation, config.activation_limit
+        self.gate = Linear(embed, mlp, kernels, rngs, bias=bias)
+        self.up = Linear(embed, mlp, kernels, rngs, bias=bias)
+        self.down = Linear(
+            mlp, embed, kernels, rngs, bias=bias, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM
+        )
+        self.activation, self.limit, self.kernels = config.activation, config.activation_limit, kernels
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = project(x, self.gate, self.up)
-        return self.down(shard(gated(self.activation, self.limit, gate, up), "mlp"))
+        hidden = gated(self.activation, self.limit, gate, up, implementation=self.kernels.gated)
+        return self.down(shard(hidden, "mlp"))

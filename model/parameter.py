@@ -1,4 +1,5 @@
-"""What a parameter is: its shape, its logical axes and its role, told where it is made and read by all who treat it."""
+"""What a parameter is: its shape, its logical axes and its role. They are stated once, where the parameter is made, and
+all code that handles parameters reads them there."""
 
 from __future__ import annotations
 
@@ -19,67 +20,67 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Role(enum.Enum):
-    """What a parameter is to the network. Everything that treats parameters by their kind asks for it."""
+    """What a parameter does in the network. Code that treats kinds of parameters differently decides by it."""
 
     MATRIX = "matrix"
     """Multiplies activations as a matrix [inputs, outputs]; may be kept as integers and packed for a kernel"""
     EMBEDDING = "embedding"
-    """The table of tokens [vocab, embed]; kept as integers or packed, it is the matrix that the head multiplies by"""
+    """The embedding table [vocab, embed]; as integers or packed, it is the matrix that the head multiplies by"""
     HEADS = "heads"
-    """Multiplies activations head by head: always a plain array"""
+    """Multiplies activations head by head; always a plain array"""
     EXPERTS = "experts"
-    """A matrix for each expert in one array: always a plain array"""
+    """One matrix per expert in a single array; always a plain array"""
     ROUTER = "router"
-    """The matrix that chooses experts: small, and always float32"""
+    """The matrix that chooses experts; small, and always float32"""
     VECTOR = "vector"
-    """A norm's scale, a bias or an attention sink: small, added or multiplied in float32"""
+    """A norm's scale, a bias or the attention sinks; small, and added or multiplied in float32"""
     CORRECTION = "correction"
     """A router's correction, float32, which training moves by the experts' load and not by the gradient"""
     ADAPTER = "adapter"
-    """One of the two factors that adapt a matrix"""
+    """One of the two factors of a matrix's adapter (LoRA)"""
 
     @property
     def is_small(self) -> bool:
-        """Whether it is kept in float32 whatever dtype the network computes in."""
+        """Whether the parameter is kept in float32 whatever dtype the network computes in."""
         return self in (Role.ROUTER, Role.VECTOR, Role.CORRECTION)
 
     @property
     def decays(self) -> bool:
-        """Whether the optimizer's weight decay applies to it."""
+        """Whether the optimizer's weight decay applies to the parameter."""
         return self not in (Role.VECTOR, Role.CORRECTION)
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is a single matrix, which may be kept as integers and packed."""
+        """Whether the parameter is a single matrix, which may be kept as integers and packed."""
         return self in (Role.MATRIX, Role.EMBEDDING)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One parameter of a network."""
+    """The description of one parameter of a network."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    """The logical name of each axis; `isthmus.model.sharding.RULES` gives them mesh axes"""
+    """The logical name of each axis, which `isthmus.model.sharding.RULES` maps to mesh axes; None is never split"""
     role: Role
     inputs: int
-    """How many numbers of the activation a matrix contracts; 0 where the role isn't a matrix"""
+    """How many numbers of an activation a matrix contracts; 0 if the parameter isn't a matrix"""
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """How many numbers the parameter holds."""
         return math.prod(self.shape)
 
     def storage_dtype(self, dtype: str | None) -> str:
-        """The dtype that serving keeps it in when the network computes in `dtype`; None is float32 for all."""
+        """The dtype in which serving keeps the parameter when the network computes in `dtype`; float32 for None."""
         return "float32" if dtype is None or self.role.is_small else dtype
 
     def as_matrix(self, array: jax.Array) -> jax.Array:
-        """The array of a matrix as [inputs, outputs]."""
+        """`array`, which holds this matrix, as [inputs, outputs]."""
         return array.T if self.role is Role.EMBEDDING else array.reshape(self.inputs, -1)
 
     def stacked(self, layers: int) -> Spec:
-        """The same parameter of several layers in one array with a leading axis of layers."""
+        """The same parameter for several layers, in one array with a leading axis of layers."""
         return Spec((layers, *self.shape), ("layers", *self.axes), self.role, self.inputs)
 
 
@@ -92,5 +93,5 @@ def parameter(
     inputs: int = 0,
     initializer: Callable = NORMAL,
 ) -> nnx.Param:
-    """A float32 parameter that knows its logical axes, its role and, of a matrix, its inputs (as in `Spec`)."""
+    """A float32 parameter that carries its logical axes, its role and, if it is a matrix, its inputs (see `Spec`)."""
     return nnx.Param(initializer(rngs.params(), shape, jnp.float32), out_sharding=axes, role=role, inputs=inputs)

@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), and the ways it is stretched to longer contexts.
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), and how it is stretched to longer contexts.
 
-Frequencies are constants, computed on the host in float32 as the published implementations do: at position 100,000 an
-angle shows the last bit of its frequency.
+Frequencies are constants. They are computed on the host in float32, as published implementations do, because at
+position 100,000 the last bit of a frequency changes the angle visibly.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from isthmus.model.config import ModelConfig, RopeScaling
 
 Angles = dict[str, tuple[jax.Array, jax.Array]]
-"""For each LayerKind.rope that occurs: cos and signed sin, float32[..., 1, rotated dimensions]."""
+"""For each LayerKind.rope that occurs: cos, and sin negated in its first half, float32[..., 1, rotated dimensions]"""
 
 
 def rotary_angles(config: ModelConfig, positions: jax.Array, long: jax.Array | None = None) -> Angles:
-    """Angles of tokens at int32 positions [...].
+    """The angles of tokens at int32 positions [...].
 
-    long: bool[...], which tokens are part of a sequence of more than rope_scaling.original_context tokens; None is
-    none. Only longrope reads it.
+    long: bool[...], whether each token is part of a sequence of more than rope_scaling.original_context tokens; None
+    means that no token is. Only longrope reads it.
     """
     angles: Angles = {}
     for kind in sorted({kind.rope for kind in config.layer_kinds} - {"none"}):
@@ -40,7 +40,7 @@ def rotary_angles(config: ModelConfig, positions: jax.Array, long: jax.Array | N
 
 
 def frequencies(theta: float, dim: int, scaling: RopeScaling, length: Literal["short", "long"]) -> np.ndarray:
-    """float32[dim / 2]: radians a position. length: of the sequence, for longrope."""
+    """Radians per position, float32[dim / 2]. length: whether longrope takes the factors of short or long sequences."""
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     wavelength = np.float32(theta) ** exponent
     plain = np.float32(1) / wavelength
@@ -59,7 +59,7 @@ def frequencies(theta: float, dim: int, scaling: RopeScaling, length: Literal["s
 
 
 def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1, arXiv 2407.21783)."""
+    """Stretches long wavelengths, keeps short ones and blends those between (Llama 3.1, arXiv 2407.21783)."""
     wavelength = np.float32(2 * math.pi) / plain
     longest = scaling.original_context / scaling.low_freq_factor
     shortest = scaling.original_context / scaling.high_freq_factor
@@ -71,7 +71,8 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def _yarn(plain: np.ndarray, stretched: np.ndarray, theta: float, dim: int, scaling: RopeScaling) -> np.ndarray:
-    """Blends by how often a dimension turns within the original context (Peng et al. 2023, arXiv 2309.00071)."""
+    """Blends plain and stretched frequencies by how many turns a dimension makes within the original context (Peng et
+    al. 2023, arXiv 2309.00071)."""
 
     def dimension(turns: float) -> float:
         return dim * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))

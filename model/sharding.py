@@ -1,7 +1,7 @@
-"""Logical axis names → mesh axes: the one table that says how a model is laid out over devices.
+"""How a model is laid out over devices: the one table from logical axis names to mesh axes.
 
-Every parameter and activation names its axes in the model's words ("embed", "heads", …). RULES maps those words to
-the mesh's (dp, fsdp, ep, tp); changing the parallelism changes the mesh, never the model.
+Every parameter and activation names its axes in the model's terms ("embed", "heads", …). RULES maps those names to the
+axes of the mesh (dp, fsdp, ep, tp). Another kind of parallelism is another mesh; the model stays as it is.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("tokens", None),
     ("residual", None),
     ("latent_head", None),
+    ("routed", ("dp", "fsdp")),  # a training batch's tokens, joined over "ep" where experts read them
     # the paged cache
     ("pages", None),
 )
@@ -46,20 +47,20 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 
 @dataclass(frozen=True)
 class MeshShape:
-    """How many devices each kind of parallelism takes."""
+    """How many devices each kind of parallelism uses; 1 means that it isn't used."""
 
     dp: int = 1
     """Data parallel: replicas of the parameters"""
     fsdp: int = 1
     """Data parallel with the parameters sharded"""
     tp: int = 1
-    """Tensor parallel: heads, MLP and vocabulary split"""
+    """Tensor parallel: heads, MLP and vocabulary are split"""
     ep: int = 1
-    """Expert parallel: experts split; data parallel for everything else"""
+    """Expert parallel: experts are split; everything else is data parallel"""
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
-        """Reads `dp=2,fsdp=2,tp=2`; what isn't named is 1. Raises ConfigError."""
+        """Reads `dp=2,fsdp=2,tp=2`; an axis that isn't named is 1. Raises ConfigError."""
         sizes: dict[str, int] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             name, _, size = part.partition("=")
@@ -72,12 +73,12 @@ class MeshShape:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """In the order of MESH_AXES."""
+        """The sizes in the order of MESH_AXES."""
         return (self.dp, self.fsdp, self.ep, self.tp)
 
     @property
     def data(self) -> int:
-        """Parts that a training batch is split into."""
+        """How many parts a training batch is split into."""
         return self.dp * self.fsdp * self.ep
 
     @property
@@ -122,9 +123,15 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """The mesh axes for logical `axes`, one a dimension."""
+    """The mesh axes for an array whose dimensions have the logical `axes`."""
     table = dict(RULES)
     return PartitionSpec(*(table[name] if name is not None else None for name in axes))
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """The mesh axes that the logical axis `name` is split over."""
+    axes = dict(RULES)[name]
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
@@ -135,8 +142,12 @@ _LEADING = {1: ("tokens",), 2: ("batch", "seq")}
 
 
 def shard(x: jax.Array, *trailing: str) -> jax.Array:
-    """Constrains an activation whose last axes are `trailing`, after [tokens] or [batch, seq]; no-op without a mesh."""
+    """Constrains the sharding of an activation [tokens, *trailing] or [batch, seq, *trailing]; no-op without a mesh."""
+    return constrain(x, *_LEADING[x.ndim - len(trailing)], *trailing)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains an array with these logical axes to lie as RULES say; no-op without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    axes = (*_LEADING[x.ndim - len(trailing)], *trailing)
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -1,11 +1,11 @@
 """The network: embed → blocks → norm → head. Training and serving run this same code; read it first.
 
-Outside this room parameters are a dict from paths to arrays (`Params`), so that a step is a pure function of it; `bind`
-gives back the module inside a traced function. A path is spelt "blocks/3/attention/query/kernel": of layer 3, in the
-**unstacked** layout. In the **stacked** one, which a checkpoint holds and `lax.scan` runs over, layers that are built
-alike share an array with a leading axis of layers, and its path names the first and the last of them:
-"blocks/0-11/attention/query/kernel". Most networks are a single run of such layers; DeepSeek's dense first layers are
-one of their own.
+Outside this room, parameters are a dict from paths to arrays (`Params`), so that a step is a pure function of them;
+`bind` makes the module from them inside a traced function. There are two layouts. In the **unstacked** one each layer
+has its own arrays: "blocks/3/attention/query/kernel" belongs to layer 3. In the **stacked** one, which a checkpoint
+holds and `lax.scan` runs over, neighbouring layers that are built alike share an array with a leading axis of layers,
+and its path names the first and the last of them: "blocks/0-11/attention/query/kernel". Most networks are a single run
+of such layers; DeepSeek's dense first layers are a run of their own.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ from isthmus.model.rotary import Angles, rotary_angles
 from isthmus.model.sharding import named_sharding, shard
 
 Params = dict[str, Any]
-"""Parameters by their paths, or what stands for them: arrays, integers, packed matrices, shapes"""
+"""Parameters by their paths; a value is an array or what stands for one: integers, a packed matrix, a shape"""
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer; ModelConfig says of which family."""
+    """A decoder-only transformer of any family that ModelConfig can describe."""
 
     def __init__(self, config: ModelConfig, execution: Execution, rngs: nnx.Rngs) -> None:
         self.config, self.execution = config, execution
-        dim, dtype = config.dim, execution.dtype
-        table = (config.vocab_size, dim)
+        dim, table = config.dim, (config.vocab_size, config.dim)
         self.embedding = parameter(rngs, table, ("vocab", "embed"), Role.EMBEDDING, inputs=dim)
         if execution.scan_layers:
             blocks = {run_name(run): _stacked_blocks(config, execution, run, rngs) for run in runs(config)}
             self.blocks = nnx.Dict(blocks)
         else:
             self.blocks = nnx.List([Block(config, execution, kind, rngs) for kind in config.layer_kinds])
-        self.norm = RMSNorm(dim, "embed", config.norm_eps, rngs, offset=config.norm_offset, dtype=dtype)
+        self.norm = RMSNorm(
+            dim, "embed", config.norm_eps, execution.kernels, rngs, offset=config.norm_offset, dtype=execution.dtype
+        )
         axes = ("embed", "vocab")
         self.head = None if config.tie_embeddings else parameter(rngs, table[::-1], axes, Role.MATRIX, inputs=dim)
 
@@ -60,9 +61,9 @@ class Transformer(nnx.Module):
         cache: Cache,
         long: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """tokens, positions: int32[...] → (hidden states [..., dim] before the head, the cache as attend left it).
+        """Returns the hidden states before the head, [..., dim], and the cache as `attend` left it.
 
-        long: as in model/rotary.py.
+        tokens, positions: int32[...]. long: as in `rotary_angles`.
         """
         hidden, cache, _ = self.run(tokens, positions, attend, cache, long)
         return hidden, cache
@@ -75,7 +76,7 @@ class Transformer(nnx.Module):
         cache: Cache,
         long: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """As a call, with the load of the experts: float32[sparse layers, experts], tokens that each one got."""
+        """As a call, and also returns how many tokens each expert got, float32[sparse layers, experts]."""
         config = self.config
         x = lookup(self.embedding.get_value(), tokens, config.dim, STREAM)
         if config.embedding_scale != 1:
@@ -109,7 +110,7 @@ class Transformer(nnx.Module):
 
         scanned, remat = self.execution.scan_layers, self.execution.remat
         if remat == "none":
-            # Traced once for all layers that are alike; XLA inlines it.
+            # jit traces the body once for all layers that are alike; XLA inlines it.
             return body if scanned else jax.jit(body, static_argnums=(0, 2))
         policy = {
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -120,7 +121,7 @@ class Transformer(nnx.Module):
     def _scan(
         self, run: range, body: Callable[..., Any], angles: Angles, x: jax.Array, cache: Cache
     ) -> tuple[jax.Array, Cache, list[jax.Array]]:
-        """Scans over the repeating group of kinds in `run`; layers left over at its end follow one by one."""
+        """Scans over the repetitions of a group of kinds in `run`; layers left over at its end follow one by one."""
         kinds = [self.config.layer_kind(layer) for layer in run]
         graph, stacked = nnx.split(self.blocks[run_name(run)])
         period = _period(kinds)
@@ -129,7 +130,7 @@ class Transformer(nnx.Module):
         def layer_of(state: Any, index: int) -> Any:
             return jax.tree.map(lambda array: array[index], state)
 
-        # The cache is carried: as a scanned input and output it would be copied whole each step.
+        # The cache is carried. As a scanned input and output it would be copied as a whole in each step.
         def step(carry: tuple, first_and_state: tuple) -> tuple[tuple, jax.Array]:
             first, state = first_and_state
             loads = []
@@ -152,12 +153,12 @@ class Transformer(nnx.Module):
         return x, cache, loads
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """float32[..., vocab_size] for hidden states [..., dim]."""
-        vocab = self.config.vocab_size
+        """The logits, float32[..., vocab_size], for hidden states [..., dim]."""
+        vocab, implementation = self.config.vocab_size, self.execution.kernels.linear
         if self.head is None:
-            logits = unembed(hidden, self.embedding.get_value(), vocab)
+            logits = unembed(hidden, self.embedding.get_value(), vocab, implementation=implementation)
         else:
-            logits = linear(hidden, self.head.get_value(), (vocab,))
+            logits = linear(hidden, self.head.get_value(), (vocab,), implementation=implementation)
         if cap := self.config.logit_soft_cap:
             logits = cap * jnp.tanh(logits / cap)
         return shard(logits, "vocab")
@@ -174,7 +175,7 @@ def _stacked_blocks(config: ModelConfig, execution: Execution, run: range, rngs:
 
 
 def runs(config: ModelConfig) -> Iterator[range]:
-    """The layers in runs that have the same parameters."""
+    """Divides the layers into runs of neighbours whose parameters have the same shapes."""
     for _, group in groupby(range(config.layers), key=lambda layer: config.layer_kind(layer).sparse):
         layers = list(group)
         yield range(layers[0], layers[-1] + 1)
@@ -185,7 +186,7 @@ def run_name(run: range) -> str:
 
 
 def _period(kinds: list[LayerKind]) -> int:
-    """The length of the shortest group that `kinds` repeat, the last time perhaps in part."""
+    """The length of the shortest group that `kinds` repeats; the last repetition may be incomplete."""
     return next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
 
 
@@ -196,12 +197,13 @@ def _abstract(config: ModelConfig, execution: Execution) -> tuple[Any, Any]:
 
 
 def by_path(state: Any) -> dict[str, Any]:
-    """The variables of a module's state by their paths."""
+    """The variables in a module's state, by their paths."""
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def bind(config: ModelConfig, execution: Execution, params: Params) -> Transformer:
-    """The module over `params`; cheap, meant for inside a traced function. Raises KeyError on a wrong layout."""
+    """The module over `params`; cheap, for use inside a traced function. Raises KeyError when a path is missing, as it
+    is in the wrong layout."""
     graph, state = _abstract(config, execution)
     placed = unpacked(params)
     leaves = [placed[path] for path in by_path(state)]
@@ -210,7 +212,7 @@ def bind(config: ModelConfig, execution: Execution, params: Params) -> Transform
 
 @lru_cache(maxsize=64)
 def parameter_specs(config: ModelConfig, *, stacked: bool = False) -> Mapping[str, Spec]:
-    """Every parameter of a network by its path, in either layout."""
+    """The description of every parameter of a network, by its path in the unstacked or the stacked layout."""
     _, state = _abstract(config, Execution(scan_layers=stacked))
 
     def spec(variable: nnx.Param) -> Spec:
@@ -223,9 +225,9 @@ def parameter_specs(config: ModelConfig, *, stacked: bool = False) -> Mapping[st
 def abstract_params(
     config: ModelConfig, mesh: Mesh | None = None, *, stacked: bool = False, dtype: str | None = None
 ) -> Params:
-    """Shapes and dtypes of every parameter, with its sharding when a mesh is given; no array is made.
+    """The shape and dtype of every parameter, and its sharding when a mesh is given; makes no array.
 
-    dtype: what the network computes in, for the dtypes that serving keeps parameters in; None is float32 for all.
+    dtype: in which the network computes when it serves; it decides each parameter's dtype. None means float32 for all.
     """
 
     def leaf(spec: Spec) -> jax.ShapeDtypeStruct:

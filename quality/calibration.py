@@ -1,4 +1,4 @@
-"""Integers chosen for what a model's matrices really meet: its own activations over some text."""
+"""Chooses integers for a model's matrices by the activations that the matrices meet in some text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isthmus.model.weights.quantization import formats, quantize_params
 from isthmus.train.step import packed_attention
 
 MOMENTS_BYTES = 1 << 30
-"""Of second moments that are summed at a time: those of more matrices take the text once more"""
+"""Most bytes of second moments that are summed at a time; for more of them the text goes through the model again"""
 
 
 def quantize_on_text(
@@ -30,18 +30,19 @@ def quantize_on_text(
     texts: np.ndarray,
     on_progress: Callable[[float], None] = lambda matrices: None,
 ) -> None:
-    """Turns matrices into integers as model/weights/gptq.py does, in place. params: unstacked, in float32;
-    texts: int32[windows, tokens]; on_progress(matrices) as they get done, half of each while the text goes through.
+    """Turns matrices into integers in place, by the method of model/weights/gptq.py. Raises ConfigError if activations
+    are not finite.
 
-    Matrices whose moments fit into MOMENTS_BYTES are watched together; those behind then meet what is lost in these.
-    The embedding is rounded to the nearest: it is looked up as well. Raises ConfigError where activations are not
-    finite.
+    Matrices whose moments fit into MOMENTS_BYTES are watched together; later ones meet the errors that the integers of
+    these make. The embedding is rounded to the nearest, because it is also looked up. params: unstacked, in float32.
+    texts: int32[windows, tokens]. on_progress(matrices): how many more are done; a half of each is counted as the text
+    goes through.
     """
     specs, wanted = parameter_specs(config), formats(config, rules)
     for paths in _parts(specs, wanted):
         moments = _moments(config, params, paths, texts, on_progress)
         if broken := [path for path in paths if not jnp.isfinite(moments[path]).all()]:
-            raise ConfigError(f"calibration: {broken[0]} meets activations that are not finite; --calibration 0 rounds")
+            raise ConfigError(f"calibration: {broken[0]} meets activations that are not finite; use --calibration 0")
         for path in paths:
             bits, group, rotated, scales, _ = wanted[path]
             matrix = specs[path].as_matrix(params.pop(path))
@@ -52,7 +53,7 @@ def quantize_on_text(
 
 
 def _parts(specs: Mapping[str, Spec], wanted: Iterable[str]) -> Iterator[list[str]]:
-    """Matrices whose moments are summed at a time, in the order in which a token meets them."""
+    """Groups of matrices whose moments are summed together, in the order in which a token meets them."""
     part: list[str] = []
     for path in sorted((path for path in wanted if specs[path].role is not Role.EMBEDDING), key=_place):
         if part and sum(4 * specs[each].inputs ** 2 for each in (*part, path)) > MOMENTS_BYTES:
@@ -75,8 +76,8 @@ def _moments(
     texts: np.ndarray,
     on_progress: Callable[[float], None],
 ) -> dict[str, jax.Array]:
-    """The sum over all tokens of x.T @ x for each path, float32[inputs, inputs]. on_progress(matrices), half of them in
-    all."""
+    """The sum of x.T @ x over all tokens, float32[inputs, inputs] for each path. on_progress(matrices) gets half of
+    their number in total."""
 
     def observed(moments: dict[str, jax.Array], params: Params, tokens: jax.Array) -> jax.Array:
         watched = {path: Observed(params[path], sums) for path, sums in moments.items()}

@@ -1,5 +1,5 @@
-"""The gate of quantized models: how far one's predictions, as it serves, moved from those of the model that it was made
-from, and whether that is too far."""
+"""Compares a quantized model, as it is served, with the original that it was made from: how far its predictions moved,
+and whether that is too far."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from isthmus.quality.divergence import LEAST_LOG_PROBABILITY, ROWS, Gathered, Qu
 from isthmus.serve.engine.scoring import predictions
 
 BOUNDS: dict[int, tuple[float, float]] = {8: (0.01, 1.01), 6: (0.02, 1.02), 5: (0.05, 1.05), 4: (0.12, 1.10)}
-"""By the fewest bits of a model's integers: the most KL divergence, in nats a token, and the most that perplexity may
-grow by, for a conversion that nobody forced."""
-
+"""By the fewest bits of a model's integers: the largest KL divergence, in nats per token, and the largest factor by
+which perplexity may grow, unless the conversion is forced"""
 
 NEVER = -100.0
-"""Stands for a logarithm of a probability that counts for nothing"""
+"""Stands for a log-probability so small that it doesn't count"""
 
 
 def passes(quality: Quality, bits: int) -> bool:
-    """Whether the means are within the bounds."""
+    """Whether the mean KL divergence and the perplexity are within the bounds."""
     most_kl, most_ratio = BOUNDS[bits]
     return quality.kl <= most_kl and quality.ratio <= most_ratio
 
 
 def undecided(quality: Quality, bits: int) -> bool:
-    """Whether other text of as many windows could well be judged otherwise: the bound that is nearest to be broken, or
-    most broken, lies in the 95% interval of what it bounds. True of a single window."""
+    """Whether other text of as many windows could well be judged differently. It could if the bound that is closest to
+    being broken, or is broken the most, lies in the 95% interval of its figure. Always True for a single window."""
     most_kl, most_ratio = BOUNDS[bits]
     room = np.array([most_kl - quality.kl, math.log(most_ratio / quality.ratio)])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -49,7 +48,7 @@ def bounds(bits: int) -> str:
 
 
 def described(quality: Quality) -> str:
-    """The figures, with 95% intervals."""
+    """The figures as text, with 95% intervals."""
     return (
         f"{cost(quality, '', '').text()} ({quality.perplexity:.4g}, before {quality.base_perplexity:.4g}), over "
         f"{quality.tokens:,} tokens in {quality.windows} windows; ± is the 95% interval"
@@ -64,18 +63,18 @@ def cost(quality: Quality, dtype: str, cache_dtype: str) -> Cost:
 
 
 class KeptPredictions:
-    """Log-probabilities of windows in a file, to be read any number of times: in full those that count for the
-    divergence and those of what came, the others as less than all of these.
+    """The log-probabilities of windows, kept in a file that can be read any number of times. Those that count for the
+    divergence, and those of the tokens that came, are kept in full; all others are read as NEVER.
 
-    Both models' predictions of a window fit into memory, one model's of a whole text don't: 64 windows of 255 tokens
-    and a vocabulary of 128k are 8.4 GB.
+    The predictions of both models for one window fit into memory, but those of one model for a whole text don't: 64
+    windows of 255 tokens and a vocabulary of 128k are 8.4 GB.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._count = file, 0
 
     def add(self, logits: np.ndarray, targets: np.ndarray) -> None:
-        """float32[tokens, vocab]; int32[tokens], what came."""
+        """Adds a window. logits: float32[tokens, vocab]; targets: int32[tokens], the tokens that came."""
         for row in range(0, len(targets), ROWS):
             values = log_softmax(logits[row : row + ROWS])
             kept = values > LEAST_LOG_PROBABILITY
@@ -86,7 +85,7 @@ class KeptPredictions:
         self._count += 1
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """float32[tokens, vocab] for each window."""
+        """Yields float32[tokens, vocab] for each window."""
         self._file.seek(0)
         for _ in range(self._count):
             window = np.full(self._shape, NEVER, np.float32)
@@ -101,8 +100,9 @@ class KeptPredictions:
 def original_kept(
     original: ModelFolder, windows: np.ndarray, folder: Path, on_progress: Callable[[], None]
 ) -> Iterator[KeptPredictions]:
-    """What the original predicts of int32[windows, size], served in its dtype and with such a cache; on_progress()
-    after each window. It is kept in a file without a name in `folder`. Raises ConfigError when the disk has no room."""
+    """Yields the original's predictions for int32[windows, size], served in its dtype and with a cache of that dtype.
+    They are kept in a file without a name in `folder`. on_progress() is called after each window. Raises ConfigError
+    when the disk has no room."""
     first = windows.shape[1] // 2
     with tempfile.TemporaryFile(dir=folder) as file:
         kept = KeptPredictions(file)
@@ -126,8 +126,11 @@ def compare(
     windows: np.ndarray,
     on_progress: Callable[[], None],
 ) -> Quality:
-    """original: log-probabilities of each window, of which there may be more than windows; quantized: as open_model
-    gives it, in the dtype that is to serve; on_progress() after each window."""
+    """Compares the predictions of `quantized` with those of the original for int32[windows, size].
+
+    original: log-probabilities of these windows, perhaps followed by those of more. quantized: as open_model opens it,
+    in the dtype in which it is to be served. on_progress() is called after each window.
+    """
     first, gathered = windows.shape[1] // 2, Gathered()
     got = predictions(quantized, cache_dtype, windows, first)
     for window, want, logits in zip(windows, original, got, strict=False):

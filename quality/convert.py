@@ -1,4 +1,4 @@
-"""Converting a model folder: to another layout, to a GGUF file, or to integers that pass the gate."""
+"""Converts a model folder: to another layout, to a GGUF file, or to integers that pass the quality gate."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ from isthmus.quality.texts import texts
 @dataclass(frozen=True)
 class ConvertConfig:
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """A model folder of either kind, an adapter or a GGUF file; or Org/Name, in the local Hugging Face cache"""
+    """A model folder of ours or of Hugging Face, an adapter or a GGUF file; or Org/Name in the Hugging Face cache"""
     target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
-    """The folder to make, or with --gguf the file"""
+    """The folder to make or, with --gguf, the file; it must not exist"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
     to: Literal["auto", "huggingface", "isthmus"] = "auto"
-    """auto: the other kind; a merged adapter becomes huggingface"""
+    """Layout to write; auto is the one that SOURCE doesn't have, or huggingface for an adapter, which is merged"""
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
-    """Of the tensors written in Hugging Face's layout; source is what they were published in, else float32"""
+    """Dtype of the tensors in Hugging Face's layout; source is the one in which they were published, else float32"""
     max_shard_gb: float = 5.0
-    """Most of a file, in GB; more weights go into several, with an index"""
+    """Largest size of a file in Hugging Face's layout, in GB; more weights go into several files with an index"""
     gguf: Literal["none", "f32", "f16", "bf16", "q8_0", "q4_0"] = "none"
-    """Write one GGUF file, for llama.cpp, with matrices of this kind (its llama-quantize makes others of f32)"""
+    """Write a GGUF file for llama.cpp, with matrices in this format (llama-quantize makes other formats from f32)"""
     quantize: str = "none"
-    """int8, int6, int5 or int4 (the last three keep embedding and head in 8 bits, int4 attention's values in 6), or
-    rules of one's own, joined by commas, the first that matches deciding: "head=none,.*mlp.*=int4:32,.*=int8" """
+    """Make matrices integers: int8, int6, int5 or int4 (the last three keep embedding and head in 8 bits, and int4
+    attention's values in 6), or rules joined by commas, of which the first that matches a matrix decides:
+    "head=none,.*mlp.*=int4:32,.*=int8" """
     gate: Annotated[GateConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=GateConfig)
 
 
 def convert(config: ConvertConfig, console: Console) -> None:
-    """Raises ConfigError or CheckpointError for what can't be read or written."""
+    """Converts as configured. Raises ConfigError or CheckpointError for what can't be read or written, and
+    QualityError when a quantized model is refused."""
     if config.target.exists():  # before anything takes long
         raise ConfigError(f"target: {config.target} exists already")
     if not 0 < config.max_shard_gb < 1e6:
@@ -63,7 +65,7 @@ def convert(config: ConvertConfig, console: Console) -> None:
         console.print(warning, style="yellow", markup=False)
     if config.quantize != "none":
         if config.gguf != "none":
-            raise ConfigError("gguf: it has kinds of integers of its own; leave out --quantize")
+            raise ConfigError("gguf: the file has integers of its own formats; leave out --quantize")
         return _quantize(config, folder, console)
     kind = config.to
     if folder.config.quantization:
@@ -72,7 +74,7 @@ def convert(config: ConvertConfig, console: Console) -> None:
         kind = "isthmus" if folder.family is not None and folder.adapter is None else "huggingface"
     if config.gguf != "none":
         if config.to != "auto" or config.dtype != "source":
-            raise ConfigError("gguf: it says what is written; leave out --to and --dtype")
+            raise ConfigError("gguf: it decides layout and dtype; leave out --to and --dtype")
         _to_gguf(config, folder, console)
         return _report(config, folder, console)
     with appearing(config.target) as partial, stages(console) as shown:
@@ -123,7 +125,7 @@ def _write(folder: ModelFolder, params: Params, target: Path, shown: Stages) -> 
 
 
 def _quantize(config: ConvertConfig, folder: ModelFolder, console: Console) -> None:
-    """Raises QualityError when the result is too far from the original, and is not forced."""
+    """Writes a quantized model. Raises QualityError when it is too far from the original and is not forced."""
     if config.to == "huggingface":
         raise ConfigError("quantize: a quantized model is written in our own layout; leave out --to huggingface")
     if folder.config.quantization:

@@ -1,4 +1,4 @@
-"""What integers cost a model's predictions: measured of a folder when it was made, and of a few known models."""
+"""What integers cost in a model's predictions: measured for a folder when it was made, and for a few known models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.files import read_json_if_present
 
 FILE = "quality.json"
-"""In a quantized folder"""
+"""The file in a quantized folder that holds its MeasuredCost"""
 
 KNOWN = Path(__file__).with_name("costs.json")
 """{scheme: {dtype: {model: fields of Cost}}}, written by scripts/write_costs.py from benchmarks/results"""
 
 INTERVAL = 1.96
-"""Standard errors on either side of a mean that make a 95% interval"""
+"""A 95% interval is this many standard errors on either side of the mean"""
 
 
 @dataclass(frozen=True)
@@ -28,36 +28,36 @@ class Cost:
     """How far a quantized model's predictions are from the original's, served in float32 with a float32 cache."""
 
     kl: float
-    """Mean KL divergence, nats a token"""
+    """Mean KL divergence, nats per token"""
     kl_error: float | None
-    """Its standard error, a text's windows taken as independent; None isn't known, and so below"""
+    """Standard error of `kl`, with windows taken as independent; None if it isn't known"""
     ratio: float
-    """Of the perplexities, the quantized model's by the original's"""
+    """The quantized model's perplexity divided by the original's"""
     ratio_error: float | None
-    """Standard error of its logarithm"""
+    """Standard error of the logarithm of `ratio`; None if it isn't known"""
     top1: float
-    """Share of tokens where both have the same likeliest next one"""
+    """Share of tokens for which both models have the same most likely next token"""
     tokens: int
     dtype: str
-    """That it was measured in"""
+    """The dtype in which the quantized model was measured"""
     cache_dtype: str
 
     def text(self) -> str:
         percent = None if self.ratio_error is None else 100 * self.ratio * self.ratio_error
         return (
-            f"KL {self.kl:.2g}{margin(self.kl_error)} nats a token, the same likeliest token {self.top1:.1%}, "
+            f"KL {self.kl:.2g}{margin(self.kl_error)} nats per token, the same likeliest token {self.top1:.1%}, "
             f"perplexity {100 * (self.ratio - 1):+.2f}{margin(percent)}%"
         )
 
 
 @dataclass(frozen=True)
 class MeasuredCost(Cost):
-    """As a folder keeps it."""
+    """The cost of one quantized folder, as its quality.json holds it."""
 
     quantize: str
     """The scheme or rules that were asked for"""
     source: str
-    """Of the text"""
+    """Where the text came from"""
     perplexity: float
     original_perplexity: float
     windows: int
@@ -69,7 +69,7 @@ class MeasuredCost(Cost):
 
 
 def measured(folder: Path) -> MeasuredCost | None:
-    """None where there is none, or none that can be read: nothing depends on it."""
+    """The cost in a folder's quality.json; None if there is none or it can't be read, since nothing depends on it."""
     try:
         cost = MeasuredCost(**read_json_if_present(folder / FILE))
         cost.text()
@@ -80,7 +80,7 @@ def measured(folder: Path) -> MeasuredCost | None:
 
 
 def known(scheme: str, dtype: str) -> dict[str, Cost]:
-    """By model, what `isthmus bench quality` measured of a scheme in a dtype."""
+    """By model, what `isthmus bench quality` measured for a scheme in a dtype."""
     rows = _table().get(scheme, {}).get(dtype, {})
     return {model: Cost(**fields) for model, fields in rows.items()}
 
@@ -91,5 +91,5 @@ def _table() -> dict[str, Any]:
 
 
 def margin(error: float | None) -> str:
-    """Half of a figure's 95% interval, in its unit, where its standard error is known."""
+    """Half of a figure's 95% interval, in its unit, as text; empty if its standard error isn't known."""
     return "" if error is None or math.isnan(error) else f" ± {INTERVAL * error:.1g}"

@@ -1,5 +1,5 @@
 """How far predictions are from those of another model: KL divergence as llama-perplexity defines it, agreement and
-perplexity, and how well each is known."""
+perplexity, with their standard errors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from dataclasses import dataclass
 import numpy as np
 
 LEAST_LOG_PROBABILITY = -16.0
-"""Of a token that counts for the divergence"""
+"""Tokens of the vocabulary to which the original gives less than this don't count for the divergence"""
 
 ROWS = 32
-"""Tokens whose distributions are compared at once: a vocabulary of 262k takes 34 MB each time it is copied"""
+"""How many tokens' distributions are compared at once; with a vocabulary of 262k each copy of them takes 34 MB"""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Over all tokens that are predicted."""
+    """Figures over all tokens that are predicted."""
 
     tokens: int
     kl: float
-    """Mean KL divergence from the original's distributions, nats a token"""
+    """Mean KL divergence from the original's distributions, nats per token"""
     kl_error: float
-    """Its standard error, tokens taken as independent, as llama.cpp does"""
+    """Standard error of `kl`, with tokens taken as independent, as llama.cpp does"""
     top1: float
-    """Share of tokens where both have the same likeliest next one"""
+    """Share of tokens for which both models have the same most likely next token"""
     perplexity: float
     base_perplexity: float
-    """Of the original"""
+    """Perplexity of the original"""
 
     @property
     def ratio(self) -> float:
@@ -38,23 +38,25 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Quality(Divergence):
-    """With errors that hold where a text's tokens depend on each other; those of one window are NaN."""
+    """The same figures, with standard errors that also hold if tokens of a text depend on each other; NaN for a single
+    window."""
 
     windows: int
     kl_window_error: float
-    """Standard error of the mean KL divergence, windows taken as independent"""
+    """Standard error of `kl`, with windows taken as independent"""
     ratio_window_error: float
-    """Of the logarithm of `ratio`, likewise"""
+    """Standard error of the logarithm of `ratio`, with windows taken as independent"""
 
 
 class Gathered:
-    """Figures of tokens, window by window, as llama-perplexity makes them."""
+    """Collects the figures of tokens, window by window, as llama-perplexity computes them."""
 
     def __init__(self) -> None:
         self._windows: list[np.ndarray] = []
 
     def add(self, want: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> None:
-        """A window. want: float32[tokens, vocab] of log-probabilities; targets: int32[tokens], what came."""
+        """Adds a window. want: the original's log-probabilities, and logits: the other model's logits, both
+        float32[tokens, vocab]; targets: int32[tokens], the tokens that came."""
         parts = (slice(row, row + ROWS) for row in range(0, len(want), ROWS))
         self._windows.append(np.concatenate([_figures(want[part], logits[part], targets[part]) for part in parts]))
 
@@ -75,26 +77,26 @@ class Gathered:
 
 
 def _figures(want: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """float64[tokens, 4]: KL divergence, whether the likeliest token is the same, nats of what came, and the
-    original's."""
+    """float64[tokens, 4]: KL divergence, whether both have the same most likely token, and the nats of the token that
+    came, of the other model and of the original."""
     got, row = log_softmax(logits), np.arange(len(targets))
     same = want.argmax(axis=1) == got.argmax(axis=1)
     return np.stack([kl_divergence(want, got), same, -got[row, targets], -want[row, targets]], axis=1)
 
 
 def standard_error(values: Sequence[float] | np.ndarray) -> float:
-    """Of their mean; NaN of a single one."""
+    """The standard error of the values' mean; NaN for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float32[tokens, vocab]."""
+    """The log-probabilities, float32[tokens, vocab]."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
 def kl_divergence(want: np.ndarray, got: np.ndarray) -> np.ndarray:
-    """float64[tokens] in nats, of log-probabilities float32[tokens, vocab]; what the original gives less than e^-16
-    doesn't count."""
+    """The KL divergence in nats, float64[tokens]. want, got: the original's and the other model's log-probabilities,
+    float32[tokens, vocab]; those for which `want` is not above LEAST_LOG_PROBABILITY don't count."""
     counted = want > LEAST_LOG_PROBABILITY
     return np.where(counted, np.exp(want) * (want - got), 0).sum(axis=1, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""The gate of `isthmus convert --quantize`: it compares what was written with the original, and lets it pass or not."""
+"""The quality gate of `isthmus convert --quantize`: compares what was written with the original, and may refuse it."""
 
 from __future__ import annotations
 
@@ -28,40 +28,44 @@ from isthmus.quality.texts import TextConfig
 from isthmus.serve.engine.build import open_model
 
 Write = Callable[[Sequence[str], Path], None]
-"""Makes the original's integers by rules, into a folder that is there"""
+"""Writes the original, with integers by these rules, into an existing folder"""
 
 
 class QualityError(RuntimeError):
-    """A quantized model too far from the original."""
+    """A quantized model is too far from the original."""
 
 
 @dataclass(frozen=True)
 class GateConfig(TextConfig):
     serve_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compare a quantized model as `isthmus serve --dtype` runs it; the original runs in float32"""
+    """Dtype in which a quantized model is compared, as for `isthmus serve --dtype`; the original runs in float32"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """Compare a quantized model as --engine.cache-dtype keeps keys and values; the original's are float32"""
+    """Dtype of keys and values when a quantized model is compared, as for `isthmus serve --engine.cache-dtype`; the
+    original's are float32"""
     suggest: bool = True
-    """Where a quantized model is refused, try others until one is not, which takes as long again for each"""
+    """If a quantized model is refused, try others until one is accepted; each takes as long again"""
     force: bool = False
     """Write a quantized model however far it is from the original"""
 
 
 @dataclass(frozen=True)
 class QualityGate:
+    """Writes a quantized model, compares it with the original, and refuses it if it is too far from that."""
+
     config: GateConfig
     original: ModelFolder
     windows: np.ndarray
-    """int32[windows, size]: of the text that is compared"""
+    """int32[windows, size]: the text on which models are compared"""
     kept: KeptPredictions
-    """The original's predictions of them"""
+    """The original's predictions for the windows"""
     folder: Path
+    """Where the model is written"""
     shown: Stages
     console: Console
 
     def write(self, quantize: str, write: Write) -> None:
-        """Writes the model by a scheme or rules into the folder, with quality.json. Raises QualityError when its means
-        are outside of the bounds, and it is not forced."""
+        """Writes the model, quantized by a scheme or rules, into the folder, with quality.json. Raises QualityError
+        when its mean figures are outside of the bounds and it is not forced."""
         rules = rules_of(quantize)
         bits = coarsest(self.original.config, rules)
         found = self._measure(rules, self.folder, write)
@@ -83,7 +87,7 @@ class QualityGate:
         return quality.compare(self.kept, served, self.config.cache_dtype, windows, comparing.advance)
 
     def _instead(self, refused: Sequence[str], write: Write) -> str:
-        """What the refusal advises."""
+        """The advice that a refusal gives: rules that would pass, if they are looked for and found, and --force."""
         force = "--force writes it all the same"
         if not self.config.suggest:
             return force
@@ -120,8 +124,8 @@ class QualityGate:
 def opened(
     config: GateConfig, original: ModelFolder, windows: np.ndarray, folder: Path, shown: Stages, console: Console
 ) -> Iterator[QualityGate]:
-    """The gate before `folder`, once the original has predicted int32[windows, size]. original: unstacked, without
-    adapters of its own. Raises ConfigError when the folder's disk has no room for the predictions."""
+    """Yields the gate for `folder`, after the original has predicted int32[windows, size]. original: unstacked, and
+    without adapters of its own. Raises ConfigError when the folder's disk has no room for the predictions."""
     predicting = shown.begin("predicting with the original", len(windows), "windows")
     with quality.original_kept(
         dataclasses.replace(original, execution=DEFAULT_EXECUTION), windows, folder, predicting.advance

@@ -1,4 +1,4 @@
-"""After the gate refused a quantized model: the coarsest rules that it would not refuse."""
+"""Looks for the coarsest rules that the gate would accept, after it has refused a quantized model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from isthmus.quality.compare import passes
 from isthmus.quality.divergence import Quality
 
 SAMPLE = 8
-"""Windows that tell which kind of matrix loses most"""
+"""Number of windows on which each kind of matrix is tried, to find out which loses most"""
 
 Measure = Callable[[Sequence[str], int | None], Quality]
-"""What rules cost over so many windows, or over all"""
+"""Measures the quality of rules over a number of windows; None means over all"""
 
 
 def coarsest(config: ModelConfig, rules: Sequence[str]) -> int:
-    """The fewest bits of the integers that rules make; 8 where they make none."""
+    """The fewest bits of the integers that the rules make; 8 if they make none."""
     return min((each.bits for each in formats(config, rules).values()), default=8)
 
 
 def suggestion(
     config: ModelConfig, refused: Sequence[str], measure: Measure, say: Callable[[str, Quality], None]
 ) -> tuple[str, Quality] | None:
-    """What to give to --quantize instead of rules that were refused, and what it costs; say(rules, cost) of each that
-    is tried. None: nothing that was tried passes."""
+    """What to give to --quantize instead of the refused rules, and its quality; None if nothing that was tried passes.
+    say(quantize, quality) is called for each that is tried."""
     for name in candidates(config, refused, measure):
         rules = rules_of(name)
         quality = measure(rules, None)
@@ -37,13 +37,13 @@ def suggestion(
 
 
 def rules_of(quantize: str) -> tuple[str, ...]:
-    """Of the name of a scheme, or of rules joined by commas."""
+    """The rules that `quantize` means, which is the name of a scheme, or rules joined by commas."""
     return SCHEMES.get(quantize) or tuple(rule.strip() for rule in quantize.split(","))
 
 
 def candidates(config: ModelConfig, refused: Sequence[str], measure: Measure) -> Iterator[str]:
-    """Other schemes of as many bits or more, fewest first; then int8 without the kind of matrix that loses most by it,
-    the two, and so on."""
+    """Other schemes with as many bits or more, those with the fewest first. Then int8 without the kind of matrix that
+    loses most by it, without the two kinds that lose most, and so on."""
     schemes = [(coarsest(config, rules), name) for name, rules in SCHEMES.items() if rules and rules != tuple(refused)]
     yield from (name for bits, name in sorted(schemes) if bits >= coarsest(config, refused))
     every = kinds(config)
@@ -56,5 +56,5 @@ def candidates(config: ModelConfig, refused: Sequence[str], measure: Measure) ->
 
 
 def kinds(config: ModelConfig) -> list[str]:
-    """A pattern for each kind of matrix: those that have the same place in every layer."""
+    """A pattern for each kind of matrix; matrices with the same place in their layers are of one kind."""
     return list(dict.fromkeys(re.sub(r"^blocks/\d+/", ".*/", path) for path in formats(config, SCHEMES["int8"])))

@@ -1,4 +1,4 @@
-"""The text that a quantized model is calibrated on, and the other text that it is compared with the original on."""
+"""The text on which a quantized model is calibrated, and other text on which it is compared with the original."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isthmus.benchmarks import corpus
 from isthmus.errors import ConfigError
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import ModelFolder
+from isthmus.quality import corpus
 from isthmus.train.documents import Document, read_documents
 
 WINDOW = 512
-"""Tokens that are predicted together, the second half of them judged, as llama-perplexity does"""
+"""Tokens that are predicted together; only the second half of them is judged, as llama-perplexity does"""
 
 PIECE = 1 << 18
-"""Characters of a text that are encoded at once: of a long one, not more than is needed"""
+"""Characters of a text that are encoded at once, so that not much more of a long text is encoded than is needed"""
 
 
 @dataclass(frozen=True)
 class TextConfig:
     text: tuple[str, ...] = ()
-    """Files or folders of text, like --data of `isthmus train`: on its first --windows a quantized model is compared
-    with the original, to the --calibration that follow it is fitted; default: documentation that Python brings"""
+    """Files or folders of text, as for `isthmus train`: a quantized model is compared with the original on its first
+    --windows windows, and fitted to the next --calibration; by default, documentation that comes with Python"""
     windows: int = 64
-    """Of 512 tokens, that are compared; the default text has about 150 of them"""
+    """How many windows of 512 tokens are compared; the default text has about 150"""
     calibration: int = 24
-    """Windows of other text that integers of fewer than 8 bits are fitted to, which loses about a quarter as much as
-    rounding to the nearest and takes minutes; 0 rounds"""
+    """How many windows of other text integers of fewer than 8 bits are fitted to, which takes minutes and loses about
+    a quarter as much as rounding to the nearest; 0 means to round"""
 
 
 class Texts(NamedTuple):
-    """No token of one is in the other."""
+    """Windows for calibration and for comparison, which share no token."""
 
     calibration: np.ndarray
-    """int32[windows, size]: perhaps none"""
+    """int32[windows, size], perhaps of no windows"""
     comparison: np.ndarray
     """int32[windows, size]"""
     warnings: tuple[str, ...]
-    """What there is too little of"""
+    """What to tell the user if there is too little text"""
 
 
 def texts(config: TextConfig, folder: ModelFolder, calibration: int = 0) -> Texts:
-    """Neighbouring windows, each beginning as the tokenizer begins a text, of what `config` names: to compare first,
-    and of what is left, `calibration` windows. Raises ConfigError for less than a window to compare."""
+    """Cuts the text that `config` names into neighbouring windows, which each begin as the tokenizer begins a text. The
+    first are for comparison, and `calibration` of the next for calibration. Raises ConfigError if there is less than
+    one window for comparison."""
     size = min(WINDOW, folder.config.context_length)
     if config.text:
         documents = _distinct(read_documents(config.text, setting="text"))
@@ -56,7 +57,7 @@ def texts(config: TextConfig, folder: ModelFolder, calibration: int = 0) -> Text
         compared = _windows(folder.tokenizer, _default("evaluation", config.windows), config.windows, size)
         calibrated = _windows(folder.tokenizer, _default("calibration", calibration), calibration, size)
     if not len(compared):
-        raise ConfigError(f"text: {', '.join(config.text)} has less than the {size} tokens that are predicted together")
+        raise ConfigError(f"text: {', '.join(config.text)} has less than the {size} tokens of one window")
     warnings = []
     for what, got, wanted in (("compare", compared, config.windows), ("calibrate on", calibrated, calibration)):
         if len(got) < wanted:
@@ -67,13 +68,13 @@ def texts(config: TextConfig, folder: ModelFolder, calibration: int = 0) -> Text
 
 
 def _default(half: corpus.Half, windows: int) -> Iterator[str]:
-    """Enough for so many, of any tokenizer that was made for English."""
+    """Enough of the default text for so many windows, with any tokenizer that was made for English."""
     if windows:
         yield corpus.text(half, windows * WINDOW * 8)
 
 
 def _distinct(documents: Iterable[Document]) -> Iterator[str]:
-    """What is there twice would be compared after it was calibrated on."""
+    """The texts without repetitions, since one that is there twice could be both calibrated on and compared."""
     seen = set()
     for document in documents:
         if document.digest not in seen:
@@ -82,7 +83,7 @@ def _distinct(documents: Iterable[Document]) -> Iterator[str]:
 
 
 def _windows(tokenizer: Tokenizer, documents: Iterable[str], most: int, size: int) -> np.ndarray:
-    """int32[at most `most`, size]."""
+    """At most `most` windows of the documents, int32[windows, size]."""
     begin = tokenizer.encode("")[:1]
     tokens: list[int] = list(begin)
     for piece in (piece for document in documents for piece in _pieces(document)):
@@ -97,7 +98,7 @@ def _windows(tokenizer: Tokenizer, documents: Iterable[str], most: int, size: in
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut at the ends of lines, where there are any."""
+    """Cuts a text into pieces of at most PIECE characters, at ends of lines if there are any."""
     start = 0
     while start < len(text):
         end = start + PIECE

@@ -160,12 +160,11 @@ def test_a_token_file_that_can_not_be_sent_is_named(
 
 def test_generate_asks_for_what_was_given_and_no_more() -> None:
     """Every prompt was drawn at 0.8 and 0.95, against what the model's makers recommend and the API promises."""
-    from isthmus import generate_request
     from isthmus.commands.generate import GenerateConfig
+    from isthmus.types import SamplingParams
 
-    assert not generate_request("a", **GenerateConfig(prompt="a").options()).HasField("sampling")
-    asked = generate_request("a", **GenerateConfig(prompt="a", top_k=0, parse_special=True).options())
-    assert [field.name for field, _ in asked.sampling.ListFields()] == ["top_k"] and asked.parse_special
+    assert GenerateConfig(prompt="a").sampling() == SamplingParams()
+    assert GenerateConfig(prompt="a", top_k=0, seed=5).sampling() == SamplingParams(top_k=0, seed=5)
 
 
 def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,12 +232,12 @@ def talk(monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> int:
 @contextmanager
 def model_of(folder: Path) -> Iterator[Callable[[str], str]]:
     """What the model goes on with after a text as a template writes it, led by no token."""
-    from isthmus.commands.generate import GenerateConfig, _on_folder
+    from isthmus import LLM
     from isthmus.model.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    with _on_folder(GenerateConfig(model=folder, temperature=0.0, max_tokens=6), folder) as complete:
-        yield lambda text: "".join(complete(tokenizer.encode_chat(text)))
+    with LLM(folder) as llm:
+        yield lambda text: llm.generate(tokenizer.encode_chat(text), temperature=0, max_tokens=6).text
 
 
 def test_chat_answers_each_line_with_what_was_said_before_in_mind(
@@ -304,7 +303,7 @@ def test_an_answer_that_is_stopped_was_said_and_one_that_fails_was_not(
 ) -> None:
     """Ctrl-C must end the answer alone, and the request with it; an error must leave the conversation as it was."""
     from isthmus.commands.chat import chat
-    from isthmus.serve.engine.request import InvalidRequest
+    from isthmus.errors import InvalidRequest
 
     asked, ended = [], []
 

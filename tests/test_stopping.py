@@ -145,7 +145,7 @@ def test_generating_here(folder: Path, stage: str) -> None:
 
 def test_calling_a_server_that_does_not_answer() -> None:
     """The address is nobody's: connecting waits."""
-    check(tell("SIGINT", "call isthmus.client:stream", "generate", "a", "--address", "10.255.255.1:1"))
+    check(tell("SIGINT", "call isthmus.client:follow", "generate", "a", "--address", "10.255.255.1:1"))
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ from isthmus.benchmarks import servers
 from isthmus.model.process.command import run
 
 def work():
-    with servers.served(["--model", {str(folder)!r}, "--port", "0"], Path({str(tmp_path / "log")!r})):
+    with servers.isthmus_server(["--model", {str(folder)!r}], Path({str(tmp_path / "log")!r})):
         raise AssertionError("it was told before")
 
-servers._wait_for_address = lambda process, log: os.kill(os.getpid(), signal.SIGTERM)
+servers._wait_until_healthy = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(run(work))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)

@@ -1,4 +1,4 @@
-"""What a training run is made of. The command line is generated from these classes."""
+"""The settings of a training run. The command line is generated from these classes."""
 
 from __future__ import annotations
 
@@ -19,50 +19,54 @@ from isthmus.model.sharding import MeshShape
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it is cut."""
+    """How text is tokenized, cut into sequences and held out."""
 
     tokenizer: Path | None = None
-    """A tokenizer.json to use; without one, a byte-level BPE is trained on the data"""
+    """A tokenizer.json to use; by default a byte-level BPE is trained on the data. Not with --init"""
     vocab_size: int = 4096
-    """Of the tokenizer that is trained"""
+    """Number of tokens of the tokenizer that is trained, at least 257"""
     heldout_fraction: float = 0.02
-    """Of the text, kept for the held-out loss: documents chosen by their hash, and the ends of long ones"""
+    """Share of the text, between 0 and 1, that is kept for the held-out loss: documents chosen by their hash, and the
+    ends of long ones"""
     seq: int = 512
-    """Tokens in a sequence; documents are packed into it, cut where it ends, and never attend to one another"""
+    """Tokens per sequence, at most the model's context length; documents are packed into sequences, are cut where one
+    ends, and never attend to one another"""
     parse_special: bool = False
-    """A special token spelt out in a text, as <|im_start|>, is that token; otherwise it is text. In conversations it
-    always is one"""
+    """Read a special token that is spelt out in a text, such as <|im_start|>, as that token and not as text; in
+    conversations it always is that token"""
 
     def fitted(self, context_length: int) -> DataConfig:
-        """With sequences that a model of this context can read."""
+        """The same with sequences that fit into a model's context."""
         return dataclasses.replace(self, seq=min(self.seq, context_length))
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping and a schedule."""
+    """AdamW with gradient clipping and a learning-rate schedule."""
 
     lr: float = 1e-3
     """Peak learning rate"""
     schedule: Literal["cosine", "wsd"] = "cosine"
-    """Cosine decay, or warm-up, stable, linear decay over the last `decay_fraction`"""
+    """What follows the warm-up: cosine decay, or (wsd) a constant rate and then linear decay over `decay_fraction`"""
     warmup_steps: int = 100
-    """Over which the learning rate rises from 0; a run that isn't longer warms up for a tenth of its steps instead"""
+    """Steps in which the learning rate rises from 0; a run that isn't longer warms up for a tenth of its steps"""
     decay_fraction: float = 0.2
-    """Of the steps, at the end; only for wsd"""
+    """Share of the steps, at the end, in which the learning rate decays; only for wsd"""
     final_lr: float = 0.1
     """The last learning rate as a share of the peak"""
     beta1: float = 0.9
+    """Decay rate of AdamW's running mean of gradients, below 1"""
     beta2: float = 0.95
+    """Decay rate of AdamW's running mean of squared gradients, below 1"""
     weight_decay: float = 0.1
-    """On matrices; norms and biases have none"""
+    """AdamW's weight decay on matrices; norms and biases have none"""
     clip: float = 1.0
-    """Largest global gradient norm"""
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it"""
     correction_rate: float = 0.001
-    """How far a step moves a router's correction towards experts with less than their share (DeepSeek-V3)"""
+    """How far each step moves a router's correction, up for experts below the mean load, else down (DeepSeek-V3)"""
 
     def fitted(self, steps: int) -> OptimizerConfig:
-        """With a warm-up of a tenth of the steps, where it would take all of them and more."""
+        """The same, with a warm-up of a tenth of the steps if it would take all of them."""
         return self if self.warmup_steps < steps else dataclasses.replace(self, warmup_steps=steps // 10)
 
     def validate(self) -> None:
@@ -72,7 +76,7 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be positive and finite")
         for name in ("warmup_steps", "weight_decay", "final_lr", "correction_rate"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must not be negative, and finite")
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be finite and not negative")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
@@ -85,40 +89,47 @@ class TrainConfig:
     """Trains a transformer on text."""
 
     data: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Text files, folders of them, and .jsonl or .json files (documents with the field "text" or, with --init,
-    "messages"), wherever they lie; also gzipped"""
+    """Files and folders of text; a .jsonl or .json file holds documents, which are objects with the field "text" or,
+    with --init, "messages"; all may be gzipped"""
     out: Path = Path("runs/latest")
-    """The model folder: configuration, tokenizer, checkpoints, metrics"""
+    """The model folder to write: configuration, tokenizer, checkpoints, metrics"""
     init: Path | None = None
-    """A model folder to start from: ours, or as Hugging Face publishes it; or Org/Name, which its local cache has"""
+    """A model to start from: a folder of ours or as Hugging Face publishes it, or Org/Name in its local cache"""
     ignore_field: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A field of --init's config.json to go on without, which may make it another model; may be given repeatedly"""
+    """A field of --init's config.json to ignore, though the model may then be another; may be given several times"""
     download: bool = False
-    """Fetch an --init named Org/Name from huggingface.co where the local cache hasn't it"""
+    """Fetch an --init named Org/Name from huggingface.co if the local cache doesn't have it"""
     preset: str = "5m"
-    """Size to start from, of those listed above; every --model.* overrides it"""
+    """Model size to start from, one of those listed above; each --model.* overrides it"""
     model: ModelConfig = PRESETS["5m"]
     execution: Annotated[Execution, tyro.conf.OmitArgPrefixes] = field(default_factory=Execution)
     text: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 1000
+    """Number of training steps, each of one batch"""
     batch: int = 16
-    """Sequences a step, over all devices and all accumulated parts"""
+    """Sequences per step, over all devices and all accumulated parts"""
     accumulate: int = 1
-    """Parts that the batch is computed in, one after the other, to need less memory"""
+    """Number of parts in which a batch is computed, one after the other, to need less memory; it must divide --batch"""
     mesh: str = ""
-    """Devices for each kind of parallelism, as dp=2,fsdp=2,tp=2; empty is all devices as fsdp"""
+    """Number of devices for each kind of parallelism, such as dp=2,fsdp=2,tp=2; empty means all devices as fsdp"""
+    kernels: str = "auto"
+    """What computes: auto takes this machine's own kernels wherever they have a gradient; reference takes none; the
+    name of kernels takes those, or ends where they can't run"""
     seed: int = 0
+    """Decides the random initial parameters and the order of the data"""
     eval_every: int = 250
-    """Steps between held-out losses; 0 is only at the end"""
+    """Steps between two evaluations of the held-out loss; 0 means only one at the end"""
     eval_batches: int = 16
-    """Held-out batches in between; the last evaluation reads all of it"""
+    """Held-out batches that an evaluation reads; the one at the end reads all"""
     checkpoint_every: int = 250
+    """Steps between two checkpoints; the run also saves one at its end"""
     keep: int = 2
-    """Newest checkpoints to keep"""
+    """How many of the newest checkpoints to keep"""
     log_every: int = 10
+    """Steps between two measurements of speed in the log; the loss is logged at every step"""
     resume: bool = False
-    """Go on from the newest checkpoint in --out, with the settings saved there"""
+    """Go on from the newest checkpoint in --out, with the settings that were saved there"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field that can't work."""
@@ -161,14 +172,17 @@ class TrainConfig:
         return MeshShape(fsdp=len(jax.devices()))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+        fields = dataclasses.asdict(self)
+        del fields["execution"]["kernels"]  # they are chosen by `kernels` on the machine that it runs on
+        return json.dumps(fields, indent=2, default=str) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """The inverse of `to_json`, of a run before this version too. Raises TypeError and KeyError for other text."""
+        """The inverse of `to_json`, also for what earlier versions wrote. Raises ValueError, TypeError or KeyError for
+        other text."""
         fields: dict[str, Any] = json.loads(text)
         model = fields["model"]
-        if "execution" not in fields:  # it was part of the model once
+        if "execution" not in fields:  # in earlier versions it was part of the model
             fields["execution"] = {name: model[name] for name in EXECUTION_FIELDS if name in model}
             if "correction_rate" in (mixture := model.get("mixture", {})):
                 fields["optimizer"]["correction_rate"] = mixture["correction_rate"]
@@ -193,18 +207,20 @@ FREE_ON_RESUME = (
     "download",
     "resume",
     "mesh",
+    "kernels",
     "log_every",
     "keep",
     "eval_every",
     "eval_batches",
     "checkpoint_every",
 )
-"""What may change when a run is resumed: none of it changes a parameter (but a new mesh changes rounding). `steps` may
-where the learning rates until now stay as they were (train/resume.py)."""
+"""Settings that may change when a run is resumed: none of them changes a parameter, except that another mesh or other
+kernels round differently. `steps` may also change if the learning rates of the steps until now stay the same
+(train/resume.py)."""
 
 
 def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
-    """Raises ConfigError naming the first setting that would make the resumed run another run."""
+    """Raises ConfigError naming the first setting that was changed and would make the resumed run another run."""
     before, now = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(asked))
     for name, value in before.items():
         if name not in (*FREE_ON_RESUME, "steps") and now[name] != value:
@@ -212,7 +228,7 @@ def check_resumable(saved: TrainConfig, asked: TrainConfig) -> None:
 
 
 def flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Makes one level of several: {"a": {"b": 1}} becomes {"a.b": 1}."""
     named: dict[str, Any] = {}
     for name, value in fields.items():
         named |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

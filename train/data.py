@@ -1,7 +1,8 @@
-"""Tokens on disk, and batches from them: the batch of a step is a pure function of (seed, step).
+"""Tokens on disk, and batches from them. The batch of a step is a pure function of (seed, step).
 
-Documents lie end to end in one flat file, as train/examples.py makes them; where not every token is a target, a second
-file holds a weight a token. A sequence is a window; segments and positions start anew with each document.
+Documents lie end to end in one flat file, as train/examples.py encodes them. If not every token is a target, a second
+file holds a weight for each token. A sequence is a window of the file; segments and positions start anew with each
+document.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ from isthmus.train.files import Reading
 from isthmus.train.heldout import split
 
 TOKENIZER_SAMPLE_BYTES = 32 << 20
-"""Text that the tokenizer is trained on: more changes its merges little and takes long."""
+"""About the most text that the tokenizer is trained on; more would change its merges little and take long"""
 
 
 class Batch(NamedTuple):
-    """A step's sequences, on the host or the device. Each is int32[accumulate, sequences, seq] (weights: float32)."""
+    """A step's sequences, on the host or the device. Each field is int32[accumulate, sequences, seq]; weights are
+    float32."""
 
     tokens: Any
     targets: Any
     positions: Any
     segments: Any
+    """The number of a token's document within the sequence; -1 in padding"""
     weights: Any
-    """1 where the target counts, 0 where it doesn't and in padding"""
+    """1 where the target counts; 0 where it doesn't, and in padding"""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,18 @@ class TokenFile:
 
     tokens: np.ndarray
     ends: np.ndarray
-    """int64[documents]"""
+    """int64[documents]: the index after each document's last token"""
     text_bytes: int
     weights: np.ndarray | None = None
-    """uint8[tokens]: 1 where a token counts as a target; None is everywhere"""
+    """uint8[tokens]: 1 where the token counts as a target; None means that every token does"""
     conversations: int = 0
-    """Documents of messages"""
+    """Number of documents that are conversations"""
     tails: int = 0
-    """Documents that are the held-out end of one that is trained on"""
+    """Number of documents that are the held-out end of a text whose beginning is trained on"""
 
     @cached_property
     def targets(self) -> int:
-        """Tokens that count; the file's first one has nothing before it."""
+        """How many tokens count as targets. The file's first token never does, because nothing precedes it."""
         return len(self.tokens) - 1 if self.weights is None else int(self.weights[1:].sum())
 
     @classmethod
@@ -74,8 +77,8 @@ class TokenFile:
     def write(
         cls, stem: Path, documents: Iterable[Document], encoder: Encoder, on_progress: Callable[[int], None]
     ) -> TokenFile:
-        """Tokenizes into STEM.bin, .npy, .json and perhaps .weights; the .json comes last: a torn write isn't taken for
-        a whole. Raises ConfigError when nothing in it is a target."""
+        """Tokenizes into STEM.bin, .npy, .json and, if there are weights, .weights. The .json is written last, so that
+        an interrupted write isn't taken for a complete one. Raises ConfigError when no token is a target."""
         dtype = np.uint16 if encoder.vocab_size <= 1 << 16 else np.uint32
         ends, total, text_bytes, conversations, tails = [], 0, 0, 0, 0
         with ExitStack() as stack:
@@ -113,7 +116,7 @@ class TokenFile:
         return split
 
     def batch(self, starts: np.ndarray, seq: int) -> Batch:
-        """The windows of `seq` tokens that begin at `starts` (int64, any shape); tokens past the end are padding."""
+        """The windows of `seq` tokens that begin at `starts` (int64, any shape); beyond the file is padding."""
         index = starts[..., None] + np.arange(seq + 1)
         valid = index < len(self.tokens)
         index = np.minimum(index, len(self.tokens) - 1)
@@ -131,7 +134,7 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A run's two splits."""
+    """The two splits of a run's data, and the batches that are made of them."""
 
     train: TokenFile
     heldout: TokenFile
@@ -139,7 +142,7 @@ class TrainingData:
     seed: int
 
     def batch(self, step: int, sequences: int, accumulate: int) -> Batch:
-        """The batch of `step`: each epoch visits every window once, in its own order, from its own offset."""
+        """The batch of `step`. Each epoch visits every window once, in its own order and from its own offset."""
         windows = max(1, (len(self.train.tokens) - 1) // self.seq)
         count = step * sequences + np.arange(sequences, dtype=np.int64)
         starts = np.empty(sequences, np.int64)
@@ -151,7 +154,7 @@ class TrainingData:
         return self.train.batch(starts.reshape(accumulate, -1), self.seq)
 
     def heldout_batches(self, sequences: int) -> Iterator[Batch]:
-        """All held-out windows in order; the last batch is filled up with empty windows, so that shapes stay."""
+        """All held-out windows in order. Empty windows fill up the last batch, so that it has the same shape."""
         total = len(self.heldout.tokens) - 1
         starts = np.arange(0, max(total, 1), self.seq, dtype=np.int64)
         starts = np.concatenate([starts, np.full(-len(starts) % sequences, len(self.heldout.tokens), np.int64)])
@@ -160,10 +163,10 @@ class TrainingData:
 
 
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """A pseudo-random permutation of range(size), computed where it is asked for instead of stored.
+    """Where a pseudo-random permutation of range(size) moves each index. It is computed instead of stored.
 
-    A four-round Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway 2002,
-    "Ciphers with Arbitrary Finite Domains"). index, key: int64 arrays; key holds four 32-bit numbers.
+    It is a four-round Feistel network over the next even power of two, applied until the result is below `size` (Black
+    and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). index, key: int64 arrays; key holds four 32-bit numbers.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -192,10 +195,12 @@ def prepare(
     start: ModelFolder | None = None,
     reading: Reading | None = None,
 ) -> tuple[TrainingData, Tokenizer]:
-    """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what the same ones left.
+    """Reads, splits and tokenizes the documents under `paths` into `folder`, or reuses what was made there of the same
+    documents.
 
-    on_progress(stage, bytes) is called as text goes through. start: the model to fine-tune, which brings its tokenizer.
-    reading: told of each file. Raises ConfigError when there are too few documents to split.
+    on_progress(stage, bytes) is called as text is processed. start: the model to fine-tune, whose tokenizer is used.
+    reading: records each file. Raises ConfigError when there is too little text to split, or `resume` is set and the
+    text isn't the same.
     """
     reading = reading or Reading()
     documents = list(read_documents(paths, reading))
@@ -221,7 +226,7 @@ def prepare(
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     groups = split(documents, config.heldout_fraction)
-    del documents  # a text that was cut is there twice
+    del documents  # a text that was cut is in memory twice
     if not groups.train or not groups.heldout:
         raise ConfigError("data: too little text to hold some out: give more of it, or conversations that differ")
     tokenizer = start.tokenizer if start else _tokenizer(groups.train, config, lambda n: on_progress("tokenizer", n))
@@ -237,17 +242,17 @@ def prepare(
 
 
 def _tokenizer(documents: list[Document], config: DataConfig, on_progress: Callable[[int], None]) -> Tokenizer:
-    """The one that was asked for, or one trained on `documents`."""
+    """The tokenizer that was asked for, or one trained on `documents`."""
     if config.tokenizer is None:
         return Tokenizer.train(_sample(documents, on_progress), config.vocab_size)
     tokenizer = Tokenizer.load(config.tokenizer)
     if tokenizer.eos_id is None:
-        raise ConfigError(f"text.tokenizer: {config.tokenizer} has no <|endoftext|> token to part documents with")
+        raise ConfigError(f"text.tokenizer: {config.tokenizer} has no <|endoftext|> token to separate documents")
     return tokenizer
 
 
 def _fingerprint(documents: Iterable[Document]) -> str:
-    """Of what the documents are, and of their order; a folder may move."""
+    """A hash of the documents' contents and order. It doesn't depend on where they lie, so a folder may move."""
     return hashlib.sha256(b"".join(document.digest for document in documents)).hexdigest()
 
 

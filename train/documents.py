@@ -1,5 +1,6 @@
-"""From paths to documents. What a file holds is told by its suffix, whether it was named or found in a folder: .jsonl
-or .ndjson a document a line, .json a document or an array of them, all else a text; each also gzipped (.gz)."""
+"""Makes documents from the files under paths. A file's suffix says what it holds, whether it was named or found in a
+folder: .jsonl and .ndjson one document per line, .json a document or an array of them, any other suffix one text. Each
+may also be gzipped (.gz)."""
 
 from __future__ import annotations
 
@@ -31,32 +32,31 @@ LINES = (".jsonl", ".ndjson")
 @dataclass(frozen=True)
 class Document:
     name: str
-    """Where it came from, for messages"""
+    """Where the document came from, for error messages"""
     text: str
-    """Of a conversation: its JSON object, with "messages" and perhaps "tools\""""
+    """The text; for a conversation, its JSON object with "messages" and perhaps "tools\""""
     kind: Literal["text", "messages"] = "text"
     tail: bool = False
-    """The held-out end of a text whose beginning is trained on"""
+    """Whether it is the held-out end of a text whose beginning is trained on"""
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of what it is: where it came from has no part in it."""
+        """SHA-256 of the document's kind and text, but not of its name."""
         digest = hashlib.sha256(f"{self.kind}:".encode())
         digest.update(self.text.encode())
         return digest.digest()
 
     @cached_property
     def size(self) -> int:
-        """Bytes in UTF-8."""
+        """Bytes of the text in UTF-8."""
         return len(self.text.encode())
 
 
 def read_documents(paths: Sequence[str], reading: Reading | None = None, setting: str = "data") -> Iterator[Document]:
     """Every non-empty document under `paths`, in an order that depends on names only.
 
-    setting: what gave the paths, for errors.
-    reading: told of each file that was read or left out. Raises ConfigError for a path that was named and can't be
-    read, and for a file of documents one of which isn't.
+    reading: records each file that was read or left out. setting: the setting that gave the paths, for errors. Raises
+    ConfigError for a named path that can't be read, and for a file of documents of which one is invalid.
     """
     reading = reading or Reading()
     for path in map(Path, paths):
@@ -84,8 +84,8 @@ def _counted(documents: Iterator[Document], reading: Reading) -> Iterator[Docume
 
 
 def _documents(path: Path, name: str, most: int | None) -> Iterator[Document]:
-    """Raises Unreadable before the first document where there is none, ConfigError for what is wrong after it. most:
-    bytes of a text."""
+    """The documents of one file. Raises Unreadable if there is no first document, and ConfigError for an error after
+    it. most: the most bytes that a text may have."""
     suffix = suffix_of(path)
     if suffix in LINES:
         yield from _checked(_lines(path), f"{name}:{{}}")
@@ -96,7 +96,7 @@ def _documents(path: Path, name: str, most: int | None) -> Iterator[Document]:
 
 
 def _json(path: Path, name: str) -> Iterator[Document]:
-    """An object, an array of them, or what many publish under this suffix: one a line."""
+    """The documents of a .json file: an object, an array of objects or, as many publish it, one object per line."""
     try:
         value = json.loads(read_text(path, None))
     except json.JSONDecodeError as error:
@@ -113,7 +113,7 @@ def _json(path: Path, name: str) -> Iterator[Document]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values that the file's lines hold, each with its line's number; ValueError for what is none."""
+    """The number and the value of each line of the file. The value is a ValueError if the line isn't JSON."""
     number = 0
     try:
         for number, line in lines_of(path):
@@ -128,7 +128,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _checked(values: Iterable[tuple[int | str, Any]], name: str) -> Iterator[Document]:
-    """The documents that (place, value) are; `name` has a place for the place."""
+    """The documents in (place, value) pairs; formatting `name` with the place gives the document's name."""
     good = 0
     for place, value in values:
         where = name.format(place)
@@ -148,7 +148,7 @@ def _checked(values: Iterable[tuple[int | str, Any]], name: str) -> Iterator[Doc
 
 
 def _parse(fields: Any) -> tuple[Literal["text", "messages"], str]:
-    """A JSON value's document. Raises ValueError saying what is wrong with it."""
+    """The kind and the text of the document in a JSON value. Raises ValueError saying what is wrong with the value."""
     if not isinstance(fields, dict) or not fields.keys() & {"text", "messages"}:
         raise ValueError('is not an object with a string in "text" or a list in "messages"')
     if "messages" not in fields:
@@ -169,7 +169,7 @@ def _parse(fields: Any) -> tuple[Literal["text", "messages"], str]:
 def _check_encodes(text: str) -> None:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # an escaped half of a surrogate pair is JSON, and no text
+    except UnicodeEncodeError:  # JSON allows an escaped half of a surrogate pair
         raise ValueError("holds half of a surrogate pair, which is no text") from None
 
 
@@ -181,6 +181,6 @@ def _check_messages(messages: Any) -> None:
             raise ValueError(f"messages[{index}] is not an object")
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise ValueError(f'messages[{index}] has no string in "role"')
-        # A call of a tool says nothing beside it.
+        # A message that calls a tool may have no content.
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise ValueError(f'messages[{index}] has no string in "content"')

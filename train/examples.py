@@ -1,4 +1,4 @@
-"""From documents to tokens, and which of them the model learns to write."""
+"""Turns documents into tokens, and says which tokens the model learns to write."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ class Example(NamedTuple):
 
     ids: list[int]
     weights: np.ndarray | None
-    """uint8[tokens]: 1 where the token counts as a target; None is everywhere"""
+    """uint8[tokens]: 1 where the token counts as a target; None means that every token does"""
 
 
 class Encoder(Protocol):
-    """What lies in the files of tokens."""
+    """Turns documents into the examples that the token files hold."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def weighted(self) -> bool:
-        """Whether its examples have weights."""
+        """Whether the examples have weights."""
 
     def __call__(self, documents: Sequence[Document]) -> list[Example]:
-        """Raises ConfigError naming a document that can't be encoded."""
+        """One example for each document. Raises ConfigError naming a document that can't be encoded."""
 
 
 class _Texts:
-    """Encodes texts. Warns, once, of a special token that is spelt out in one and taken for text."""
+    """Encodes texts. Warns once if a text spells out a special token that is taken for text."""
 
     def __init__(self, tokenizer: Tokenizer, parse_special: bool) -> None:
         self._tokenizer, self._parse_special, self._looks = tokenizer, parse_special, not parse_special
@@ -68,7 +68,7 @@ class _Texts:
 
 @contextmanager
 def _named(documents: Sequence[Document]) -> Iterator[None]:
-    """Raises ConfigError for what the tokenizer doesn't take, which it doesn't name."""
+    """Turns the tokenizer's TextError, which names no document, into a ConfigError that names the documents."""
     try:
         yield
     except TextError as error:
@@ -76,9 +76,11 @@ def _named(documents: Sequence[Document]) -> Iterator[None]:
 
 
 class Pretraining:
-    """Every text parted from the next by one end-of-text token, which as a target teaches where a text ends: in front
-    of it, where the tokenizer puts one there, as before every prompt; else behind it, and a text begins as a prompt
-    does."""
+    """Encodes texts with one end-of-text token between two of them, which as a target teaches where a text ends.
+
+    If the tokenizer puts that token before every prompt, it comes before each text; otherwise it comes after each text.
+    So a text always begins as a prompt does.
+    """
 
     weighted = False
 
@@ -99,8 +101,9 @@ class Pretraining:
 
 
 class FineTuning:
-    """Texts between what the folder's tokenizer puts before a text and its end token; conversations as its template
-    writes them, of which the assistant's answers count. No document's first token is a target."""
+    """Encodes documents as the folder's model reads them. A text begins with what the tokenizer puts before it and ends
+    with the end token. A conversation is written by the chat template, and only the assistant's answers are targets.
+    The first token of a document never is one."""
 
     weighted = True
 
@@ -113,7 +116,7 @@ class FineTuning:
 
     @cached_property
     def stamp(self) -> list[str | int]:
-        """Changes whenever the same documents would be other tokens."""
+        """A list that changes whenever the same documents would become other tokens."""
         chat = self._folder.chat
         template = None if chat is None else [chat.source, sorted(chat.special_tokens.items())]
         declared = [
@@ -174,14 +177,14 @@ class FineTuning:
             raise ConfigError(f"data: {document.name}: {error}") from None
 
     def _answers(self, ids: list[int], extents: list[Span], spans: list[Span]) -> np.ndarray:
-        """1 where a token stands for a character that the assistant said, up to the token that ends its turn."""
+        """uint8[tokens]: 1 for tokens of what the assistant said, up to the one that ends its turn."""
         weights = np.zeros(len(ids), np.uint8)
         starts, ends = np.asarray(extents, np.int64).reshape(-1, 2).T
         stops = np.isin(ids, list(self._folder.tokenizer.eos_ids))
         for start, end in spans:
             inside = np.flatnonzero((starts < end) & (ends > start))
             stopped = inside[stops[inside]]
-            # Templates go on with a newline that the model, which has stopped, never writes.
+            # After that token many templates put a newline, which the model never writes because it has stopped.
             weights[inside if not len(stopped) else inside[inside <= stopped[-1]]] = 1
         weights[:1] = 0
         return weights

@@ -1,4 +1,4 @@
-"""The files under the paths that were named, what they hold as bytes and as text, and which of them were left out."""
+"""Finds the files under named paths, reads them as bytes or text, and records which of them were left out."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 MAX_TEXT_BYTES = 64 << 20
-"""A larger text in a folder is data of another kind (a log, a dump); name it on its own to use it."""
+"""Most bytes of a text that is found in a folder. A larger one is data of another kind, such as a log or a dump; it is
+used if the file itself is named."""
 
 SHOWN = 2
-"""Names that a summary gives for each reason."""
+"""How many names a summary gives for each reason"""
 
 _PACKAGES = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 
 
 class Unreadable(Exception):
-    """A file that holds no document. reason: in a few words, alike for alike files; detail: where to look."""
+    """A file holds no document. reason: a few words that are the same for similar files; detail: where to look."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -31,17 +32,17 @@ class Unreadable(Exception):
 
 @dataclass
 class Reading:
-    """What became of everything that lay under the paths."""
+    """Which of the files under the paths were read, and which entries were skipped."""
 
     files: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)
-    """Names by reason; a folder that was left out counts once"""
+    """Names of what was skipped, by reason; a folder counts once"""
 
     def skip(self, name: str, reason: str) -> None:
         self.skipped.setdefault(reason, []).append(name)
 
     def __str__(self) -> str:
-        """One line: 12 files read, 3 entries skipped: 2 hidden (a/.git, a/.env), 1 binary (a/image.png)"""
+        """One line, such as: 12 files read, 3 entries skipped: 2 hidden (a/.git, a/.env), 1 binary (a/image.png)"""
         read = f"{self.files} file{'s'[: self.files != 1]} read"
         total = sum(map(len, self.skipped.values()))
         if not total:
@@ -54,12 +55,12 @@ class Reading:
 
 
 def printable(path: Path) -> str:
-    """The path's name; bytes in it that are no UTF-8 are spelt out."""
+    """The path as text; bytes in it that aren't UTF-8 are escaped."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def files_in(folder: Path, reading: Reading) -> list[Path]:
-    """The regular files under `folder`, sorted. Hidden ones, links and other people's packages are left out."""
+    """The regular files under `folder`, sorted, without hidden ones, links, caches and installed packages."""
     return sorted(_walk(folder, folder.parent, reading))
 
 
@@ -92,7 +93,7 @@ def _left_out(entry: Path) -> str | None:
 
 
 def described(error: Exception, where: Path | None = None) -> str:
-    """In one line; of an error of the system the file, or else `where`, and what it is."""
+    """The error in one line. For an error of the system, that is the file's name, or else `where`, and the reason."""
     if isinstance(error, OSError) and error.strerror:
         name = where if error.filename is None else os.fsdecode(error.filename)
         return error.strerror if name is None else f"{name}: {error.strerror}"
@@ -104,7 +105,7 @@ def reason_of(error: OSError) -> str:
 
 
 def suffix_of(path: Path) -> str:
-    """In lower case, without .gz."""
+    """The last suffix in lower case; .gz doesn't count."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
@@ -112,25 +113,26 @@ def suffix_of(path: Path) -> str:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """The file's bytes; those of a .gz file decompressed, which never lie in memory together. Raises OSError."""
+    """Opens a file for its bytes. A .gz file is decompressed while it is read. Raises OSError."""
     if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
     return path.open("rb")
 
 
 DAMAGED = (OSError, EOFError, zlib.error)
-"""What reading a file can raise, a compressed one included."""
+"""Errors that reading a file can raise, whether or not it is compressed"""
 
 
 def damage(error: BaseException) -> str:
-    """What one of DAMAGED says of a file, to go on from its name."""
+    """What an error of DAMAGED says about a file, to be put after the file's name."""
     if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
         return reason_of(error)
     return "damaged: its compressed data end early or are wrong"
 
 
 def read_text(path: Path, most: int | None) -> str:
-    """All of a file as text. most: bytes, after decompression; None is any number. Raises Unreadable."""
+    """The content of a file as text. most: the most bytes after decompression; None means any number. Raises
+    Unreadable."""
     try:
         with open_file(path) as file:
             data = file.read(-1 if most is None else most + 1)
@@ -143,7 +145,7 @@ def read_text(path: Path, most: int | None) -> str:
 
 
 def decode(data: bytes) -> str:
-    """Text in UTF-8, or in UTF-16 with a byte order mark; the mark itself is no text. Raises Unreadable."""
+    """The text in `data`, which is UTF-8, or UTF-16 with a byte order mark. The mark is left out. Raises Unreadable."""
     wide = data.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if wide else "utf-8-sig")
@@ -157,7 +159,8 @@ def decode(data: bytes) -> str:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The file's lines that aren't blank, in UTF-8 if it is text, with their numbers from 1. Raises DAMAGED."""
+    """The file's lines that aren't blank, with their numbers from 1; those in UTF-16 are turned into UTF-8. Raises the
+    errors of DAMAGED, and Unreadable for UTF-16 that is wrong."""
     with open_file(path) as file:
         if file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE):
             file.seek(0)

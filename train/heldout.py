@@ -1,4 +1,4 @@
-"""Which text is kept out of training: a share of all bytes, and the same text whatever else is there."""
+"""Decides which text is held out of training: a share of all bytes, and the same text whatever else is there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from isthmus.train.documents import Document
 
 TAIL_BYTES = 8 << 10
-"""The most that is held out of a text whose share of it would be less: about four sequences"""
+"""Bytes that are held out of a long text, unless its share is more; they make about four sequences"""
 
 
 class Parts(NamedTuple):
-    """A document's two parts; None is nothing of it."""
+    """The two parts of a document; None if a part is empty."""
 
     train: Document | None
     heldout: Document | None
@@ -26,13 +26,13 @@ class Split(NamedTuple):
 
 
 def part(document: Document, fraction: float) -> Parts:
-    """What of a document is held out, which depends on its content and on `fraction` alone: adding, removing, moving or
-    renaming others moves nothing, and of two that are equal the same is held out.
+    """Decides what of a document is held out, by its content and `fraction` alone. Adding, removing, moving or renaming
+    other documents changes nothing, and equal documents are split alike.
 
-    Each holds out `fraction` of its bytes in the mean. A conversation, or a text of at most TAIL_BYTES, is held out
-    whole with that probability; a text so long that its share exceeds TAIL_BYTES loses its share at its end; one in
-    between, with the probability that makes the mean right, TAIL_BYTES at its end. So no text weighs more than
-    max(TAIL_BYTES, fraction of it). What is held out at a fraction is also held out at a greater one.
+    On average, `fraction` of a document's bytes is held out. A conversation, or a text of at most TAIL_BYTES, is held
+    out whole with the probability `fraction`. A text whose share, fraction * size, exceeds TAIL_BYTES loses its share
+    at its end. A text in between loses TAIL_BYTES at its end, with the probability share / TAIL_BYTES. So of no text
+    more than max(TAIL_BYTES, share) is held out. What is held out at one fraction is also held out at a greater one.
     """
     dice, size = _dice(document), document.size
     if document.kind == "messages" or size <= TAIL_BYTES:
@@ -40,16 +40,17 @@ def part(document: Document, fraction: float) -> Parts:
     share = size * fraction
     if dice >= share / TAIL_BYTES:
         return Parts(document, None)
-    return _hold(document, max(TAIL_BYTES, round(share)))
+    return _hold_out_end(document, max(TAIL_BYTES, round(share)))
 
 
 def split(documents: Sequence[Document], fraction: float) -> Split:
     """The parts of all documents, in their order.
 
-    A few documents can't be thrown dice for. Where less than half of what was asked for comes out, more is held out:
-    texts or their ends, or else whole conversations, in the order of their hashes; where more than half of all does,
-    though less was asked for, that alone is. What is held out so depends on what else is there, until there is more
-    text. Either list may be empty where there is too little to split.
+    With few documents, chance may miss `fraction` by far. If less than half of it is held out, more is added: texts or
+    their ends, or else whole conversations, in the order of `_sampling_key`. If too much is held out (everything, or
+    more than half of everything and more than twice what was asked for), only such additions are held out. In these
+    cases what is held out depends on the other documents, until there is more text. Either list may be empty if there
+    is too little to split.
     """
     parts = [part(document, fraction) for document in documents]
     held, total = _size(both.heldout for both in parts), _size(document for both in parts for document in both)
@@ -65,13 +66,13 @@ def _size(documents: Iterable[Document | None]) -> int:
 
 
 def _top_up(parts: list[Parts], wanted: float) -> None:
-    """Holds out about `wanted` bytes more, and something at least, of what is trained on whole; never all of it. Equal
-    documents go together."""
+    """Holds out about `wanted` more bytes of the documents that are trained on as a whole: at least something, never
+    all. Equal documents are split alike."""
     alike: dict[bytes, tuple[Document, list[int]]] = {}
     for index, (document, heldout) in enumerate(parts):
         if document is not None and heldout is None:
             alike.setdefault(document.digest, (document, []))[1].append(index)
-    groups = sorted(alike.values(), key=lambda group: _turn(group[0]))
+    groups = sorted(alike.values(), key=lambda group: _sampling_key(group[0]))
     training, left, held = sum(both.train is not None for both in parts), wanted, 0
     for document, indices in groups:
         if held and left <= wanted / 4:
@@ -85,25 +86,25 @@ def _top_up(parts: list[Parts], wanted: float) -> None:
         else:
             continue
         for index in indices:
-            parts[index] = _hold(document, tail)
+            parts[index] = _hold_out_end(document, tail)
             held += _size([parts[index].heldout])
         left = wanted - held
 
 
 def _dice(document: Document) -> float:
-    """In [0, 1), thrown by its content."""
+    """A number in [0, 1) that depends on the document's content alone."""
     return (int.from_bytes(document.digest[:8], "big") >> 11) / 2**53
 
 
-def _turn(document: Document) -> tuple[bool, float]:
-    """Texts first, each the sooner the longer it is: as a byte drawn at random would find them (Efraimidis and Spirakis
-    2006, "Weighted random sampling with a reservoir")."""
+def _sampling_key(document: Document) -> tuple[bool, float]:
+    """The key to sort documents by: texts come first, in the order in which drawing bytes at random would find them, so
+    that long ones tend to come early (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir")."""
     text = document.kind == "text"
     return not text, -math.log(1 - _dice(document)) / (document.size if text else 1)
 
 
-def _hold(document: Document, tail: int) -> Parts:
-    """Holds out about `tail` bytes at the document's end, in whole characters; none of a single character."""
+def _hold_out_end(document: Document, tail: int) -> Parts:
+    """Holds out about `tail` bytes at the document's end, in whole characters; nothing if it is a single character."""
     if tail >= document.size:
         return Parts(None, document)
     data = document.text.encode()

@@ -1,4 +1,4 @@
-"""The run: data → step → loop, with checkpoints, metrics, progress and a clean way out."""
+"""A training run: data → step → loop, with checkpoints, metrics, progress, and an orderly end when interrupted."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from isthmus.train.metrics import MetricsLog, read_metrics
 from isthmus.train.optimizer import LearningRates, build_optimizer
 from isthmus.train.resume import FILE, load_saved, resolve_resume, save_settings
 from isthmus.train.speed import Speed, step_flops
-from isthmus.train.start import load_start, open_start
+from isthmus.train.start import load_start, open_start, with_kernels
 from isthmus.train.step import Metrics, Trainer, TrainState
 
 RUN_AHEAD = 2
-"""Steps launched before the oldest one's loss is read."""
+"""How many steps are launched before the loss of the oldest one is read"""
 
 
 class TrainError(RuntimeError):
@@ -56,20 +56,23 @@ class Report:
 
     steps: int
     interrupted: int
-    """The signal that ended it early; 0 is none"""
+    """Number of the signal that ended the run early; 0 means none"""
     loss: float
-    """Mean nats a token over the last logged steps"""
+    """Mean nats per target over the last `log_every` steps"""
     heldout_loss: float | None
+    """Mean nats per target of the held-out text; None if the run was interrupted"""
     bits_per_byte: float | None
-    """Of the held-out text; None where part of it are conversations, whose questions aren't counted"""
+    """Bits per byte of the held-out text; None if it has conversations, of which not everything counts"""
     tokens_per_second: float
     mfu: float
+    """Share of the machine's peak FLOP/s that the steps reached"""
     seconds: float
+    """Wall time since the data were prepared"""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> Report:
-    """Trains as configured and returns how it ended. Raises ConfigError for what can't work, TrainError when the loss
-    is lost or the disk fails; both say what to do."""
+    """Trains as configured and returns how the run ended. Raises ConfigError for settings that can't work, and
+    TrainError when the loss isn't finite or the disk fails; both say what to do."""
     console = console or Console()
     try:
         return _train(config, console)
@@ -78,18 +81,18 @@ def train(config: TrainConfig, console: Console | None = None) -> Report:
 
 
 def _go_on(out: Path) -> str:
-    return f"; when that is mended: isthmus train --resume --out {out}" if os.path.isfile(out / FILE) else ""
+    return f"; once that is mended: isthmus train --resume --out {out}" if os.path.isfile(out / FILE) else ""
 
 
 def _train(config: TrainConfig, console: Console) -> Report:
     config = resolve_resume(config)
     config.validate()
     check_dtype(config.execution.dtype)
-    build_mesh(config.mesh_shape)
+    config = with_kernels(config, build_mesh(config.mesh_shape))
     folder = open_start(config)
     for warning in folder.remarks if folder else ():
         console.print(warning, style="yellow", markup=False)
-    if folder is not None:  # what a name in the cache stands for now: a newer version is another model
+    if folder is not None:  # the folder in the cache that a name stands for now: a newer version is another model
         config = dataclasses.replace(config, init=folder.source)
     if not config.resume:
         config = _fit_warmup(config, console)
@@ -111,7 +114,7 @@ def _fit_warmup(config: TrainConfig, console: Console) -> TrainConfig:
 def _prepare_data(
     config: TrainConfig, folder: ModelFolder | None, console: Console
 ) -> tuple[TrainingData, TrainConfig]:
-    """Tokenizes, settles the vocabulary's size, and writes down the settings that the run has from now on."""
+    """Tokenizes the text, decides the vocabulary's size, and saves the settings that the run has from now on."""
     start, reading = time.perf_counter(), Reading()
     with working(console, "reading text") as show:
         seen: collections.Counter[str] = collections.Counter()
@@ -145,7 +148,7 @@ def _prepare_data(
 
 
 def _heldout(data: TrainingData) -> str:
-    """What is held out: 3 documents and the ends of 12 more, 250 kB (2.0%)"""
+    """Says what is held out, such as: held out: 3 documents and the ends of 12 more, 250 kB (2.0%)"""
     held = data.heldout
     whole = len(held.ends) - held.tails
     parts = [f"{whole} document{'s'[: whole != 1]}"] if whole else []
@@ -156,9 +159,9 @@ def _heldout(data: TrainingData) -> str:
 
 
 def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
-    """`config` with a vocabulary that holds the tokenizer's `size` ids."""
+    """`config` with a vocabulary that has room for the tokenizer's `size` ids."""
     if config.model.vocab_size in (0, size):
-        # A multiple of 128 splits over any mesh and fills the matrix units; the extra ids are never drawn in training.
+        # A multiple of 128 splits over any mesh and fills the matrix units; the extra ids never occur in the data.
         vocab = -(-size // 128) * 128
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab))
     if config.model.vocab_size < size:
@@ -167,7 +170,8 @@ def _with_vocabulary(config: TrainConfig, size: int) -> TrainConfig:
 
 
 def _write_settings(config: TrainConfig, folder: ModelFolder | None) -> None:
-    """train.json comes last: a folder that has it is a run. Of a run that is resumed its length alone can be new."""
+    """Writes the folder's description and then train.json, which makes the folder a run. When a run is resumed, only
+    its number of steps can be new."""
     if config.resume:
         saved = load_saved(config.out)
         if saved.steps != config.steps:
@@ -178,7 +182,7 @@ def _write_settings(config: TrainConfig, folder: ModelFolder | None) -> None:
 
 
 class _Run:
-    """One call of train(): what the loop's parts share."""
+    """One call of train(), and what its parts share."""
 
     def __init__(self, config: TrainConfig, folder: ModelFolder | None, data: TrainingData, console: Console) -> None:
         self.config, self.folder, self.data, self.console = config, folder, data, console
@@ -193,8 +197,8 @@ class _Run:
         self.pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self.losses: list[float] = []
         self.started = time.perf_counter()
-        self.told = 0
-        """The signal that asked for its end"""
+        self.stop_signal = 0
+        """Number of the signal that asked the run to end; 0 means none"""
 
     def run(self) -> Report:
         state, first = self._start()
@@ -208,8 +212,8 @@ class _Run:
             with self._interruptible(), self._progress(first) as progress:
                 state, done = self._loop(state, first, progress)
             self._drain()
-            interrupted = self.told if done < self.config.steps else 0
-            if self.checkpoints.latest() != done:  # before what may take minutes, and be interrupted
+            interrupted = self.stop_signal if done < self.config.steps else 0
+            if self.checkpoints.latest() != done:  # before the evaluation, which may take minutes and be interrupted
                 self._save(state, done)
             else:
                 self._save_adapter(state)
@@ -265,7 +269,7 @@ class _Run:
                 self._drain()
                 self.speed.start(done)
             progress(done)
-            if self.told:
+            if self.stop_signal:
                 return state, done
             if done < config.steps:
                 if config.eval_every and done % config.eval_every == 0:
@@ -303,7 +307,8 @@ class _Run:
         self.speed.pause(time.perf_counter() - start)
 
     def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float, float | None]:
-        """Held-out loss in nats a target, and bits a byte of text, or None where not all of it is learnt."""
+        """Held-out loss in nats per target, and bits per byte, or None if the text has conversations. whole: whether to
+        read all held-out text, or only `eval_batches` batches of it."""
         nats, targets, split = [], 0, self.data.heldout
         for index, batch in enumerate(self.data.heldout_batches(self.config.batch // self.config.accumulate)):
             if not whole and index >= self.config.eval_batches:
@@ -311,7 +316,7 @@ class _Run:
             nats.append(self.trainer.evaluate(state.params, batch))
             targets += int(batch.weights.sum())
         total = float(np.sum([float(n) for n in nats]))
-        if not targets:  # the first batches may hold questions alone
+        if not targets:  # the first batches may hold no answers
             return math.nan, None
         bytes_read = split.text_bytes * targets / max(1, split.targets)
         values = {"heldout_loss": total / targets}
@@ -321,7 +326,7 @@ class _Run:
         return values["heldout_loss"], values.get("bits_per_byte")
 
     def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float, float | None]:
-        """Of all held-out text; read back when the run was done before it was resumed."""
+        """As _evaluate, for all held-out text; read from the metrics if the run was complete when it was resumed."""
         rows = [row for row in read_metrics(self.config.out) if row["step"] == done == first and "heldout_loss" in row]
         if rows:
             return rows[-1]["heldout_loss"], rows[-1].get("bits_per_byte")
@@ -336,7 +341,7 @@ class _Run:
         self._save_adapter(state)
 
     def _save_adapter(self, state: TrainState) -> None:
-        """Beside the checkpoint, as serving and PEFT read it."""
+        """Writes the adapters, if they are trained, beside the checkpoint, in the form that serving and PEFT read."""
         if self.folder and self.config.model.lora.rank:
             try:
                 save_adapter(self.config.out, self.folder, self.config.model, state.params)
@@ -355,18 +360,19 @@ class _Run:
         )
 
     def _loss(self) -> float:
-        """The mean over the last steps."""
+        """Mean training loss over the last `log_every` steps; NaN before the first."""
         return float(np.mean(self.losses[-self.config.log_every :])) if self.losses else math.nan
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run at the next step, with a checkpoint; the second one ends it now."""
+        """Inside this context, the first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint, and
+        the second one ends it at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self.told:
+            if self.stop_signal:
                 raise KeyboardInterrupt
-            self.told = number
-            self.console.print("stopping after this step; once more stops at once, without a checkpoint")
+            self.stop_signal = number
+            self.console.print("stopping after this step; a second signal stops at once, without a checkpoint")
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -380,7 +386,8 @@ class _Run:
 
     @contextlib.contextmanager
     def _progress(self, first: int) -> Iterator[Any]:
-        """Yields a function of the step: a progress bar on a terminal, a line now and then elsewhere."""
+        """Yields a function that shows the step: in a progress bar on a terminal, elsewhere in a line from time to
+        time."""
         columns = (
             TextColumn("training"),
             BarColumn(),

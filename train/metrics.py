@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, TensorBoard, and a loss curve for the terminal and as PNG."""
+"""Where a run's figures go: metrics.jsonl, TensorBoard, and a loss curve for the terminal and as a PNG."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from statistics import fmean
 from typing import Any
 
 FLUSH_SECONDS = 30.0
+"""Least time between two flushes of TensorBoard's file"""
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard's event files. A resumed run first drops what came after `step`.
+    """Appends to metrics.jsonl and TensorBoard's event files. A resumed run first drops the rows after `step`.
 
-    A disk that fails doesn't end the run: rows wait in memory, and each write tries again; TensorBoard's file ends.
+    A failing disk doesn't end the run. The rows of metrics.jsonl wait in memory, and each write tries again;
+    TensorBoard's file ends there.
     """
 
     def __init__(self, folder: Path, step: int, warn: Callable[[str], None]) -> None:
-        """Raises OSError where the files can't be made. warn(text): told once of each file that fails later."""
+        """warn(text) is called once for each file that fails later. Raises OSError if the files can't be made."""
         path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         temporary = path.with_suffix(".tmp")
@@ -45,7 +47,7 @@ class MetricsLog:
             self._drop_board(error)
 
     def _append(self) -> None:
-        """Writes what is pending whole or not at all: half a row would hide those that come after it."""
+        """Writes the pending rows whole or not at all, because half a row would hide those after it."""
         try:
             written = self._file.write(self._pending)
             if written < len(self._pending):
@@ -80,11 +82,11 @@ class MetricsLog:
 
 
 class _Board:
-    """TensorBoard's event file. The caller's thread writes it, and so learns when that fails: tensorboardX's own writer
-    has a thread that dies of it and a queue that then blocks."""
+    """TensorBoard's event file. The caller's thread writes it, so that the caller learns of errors. tensorboardX's own
+    writer has a thread that an error ends, and a queue that then blocks."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
-        """purge_step: what earlier files say from this step on no longer counts."""
+        """purge_step: the step from which on earlier files no longer count; None means that they all do."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
@@ -112,7 +114,7 @@ class _Board:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a model folder's metrics.jsonl; a torn last line is left out."""
+    """The rows of a model folder's metrics.jsonl; an incomplete last line is left out."""
     path = folder / "metrics.jsonl"
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -124,7 +126,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _curves(folder: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and losses; the training loss in means of a hundredth of the run."""
+    """Steps and losses by the curve's name; each point of the training loss is a mean over a hundredth of the run."""
     rows = read_metrics(folder)
     train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held = [(row["step"], row["heldout_loss"]) for row in rows if "heldout_loss" in row]
@@ -147,15 +149,15 @@ def terminal_curve(folder: Path, width: int = 78, height: int = 16, *, color: bo
             plotext.plot(steps, losses, label=label)
     plotext.plotsize(width, height)
     plotext.theme("clear")
-    plotext.title("loss, nats a token")
+    plotext.title("loss, nats per token")
     plotext.xlabel("step")
     picture = plotext.build()
     return picture if color else plotext.uncolorize(picture)
 
 
 def save_curve(folder: Path) -> Path:
-    """The loss curve as FOLDER/loss.png."""
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises where there is no home to keep a cache in
+    """Saves the loss curve as FOLDER/loss.png and returns that path."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns if there is no home folder for its cache
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +166,7 @@ def save_curve(folder: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (label, (steps, losses)), style in zip(_curves(folder).items(), ("-", "o-"), strict=True):
         axes.plot(steps, losses, style, label=label, markersize=4, linewidth=1.2)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title=f"Training {folder.name}")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=f"Training {folder.name}")
     axes.grid(alpha=0.3)
     axes.legend()
     path = folder / "loss.png"

@@ -15,7 +15,8 @@ from isthmus.train.config import OptimizerConfig
 
 
 def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then cosine, or constant and linear decay (WSD, arXiv 2404.06395)."""
+    """The learning rate by step: linear warm-up, then cosine decay, or a constant rate and linear decay (WSD, arXiv
+    2404.06395)."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     last = config.lr * config.final_lr
     if config.schedule == "cosine":
@@ -32,7 +33,8 @@ def build_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 class LearningRates:
-    """The schedule's values by step on the host, computed for many steps at once: reading one waits for no device."""
+    """The schedule's values by step, on the host. They are computed for many steps at once, so that reading one doesn't
+    wait for the device."""
 
     BLOCK = 1 << 12
 
@@ -44,7 +46,7 @@ class LearningRates:
         return float(self.block(step - step % self.BLOCK)[step % self.BLOCK])
 
     def block(self, first: int) -> np.ndarray:
-        """float32[BLOCK]: of the steps from `first` on."""
+        """The learning rates of the steps from `first` on, float32[BLOCK]."""
         if first != self._first:
             steps = first + jnp.arange(self.BLOCK)
             self._first, self._values = first, np.broadcast_to(np.asarray(self._schedule(steps)), steps.shape)
@@ -52,7 +54,7 @@ class LearningRates:
 
 
 def first_difference(config: OptimizerConfig, before: int, after: int, done: int) -> int | None:
-    """The first of `done` steps whose learning rate differs between runs of `before` and of `after` steps."""
+    """The first of `done` steps whose learning rate differs between runs of `before` and of `after` steps, or None."""
     old, new = LearningRates(config, before), LearningRates(config, after)
     for first in range(0, done, LearningRates.BLOCK):
         (differ,) = np.nonzero((old.block(first) != new.block(first))[: done - first])
@@ -62,7 +64,7 @@ def first_difference(config: OptimizerConfig, before: int, after: int, done: int
 
 
 def build_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> optax.GradientTransformation:
-    """AdamW for parameters of `model` in either layout; its weight decay leaves norms and biases alone."""
+    """AdamW for the parameters of `model` in either layout, without weight decay on norms and biases."""
     specs = {**parameter_specs(model), **parameter_specs(model, stacked=True)}
 
     def mask(params: Params) -> Any:
@@ -81,7 +83,7 @@ def build_optimizer(config: OptimizerConfig, steps: int, model: ModelConfig) -> 
 
 
 def abstract_optimizer(optimizer: optax.GradientTransformation, params: Params) -> Any:
-    """Shapes of the optimizer state for abstract `params`; each moment is sharded as its parameter is."""
+    """The shapes of the optimizer state for abstract `params`. Each moment is sharded like its parameter."""
     state = jax.eval_shape(optimizer.init, params)
     replicated = jax.sharding.NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, jax.sharding.PartitionSpec())
 

@@ -1,4 +1,4 @@
-"""What a run needs to go on: its settings, in train.json, and which of them may change."""
+"""What a run needs to go on: its settings, which are in train.json, and which of them may change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FILE = "train.json"
 
 
 def load_saved(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`, but for `download`: what it fetched it goes on from as it is. Raises
+    """The settings of the run in `folder`, without `download`, because it goes on from what it fetched. Raises
     ConfigError when they can't be read."""
     path = folder / FILE
     if not path.is_file():
@@ -33,8 +33,8 @@ def save_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def resolve_resume(config: TrainConfig) -> TrainConfig:
-    """`config` with what it resumes filled in. Raises ConfigError for a folder that has a run where none is resumed,
-    or none where one is, and for a setting that would make it another run."""
+    """`config`, with the data of the run that it resumes if it names none. Raises ConfigError if the folder has a run
+    and none is to be resumed, or the other way round, and for a setting that would make it another run."""
     if not config.resume:
         if (config.out / FILE).exists():
             raise ConfigError(f"out: {config.out} holds a run already; go on with --resume or name another --out")
@@ -48,7 +48,7 @@ def resolve_resume(config: TrainConfig) -> TrainConfig:
 
 
 def _check_steps(saved: TrainConfig, out: Path, steps: int) -> None:
-    """Raises ConfigError unless a run of `steps` would have done the same until now, learning rate by learning rate."""
+    """Raises ConfigError unless a run of `steps` steps would have had the same learning rates until now."""
     done = _newest_step(out)
     change = f"steps can't change from {saved.steps} to {steps} on --resume"
     if steps < done:
@@ -68,7 +68,7 @@ def _check_steps(saved: TrainConfig, out: Path, steps: int) -> None:
 
 
 def _newest_step(out: Path) -> int:
-    """Of the checkpoints in `out`; 0 where there is none."""
+    """The step of the newest checkpoint in `out`; 0 if there is none."""
     if not (out / FOLDER).is_dir():
         return 0
     checkpoints = Checkpoints(out)

@@ -1,4 +1,4 @@
-"""Starting from a model that is there: what may be set, what is loaded, what the out folder takes over from it."""
+"""Starting a run from an existing model: which settings go with it, and how its parameters are loaded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from rich.console import Console
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig
-from isthmus.model.device.hardware import default_dtype
+from isthmus.model.device.hardware import default_dtype, platform_of
 from isthmus.model.execution import Execution, Remat
+from isthmus.model.ops.kernels import choose
+from isthmus.model.ops.operation import Setting
 from isthmus.model.process.progress import stages
 from isthmus.model.transformer import Params
 from isthmus.model.weights.folder import ModelFolder, open_folder
@@ -20,7 +22,7 @@ from isthmus.train.config import DataConfig, OptimizerConfig, TrainConfig, flat
 
 
 def fine_tuning(path: Path, *, adapters: bool = False, options: FolderOptions | None = None) -> TrainConfig:
-    """The settings that fine-tuning the model in `path` starts from. Raises ConfigError when it isn't a model's."""
+    """The default settings for fine-tuning the model in `path`. Raises ConfigError when it isn't a model's folder."""
     folder = open_folder(path, options)
     model = folder.config
     accelerator, large = default_dtype() != "float32", model.parameters > 500e6
@@ -36,10 +38,11 @@ def fine_tuning(path: Path, *, adapters: bool = False, options: FolderOptions | 
 
 
 def open_start(config: TrainConfig) -> ModelFolder | None:
-    """The folder named by `init`, if one is. Raises ConfigError naming the setting that doesn't go with it."""
+    """Opens the folder that `init` names; None if it names none. Raises ConfigError naming a setting that doesn't go
+    with it."""
     if config.init is None:
         if config.model.lora.rank:
-            raise ConfigError("model.lora.rank needs --init: adapters are trained on a model that is there")
+            raise ConfigError("model.lora.rank needs --init: adapters are trained on an existing model")
         return None
     if config.init.resolve() == config.out.resolve():
         raise ConfigError(f"out: {config.out} is the folder that --init names; name another one")
@@ -57,9 +60,24 @@ def open_start(config: TrainConfig) -> ModelFolder | None:
     return folder
 
 
+def with_kernels(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """The same with the kernels that its wish for them gives on these devices. Raises ConfigError."""
+    execution, device = config.execution, mesh.devices.flat[0]
+    setting = Setting(
+        config.model,
+        execution.dtype,
+        platform_of(device),
+        mesh.size,
+        takes_gradients=True,
+        scans_layers=execution.scan_layers,
+    )
+    kernels = choose(config.kernels, setting)
+    return dataclasses.replace(config, execution=dataclasses.replace(execution, kernels=kernels))
+
+
 def load_start(folder: ModelFolder, config: TrainConfig, mesh: Mesh, console: Console) -> Params:
-    """The folder's parameters in the run's layout and shardings, without adapters: in float32 to train them; what
-    adapters are trained on is kept as it is read each step."""
+    """The folder's parameters, without adapters, in the run's layout and shardings. They are float32 if they are
+    trained; if adapters are trained, they have the dtypes in which a step reads them."""
     dtype = config.execution.dtype if config.model.lora.rank else None
     plain = folder.with_config(lora=LoraConfig())
     with stages(console) as shown:

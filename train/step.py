@@ -1,4 +1,4 @@
-"""The training step: one pure function of (state, batch), compiled with donated state and no host sync."""
+"""The training step: a pure function of (state, batch), compiled with donated state. It never waits for the host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from isthmus.model.config import ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.experts import balanced
 from isthmus.model.layers import Attend
-from isthmus.model.ops import attention
-from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.attention import Scoring, causal
+from isthmus.model.ops.operation import REFERENCE
 from isthmus.model.ops.rounding import narrowed
 from isthmus.model.parameter import Role
 from isthmus.model.sharding import partition_spec, use_mesh
@@ -29,23 +29,25 @@ from isthmus.train.optimizer import abstract_optimizer
 
 class TrainState(NamedTuple):
     params: Params
-    """What is trained: every parameter, or the adapters alone"""
+    """The parameters that are trained: all of them, or the adapters alone"""
     optimizer: Any
 
 
 class Metrics(NamedTuple):
-    """Device scalars of a step, float32."""
+    """Figures of a step, float32 scalars on the device."""
 
     loss: Any
-    """Mean nats a target"""
+    """Mean nats per target"""
     grad_norm: Any
-    """Before clipping"""
+    """Norm of the whole gradient before clipping"""
     expert_load: Any
-    """The busiest expert's tokens over the mean expert's, the mean of all layers; 1 is balanced, 0 without experts"""
+    """Tokens of the busiest expert divided by the mean of all experts, averaged over layers; 1 means balanced, 0 that
+    there are no experts"""
 
 
-def packed_attention(segments: jax.Array) -> Attend:
-    """The training side of the seam: causal within a document, no cache."""
+def packed_attention(segments: jax.Array, implementation: str = REFERENCE) -> Attend:
+    """The training side of the seam: causal attention within each document, without a cache, by an implementation of
+    model/ops/attention.py."""
 
     def attend(
         layer: jax.Array,
@@ -56,13 +58,13 @@ def packed_attention(segments: jax.Array) -> Attend:
         scoring: Scoring,
         sinks: jax.Array | None,
     ) -> tuple[jax.Array, None]:
-        return attention.causal(q, k, v, segments, scoring, sinks), cache
+        return causal(q, k, v, segments, scoring, sinks, implementation=implementation), cache
 
     return attend
 
 
 def long_sequences(config: ModelConfig, batch: Batch) -> jax.Array | None:
-    """bool[sequences, seq]: tokens of documents longer than the model's rope_switch."""
+    """bool[sequences, seq]: whether a token's document is longer than the model's rope_switch; None if it has none."""
     if not config.rope_switch:
         return None
 
@@ -73,32 +75,33 @@ def long_sequences(config: ModelConfig, batch: Batch) -> jax.Array | None:
 
 
 def loss_sum(config: ModelConfig, execution: Execution, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of cross-entropies, float32[], of a batch whose arrays are [sequences, seq]; and the experts' load,
-    float32[sparse layers, experts]."""
+    """Returns the weighted sum of the cross-entropies in nats, float32[], of a batch whose arrays are [sequences, seq],
+    and the experts' load, float32[sparse layers, experts]."""
     model = bind(config, execution, params)
-    attend, long = packed_attention(batch.segments), long_sequences(config, batch)
+    attend = packed_attention(batch.segments, execution.kernels.attention)
+    long = long_sequences(config, batch)
     hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, long)
     losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
     return (losses * batch.weights).sum(), load
 
 
 class Gradients(NamedTuple):
-    """What a batch says of the parameters."""
+    """What a batch says about the parameters."""
 
     loss: jax.Array
-    """float32[]: mean nats a target"""
+    """float32[]: mean nats per target"""
     grads: Params
     load: jax.Array
-    """float32[sparse layers, experts]: tokens that each expert got"""
+    """float32[sparse layers, experts]: how many tokens each expert got"""
 
 
 def join_adapters(params: Params, base: Params | None) -> Params:
-    """The network's parameters: `params`, or `base` with them for adapters."""
+    """All parameters of the network: `params` or, if there is a `base`, that with `params` as its adapters."""
     return params if base is None else {**base, **params}
 
 
 def multiplied(config: ModelConfig, execution: Execution, params: Params) -> Params:
-    """float32 `params` as the network multiplies by them, and as serving keeps them in the same dtype."""
+    """float32 `params`, rounded as the network multiplies by them, and as serving in the same dtype keeps them."""
     specs = parameter_specs(config, stacked=execution.scan_layers)
     return {path: narrowed(x, specs[path].storage_dtype(execution.dtype)) for path, x in params.items()}
 
@@ -106,10 +109,11 @@ def multiplied(config: ModelConfig, execution: Execution, params: Params) -> Par
 def gradients(
     config: ModelConfig, execution: Execution, params: Params, batch: Batch, base: Params | None = None
 ) -> Gradients:
-    """float32, of the mean loss over all targets of [accumulate, sequences, seq], at `params` as they are multiplied.
+    """The gradients, float32, of the mean loss over all targets in [accumulate, sequences, seq], taken at the rounded
+    `params`.
 
-    The parts' sums are added and divided once, so any split of the same sequences gives the same mean. base: what
-    `params` are adapters of.
+    The sums of all parts are added and divided once, so any division of the same sequences into parts gives the same
+    mean. base: the parameters that `params` are adapters of, or None.
     """
     rounded = multiplied(config, execution, params)
 
@@ -147,7 +151,7 @@ def balance_experts(config: ModelConfig, params: Params, load: jax.Array, rate: 
 
 
 class Trainer:
-    """The compiled programs of a run: init, step, evaluate. With LoRA, the state is the adapters'."""
+    """The compiled programs of a run: init, step, evaluate. With LoRA, the state is that of the adapters alone."""
 
     def __init__(
         self,
@@ -157,11 +161,11 @@ class Trainer:
         execution: Execution = DEFAULT_EXECUTION,
         correction_rate: float = 0.001,
     ) -> None:
-        """correction_rate: how far a step moves the corrections of routers."""
+        """correction_rate: how far each step moves the corrections of routers."""
         self.config, self.execution, self.mesh = config, execution, mesh
         self._optimizer, self._correction_rate = optimizer, correction_rate
         self.base: Params | None = None
-        """What adapters are trained on, set before the first step; never donated"""
+        """The parameters that adapters are trained on, set before the first step; never donated"""
         self.abstract = self.abstract_state(stacked=execution.scan_layers)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         self._batch_sharding = NamedSharding(mesh, PartitionSpec(None, *partition_spec(("batch", "seq"))))
@@ -174,23 +178,23 @@ class Trainer:
         self._evaluate = jax.jit(self._nats)
 
     def abstract_state(self, *, stacked: bool) -> TrainState:
-        """Shapes and shardings of the state in either layout."""
+        """Shapes and shardings of the state in the stacked or the unstacked layout."""
         params = abstract_params(self.config, self.mesh, stacked=stacked)
         if self.config.lora.rank:
             params = lora.split(self.config, params)[1]
         return TrainState(params, abstract_optimizer(self._optimizer, params))
 
     def init(self, seed: int) -> TrainState:
-        """The state before the first step from random parameters, or random adapters, which change nothing yet."""
+        """The state before the first step, with random parameters, or with new adapters, which change nothing yet."""
         return self.state_from_params(load_params(RandomSource(self.config, seed, self.mesh), self.abstract.params))
 
     def state_from_params(self, params: Params) -> TrainState:
-        """The state before the first step from `params`, which are in this run's layout and shardings."""
+        """The state before the first step, with `params`, which must be in this run's layout and shardings."""
         with use_mesh(self.mesh):
             return TrainState(params, jax.jit(self._optimizer.init, out_shardings=self.shardings.optimizer)(params))
 
     def reshard(self, state: TrainState) -> TrainState:
-        """A stacked `state` in this run's layout and shardings."""
+        """`state`, which is stacked, converted to this run's layout and shardings."""
 
         def convert(state: TrainState) -> TrainState:
             return state if self.execution.scan_layers else unstack_params(state)
@@ -207,12 +211,12 @@ class Trainer:
             return self._step(state, self.put(batch), self.base)
 
     def evaluate(self, params: Params, batch: Batch) -> jax.Array:
-        """Summed nats of a batch [1, sequences, seq], float32[]."""
+        """The sum of nats, float32[], over a batch [1, sequences, seq]."""
         with use_mesh(self.mesh):
             return self._evaluate(params, self.put(batch), self.base)
 
     def lower(self, state: TrainState, batch: Batch, base: Params | None = None) -> jax.stages.Lowered:
-        """The step's program for abstract or real arguments, to compile or export elsewhere."""
+        """The step's program for abstract or real arguments, for compiling it or exporting it elsewhere."""
         with use_mesh(self.mesh):
             return self._step.lower(state, batch, base)
 

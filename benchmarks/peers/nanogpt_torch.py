@@ -1,18 +1,17 @@
-"""nanoGPT's training step in eager torch, to be timed beside ours: `python nanogpt_torch.py SIZES`, SIZES in JSON.
+"""nanoGPT's training step in eager torch, to be timed beside ours; asked as protocol.py says.
 
 Written after github.com/karpathy/nanoGPT (model.py and train.py): pre-norm blocks, learned
 positions, GELU of four times the width, tied head, no biases, no dropout; AdamW with decay on matrices, betas 0.9 and
 0.99, clipping at 1; batches drawn from a memory-mapped uint16 file, each while the one before is under way; the loss
-read every step. Answers JSON lines: {"do": "facts"} and {"do": "run", "steps": N}.
+read every step. `load` takes the sizes and the data file, `run` a number of steps.
 """
 
-import json
 import math
-import sys
 import time
 
 import numpy as np
 import torch
+from protocol import answer
 from torch import nn
 from torch.nn import functional as F
 
@@ -90,7 +89,7 @@ class GPT(nn.Module):
 
 
 class Run:
-    def __init__(self, layers, heads, dim, block, vocab, batch, data):
+    def load(self, layers, heads, dim, block, vocab, batch, data):
         torch.manual_seed(1337)
         self.block, self.batch = block, batch
         self.data = np.memmap(data, dtype=np.uint16, mode="r")
@@ -101,6 +100,11 @@ class Run:
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
         self.next = self.draw()
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "parameters": sum(p.numel() for p in self.parameters),
+        }
 
     def draw(self):
         starts = torch.randint(len(self.data) - self.block, (self.batch,)).tolist()
@@ -110,9 +114,9 @@ class Run:
         )
         return x, y
 
-    def steps(self, count):
+    def run(self, steps):
         start = time.perf_counter()
-        for _ in range(count):
+        for _ in range(steps):
             loss = self.model(*self.next)
             self.next = self.draw()
             loss.backward()
@@ -122,21 +126,6 @@ class Run:
             value = loss.item()
         return {"seconds": time.perf_counter() - start, "loss": value}
 
-    def facts(self):
-        return {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "parameters": sum(p.numel() for p in self.parameters),
-        }
-
-
-def main():
-    run = Run(**json.loads(sys.argv[1]))
-    for line in sys.stdin:
-        question = json.loads(line)
-        answer = run.facts() if question["do"] == "facts" else run.steps(question["steps"])
-        print(json.dumps(answer), flush=True)
-
 
 if __name__ == "__main__":
-    main()
+    answer(Run())

@@ -7,7 +7,7 @@ import time
 
 import torch
 import transformers
-from protocol import answer, check, cores
+from protocol import Inference, answer, cores
 from transformers import AutoModelForCausalLM
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
@@ -23,7 +23,7 @@ class Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
-class Transformers:
+class Transformers(Inference):
     def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
         """`dtype` is torch's name of it: bfloat16, float16 or float32."""
         start = time.perf_counter()
@@ -40,29 +40,19 @@ class Transformers:
             "threads": torch.get_num_threads(),
         }
 
-    def prefill(self, tokens: list[list[int]]) -> dict:
-        start = time.perf_counter()
-        return {"seconds": self._generate(tokens, 1)[-1] - start}
-
-    def decode(self, tokens: list[list[int]], steps: int) -> dict:
-        times = self._generate(tokens, 1 + steps)
-        return {"seconds": times[-1] - times[0]}
-
-    def _generate(self, tokens: list[list[int]], new: int) -> list[float]:
-        """When each of `new` tokens was known, by time.perf_counter."""
-        check(tokens, new, *self.limits)
+    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
         clock = Clock()
         prompts = torch.tensor(tokens)
         with torch.inference_mode():
             self.model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                max_new_tokens=new,
+                max_new_tokens=1 + steps,
                 do_sample=False,
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )
-        assert len(clock.times) == new, f"{len(clock.times)} steps of {new}"
+        assert len(clock.times) == 1 + steps, f"{len(clock.times)} steps of {1 + steps}"
         return clock.times
 
 

@@ -9,7 +9,7 @@ them gets its token, and the steps timed begin there, each a token of every sequ
 import os
 import time
 
-from protocol import answer, check, cores
+from protocol import Inference, answer, cores
 
 THREADS = len(cores())
 # vLLM reads these when it is imported. Without OMP_NUM_THREADS it computes with one thread.
@@ -24,7 +24,7 @@ BLOCK = 128
 """Tokens of a block of the cache, vLLM's default on CPUs"""
 
 
-class Vllm:
+class Vllm(Inference):
     def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
         """`dtype` is torch's name of it: bfloat16, float16 or float32. The cache has it too. Compiling counts."""
         start = time.perf_counter()
@@ -45,22 +45,10 @@ class Vllm:
             "threads": torch.get_num_threads(),
         }
 
-    def prefill(self, tokens: list[list[int]]) -> dict:
-        start = time.perf_counter()
-        return {"seconds": self._run(tokens, 0)[0] - start}
-
-    def decode(self, tokens: list[list[int]], steps: int) -> dict:
-        times = self._run(tokens, steps)
-        return {"seconds": times[-1] - times[0]}
-
-    def _run(self, tokens: list[list[int]], steps: int) -> list[float]:
-        """When every sequence had its first token, and when each of `steps` steps after that ended.
-
-        Raises ValueError when a sequence reaches the context's end before. More prompts than one step takes are
-        computed over several, in which the first of them already decode.
-        """
-        length = check(tokens, 1 + steps, *self.limits)
-        longest = self.limits[1] - length if steps else 1
+    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
+        """Raises ValueError when a sequence reaches the context's end before. More prompts than one step takes are
+        computed over several, in which the first of them already decode."""
+        longest = self.limits[1] - len(tokens[0]) if steps else 1
         params = vllm.SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True, detokenize=False)
         names = [str(self.requests + number) for number in range(len(tokens))]
         self.requests += len(tokens)
@@ -82,7 +70,7 @@ class Vllm:
 
 
 def cache_bytes(model: str, dtype: str, max_sequences: int, context: int) -> int:
-    """Of a cache for that many sequences of that many tokens, and a block that vLLM keeps for itself."""
+    """Bytes of a cache for that many sequences of that many tokens, and a block that vLLM keeps for itself."""
     config = vllm.transformers_utils.config.get_config(model, trust_remote_code=False)
     itemsize = getattr(torch, dtype).itemsize
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize

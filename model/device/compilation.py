@@ -1,4 +1,4 @@
-"""Compiled programs: kept on disk from one start to the next, and counted."""
+"""The programs that this process compiles: kept on disk from one start to the next, and counted."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
 def compilations() -> int:
-    """Programs that this process has compiled, or read from the cache, since this module was imported."""
+    """How many programs this process has compiled, or read from the cache, since this module was imported."""
     return _count
 
 
 def same_bits(mesh: Mesh) -> dict[str, Any]:
-    """Compiler options of a program whose numbers must not depend on its layout, and whose speed doesn't matter.
+    """Compiler options for a program whose numbers must not depend on its layout, and whose speed doesn't matter.
 
-    On CPU, LLVM rounds what fills a vector otherwise than what is left over, which depends on the mesh; at level 0 it
-    makes no vectors.
+    On CPU, LLVM rounds numbers that fill a vector differently from those left over, and which ones are left over
+    depends on the mesh. At level 0 it uses no vectors.
     """
     return {"xla_backend_optimization_level": 0} if mesh.devices.flat[0].platform == "cpu" else {}
 
 
 def enable_compilation_cache(named: Path | None = None) -> str | None:
-    """Keeps compiled programs in a folder, by default ~/.cache/isthmus/xla, as model/process/cache_folder.py wants it.
+    """Keeps compiled programs in a folder that model/process/cache_folder.py accepts, by default ~/.cache/isthmus/xla.
 
-    Returns what the user should know: why this start's programs won't be there at the next. Raises ConfigError for a
-    folder that was named and can't even be read.
+    Returns a warning for the user if programs compiled now won't be there at the next start, else None. Raises
+    ConfigError for a folder that was named and can't even be read.
     """
     try:
         folder = named or user_cache("xla")
@@ -56,7 +56,7 @@ def enable_compilation_cache(named: Path | None = None) -> str | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # JAX looks at the settings once, at its first compilation
-    # It goes on without a program that can't be read or kept, and would say so for each of them.
+    compilation_cache.reset_cache()  # JAX reads these settings only once, at its first compilation
+    # JAX goes on without a program that it can't read or keep, but would warn of each one.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     return unwritable and f"programs compiled now are not kept for the next start: {unwritable}"

@@ -1,4 +1,4 @@
-"""What the machine can do: peak FLOP/s and memory bandwidth, from the data sheet where there is one, else measured."""
+"""What the machine can do: peak FLOP/s and memory bandwidth, from the data sheet if it is known, else measured."""
 
 from __future__ import annotations
 
@@ -31,19 +31,28 @@ _DATA_SHEET = {
 
 @dataclass(frozen=True)
 class Limits:
-    """The hardware's limits, all devices together."""
+    """The limits of the hardware, summed over all devices."""
 
     flops: float
-    """FLOP/s of a large matrix product in the dtype asked for"""
+    """FLOP/s of a large matrix product in the dtype that was asked for"""
     bandwidth: float
     """Bytes/s read from main memory"""
     source: str
     """'data sheet' or 'measured'"""
 
 
+def platform_of(device: jax.Device) -> str:
+    """The device's platform: "cpu", "cuda", "rocm", "tpu", or what JAX calls another one. To JAX both of cuda and rocm
+    are "gpu", and so is Intel's."""
+    if device.platform != "gpu":
+        return device.platform
+    version = device.client.platform_version
+    return next((name for name in ("cuda", "rocm") if name in version), device.platform)
+
+
 @cache
 def peak_flops(dtype: str = "float32", devices: int = 1) -> tuple[float, str]:
-    """FLOP/s of `devices` devices in `dtype`, and where from: 'data sheet', or 'measured' in a moment."""
+    """FLOP/s of `devices` devices in `dtype`, and its source: 'data sheet' or, which takes a moment, 'measured'."""
     sheet = _DATA_SHEET.get(jax.devices()[0].device_kind)
     if sheet is not None and dtype == "bfloat16":
         return sheet[0] * devices, "data sheet"
@@ -51,7 +60,7 @@ def peak_flops(dtype: str = "float32", devices: int = 1) -> tuple[float, str]:
 
 
 def limits(dtype: str = "float32", devices: int = 1) -> Limits:
-    """Peak FLOP/s in `dtype` and bandwidth of `devices` devices."""
+    """Peak FLOP/s in `dtype` and memory bandwidth of `devices` devices."""
     sheet = _DATA_SHEET.get(jax.devices()[0].device_kind)
     flops, source = peak_flops(dtype, devices)
     bandwidth = sheet[1] if sheet is not None else measure_bandwidth()
@@ -59,7 +68,7 @@ def limits(dtype: str = "float32", devices: int = 1) -> Limits:
 
 
 def _independent(devices: int) -> int:
-    """Virtual CPU devices share the same cores; real ones each bring their own."""
+    """How many of the devices have hardware of their own: virtual CPU devices share the same cores."""
     return 1 if jax.devices()[0].platform == "cpu" else devices
 
 
@@ -74,20 +83,20 @@ def _best_seconds(run: Callable[[], jax.Array], repeats: int = 7) -> float:
 
 
 def default_dtype() -> Dtype:
-    """What serving runs in when nothing else is asked for: bfloat16, and float32 on CPU."""
+    """The dtype used unless another one is asked for: float32 on CPU, bfloat16 elsewhere."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises ConfigError for a dtype that this jax computes wrongly slow: bfloat16 on CPU before jax 0.12."""
+    """Raises ConfigError for a dtype that the installed jax doesn't support well: bfloat16 on CPU before jax 0.12."""
     old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
     if dtype == "bfloat16" and old and jax.default_backend() == "cpu":
         raise ConfigError("dtype=bfloat16 on CPU needs jax 0.12 or newer, and so Python 3.12 or newer; use float32")
 
 
 def free_memory(device: jax.Device) -> int | None:
-    """Bytes that can still be allocated on `device`; on CPU, of main memory, which all virtual devices share. None is
-    not known: not every platform tells."""
+    """Bytes that can still be allocated on `device`, or None on a platform that doesn't tell. On CPU they are main
+    memory, which all virtual devices share."""
     if device.platform == "cpu":
         return free_main_memory()
     stats = device.memory_stats()
@@ -97,7 +106,7 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def measure_gemm(dtype: str) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
+    """FLOP/s of a large matrix product in `dtype`, the best of several runs."""
     m, k, n = (1024, 1024, 4096) if jax.devices()[0].platform == "cpu" else (8192, 8192, 8192)
     a = jnp.ones((m, k), dtype)
     b = jnp.ones((k, n), dtype)
@@ -106,7 +115,7 @@ def measure_gemm(dtype: str) -> float:
 
 
 def measure_bandwidth() -> float:
-    """Bytes/s of summing 512 MiB that no cache holds, the best of several, over all cores."""
+    """Bytes/s of summing 512 MiB, which no cache holds, over all cores; the best of several runs."""
     parts = usable_cpus()
     x = jax.device_put(np.ones((parts, (512 << 20) // 4 // parts), np.float32))
     total = jax.jit(lambda x: x.sum(axis=1))

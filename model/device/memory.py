@@ -1,4 +1,4 @@
-"""How this process takes memory from the system. Imports nothing heavy: it runs before jax does."""
+"""How this process takes memory from the system. Imports nothing heavy, because it runs before jax is imported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_heap() -> None:
-    """Lets glibc keep what is freed, instead of mapping every large block anew.
+    """Makes glibc keep freed memory, instead of mapping every large block anew.
 
-    XLA on CPU takes its temporaries with one malloc a step; over 32 MB, glibc would map, fault in and unmap them each
-    time (measured: a third of a small training step). Elsewhere than Linux with glibc this does nothing.
+    XLA on CPU allocates its temporaries with one malloc per step. If they are over 32 MB, glibc would map, fault in and
+    unmap them each time (measured: a third of a small training step). Without Linux and glibc this does nothing.
     """
     if sys.platform != "linux":
         return
@@ -24,7 +24,7 @@ def keep_heap() -> None:
 
 
 def release_heap() -> None:
-    """Gives back what the heap keeps and nobody uses: after loading, what the files were read into."""
+    """Gives unused memory of the heap back to the system, such as what files were read into while loading."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from isthmus.model.config import Activation
-from isthmus.model.ops.backend import cpu_kernels
+from isthmus.model.ops.cpu import elementwise
+from isthmus.model.ops.cpu.kernel import cpu_kernel
+from isthmus.model.ops.operation import REFERENCE, Operation, Setting
 
-KERNELS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1, "clamped_swiglu": 2}
-"""Numbers of the activations that elementwise.cc knows"""
 
-
-def gated(activation: Activation, limit: float, gate: jax.Array, up: jax.Array) -> jax.Array:
+def gated(
+    activation: Activation, limit: float, gate: jax.Array, up: jax.Array, *, implementation: str = REFERENCE
+) -> jax.Array:
     """activation(gate) * up, as gate. clamped_swiglu (arXiv 2508.10925) clips to `limit` and differs in more."""
-    if cpu_kernels() and activation in KERNELS:
-        call = jax.ffi.ffi_call("isthmus_gated_product", jax.ShapeDtypeStruct(gate.shape, gate.dtype))
-        return call(gate, up, activation=np.int64(KERNELS[activation]), limit=np.float32(limit))
+    return GATED[implementation](activation, limit, gate, up)
+
+
+def _reference(activation: Activation, limit: float, gate: jax.Array, up: jax.Array) -> jax.Array:
     match activation:
         case "silu":
             return jax.nn.silu(gate) * up
@@ -28,3 +31,14 @@ def gated(activation: Activation, limit: float, gate: jax.Array, up: jax.Array) 
         case "clamped_swiglu":
             gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
             return (up + 1) * gate * jax.nn.sigmoid(1.702 * gate)
+
+
+def _has_no_cpu_kernel(setting: Setting) -> str | None:
+    activation = setting.model.activation
+    return None if activation in elementwise.ACTIVATIONS else f"it doesn't have the activation {activation}"
+
+
+GATED: Operation[Callable[[Activation, float, jax.Array, jax.Array], jax.Array]] = Operation(
+    "gated", _reference, (cpu_kernel(elementwise.gated_product, _has_no_cpu_kernel),)
+)
+"""Called with the activation, its limit, the gate and what it multiplies."""

@@ -1,28 +1,35 @@
 """Grouped matmul: rows sorted by group, each group with a matrix of its own. What a mixture of experts is made of.
 
-On CPU a loop over blocks of rows reads the matrices of those groups only that have rows, in place: XLA expands
-`ragged_dot` there to a product with every group's matrix. Elsewhere it is `jax.lax.ragged_dot`.
+The reference is `jax.lax.ragged_dot`, except on CPU, where XLA expands that to a product with every group's matrix:
+there a loop over blocks of rows reads the matrices of those groups only that have rows, in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from isthmus.model.ops.operation import REFERENCE, Operation
+
 MAX_BLOCK = 64
 """Rows that the CPU multiplies at a time: more fills the last block of a small group with others' rows for nothing."""
 
 
-@jax.custom_vjp
-def grouped_matmul(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped_matmul(x: jax.Array, weights: jax.Array, sizes: jax.Array, *, implementation: str = REFERENCE) -> jax.Array:
     """x[row] @ weights[group of row], float32[rows, outputs].
 
     x: [rows, inputs], sorted by group; weights: [groups, inputs, outputs], of x's dtype; sizes: int32[groups], the rows
     of each group; rows past their sum give 0. A row's result depends on that row alone.
     """
+    return GROUPED_MATMUL[implementation](x, weights, sizes)
+
+
+@jax.custom_vjp
+def _reference(x: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
     return _multiply(x, weights, sizes)
 
 
@@ -57,7 +64,12 @@ def _backward(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, 
     return dx.astype(x.dtype), _outer(x, cotangent, sizes).astype(weights.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_reference.defvjp(_forward, _backward)
+
+GROUPED_MATMUL: Operation[Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = Operation(
+    "grouped_matmul", _reference, is_used=lambda setting: setting.model.mixture.experts > 0
+)
+"""Called with x, the groups' matrices and their sizes."""
 
 
 def _zero_past(x: jax.Array, rows: jax.Array) -> jax.Array:

@@ -1,19 +1,21 @@
 """x @ weight for every kind of weight, and the lookup of an embedding. How a weight is kept decides how it is
 multiplied: an array by XLA, integers by the jnp below, and what model/ops/cpu/packed.py has packed by its C++
-kernel."""
+kernel, which is the implementation "cpu"."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
+from isthmus.model.ops.cpu.kernel import cpu_kernel
 from isthmus.model.ops.cpu.packed import Packed, multiply
+from isthmus.model.ops.operation import REFERENCE, Operation, Setting
 from isthmus.model.ops.quantized import Quantized, rotate
+from isthmus.model.sharding import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +42,15 @@ def unpacked(params: Mapping[str, Weight]) -> dict[str, Weight]:
     return named
 
 
-def linear(x: jax.Array, weight: Weight, outputs: tuple[int, ...], axes: int = 1) -> jax.Array:
+def linear(
+    x: jax.Array, weight: Weight, outputs: tuple[int, ...], axes: int = 1, *, implementation: str = REFERENCE
+) -> jax.Array:
     """Contracts the last `axes` axes of x with the inputs of a weight: float32[leading axes of x, *outputs].
 
     weight: an array [*inputs, *outputs], cast to x's dtype; or integers, or packed, of a matrix of as many inputs and
     outputs.
     """
-    return linears(x, [(weight, outputs)], axes)[0]
+    return linears(x, [(weight, outputs)], axes, implementation=implementation)[0]
 
 
 def linears(
@@ -55,29 +59,40 @@ def linears(
     axes: int = 1,
     *,
     dtype: jax.typing.DTypeLike = jnp.float32,
+    implementation: str = REFERENCE,
 ) -> list[jax.Array]:
     """`linear` of the same x with each weight and its outputs, rounded to `dtype`. A kernel multiplies weights of one
     layout in one pass."""
     leading, inputs = x.shape[: x.ndim - axes], math.prod(x.shape[x.ndim - axes :])
-    rows = x.reshape(-1, inputs)
-    products: list[Any] = [None if isinstance(weight, Packed) else _product(rows, weight) for weight, _ in weights]
-    alike: dict[Any, list[int]] = {}
-    for place, (weight, _) in enumerate(weights):
-        if isinstance(weight, Packed):
-            alike.setdefault(weight.layout, []).append(place)
-    for places in alike.values():
-        together = multiply(rows, [cast(Packed, weights[place][0]) for place in places], dtype)
-        for place, product in zip(places, together, strict=True):
-            products[place] = product
+    products = LINEAR[implementation](x.reshape(-1, inputs), [weight for weight, _ in weights], dtype)
     return [
         product.astype(dtype).reshape(*leading, *outputs)
         for product, (_, outputs) in zip(products, weights, strict=True)
     ]
 
 
-def _product(x: jax.Array, weight: jax.Array | Quantized | Observed) -> jax.Array:
+def _reference(x: jax.Array, weights: Sequence[Weight], dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+    return [_product(x, weight) for weight in weights]
+
+
+def _cpu(x: jax.Array, weights: Sequence[Weight], dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+    """Packed matrices of one layout in one pass of the kernel, in `dtype`; what isn't packed as the reference does."""
+    packed = {place: weight for place, weight in enumerate(weights) if isinstance(weight, Packed)}
+    products = {place: _product(x, weight) for place, weight in enumerate(weights) if place not in packed}
+    alike: dict[tuple[str, int, int, bool], list[int]] = {}
+    for place, weight in packed.items():
+        alike.setdefault(weight.layout, []).append(place)
+    for places in alike.values():
+        together = multiply(x, [packed[place] for place in places], dtype)
+        products.update(zip(places, together, strict=True))
+    return [products[place] for place in range(len(weights))]
+
+
+def _product(x: jax.Array, weight: Weight | Observed) -> jax.Array:
     """float32[rows, outputs] of x[rows, inputs]."""
     match weight:
+        case Packed():
+            raise AssertionError("packed matrices are multiplied by the implementation cpu alone")
         case Quantized():
             return multiply_quantized(x, weight)
         case Observed():
@@ -86,6 +101,16 @@ def _product(x: jax.Array, weight: jax.Array | Quantized | Observed) -> jax.Arra
             # A product of two matrices: with more axes, XLA transposes the weight gradient's operands before its
             # product.
             return _matmul(x, weight.reshape(x.shape[1], -1).astype(x.dtype))
+
+
+def _is_not_packed(setting: Setting) -> str | None:
+    return "it multiplies packed matrices, and layers that are scanned aren't packed" if setting.scans_layers else None
+
+
+LINEAR: Operation[Callable[[jax.Array, Sequence[Weight], jax.typing.DTypeLike], list[jax.Array]]] = Operation(
+    "linear", _reference, (cpu_kernel(_cpu, _is_not_packed),)
+)
+"""Called with x[rows, inputs], the weights and the dtype that is wanted; a product may be float32 as well."""
 
 
 @jax.custom_vjp
@@ -150,9 +175,7 @@ def lookup(table: Weight, tokens: jax.Array, dim: int, dtype: str) -> jax.Array:
         case _:
             # Gathering rows of a table that is sharded on both axes makes XLA replicate it row by row: gather whole
             # ones.
-            if not jax.sharding.get_abstract_mesh().empty:
-                table = jax.lax.with_sharding_constraint(table, jax.sharding.PartitionSpec("tp", None))
-            return _rows(table, tokens).astype(dtype)
+            return _rows(constrain(table, "vocab", None), tokens).astype(dtype)
 
 
 @jax.custom_vjp
@@ -175,6 +198,7 @@ def _rows_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> 
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
-def unembed(hidden: jax.Array, table: Weight, vocab: int) -> jax.Array:
+def unembed(hidden: jax.Array, table: Weight, vocab: int, *, implementation: str = REFERENCE) -> jax.Array:
     """float32[..., vocab]: hidden states against every row of an embedding table as `lookup` takes it."""
-    return linear(hidden, table.T if isinstance(table, jax.Array) else table, (vocab,))
+    matrix = table.T if isinstance(table, jax.Array) else table
+    return linear(hidden, matrix, (vocab,), implementation=implementation)

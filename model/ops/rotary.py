@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
-from isthmus.model.ops.backend import cpu_kernels
+from isthmus.model.ops.cpu import elementwise
+from isthmus.model.ops.cpu.kernel import cpu_kernel
+from isthmus.model.ops.operation import REFERENCE, Operation
 
 
-def rotate(angles: tuple[jax.Array, jax.Array], *xs: jax.Array) -> list[jax.Array]:
+def rotate(angles: tuple[jax.Array, jax.Array], *xs: jax.Array, implementation: str = REFERENCE) -> list[jax.Array]:
     """Turns pairs (i, i + n / 2) of the first n dimensions of each x[..., heads, head_dim], n as wide as the angles:
     the half-split layout of Llama and Qwen.
 
     angles: cos and signed sin, float32[..., 1, n].
     """
-    if cpu_kernels():
-        cos, sin = (part.reshape(-1, part.shape[-1]) for part in angles)
-        out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs)
-        return list(jax.ffi.ffi_call("isthmus_rotate_pairs", out)(cos, sin, *xs))
+    return ROTARY[implementation](angles, xs)
+
+
+def _reference(angles: tuple[jax.Array, jax.Array], xs: Sequence[jax.Array]) -> list[jax.Array]:
     return [_rotate(angles, x) for x in xs]
 
 
@@ -27,3 +31,12 @@ def _rotate(angles: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
     y = x[..., :turned].astype(jnp.float32)
     y = (y * cos + jnp.roll(y, turned // 2, axis=-1) * sin).astype(x.dtype)
     return y if turned == x.shape[-1] else jnp.concatenate([y, x[..., turned:]], axis=-1)
+
+
+ROTARY: Operation[Callable[[tuple[jax.Array, jax.Array], Sequence[jax.Array]], list[jax.Array]]] = Operation(
+    "rotary",
+    _reference,
+    (cpu_kernel(elementwise.rotate_pairs),),
+    is_used=lambda setting: any(kind.rope != "none" for kind in setting.model.layer_kinds),
+)
+"""Called with the angles and what is turned by them."""

@@ -1,7 +1,8 @@
-"""Folders that programs are kept in from one start to the next: compiled by XLA, or the CPU's kernels.
+"""Folders that keep programs from one start to the next: those compiled by XLA, and the CPU's kernels.
 
-What lies there is run, so nobody else may have put it there; and a user can do without, so a folder that can't be used
-costs time, not the command. Nothing of a folder that exists is changed."""
+The programs there are run, so nobody else may have put them there. They only save time, so a folder that can't be used
+doesn't end the command. The mode and owner of a folder that exists are never changed.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ _PROBE = bytes(1 << 16)
 
 
 class CacheError(RuntimeError):
-    """A folder that programs can't be kept in; the message says why and what to do."""
+    """A folder can't keep programs; the message says why and what to do."""
 
 
 def user_cache(name: str) -> Path:
-    """Where programs of that kind are kept for one user: ~/.cache/isthmus/name. Raises CacheError without a home."""
+    """The folder for one kind of programs of this user: ~/.cache/isthmus/NAME. Raises CacheError without a home."""
     try:
         return Path("~/.cache/isthmus", name).expanduser()
     except RuntimeError:
@@ -26,7 +27,8 @@ def user_cache(name: str) -> Path:
 
 
 def check_trusted(folder: Path) -> None:
-    """Raises CacheError when another user may have put something into an existing folder. Root may."""
+    """Raises CacheError when another user than root may have put something into an existing folder, or when it isn't a
+    folder."""
     try:
         found = folder.stat()
     except OSError as error:
@@ -44,8 +46,8 @@ def check_trusted(folder: Path) -> None:
 
 
 def open_cache(folder: Path) -> str | None:
-    """Makes the folder, for this user alone, unless it is there. Returns why nothing can be written to it (None: it
-    can); what is in it counts all the same. Raises CacheError where there is none, or one that must not be read."""
+    """Makes the folder, for this user alone, unless it exists. Returns why it can't be written to, or None if it can;
+    what is in it can be used in both cases. Raises CacheError when it can't be made or must not be trusted."""
     if not os.path.exists(folder):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What is undone when a signal ends the process (model/process/signals.py): half-written folders, other processes."""
+"""What to undo when a signal ends the process (model/process/signals.py): half-written folders, other processes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from isthmus.model.process.signals import cleanups
 
 @contextlib.contextmanager
 def cleaning(clean: Callable[[], object]) -> Iterator[None]:
-    """clean() is called when a signal ends the process meanwhile. It runs between any two steps of the main thread, so
-    it must not wait for a lock."""
+    """Calls clean() if a signal ends the process inside this context. It may run between any two steps of the main
+    thread, so it must not wait for a lock."""
     cleanups.append(clean)
     try:
         yield
@@ -24,8 +24,8 @@ def cleaning(clean: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
-    """A folder, by default among the system's temporary ones, that is gone afterwards, also when a signal ends the
-    process. Raises OSError where none can be made."""
+    """Makes a folder, by default among the system's temporary ones, and removes it at the end, also when a signal ends
+    the process. Raises OSError when none can be made."""
     import tempfile
 
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -37,7 +37,7 @@ def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder as far as that goes, also one that other threads are still writing into."""
+    """Removes a folder as far as possible, also one that other threads are still writing into."""
     import shutil
 
     for _ in range(10):
@@ -48,7 +48,8 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def interrupts_raised() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt meanwhile, for who goes on afterwards."""
+    """Makes Ctrl-C raise KeyboardInterrupt inside this context, for code that goes on after it. Does nothing outside of
+    the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

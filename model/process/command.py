@@ -9,13 +9,14 @@ from collections.abc import Callable
 
 from isthmus.model.process.signals import stop_at_once
 
-_INTERRUPTED, _NOBODY_READS = 130, 141
-"""As a shell reports SIGINT and SIGPIPE"""
+_INTERRUPTED, _BROKEN_PIPE = 130, 141
+"""Exit statuses, as a shell reports SIGINT and SIGPIPE"""
 
 
 def run(command: Callable[[], int]) -> int:
-    """The exit status of `command`, which is all that this process does. Interrupted, it is 130; 141 when nobody reads
-    what it prints any more, as in `isthmus generate … | head -1`: that is no failure, and nothing is said."""
+    """Runs `command`, which is all that this process does, and returns the exit status: that of `command`, 130 after an
+    interrupt, or 2 after an OSError, which is printed. It is 141 when nobody reads the output any more, as in
+    `isthmus generate … | head -1`; that is no failure, so nothing is printed."""
     stop_at_once()
     try:
         _prepare()
@@ -26,13 +27,13 @@ def run(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         status = _INTERRUPTED
     except BrokenPipeError:
-        status = _NOBODY_READS
-        _print_nowhere()
+        status = _BROKEN_PIPE
+        _discard_output()
     except OSError as error:
         status = 2
         print(f"isthmus: {error}", file=sys.stderr)
-        _print_nowhere()
-    stop_at_once()  # a command that had handlers of its own has put back Python's
+        _discard_output()
+    stop_at_once()  # a command with signal handlers of its own has restored Python's
     return status
 
 
@@ -41,13 +42,13 @@ def _prepare() -> None:
     from isthmus.model.process.resources import has_quota, usable_cpus
 
     keep_heap()
-    if has_quota():  # XLA counts the CPUs alone, and would start a thread for each
+    if has_quota():  # XLA counts CPUs, whatever the quota, and would start a thread for each
         os.environ.setdefault("NPROC", str(usable_cpus()))
-    # gRPC prints what strangers send, as it is and as often as they like. Errors reach us as exceptions too.
+    # gRPC prints what strangers send, unescaped and without limit. Errors reach us as exceptions anyway.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def _print_nowhere() -> None:
-    """So that the interpreter, which flushes what is left, has nothing to complain about."""
+def _discard_output() -> None:
+    """Sends standard output nowhere, so that the interpreter can flush what is left when it ends."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,5 +1,7 @@
-"""Files: reading the small ones of a model folder, which may be a stranger's (regular files alone, and no more than a
-limit), and writing so that nobody ever sees half a file or folder."""
+"""Reading the small files of a model folder, and writing files and folders whole or not at all.
+
+A model folder may come from a stranger, so only regular files are read, and only up to a limit.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.cleaning import temporary_folder
 
 MAX_SETTINGS_BYTES = 16 << 20
-"""Of a file of settings: config.json, generation_config.json, tokenizer_config.json and their like"""
+"""Limit for a file of settings: config.json, generation_config.json, tokenizer_config.json and their like"""
 MAX_TOKENIZER_BYTES = 256 << 20
+"""Limit for tokenizer.json"""
 MAX_INDEX_BYTES = 256 << 20
-"""Of an index of safetensors"""
+"""Limit for the index of a model's safetensors files"""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _HALF_A_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
@@ -33,13 +36,13 @@ _KINDS = {
 
 
 def present(path: Path) -> bool:
-    """Whether there is anything of this name: also what can't be read as a file, and a link that leads nowhere."""
+    """Whether anything has this name, including what can't be read as a file and a link that leads nowhere."""
     return os.path.lexists(path)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file whole or not at all, over what is there: write(place) fills another one, which takes its name.
-    Raises OSError, and what `write` raises."""
+    """Writes a file whole or not at all, and replaces an existing one. write(place) fills a temporary file, which then
+    takes the name `path`. Raises OSError, and what `write` raises."""
     part = path.with_name(f"{path.name}.part")
     write(part)
     with part.open("rb") as file:
@@ -48,16 +51,16 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file of JSON whole or not at all. Raises OSError."""
+    """Writes a JSON file whole or not at all. Raises OSError."""
     replace_file(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A place to write a folder or a file to, which takes its own name once all is written, and is gone if that fails
-    or a signal ends the process: whoever else writes to the same name has one too.
+    """Yields a temporary path to write a folder or a file to, which takes the name `target` at the end. It is removed
+    if writing fails or a signal ends the process. No two processes get the same temporary path.
 
-    Raises ConfigError where nothing can be made, or the name is taken, now or meanwhile.
+    Raises ConfigError when nothing can be made there, or the name is taken, now or at the end.
     """
     if target.exists():
         raise ConfigError(f"target: {target} exists already")
@@ -75,14 +78,15 @@ def appearing(target: Path) -> Iterator[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises ConfigError for what is missing, no regular file (nothing else is opened, so nothing hangs), or the
-    pointer that git leaves in a large file's place."""
+    """Raises ConfigError when the path is missing, isn't a regular file, or is a Git LFS pointer in place of a large
+    file. Nothing but a regular file is opened, so this can't hang."""
     with _opened(path):
         pass
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """All of a regular file of at most `limit` bytes. Raises ConfigError, as check_file does too."""
+    """The content of a regular file of at most `limit` bytes. Raises ConfigError for a larger one, and as check_file
+    does."""
     with _opened(path) as file:
         data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
     if data is None or len(data) > limit:
@@ -91,7 +95,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_SETTINGS_BYTES) -> str:
-    """As read_bytes, of UTF-8."""
+    """As read_bytes, decoded. Raises ConfigError also when it isn't UTF-8."""
     try:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
@@ -99,12 +103,12 @@ def read_text(path: Path, limit: int = MAX_SETTINGS_BYTES) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConfigError, as read_text does too."""
+    """The JSON object in a file. Raises ConfigError when it holds anything else, and as read_text does."""
     text = read_text(path, limit)
     try:
         values = json.loads(text)
         if _HALF_A_CHARACTER.search(text):
-            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair is no text, and can't be printed
+            json.dumps(values, ensure_ascii=False).encode()  # half a surrogate pair isn't text and can't be printed
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} can't be read as JSON: {shortened(str(error))}") from None
     if not isinstance(values, dict):
@@ -113,12 +117,12 @@ def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
 
 
 def read_json_if_present(path: Path) -> dict[str, Any]:
-    """As read_json; empty when there is no such file."""
+    """As read_json, but empty when there is no such file."""
     return read_json(path) if present(path) else {}
 
 
 def shortened(text: str, limit: int = 200) -> str:
-    """At most `limit` characters of `text`, printable: for an error that quotes what somebody wrote."""
+    """The first `limit` characters of `text`, made printable, for an error that quotes what somebody else wrote."""
     start = text[:limit].encode("utf-8", "backslashreplace").decode()
     return start if len(text) <= limit else f"{start}…"
 
@@ -127,7 +131,7 @@ def shortened(text: str, limit: int = 200) -> str:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         _check_kind(path, os.stat(path))
-        # Between the two looks it may have become a pipe, whose opening would wait for a writer.
+        # Since that check it may have become a pipe. Without O_NONBLOCK, opening one would wait for a writer.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             _check_kind(path, os.fstat(file.fileno()))
             if os.pread(file.fileno(), len(_POINTER), 0) == _POINTER:

@@ -1,4 +1,4 @@
-"""What a long piece of work shows: a moving display on a terminal, elsewhere a line now and then."""
+"""Shows the progress of long work: in a moving display on a terminal, elsewhere in a line from time to time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 10.0
-"""Between two lines where there is no terminal"""
+"""Time between two lines where there is no terminal"""
 
 
 @contextlib.contextmanager
 def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call with what is going on, from any thread; `text` until then."""
+    """Shows `text`, and yields a function that shows another text, which may be called from any thread."""
     if console.is_terminal:
         with console.status(text) as status:
             yield status.update
@@ -34,7 +34,7 @@ def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def stages(console: Console) -> Iterator[Stages]:
-    """Yields what work is told of whose amount is known."""
+    """Yields the Stages to which work reports how far it is."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bars:
         shown = Stages(bars)
@@ -44,18 +44,20 @@ def stages(console: Console) -> Iterator[Stages]:
 
 @dataclass
 class Stages:
+    """The stages of some work, which follow each other and are shown one below the other."""
+
     bars: Progress
     now: str = ""
-    """The stage that was heard of last, and how far it is"""
+    """The stage that reported last, and how far it is"""
 
     def begin(self, name: str, total: float | None, unit: str = "GB") -> Stage:
-        """total: None is not known. unit: of it; GB of bytes."""
+        """Begins a stage. total: its amount in `unit`, or in bytes if that is GB; None means that it isn't known."""
         stage = Stage(self, self.bars.add_task(name, total=total), name, total, unit)
         stage.advance(0)
         return stage
 
     def say(self, text: str) -> None:
-        """Begins a stage that doesn't tell how far it is."""
+        """Begins a stage that doesn't report how far it is."""
         self.bars.add_task(text, total=None)
         self.now = text
 
@@ -74,7 +76,7 @@ class Stage:
         self._show()
 
     def finish(self) -> None:
-        """Of a stage that may not have counted all, or didn't know its total."""
+        """Marks the stage as done, also if it didn't count everything or didn't know its total."""
         self.done = self.total = self.total or self.done
         self._show()
 
@@ -90,7 +92,7 @@ class Stage:
 
 @contextlib.contextmanager
 def _lines(console: Console, now: Callable[[], str]) -> Iterator[None]:
-    """Prints now() every LINE_SECONDS."""
+    """Prints now() every LINE_SECONDS inside this context."""
     done = threading.Event()
     start = time.monotonic()
 

@@ -1,8 +1,8 @@
 """What this process may use of the machine: CPUs by affinity and quota, memory by every limit that is set for it.
 
-A container sees the whole machine's CPUs and memory; what it may use of them stands in its control group, of version 1
-or 2, and in those above that (https://docs.kernel.org/admin-guide/cgroup-v2.html, …/cgroup-v1/memory.html). Imports
-nothing heavy: it is asked before jax is imported.
+A container sees all CPUs and memory of the machine. What it may use is set in its control group, of version 1 or 2, and
+in the groups above that (https://docs.kernel.org/admin-guide/cgroup-v2.html, …/cgroup-v1/memory.html). Imports nothing
+heavy, because it is used before jax is imported.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from pathlib import Path, PurePosixPath
 
 _ROOT = Path("/")
 _UNLIMITED = 1 << 60
-"""Version 1 writes no limit as the largest multiple of a page, which depends on the page"""
+"""A limit from this on is none: version 1 writes "no limit" as the largest multiple of the page size"""
 
 
 def usable_cpus(root: Path = _ROOT) -> int:
-    """As many threads as can run at once: CPUs that the process may run on, or its quota of CPU time, rounded up."""
+    """How many threads can run at once: the CPUs that the process may run on, or its quota of CPU time, rounded up, if
+    that is less."""
     cpus = _affinity()
     quotas = [quota for group in _groups("cpu", root) if (quota := _quota(group)) is not None]
     return max(1, min([cpus, *(math.ceil(quota) for quota in quotas)]))
 
 
 def has_quota() -> bool:
-    """Whether there are more CPUs to run on than the process has time for."""
+    """Whether the process may run on more CPUs than its quota of CPU time is worth."""
     return usable_cpus() < _affinity()
 
 
 def free_main_memory(root: Path = _ROOT) -> int:
-    """Bytes of main memory that this process can still take: what the machine has, and what its control groups and its
-    own limit on addresses (ulimit -v) leave. What only caches files counts as free."""
+    """Bytes of main memory that this process can still take: the least of what the machine, its control groups and its
+    own limit on addresses (ulimit -v) leave. Memory that only caches files counts as free."""
     left = [_left_of(group) for group in _groups("memory", root)]
     everything = (_machine_memory(root), _left_of_addresses(root), *left)
     return max(0, min(size for size in everything if size is not None))
@@ -62,7 +63,7 @@ def _left_of_addresses(root: Path) -> int | None:
 
 
 def _quota(group: Path) -> float | None:
-    """CPUs' worth of time. None: as much as there is."""
+    """CPU time that a control group may use, in CPUs; None means that it has no limit."""
     values = _text(group / "cpu.max").split()  # version 2: "max 100000" or "150000 100000"
     if not values:
         values = [*_text(group / "cpu.cfs_quota_us").split(), *_text(group / "cpu.cfs_period_us").split()]
@@ -74,7 +75,7 @@ def _quota(group: Path) -> float | None:
 
 
 def _left_of(group: Path) -> int | None:
-    """Bytes that a control group still has. None: it has no limit."""
+    """Bytes that a control group can still take; None means that it has no limit."""
     limits = [_number(group / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
     known = [limit for limit in limits if limit is not None and limit < _UNLIMITED]
     if not known:
@@ -82,7 +83,7 @@ def _left_of(group: Path) -> int | None:
     version2 = (group / "memory.max").exists()
     used = _number(group / ("memory.current" if version2 else "memory.usage_in_bytes")) or 0
     stat = dict(line.split()[:2] for line in _text(group / "memory.stat").splitlines() if len(line.split()) == 2)
-    # Version 1 counts a group by itself, and with all below it, which its limit is for, as "total_…".
+    # Version 1's limit is for a group and all below it; so are only those of its counts that are called "total_…".
     files = ("active_file", "inactive_file") if version2 else ("total_active_file", "total_inactive_file")
     return min(known) - max(0, used - sum(int(stat.get(name, 0)) for name in files))
 
@@ -99,7 +100,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         if path is None or not (kind == "cgroup2" or (kind == "cgroup" and controller in options)):
             continue
         top, folder = (_unescaped(field) for field in before.split()[3:5])
-        # A container may see its own group alone, mounted as the top, under a path that is the host's.
+        # A container may see its own group alone, mounted as the root, while its path is the one on the host.
         inside = PurePosixPath(path).relative_to(top) if PurePosixPath(path).is_relative_to(top) else PurePosixPath()
         parts = () if ".." in inside.parts else inside.parts
         for depth in range(len(parts), -1, -1):
@@ -107,7 +108,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _memberships(root: Path) -> dict[str, str]:
-    """The path of this process's group by controller; of version 2, by ""."""
+    """The path of this process's group for each controller; that of version 2 has the key ""."""
     paths: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, membership = line.partition(":")

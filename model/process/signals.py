@@ -1,4 +1,4 @@
-"""How the process ends when it is told to: Ctrl-C, SIGTERM, a terminal that closes. Imports next to nothing: it must be
+"""How the process ends on Ctrl-C, on SIGTERM, or when its terminal closes. Imports next to nothing, because it must be
 in place before anything else is imported."""
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import NoReturn
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 _SHOW_CURSOR = b"\x1b[?25h\n"
-"""A progress bar that is cut off has hidden it"""
+"""A progress bar hides the cursor, and if it is cut off doesn't show it again"""
 
 cleanups: list = []
-"""Functions to call first, the last one first; model/process/cleaning.py keeps them"""
+"""Functions to call before the process ends, in reverse order; model/process/cleaning.py keeps the list"""
 
 
 def stop_at_once() -> None:
-    """From now on STOPPING end the process with status 128 + their number, once what `cleaning` was given is done.
+    """From now on each signal of STOPPING calls `cleanups` and ends the process with the status 128 + its number.
 
     Nothing is raised: while a module is imported, or in a callback from C++, an exception may be swallowed or shown as
-    a crash. A signal that the process was started to ignore, as by nohup, stays ignored. Only the main thread can ask
-    for it; elsewhere this does nothing.
+    a crash. A signal that was ignored when the process started, as under nohup, stays ignored. Outside of the main
+    thread this does nothing.
     """
     try:
         for number in STOPPING:
@@ -34,15 +34,15 @@ def stop_at_once() -> None:
 
 
 def end_at_once(status: int) -> NoReturn:
-    """Ends the process with a status, whatever its other threads do, once what `cleaning` was given is done."""
+    """Calls `cleanups` and ends the process with `status`, whatever its other threads do."""
     _do(*reversed(cleanups), sys.stdout.flush)
     os._exit(status)
 
 
 def _stop(number: int, frame: object) -> None:
-    for each in STOPPING:  # told again, it doesn't wait for the rest
+    for each in STOPPING:  # a second signal ends the process without waiting for the rest
         signal.signal(each, _end)
-    _do(*reversed(cleanups), sys.stdout.flush, _say)  # who is interrupted while printing can't flush
+    _do(*reversed(cleanups), sys.stdout.flush, _say)  # flushing raises if the signal interrupted a print
     _end(number, frame)
 
 
@@ -50,7 +50,7 @@ def _do(*works: Callable[[], object]) -> None:
     for work in works:
         try:
             work()
-        except Exception:  # it ends all the same
+        except Exception:  # the process ends all the same
             continue
 
 

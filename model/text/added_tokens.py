@@ -1,5 +1,8 @@
-"""Tokens that tokenizer_config.json declares: each is one token wherever a text that may hold special tokens spells it,
-also where tokenizer.json, which may have been pruned or written by another tool, has it as a mere word."""
+"""Tokens that tokenizer_config.json declares.
+
+Wherever a text that may hold special tokens spells one of them, it is a single token, also if tokenizer.json, which may
+have been pruned or written by another tool, has it as an ordinary word.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ from isthmus.errors import ConfigError
 from isthmus.model.text.chat import TOKENIZER_CONFIG, special_tokens, tokenizer_config
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""Attributes of an AddedToken, beside its content"""
+"""Attributes of an AddedToken besides its content"""
 
 
 class Declared(NamedTuple):
     token: AddedToken
     promotes: bool
-    """Whether it makes special what tokenizer.json has as an added token that isn't"""
+    """Whether the token becomes special if tokenizer.json has it as an added token that isn't special"""
 
 
 def declared_tokens(folder: Path) -> list[Declared]:
-    """In the order in which transformers adds them. Raises ConfigError naming the file that is malformed."""
+    """The declared tokens, in the order in which transformers adds them. Raises ConfigError naming a malformed file."""
     config, path = tokenizer_config(folder), folder / TOKENIZER_CONFIG
     decoder = config.get("added_tokens_decoder") or {}
     if not isinstance(decoder, dict) or not all(name.isdecimal() for name in decoder):

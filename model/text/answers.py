@@ -1,8 +1,9 @@
-"""Which characters of a conversation, as a template writes it, the assistant said. For templates that don't say so.
+"""Finds which characters of a rendered conversation the assistant said, for templates that don't mark them.
 
-Where the conversation begins as the messages before an answer are written alone, the answer is what lies between those
-and the same with it. Some templates rewrite what was said earlier (they leave out reasoning, say): there an answer is
-replaced by a mark, and what differs, up to where the template asks for an answer and to how it ends one, is the answer.
+The messages before an answer are rendered alone, and again with the answer. If the whole text begins with both, the
+answer is the difference between the two. Some templates rewrite earlier messages: they leave out reasoning, for
+example. Then the answer is replaced by a mark. What differs, back to where the template asks for an answer and on to
+the end of its turn, is the answer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]
 """Characters [start, end) of a rendered text"""
 Write = Callable[[Messages, bool], str]
-"""Messages as the template writes them, and whether it asks for an answer at the end"""
+"""Renders messages with the template; the flag says whether the text asks for an answer at its end"""
 
 
 class Indistinct(Exception):
-    """The answer whose index this holds can't be told from what surrounds it."""
+    """The answer with this index in the messages can't be told apart from the text around it."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -26,9 +27,10 @@ class Indistinct(Exception):
 
 
 def find_answers(messages: Messages, prompted: bool, write: Write, endings: Sequence[str]) -> tuple[str, list[Span]]:
-    """The text, and each answer's characters, its end of turn included, in order.
+    """Returns the whole text, and the span of each answer in order, up to the end of its turn.
 
-    endings: what a template may put behind all messages, and only there. Raises Indistinct, and what `write` does.
+    prompted: whether the text asks for an answer at its end. endings: what a template may put after all messages, and
+    only there. Raises Indistinct, and what `write` raises.
     """
     whole = write(messages, prompted)
     spans: list[Span] = []
@@ -57,7 +59,7 @@ def _as_written_alone(messages: Messages, index: int, whole: str, write: Write, 
 
 
 def _beginning(whole: str, part: str, endings: Sequence[str], at: int = 0) -> int | None:
-    """Where `part`, without what the template ends all it writes with, ends in `whole` when it begins at `at`."""
+    """If `part`, perhaps without an ending at its end, occurs in `whole` at `at`: where it ends there. Else None."""
     for ending in ("", *endings):
         if part.endswith(ending) and whole.startswith(part.removesuffix(ending), at):
             return at + len(part) - len(ending)
@@ -71,7 +73,7 @@ def _by_mark(messages: Messages, index: int, prompted: bool, whole: str, write: 
     after = _beginning(request, told, endings)
     if after is None:
         raise Indistinct(index)
-    # The request may write the beginning of an answer too, as an empty thought, which isn't in every answer.
+    # The request may include the beginning of an answer, such as an empty thought, that not every answer has.
     start = asked + min(_common(request[after:], whole[asked:]), before - asked)
     if not asked <= start <= end:
         raise Indistinct(index)
@@ -81,7 +83,7 @@ def _by_mark(messages: Messages, index: int, prompted: bool, whole: str, write: 
 def _turn(
     messages: Messages, index: int, prompted: bool, whole: str, write: Write, endings: Sequence[str]
 ) -> tuple[int, int]:
-    """How far a message's turn is the same whatever it says, and where it ends."""
+    """Up to where the text is the same whatever the message says, and where the message's turn ends."""
     before, behind = _around(write(_marked(messages, [index]), prompted), index)
     closing = _around(write(_marked(messages[: index + 1], [index]), False), index)[1]
     end = _beginning(whole, closing, endings, len(whole) - len(behind))
@@ -91,7 +93,7 @@ def _turn(
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """The length of the beginning that both have in common."""
     same, most = 0, min(len(one), len(other))
     while same < most:
         half = (same + most + 1) // 2
@@ -103,7 +105,7 @@ def _common(one: str, other: str) -> int:
 
 
 def _mark(index: int) -> str:
-    return f"\ue0f0{index}\ue0f1"  # characters that nobody uses
+    return f"\ue0f0{index}\ue0f1"  # from Unicode's private use area
 
 
 def _marked(messages: Messages, indices: Sequence[int]) -> Messages:
@@ -111,7 +113,7 @@ def _marked(messages: Messages, indices: Sequence[int]) -> Messages:
 
 
 def _around(text: str, index: int) -> tuple[str, str]:
-    """What is written around an answer that is a mark."""
+    """The text before and after the mark of an answer. Raises Indistinct unless the mark occurs exactly once."""
     if text.count(_mark(index)) != 1:
         raise Indistinct(index)
     before, _, behind = text.partition(_mark(index))
@@ -119,7 +121,7 @@ def _around(text: str, index: int) -> tuple[str, str]:
 
 
 def _check(messages: Messages, prompted: bool, whole: str, spans: Sequence[Span], write: Write) -> None:
-    """Raises Indistinct unless all that lies outside the answers stays as it is when they are others."""
+    """Raises Indistinct unless everything outside the answers stays the same when the answers are replaced."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     other, at = write(_marked(messages, answers), prompted), 0
     for index, start, end in zip(answers, [0, *(end for _, end in spans)], [start for start, _ in spans], strict=False):

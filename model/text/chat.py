@@ -1,4 +1,4 @@
-"""The chat template that travels with a model folder: from messages to the text that the model was trained on."""
+"""The chat template of a model folder, which turns messages into text in the form that the model was trained on."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""What a template may call them"""
+"""Names that a template may use for special tokens"""
 MAX_SOURCE = 256 << 10
-"""Characters of a template"""
+"""Most characters of a template"""
 MAX_DEPTH = 64
-"""Of lists and mappings inside one another, in messages and arguments"""
+"""Most levels of lists and mappings inside each other, in messages and arguments"""
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Keys under which templates look for what the assistant thought; the first is the usual one"""
+"""Keys under which templates look for the assistant's reasoning; the first is the usual one"""
 _RESERVED = ("messages", "add_generation_prompt")
 
 Message = Mapping[str, Any]
 
 
 class ChatError(ValueError):
-    """Messages that the template doesn't take, or a template that fails; the message says why."""
+    """The template doesn't accept the messages, or it fails; the message says why."""
 
 
 class ChatTemplate:
-    """A jinja template, run in a sandbox with limits. Safe to share between threads."""
+    """A Jinja template that runs in a sandbox with limits. Safe to share between threads."""
 
     def __init__(
         self,
@@ -46,9 +46,9 @@ class ChatTemplate:
         name: str = "chat template",
         limits: RenderLimits | None = None,
     ) -> None:
-        """special_tokens: variables of the template, as "bos_token". name: what errors call it.
+        """special_tokens: the template's variables for them, such as "bos_token". name: what errors call the template.
 
-        Raises ConfigError naming the line that is no jinja.
+        Raises ConfigError naming the line that isn't valid Jinja.
         """
         if len(source) > MAX_SOURCE:
             raise ConfigError(f"{name} has {len(source)} characters; a chat template may have {MAX_SOURCE}")
@@ -67,9 +67,9 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> ChatTemplate | None:
-        """The folder's `chat_template.jinja`, or else `chat_template` of its `tokenizer_config.json`; None without.
+        """The folder's `chat_template.jinja`, or else `chat_template` in its `tokenizer_config.json`, or else None.
 
-        Raises ConfigError naming the file that is malformed.
+        Raises ConfigError naming a malformed file.
         """
         config = tokenizer_config(folder)
         path = folder / TEMPLATE_FILE
@@ -85,9 +85,10 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt's text, special tokens spelt out. arguments: the template's own, as enable_thinking or tools.
+        """The prompt's text, with special tokens spelt out. Raises ChatError.
 
-        A message's keys with the value None are left out. Raises ChatError.
+        Keys of a message that have the value None are left out. arguments: more variables of the template, such as
+        enable_thinking or tools.
         """
         with metered(self._limits) as meter:
             return self._write(meter, _checked(messages, arguments), add_generation_prompt)
@@ -99,10 +100,10 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         arguments: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
-        """The text, and which characters the assistant said, each answer's end-of-turn token included.
+        """The text, and the spans of what the assistant said, each with the token that ends its turn.
 
-        They are those in the template's {% generation %} blocks; where a template has none, find_answers looks for
-        them. Raises ChatError, also when an answer can't be told from what surrounds it.
+        The template's {% generation %} blocks mark them. If it has none, `find_answers` looks for them. Raises
+        ChatError, also when an answer can't be told apart from the text around it.
         """
         variables = _checked(messages, arguments)
         if self._marks_assistant:
@@ -123,7 +124,7 @@ class ChatTemplate:
                 said = "messages[0] is the assistant's: this template doesn't say where its answer begins"
             else:
                 said = f"the answer in messages[{error.index}] can't be told apart from the rest of the text"
-            raise ChatError(f"{said}. A template with {{% generation %}} blocks says itself") from None
+            raise ChatError(f"{said}. A template can mark answers with {{% generation %}} blocks") from None
 
     def _write(self, meter: Meter, variables: dict[str, Any], add_generation_prompt: bool) -> str:
         pieces = []
@@ -134,7 +135,7 @@ class ChatTemplate:
                 meter.write(piece)
                 pieces.append(piece)
             text = "".join(pieces)
-            text.encode()  # a template can spell half a surrogate pair, which no tokenizer takes
+            text.encode()  # a template can spell half a surrogate pair, which no tokenizer accepts
         except Exception as error:  # a template can raise whatever its operators do
             raise ChatError(_complaint(error)) from None
         return text
@@ -160,7 +161,7 @@ def _generated(whole: str, meter: Meter) -> list[Span]:
 
 
 def _checked(messages: Sequence[Message], arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The template's variables, in Python's own types. Raises ChatError."""
+    """The template's variables, copied to Python's own types. Raises ChatError."""
     if not messages:
         raise ChatError("messages must not be empty")
     arguments = dict(arguments or {})
@@ -181,7 +182,7 @@ def _message(message: Message, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = MAX_DEPTH) -> Any:
-    """A copy in types that JSON has: others have methods that a template could misuse. Raises ChatError."""
+    """A copy in types that JSON has, because others have methods that a template could misuse. Raises ChatError."""
     if depth == 0:
         raise ChatError(f"{where} is nested more than {MAX_DEPTH} deep")
     if value is None or isinstance(value, bool):
@@ -202,13 +203,13 @@ def _plain(value: Any, where: str, depth: int = MAX_DEPTH) -> Any:
 
 
 def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
-    """`chat_template`, one or several by name, and what errors call it."""
+    """The `chat_template` in `config`, the default one if there are several, or None; and what errors call it."""
     name = f"{path}: chat_template"
     found = config.get("chat_template")
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         if "default" not in named:
-            raise ConfigError(f"{name} holds none that is named default")
+            raise ConfigError(f"{name} holds no template that is named default")
         found = named["default"]
     if found is not None and not isinstance(found, str):
         raise ConfigError(f"{name} must be a string, or a list of names and templates")
@@ -216,15 +217,15 @@ def _template_of(config: dict[str, Any], path: Path) -> tuple[str | None, str]:
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says; empty without one. Raises ConfigError naming the file."""
+    """The content of tokenizer_config.json; empty if there is none. Raises ConfigError naming the file."""
     return read_json_if_present(folder / TOKENIZER_CONFIG)
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """What a folder calls its special tokens, as {"eos_token": "</s>"}. Raises ConfigError naming the file."""
+    """A folder's special tokens by name, such as {"eos_token": "</s>"}. Raises ConfigError naming the file."""
     config = tokenizer_config(folder)
     sources = [(folder / TOKENIZER_CONFIG, config)]
-    if "added_tokens_decoder" not in config:  # older folders say in a file of its own what newer ones say there
+    if "added_tokens_decoder" not in config:  # older folders have a separate file for special tokens
         path = folder / SPECIAL_TOKENS_MAP
         sources.append((path, read_json_if_present(path)))
     tokens = {}

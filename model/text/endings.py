@@ -1,5 +1,5 @@
-"""Which tokens end what a model writes: those that its folder names, and the one that its chat template puts behind an
-answer. And what a folder says of the tokens around a text, and nobody does."""
+"""Which tokens end what a model writes: those that its folder names, and the one that its chat template puts after an
+answer. Also warns of flags for the tokens around a text that have no effect."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from isthmus.model.text.chat import ChatError, ChatTemplate, special_tokens, tok
 from isthmus.model.text.tokenizer import TextError, Tokenizer
 
 _ANSWER = "Quite so"
-"""Of the conversation that a template is tried with"""
+"""The answer in the conversation that a template is tried with"""
 
 
 def end_ids(ids: Iterable[int], spelt: str | None, tokenizer: Tokenizer, chat: ChatTemplate | None) -> frozenset[int]:
-    """Drawing one of these ends a text. ids: generation_config.json's, or config.json's. spelt: tokenizer_config.json's
-    eos_token, which some folders with a chat template set, and leave the ids at their base model's."""
+    """The ids that end a text when one of them is drawn. ids: those in generation_config.json or config.json. spelt:
+    the eos_token in tokenizer_config.json; some folders with a chat template set it and keep their base model's ids."""
     named = None if spelt is None else tokenizer.token_id(spelt)
     found = {*ids, *turn_end(tokenizer, chat)} | ({named} if named is not None else set())
     return frozenset(token for token in found if token < tokenizer.vocab_size)
 
 
 def turn_end(tokenizer: Tokenizer, chat: ChatTemplate | None) -> frozenset[int]:
-    """The special token that the template writes right behind the last answer; none if it writes no such token."""
+    """The special token that the template writes right after the last answer; empty if it writes none there."""
     if chat is None:
         return frozenset()
     try:
@@ -32,15 +32,15 @@ def turn_end(tokenizer: Tokenizer, chat: ChatTemplate | None) -> frozenset[int]:
         )
         behind = tokenizer.encode_chat(text.rpartition(_ANSWER)[2].lstrip()) if _ANSWER in text else []
     except (ChatError, TextError):
-        return frozenset()  # a template that takes no such conversation
+        return frozenset()  # the template doesn't accept such a conversation
     return frozenset(behind[:1]) & tokenizer.special_ids
 
 
 def unheeded_flags(folder: Path, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Warnings of add_bos_token and add_eos_token that say otherwise than tokenizer.json's post-processor does.
+    """Warnings of add_bos_token and add_eos_token if they contradict the post-processor in tokenizer.json.
 
-    transformers 5 reads neither where there is a tokenizer.json, and nor do we: versions before it did for some classes
-    of tokenizers. Raises ConfigError for a malformed tokenizer_config.json.
+    If there is a tokenizer.json, transformers 5 ignores both flags, and so do we. Earlier versions read them for some
+    classes of tokenizers. Raises ConfigError for a malformed tokenizer_config.json.
     """
     config, names = tokenizer_config(folder), special_tokens(folder)
     added = tokenizer.encode("")

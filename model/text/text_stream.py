@@ -1,10 +1,10 @@
-"""Tokens to text as they come. For all ids and each place to cut them into a prompt and what follows it:
+"""Turns tokens into text as they come. For all ids, and each place to cut them into a prompt and what follows it:
 
-    the prompt's text + all that a stream gives == the text of all the ids together
+    the prompt's text + all that the stream returns == the text of all the ids together
 
-whatever the tokenizer's decoder does: a space that it strips from a text's beginning is there in its middle, and bytes
-that are no UTF-8 are U+FFFD. A character that the prompt leaves unfinished isn't the prompt's but the stream's. No
-sequence of ids raises.
+This holds whatever the tokenizer's decoder does. A space that it strips from the beginning of a text is kept in the
+middle, and bytes that aren't UTF-8 become U+FFFD. A character that the prompt leaves unfinished belongs to the stream.
+No sequence of ids raises an error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _WINDOW = 8
-"""Tokens that are decoded again, at most about, to see what the next one adds"""
+"""About the most tokens that are decoded again to see what the next one adds"""
 _MOST = 64
+"""Most tokens that are kept while the newest of them have no text"""
 _BYTE = re.compile("<0x([0-9a-fA-F]{2})>")
 
 
 class TextStream(ABC):
-    """Decodes tokens one at a time and gives text out only in whole UTF-8 characters."""
+    """Decodes tokens as they come, and returns text only in whole UTF-8 characters."""
 
     @abstractmethod
     def push(self, ids: Sequence[int]) -> str:
@@ -33,11 +34,11 @@ class TextStream(ABC):
 
     @abstractmethod
     def flush(self) -> str:
-        """What is still held at the end: bytes of an unfinished character come out as U+FFFD."""
+        """The text that is still held at the end; the bytes of an unfinished character become U+FFFD."""
 
 
 class Detokenizer:
-    """Opens streams; what it finds out about single tokens is kept for the next one. Safe to share between threads."""
+    """Opens streams, and keeps what it finds out about single tokens for later ones. Safe to share between threads."""
 
     def __init__(self, inner: Tokenizer) -> None:
         self._inner = inner
@@ -61,7 +62,7 @@ class Detokenizer:
 
 
 class _Table(dict[int, Any]):
-    """What a function says of an id, asked once."""
+    """The values of a function of ids, each computed once."""
 
     def __init__(self, function: Callable[[int], Any]) -> None:
         super().__init__()
@@ -73,7 +74,7 @@ class _Table(dict[int, Any]):
 
 
 def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A decoder's steps in order."""
+    """The steps of a decoder in order, with sequences unrolled."""
     if decoder is None:
         return []
     if decoder["type"] != "Sequence":
@@ -82,7 +83,7 @@ def _steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _token_by_token(steps: list[dict[str, Any]]) -> bool:
-    """Whether a token adds the same text wherever it stands, but at the beginning and within a run of bytes."""
+    """Whether a token adds the same text wherever it stands, except at the beginning and in a run of byte tokens."""
     fused = False
     for step in steps:
         if step["type"] == "Fuse":
@@ -95,11 +96,11 @@ def _token_by_token(steps: list[dict[str, Any]]) -> bool:
     return bool(steps)
 
 
-# Byte-level tokenizers: a text is its tokens' bytes
+# Byte-level tokenizers, where the bytes of a text are those of its tokens
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """How GPT-2 writes bytes as characters: printable ones as themselves, the others as those from 256 on."""
+    """How GPT-2 writes bytes as characters: printable ones as themselves, the others as characters from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -118,7 +119,7 @@ def _byte_level(token: str | None, special: set[str]) -> bytes:
 
 
 def _tail(table: dict[int, bytes], ids: Sequence[int]) -> bytes:
-    """The last 3 bytes: no unfinished character has more."""
+    """The last 3 bytes of the ids' text; an unfinished character has no more."""
     tail = b""
     for token in reversed(ids):
         if len(tail) >= 3:
@@ -143,11 +144,11 @@ class _ByteStream(TextStream):
         return text
 
 
-# Any other: what is new is the difference between decoding with it and without
+# All other tokenizers, where a token's text is the difference between decoding with it and without it
 
 
 _TEXT, _NOTHING = -1, -2
-"""Kinds of tokens; one that stands for a byte is of that byte's kind"""
+"""Kinds of tokens: with text, and without any. The kind of a token that stands for a byte is that byte, 0 to 255"""
 
 
 def _kind(token: str | None, special: set[str], fallback: bool) -> int:
@@ -158,8 +159,8 @@ def _kind(token: str | None, special: set[str], fallback: bool) -> int:
 
 
 class _WindowStream(TextStream):
-    """Tokens whose text may still change are held: those of an unfinished character, and a run of byte tokens until it
-    ends, because an invalid byte at its end turns all of it into U+FFFD."""
+    """Holds back tokens whose text may still change: those of an unfinished character, and a run of byte tokens until
+    it ends, because an invalid byte at its end turns the whole run into U+FFFD."""
 
     def __init__(
         self,
@@ -169,17 +170,17 @@ class _WindowStream(TextStream):
         pieces: dict[int, str] | None,
         prompt: Sequence[int],
     ) -> None:
-        """table: the bytes of tokens, where the decoder joins bytes and does more. pieces: what tokens were found to
-        add behind others, where that is always the same."""
+        """table: the bytes of each token, if the decoder joins bytes and does more besides. pieces: the text that each
+        token was found to add after others, if that is always the same."""
         self._decode, self._kinds, self._table, self._pieces = decode, kinds, table, pieces
         self._settled = False
-        """Whether what is shown ends in a token of text, so that `pieces` holds from here on"""
+        """Whether what was shown has text, so that `pieces` is right for what follows"""
         self._shown, self._held = self._context(prompt)
-        """Tokens whose text is out, and those whose text isn't"""
+        """The tokens whose text was returned, and those whose text is held back"""
         self._text = decode(self._shown)
 
     def _context(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The prompt's end: enough of it to know what a token adds, and the tokens of an unfinished character."""
+        """The prompt's last tokens: enough to know what the next one adds, and those of an unfinished character."""
         ids: list[int] = []
         run, size = 0, _WINDOW
         for token in reversed(prompt):
@@ -213,8 +214,8 @@ class _WindowStream(TextStream):
         return self._give(held) if held else ""
 
     def _closed(self, ids: list[int], known: int = 0) -> int:
-        """How many of the first of `ids` have a text that stays. The first `known` are held, and no byte after them
-        changes that."""
+        """How many of `ids`, from the first, have a text that can't change any more. The first `known` are held
+        already, and stay so if only byte tokens follow them."""
         end = len(ids)
         if self._table is None:
             while end > known and self._kinds[ids[end - 1]] >= 0:
@@ -231,7 +232,7 @@ class _WindowStream(TextStream):
             return self._behind(ids, self._pieces)
         shown = self._shown + ids
         text = self._decode(shown)
-        # Otherwise the prompt ends in bytes that were valid without those that follow it: it stays as it was shown.
+        # Otherwise the prompt ends in bytes that were valid only without those that follow; what was shown stays.
         new = text[len(self._text) :] if text.startswith(self._text) else self._decode(ids)
         self._shown, self._text, self._settled = shown, text, bool(text)
         if len(shown) > _WINDOW:
@@ -239,7 +240,7 @@ class _WindowStream(TextStream):
         return new
 
     def _behind(self, ids: list[int], pieces: dict[int, str]) -> str:
-        """What `ids` add behind any text, whichever it is."""
+        """The text that `ids` add after some other text, which is the same whatever that is."""
         if len(ids) > 1:
             return self._decode(self._shown + ids)[len(self._text) :]
         piece = pieces.get(ids[0])
@@ -248,7 +249,8 @@ class _WindowStream(TextStream):
         return piece
 
     def _shorten(self) -> None:
-        """Forgets tokens that don't matter for what follows. Those kept have a text: what is stripped was stripped."""
+        """Forgets tokens that don't matter for what follows. Those that are kept have some text, so that the decoder
+        doesn't take what follows for the beginning of a text, where it strips spaces."""
         last = self._shown[-_WINDOW // 2 :]
         text = self._decode(last)
         if text:
@@ -259,7 +261,8 @@ class _WindowStream(TextStream):
 
 
 def _unfinished(run: bytes, *, lenient: bool = False) -> int:
-    """How many bytes at the end begin a character; 0 too where those before it are no text, unless lenient."""
+    """How many bytes at the end begin a character without completing it. It is 0 if the bytes before them aren't UTF-8,
+    unless `lenient`."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace" if lenient else "strict")
     try:
         decoder.decode(run)

@@ -1,4 +1,4 @@
-"""The tokenizer that travels with a checkpoint (`tokenizer.json`), and training one: byte-level BPE."""
+"""The tokenizer beside a checkpoint (`tokenizer.json`), and training a new one: byte-level BPE."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ END_OF_TEXT = "<|endoftext|>"
 """Starts every document in training and every prompt in serving; drawing it ends the sequence."""
 
 NORMALIZED = 4
-"""Characters that Unicode's normal forms make one of, at most"""
+"""Most characters that Unicode's normal forms combine into one"""
 
 
 class TooManyTokens(ValueError):
-    """A text makes more tokens than are wanted."""
+    """A text has more tokens than are allowed."""
 
     def __init__(self, count: int, most: int, *, whole: bool = True) -> None:
-        """whole: whether all of the text was counted."""
+        """whole: whether the whole text was counted; if not, it has at least `count` tokens."""
         self.count, self.counted = count, f"{count}" if whole else f"at least {count}"
         super().__init__(f"has {self.counted} tokens; at most {most}")
 
 
 MAX_WORK = 256 << 20
-"""Characters of a prompt, times what its tokenizer may make of each"""
-
+"""Limit for the characters of a prompt times the growth that its tokenizer may cause"""
 
 PART = 256 << 10
-"""Characters of a text that are encoded without knowing how many tokens they make"""
+"""Most characters that are encoded at once while it isn't known how many tokens they have"""
 _PER_CUT = 64
-"""Tokens that cutting a text may add, generously"""
+"""Tokens that cutting a text into parts may add per cut, estimated generously"""
 
 _SPECIAL = re.compile(
     r"<\|[^\s<>|]{1,64}\|>|<\uff5c[^\s<>\uff5c]{1,64}\uff5c>|<(?:bos|eos|start_of_turn|end_of_turn)>|</?s>|\[/?INST\]"
@@ -49,21 +48,22 @@ _SPECIAL = re.compile(
 
 
 def looks_special(text: str) -> str | None:
-    """What in it is written as some family's special tokens are. For warnings: no tokenizer is asked."""
+    """The first part of `text` that is written like a special token of some family, or None. It is for warnings, and
+    asks no tokenizer."""
     found = _SPECIAL.search(text)
     return None if found is None else found[0]
 
 
 class TextError(ValueError):
-    """A text that this tokenizer doesn't take; the message says why."""
+    """The tokenizer doesn't accept a text; the message says why."""
 
 
 class Tokenizer:
     """Text to token ids and back."""
 
     def __init__(self, inner: _Tokenizer, *, vocab_size: int | None = None, growth: int = 1) -> None:
-        """vocab_size: the highest id, plus one; None looks for it. growth: bytes that a byte may become before it is
-        cut into tokens."""
+        """vocab_size: the highest id plus one; None looks for it. growth: the most bytes that one byte of text may
+        become before the text is cut into tokens."""
         inner.encode_special_tokens = True  # a prompt that spells out a special token is text
         _without_settings(inner)
         self._inner = inner
@@ -71,14 +71,15 @@ class Tokenizer:
         self.vocab_size: int = _highest_id(inner) + 1 if vocab_size is None else vocab_size
         self.eos_id: int | None = inner.token_to_id(END_OF_TEXT)
         self.eos_ids = frozenset() if self.eos_id is None else frozenset({self.eos_id})
-        """Drawing one of these ends a text"""
+        """Drawing one of these ids ends a text"""
 
     @classmethod
     def load(cls, path: Path, declared: Sequence[tuple[AddedToken, bool]] = ()) -> Tokenizer:
         """Reads a Hugging Face `tokenizer.json`. Raises ConfigError when it isn't one, or isn't safe to use.
 
-        What it says of truncation, padding and dropout is for training, and not done. declared: tokens that are one
-        token wherever they are spelt out, of those that it has, and whether they are special though it says otherwise.
+        Its settings for truncation, padding and dropout are for training, and are ignored. declared: tokens of the
+        vocabulary that become one token wherever they are spelt out, each with whether it becomes special even if the
+        file says otherwise.
         """
         found = examine(path)
         try:
@@ -89,15 +90,15 @@ class Tokenizer:
         for token, index in found.added:
             if (given := inner.token_to_id(token)) != index:
                 raise ConfigError(
-                    f"{path}: the added token {token!r} can't have the id {index}: ids go on from the model's "
-                    f"vocabulary, which makes it {given}. List it in model.vocab too"
+                    f"{path}: the added token {token!r} can't have the id {index}: added tokens are numbered on from "
+                    f"the model's vocabulary, so it gets {given}. List it in model.vocab too"
                 )
         _declare(inner, declared)
         return cls(inner, vocab_size=found.vocab_size, growth=found.growth)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Byte-level BPE: every string can be encoded, and decoding gives back the same bytes.
+        """Trains a byte-level BPE: it can encode every string, and decoding gives back the same bytes.
 
         Raises ConfigError when vocab_size has no room for the 256 bytes and the end-of-text token.
         """
@@ -124,29 +125,29 @@ class Tokenizer:
         path.write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
     def spec(self) -> dict[str, Any]:
-        """What its tokenizer.json says."""
+        """The content of its tokenizer.json."""
         found: dict[str, Any] = json.loads(self._inner.to_str())
         return found
 
     def encode(self, text: str, most: int | None = None, *, parse_special: bool = False) -> list[int]:
-        """Token ids, with what the tokenizer puts before a prompt.
+        """Token ids, with those that the tokenizer puts around a prompt.
 
-        parse_special: whether a special token written out in the text is that token; else it is text. Other threads go
-        on meanwhile, until the list is made. Raises TooManyTokens before that, if there are more than `most`, and
-        TextError.
+        parse_special: whether a special token that is spelt out in the text is that token; otherwise it is text. Other
+        threads can run meanwhile, until the list of ids is made. Raises TooManyTokens before that, if there are more
+        than `most`, and TextError.
         """
         return self._encode(self._with_special_tokens if parse_special else self._inner, text, most)
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """As encode, in parallel."""
+        """As encode, for several texts in parallel. Raises TextError."""
         inner = self._with_special_tokens if parse_special else self._inner
         with _typed_errors():
             return [encoding.ids for encoding in inner.encode_batch_fast(list(texts))]
 
     def encode_chat(self, text: str, most: int | None = None) -> list[int]:
-        """Token ids of a rendered chat template: special tokens written out in it are special, and nothing is added.
+        """Token ids of a rendered chat template: special tokens spelt out in it are special, and no tokens are added.
 
-        most, and what it raises: as of encode.
+        `most`, and the errors raised, are as in encode.
         """
         return self._encode(self._with_special_tokens, text, most, add_special_tokens=False)
 
@@ -159,9 +160,10 @@ class Tokenizer:
             return _ids(inner.encode_batch_fast([text], add_special_tokens=add_special_tokens), most)
 
     def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """As encode_chat, in parallel: each text's ids, and which of its characters each token stands for.
+        """As encode_chat, in parallel: the ids of each text, and which of its characters each token stands for.
 
-        The extents [start, end) tile the text, but for a character cut into several tokens: each of them has it whole.
+        These extents [start, end) tile the text, except that if a character is cut into several tokens, each of them
+        has the whole character.
         """
         with _typed_errors():
             encoded = self._with_special_tokens.encode_batch(list(texts), add_special_tokens=False)
@@ -169,7 +171,8 @@ class Tokenizer:
 
     @cached_property
     def _with_special_tokens(self) -> _Tokenizer:
-        """One that shares the vocabulary: encode_special_tokens is a setting of the whole."""
+        """A tokenizer that reads special tokens and shares the vocabulary. It exists because encode_special_tokens is a
+        setting of a whole tokenizer."""
         inner = _Tokenizer(self._inner.model)
         for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
             setattr(inner, part, getattr(self._inner, part))
@@ -184,8 +187,8 @@ class Tokenizer:
         return Detokenizer(self._inner)
 
     def prepare(self) -> None:
-        """Does at once what the first text and the first stream would wait for, and keep all other threads from: the
-        best part of a second for a vocabulary of 256k."""
+        """Does now what the first text and the first stream would otherwise wait for. It takes most of a second for a
+        vocabulary of 256k, in which no other thread can run."""
         _ = self._lengths, self._detokenizer, self._with_special_tokens
 
     def token_id(self, token: str) -> int | None:
@@ -194,38 +197,38 @@ class Tokenizer:
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Of tokens that are no text."""
+        """The ids of special tokens, which are not text."""
         added = self._inner.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        (text,) = self._inner.decode_batch([list(ids)], skip_special_tokens=True)  # lets other threads go on
+        """The text of `ids` without special tokens; bytes that aren't UTF-8 become U+FFFD."""
+        (text,) = self._inner.decode_batch([list(ids)], skip_special_tokens=True)  # lets other threads run
         return text
 
     def most_characters(self, tokens: int) -> int:
-        """A text of more characters makes more than `tokens` tokens.
+        """The most characters that a text of `tokens` tokens can have.
 
-        That is sure of a tokenizer that spells out all it is given, as byte-level and byte-fallback ones do; of one
-        that drops or joins what it doesn't know it is a limit.
+        This is certain if the tokenizer spells out all that it is given, as byte-level and byte-fallback ones do. For
+        one that drops or joins what it doesn't know, it is merely a limit.
         """
         shrinks = 1 if self._inner.normalizer is None else NORMALIZED
         return tokens * int(self._lengths.max()) * shrinks
 
     def spelt_characters(self, ids: np.ndarray) -> int:
-        """The most characters that the text of `ids`, all in the vocabulary, can have."""
+        """The most characters that the text of `ids` can have, which must all be in the vocabulary."""
         return int(self._lengths[ids].sum()) + len(ids)
 
     @cached_property
     def _lengths(self) -> np.ndarray:
-        """int64[ids]: characters of each token as the vocabulary spells it; of a byte-level one they are its bytes."""
+        """int64[ids]: characters of each token as the vocabulary spells it, which are its bytes in a byte-level one."""
         vocab = self._inner.get_vocab()
         lengths = np.zeros(max(vocab.values()) + 1, np.int64)
         lengths[list(vocab.values())] = [len(token) for token in vocab]
         return lengths
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
-        """Gives out the text of the tokens that follow `prompt`, as it is behind the prompt's."""
+        """Opens a stream that returns the text of the tokens that follow `prompt`, as it is after the prompt's text."""
         return self._detokenizer.open(prompt)
 
 
@@ -234,13 +237,13 @@ def _declare(inner: _Tokenizer, declared: Sequence[tuple[AddedToken, bool]]) -> 
     for token, promotes in declared:
         known = added.get(token.content)
         new = known is None or (promotes and token.special and not known.special)
-        if new and inner.token_to_id(token.content) is not None:  # the model has no embedding for another
+        if new and inner.token_to_id(token.content) is not None:  # the model has no embedding for a new id
             inner.add_tokens([token])
             added[token.content] = token
 
 
 def _without_settings(inner: _Tokenizer) -> None:
-    """Turns off what was set for training, and saved with the tokenizer."""
+    """Turns off settings that are for training and were saved with the tokenizer."""
     inner.no_truncation()
     inner.no_padding()
     if getattr(inner.model, "dropout", None):
@@ -250,13 +253,13 @@ def _without_settings(inner: _Tokenizer) -> None:
 def _highest_id(inner: _Tokenizer) -> int:
     size = inner.get_vocab_size()
     if all(inner.id_to_token(token) is not None for token in range(size)):
-        return size - 1  # several times faster than to list the vocabulary
+        return size - 1  # several times faster than listing the vocabulary
     return max(inner.get_vocab().values())
 
 
 @contextmanager
 def _typed_errors() -> Iterator[None]:
-    """Raises TextError for what the library's regular expressions give up on, which is a panic, no Exception."""
+    """Raises TextError when the library's regular expressions give up, which is a panic and not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -266,8 +269,8 @@ def _typed_errors() -> Iterator[None]:
 
 
 def _count_parts(inner: _Tokenizer, text: str, most: int) -> None:
-    """Raises TooManyTokens if a long text has far more than `most`, part by part: encoded as a whole, each of them
-    would take some 250 bytes, and of 4 MB of text that is a gigabyte."""
+    """Raises TooManyTokens if a long text has far more than `most` tokens, which it counts part by part. If the text
+    was encoded as a whole, each token would take about 250 bytes: a gigabyte for 4 MB of text."""
     if len(text) <= PART:
         return
     count = 0
@@ -286,7 +289,7 @@ def _ids(encoded: Sequence[Encoding], most: int | None) -> list[int]:
 
 
 def _extents(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Offsets with the space in front of a token, which some tokenizers trim from it, given back."""
+    """The offsets, extended by the space before a token, which some tokenizers trim from it."""
     extents, done = [], 0
     for start, end in offsets:
         extents.append((min(start, done), end))

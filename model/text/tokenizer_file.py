@@ -1,4 +1,4 @@
-"""Reading a tokenizer.json, which is somebody else's program: what it may make of a text is bounded before it runs."""
+"""Checks a tokenizer.json, which is somebody else's program: bounds what it may make of a text before it runs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from isthmus.model.text import tokenizer_trial
 from isthmus.model.text.tokenizer_trial import GAVE_UP
 
 MAX_GROWTH = 256
-"""Bytes that normalizers, or decoders, may make of one byte; those of published families make up to 132"""
+"""Most bytes that normalizers, or decoders, may make of one byte; those of published families make up to 132"""
 MAX_TOKEN = 1 << 16
-"""Characters of a token"""
+"""Most characters of a token"""
 MAX_ADDED = 64
-"""Tokens that a post-processor may put around a text"""
+"""Most tokens that a post-processor may put around a text"""
 TRIAL_SECONDS = 8
-"""Processor time that regular expressions nobody knows have for the trial's texts, of which others take 0.5 s"""
+"""Processor time for unknown regular expressions to get through the texts of the trial; ordinary ones take 0.5 s"""
 
 _EXPANDS = {"NFD": 3, "NFC": 3, "NFKD": 11, "NFKC": 11, "Lowercase": 2, "BertNormalizer": 6, "ByteLevel": 2}
-"""Bytes that one byte becomes at most (Unicode Standard Annex 15, table of expansion factors)"""
+"""Most bytes that each normalizer makes of one byte (Unicode Standard Annex 15, table of expansion factors)"""
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+{S}"
@@ -43,25 +43,25 @@ PATTERNS = {
     "spaces": " {2,}",
     "space": r"\s+",
 }
-"""Regular expressions of GPT-2, Qwen 2 and 3, Llama 3, OLMo 2, Phi 4, Mistral NeMo and gpt-oss: their time grows as the
-text does"""
+"""Regular expressions of GPT-2, Qwen 2 and 3, Llama 3, OLMo 2, Phi 4, Mistral NeMo and gpt-oss. The time that they take
+grows linearly with the text"""
 KNOWN_PATTERNS = frozenset(PATTERNS.values())
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """What the checks found out on the way."""
+    """What the checks found out about a tokenizer.json."""
 
     growth: int
-    """Bytes that a byte of text may become before it is cut into tokens"""
+    """Most bytes that one byte of text may become before the text is cut into tokens"""
     vocab_size: int
     """The highest id, plus one"""
     added: tuple[tuple[str, int], ...]
-    """Tokens beside the model's, and their ids"""
+    """Tokens besides those of the model's vocabulary, and their ids"""
 
 
 def examine(path: Path) -> TokenizerFile:
-    """Checks a tokenizer.json before its library reads it. Raises ConfigError naming what it asks too much of."""
+    """Checks a tokenizer.json before the library reads it. Raises ConfigError naming the part that exceeds a limit."""
     spec = read_json(path, MAX_TOKENIZER_BYTES)
     normalizer, decoder = (_growth(spec.get(part), part, path) for part in ("normalizer", "decoder"))
     _check_added(spec.get("post_processor"), path)
@@ -82,7 +82,7 @@ def _vocabulary(spec: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         yield from ((token, index) for token, index in vocabulary.items() if isinstance(index, int))
-    elif isinstance(vocabulary, list):  # Unigram's: tokens and scores
+    elif isinstance(vocabulary, list):  # a Unigram model's, of tokens and scores
         pairs = (entry[0] if isinstance(entry, list) and entry else None for entry in vocabulary)
         yield from ((token, index) for index, token in enumerate(pairs) if isinstance(token, str))
 
@@ -113,7 +113,7 @@ def _growth(part: Any, where: str, path: Path) -> int:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """A normalizer's or a decoder's steps, sequences unrolled."""
+    """The steps of a normalizer or a decoder, with sequences unrolled."""
     todo = [part]
     while todo:
         step = todo.pop()
@@ -126,7 +126,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _factor(step: Mapping[str, Any]) -> int:
-    """Bytes that one byte becomes at most."""
+    """Most bytes that a step makes of one byte."""
     kind, added = step.get("type"), step.get("content") or step.get("prepend") or ""
     size = len(str(added).encode(errors="replace"))
     if kind == "Prepend":
@@ -134,7 +134,7 @@ def _factor(step: Mapping[str, Any]) -> int:
     if kind == "Replace":
         pattern = step.get("pattern")
         found = pattern.get("String") if isinstance(pattern, dict) else None
-        if not found:  # a regular expression may match nothing, in front of each character
+        if not found:  # a regular expression may match the empty string before each character
             return 1 + size
         return max(1, -(-size // len(found.encode(errors="replace"))))
     if kind == "Precompiled":
@@ -143,7 +143,8 @@ def _factor(step: Mapping[str, Any]) -> int:
 
 
 def _longest_replacement(charsmap: Any) -> int:
-    """Of SentencePiece's table: the size of a trie, the trie, and what it leads to, each ended by a zero."""
+    """The longest replacement in SentencePiece's table, in bytes. The table is the size of a trie, the trie, and the
+    replacements, each ended by a zero."""
     try:
         table = base64.b64decode(charsmap or "")
     except (TypeError, ValueError):
@@ -153,7 +154,7 @@ def _longest_replacement(charsmap: Any) -> int:
 
 
 def _check_added(part: Any, path: Path) -> None:
-    """Raises ConfigError for a post-processor that repeats the text, or puts very much around it."""
+    """Raises ConfigError for a post-processor that repeats the text, or puts too many tokens around it."""
     added, todo = 0, [part]
     while todo:
         step = todo.pop()
@@ -188,10 +189,10 @@ def _patterns(spec: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _try_out(path: Path, patterns: list[str]) -> None:
-    """Encodes texts that make regular expressions go back and forth, in a process that can be ended."""
-    # By its path: a folder called model may lie where the command runs, and isn't to be imported.
+    """Encodes texts that make regular expressions backtrack, in a process that can be ended. Raises ConfigError."""
+    # The trial is run by its path, so that no module in the folder where the command runs is imported instead.
     command = [sys.executable, "-P", tokenizer_trial.__file__, str(path), str(TRIAL_SECONDS)]
-    # The limit is one of processor time, so that a busy machine fails no honest tokenizer.
+    # The limit is for processor time; one for wall time would refuse good tokenizers on a busy machine.
     done = subprocess.run(command, input=json.dumps(patterns), capture_output=True, text=True, check=False)
     if done.returncode < 0 or done.returncode == GAVE_UP:
         shown = ", ".join(repr(pattern[:200]) for pattern in patterns)

@@ -1,7 +1,7 @@
-"""`python model/text/tokenizer_trial.py FILE SECONDS`: encodes texts that a bad regular expression takes for ever over.
+"""`python model/text/tokenizer_trial.py FILE SECONDS`: encodes texts for which a bad regular expression takes for ever.
 
-The patterns come as a JSON list on standard input. Exits with GAVE_UP where the library gives up on a text, or takes
-quadratic time, and is ended by a signal when it takes too long or too much memory. Imports nothing of this project.
+The patterns come as a JSON list on standard input. Exits with GAVE_UP if the library gives up on a text or takes
+quadratic time. A signal ends it if it takes too long or too much memory. Imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Tokenizer
 
 MEMORY = 8 << 30
-"""Bytes of address space"""
+"""Limit for the address space, in bytes"""
 GAVE_UP = 3
 SHORT, LONG = 1 << 10, 12 << 10
-"""Characters: what takes exponential or cubic time shows in the short ones, quadratic time in the long ones"""
+"""Characters of the texts: exponential and cubic time show in short ones, quadratic time in long ones"""
 SLOW = 0.03
-"""Seconds for a long text; others take a tenth"""
+"""Seconds above which a long text may take quadratic time; ordinary patterns take a tenth of this"""
 _USUAL = "aA1 \n\t.'é漢"
 
 
 def characters(patterns: Iterable[str]) -> list[str]:
-    """Some that any text has, and those that the patterns name."""
+    """Some characters that any text has, and those that the patterns name; at most 24."""
     return list(dict.fromkeys(_USUAL + "".join(patterns)))[:24]
 
 
 def runs(some: list[str]) -> Iterator[str]:
-    """Of one character and of two in turn, with an end that doesn't go with them."""
+    """Runs of one character and of two in turn, each with and without an end that doesn't match them."""
     for end in ("", "\0!"):
         yield from (text * SHORT + end for text in some)
         yield from ("".join(pair) * (SHORT // 4) + end for pair in itertools.permutations(some, 2))
@@ -55,7 +55,7 @@ def main(path: str, seconds: str) -> int:
     _allow(60)  # reading the file already normalizes its added tokens
     try:
         tokenizer = Tokenizer.from_file(path)
-    except Exception:  # the caller reads it again, and says what is wrong with it
+    except Exception:  # the caller reads the file again, and says what is wrong with it
         return 0
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -77,7 +77,7 @@ def _allow(seconds: int) -> None:
 
 
 def _limit(what: int, most: int) -> None:
-    """Within what the process was allowed already."""
+    """Sets a limit, but not above the one that the process has already."""
     hard = resource.getrlimit(what)[1]
     resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 

@@ -1,8 +1,8 @@
 """Orbax checkpoints: saved in the background, committed atomically, restored to any mesh.
 
 A model folder holds `config.json`, `tokenizer.json` and `checkpoints/STEP/{params,optimizer,progress}`. Arrays are
-stored in the stacked layout whatever the run used, so that training on one layout can serve or resume on the other; on
-disk, a parameter's path is a path through nested dicts.
+stored in the stacked layout, whatever layout the run used, so that a run in one layout can be served or resumed in the
+other. On disk, a parameter's path is a path through nested dicts.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from isthmus.model.weights import quantization
 from isthmus.model.weights.layout import is_params, stack_params, unstack
 from isthmus.model.weights.load import Read
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates saves, and each error before it raises it
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and every error that it also raises
 
 FOLDER = "checkpoints"
 QUANTIZATION = "quantization"
-"""In a checkpoint's progress: the rules that its integers were made by"""
+"""The key, in a checkpoint's progress, of the rules that its integers were made by."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be read or written; the message says which and why."""
+    """A checkpoint can't be read or written. The message says which one and why."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Checkpoints:
     """The checkpoints of one model folder."""
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """keep: how many of the newest to keep; None keeps all. A folder opened with `keep` is the caller's alone: what
-        an earlier save left unfinished in it is deleted."""
+        """keep: how many of the newest checkpoints to keep; None keeps all. With `keep`, unfinished saves in the folder
+        are deleted, so nobody else may be saving to it."""
         self._path, self._saving = (folder / FOLDER).resolve(), 0
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
@@ -68,8 +68,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
 
     def save(self, step: int, params: Params, optimizer: Any, progress: dict) -> None:
-        """Starts a save and returns once the arrays may be donated again. optimizer: None leaves it out; progress:
-        JSON. Raises CheckpointError when it, or the save before it, fails."""
+        """Starts a save and returns once the arrays may be donated again. optimizer: None leaves it out. progress: must
+        be JSON. Raises CheckpointError when this save can't be started, or when the previous one failed."""
         self.wait()
         snapshot = _snapshot((params, optimizer))
         params = _nested(quantization.to_arrays(snapshot[0]))
@@ -79,7 +79,7 @@ class Checkpoints:
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # TensorStore's are of many types
+        except Exception as error:  # TensorStore raises many types
             raise self._failure(error) from None
 
     def check(self) -> None:
@@ -88,10 +88,10 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until no save is under way. Raises CheckpointError when the last one failed."""
+        """Waits until no save is under way. Raises CheckpointError when the last one failed."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # TensorStore's are of many types
+        except Exception as error:  # TensorStore raises many types
             raise self._failure(error) from None
         self._saving = 0
 
@@ -107,9 +107,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, params: Params, optimizer: Any) -> Restored:
-        """The newest checkpoint, stacked, in the shapes, dtypes and shardings of abstract `params` and `optimizer`.
+        """Returns the newest checkpoint in the stacked layout. params, optimizer: abstract arrays with the shapes,
+        dtypes and shardings that the arrays are to have.
 
-        Raises CheckpointError when there is none, or it can't be read.
+        Raises CheckpointError when there is no checkpoint, or it can't be read.
         """
         step = self._newest()
         items = self._restore(
@@ -121,17 +122,19 @@ class Checkpoints:
         return Restored(step, _flat(items["params"]), _flat(items["optimizer"]), items["progress"])
 
     def newest_params(self) -> StoredParams:
-        """The newest parameters, to be read one by one. Raises CheckpointError when there are none."""
+        """Opens the parameters of the newest checkpoint, which can be read one by one. Raises CheckpointError when
+        there is no checkpoint."""
         return StoredParams(self._path / str(self._newest()))
 
     def progress(self) -> dict:
-        """The newest checkpoint's. Raises CheckpointError when there is none, or it can't be read."""
+        """Returns the progress that the newest checkpoint holds. Raises CheckpointError when there is no checkpoint, or
+        it can't be read."""
         return self._restore(self._newest(), progress=ocp.args.JsonRestore())["progress"]
 
     def _restore(self, step: int, **items: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # TensorStore's are of many types
+        except Exception as error:  # TensorStore raises many types
             raise _unreadable(self._path / str(step), error) from error
 
     def _newest(self) -> int:
@@ -161,11 +164,12 @@ class StoredParams:
         try:
             tree = self._reader.metadata(self._folder / "params").item_metadata.tree
             return {path: tuple(found.shape) for path, found in flatten_dict(tree, sep="/").items()}
-        except Exception as error:  # TensorStore's are of many types
+        except Exception as error:  # TensorStore raises many types
             raise _unreadable(self._folder, error) from error
 
     def check(self, wanted: Params) -> None:
-        """Raises CheckpointError naming an array that is missing, of another shape than wanted, or surplus."""
+        """Raises CheckpointError naming an array that is missing, has another shape than `wanted` gives it, or isn't in
+        `wanted`."""
         for path in sorted(wanted.keys() | self.shapes.keys()):
             held, shape = self.shapes.get(path), wanted[path].shape if path in wanted else None
             if held != shape:
@@ -176,14 +180,14 @@ class StoredParams:
                 )
 
     def read(self, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        """One array with the dtype and the sharding of `leaf`. Raises CheckpointError when it can't be read."""
+        """Reads one array with the dtype and the sharding of `leaf`. Raises CheckpointError when it can't be read."""
         item = unflatten_dict({path: leaf}, sep="/")
         arguments = ocp.args.PyTreeRestore(
             item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
         try:
             return flatten_dict(self._reader.restore(self._folder / "params", args=arguments), sep="/")[path]
-        except Exception as error:  # TensorStore's are of many types
+        except Exception as error:  # TensorStore raises many types
             raise _unreadable(self._folder, error) from error
 
 
@@ -195,7 +199,7 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
 
 
 def _reason(error: Exception) -> str:
-    """In one line; what the system said, where TensorStore quotes it."""
+    """The error in one line: the operating system's message where TensorStore quotes its code, else the first line."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
     return getattr(error, "strerror", None) or str(error).partition("\n")[0]
@@ -203,12 +207,13 @@ def _reason(error: Exception) -> str:
 
 @jax.jit
 def _snapshot(tree: Any) -> Any:
-    """The stacked layout in fresh buffers, which the next step can't overwrite while they are being written."""
+    """Copies the tree to new buffers in the stacked layout, so that the next step can't overwrite them while they are
+    being written."""
     return jax.tree.map(jnp.copy, stack_params(tree))
 
 
 def _nested(tree: Any) -> Any:
-    """`tree` with nested dicts in the place of parameters by their paths: the form that is on disk."""
+    """Returns `tree` with each dict of parameters by path as nested dicts, which is the form on disk."""
     return jax.tree.map(
         lambda node: unflatten_dict(node, sep="/") if is_params(node) else node, tree, is_leaf=is_params
     )
@@ -225,14 +230,14 @@ def _flat(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """The newest parameters of a model folder of ours, as a source: each array that is stored is read by itself."""
+    """A source of the newest parameters in a model folder of ours. Each stored array is read separately."""
 
     folder: Path
     config: ModelConfig
     mesh: Mesh
 
     def __post_init__(self) -> None:
-        """Raises ConfigError when the folder is not a model's, CheckpointError when it holds no checkpoint of it."""
+        """Raises ConfigError when the folder holds no checkpoints."""
         if not (self.folder / FOLDER).is_dir():
             raise ConfigError(f"{self.folder} holds no {FOLDER}/: is it a folder that `isthmus train` wrote?")
 
@@ -251,11 +256,11 @@ class CheckpointSource:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays that are stored."""
+        """The size of all stored arrays in bytes."""
         return sum(map(_nbytes, self._stored.values()))
 
     def reads(self, abstract: Params) -> Iterator[Read]:
-        """A read for each array, or for the two that a matrix of integers is."""
+        """Yields one read for each array, and one for the two arrays of each quantized matrix."""
         self._params.check(self._stored)
         together: dict[str, dict[str, str]] = {}
         for path in self._stored:
@@ -266,7 +271,11 @@ class CheckpointSource:
             yield Read(size, partial(self._read, matrix, parts, abstract))
 
     def _read(self, matrix: str, parts: Mapping[str, str], abstract: Params) -> Params:
-        """The parameters, in the layout of `abstract`, of what is stored under a path or in parts below it."""
+        """Reads one stored array, or the parts of one quantized matrix, as parameters in the layout of `abstract`.
+
+        matrix: the stored path. parts: the path of each part by its name; an array that isn't quantized is a single
+        part named "".
+        """
         paths = [matrix] if matrix in abstract else [path for path, _ in unstack(matrix, None)]
         arrays = {part: self._params.read(path, self._stored[path]) for part, path in parts.items()}
         if "" in parts:
@@ -280,8 +289,9 @@ class CheckpointSource:
 
 
 def _layers(array: jax.Array, leaves: Sequence[jax.ShapeDtypeStruct]) -> Sequence[jax.Array]:
-    """The layers of a stored array, or the array itself where there is one leaf of its shape, in the dtypes and the
-    shardings of the leaves: the very numbers that training in such a dtype multiplies by."""
+    """Returns the layers of a stored array, or the array alone where it has the shape of the only leaf, in the dtypes
+    and the shardings of `leaves`. Numbers are rounded exactly as training rounds them when it multiplies in such a
+    dtype."""
     stacked = array.shape != leaves[0].shape
     return _program(stacked, leaves[0].dtype, tuple(leaf.sharding for leaf in leaves))(array)
 
@@ -296,7 +306,8 @@ def _program(stacked: bool, dtype: np.dtype, shardings: tuple[Sharding, ...]) ->
 
 
 def _layer_of(array: jax.Array, layers: int) -> jax.ShapeDtypeStruct:
-    """One of `layers` layers of a stored array, lying as the whole does; the array itself where it isn't stacked."""
+    """Describes one of the `layers` layers of a stored array, sharded as the array is. An array that isn't stacked is
+    described whole."""
     sharding = array.sharding
     if array.ndim == 2:
         assert layers == 1, array.shape
@@ -311,8 +322,8 @@ def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _check_made_by(config: ModelConfig, progress: Any, folder: Path) -> None:
-    """Raises CheckpointError where config.json has other rules than the integers were made by: the same bytes would
-    mean other numbers."""
+    """Raises CheckpointError where the rules in config.json differ from those that the integers were made by, because
+    the same bytes would then mean other numbers."""
     made_by = progress.get(QUANTIZATION, []) if isinstance(progress, dict) else None
     if made_by != list(config.quantization):
         said = ", ".join(map(str, made_by)) if isinstance(made_by, list) else ""

@@ -1,4 +1,4 @@
-"""What lies beside a model's weights and goes with them wherever they go."""
+"""The files beside a model's weights that are copied with them, such as the tokenizer and the license."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 PUBLISHED_CONFIG = "huggingface.json"
-"""In a folder of ours that was made from a published one: the config.json of that"""
+"""The name under which a folder of ours keeps the config.json of the published model that it was made from."""
 
 COMPANION_FILES = (
     *("*token*.json", "tokenizer.model*", "*.model", "*vocab*.json", "*vocab*.txt", "*merges*.txt"),
@@ -16,8 +16,8 @@ COMPANION_FILES = (
     *("generation_config.json", "*processor_config.json"),
     *("*licen[cs]e*", "*notice*", "*use_policy*"),
 )
-"""Names in lower case: tokenizers in every way that one is written down, chat templates, settings of generation and of
-processors, and the terms of use. Neither what describes the weights, nor what lies in a folder by chance."""
+"""Patterns of file names in lower case. They cover tokenizers in every file format, chat templates, settings of
+generation and of processors, and terms of use. They leave out files that describe the weights, and unrelated files."""
 
 LEFT_BEHIND = frozenset(
     [
@@ -26,14 +26,14 @@ LEFT_BEHIND = frozenset(
         *(".safetensors", ".msgpack", ".gguf"),
     ]
 )
-"""Code, pickles and weights, whatever they are called"""
+"""Suffixes of code, pickles and weights. Such files are never copied, whatever their names are."""
 
 MOST_BYTES = 256 << 20
-"""Of a file that goes along"""
+"""The largest file that is copied, in bytes."""
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies what COMPANION_FILES names from one model folder to another, over what is there."""
+    """Copies the files that match COMPANION_FILES from one model folder to another. Existing files are overwritten."""
     for path in (*source.glob("*"), *source.glob("additional_chat_templates/*")):
         name = path.relative_to(source).as_posix()
         if any(fnmatchcase(name.lower(), pattern) for pattern in COMPANION_FILES) and _may_travel(path):

@@ -1,4 +1,5 @@
-"""What is known of a model beside its parameters: all that writing it, or an adapter of it, asks for."""
+"""The interface to what is known about a model besides its parameters. Writing a model, or an adapter of it, needs no
+more."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from isthmus.model.weights.huggingface.files import WeightFiles
 
 
 class Described(Protocol):
-    """A model with its tokenizer and its templates; `isthmus.model.weights.folder.ModelFolder` is one and says what
-    each of these is."""
+    """A model's configuration, tokenizer and files. `isthmus.model.weights.folder.ModelFolder` implements it and
+    documents the properties."""
 
     @property
     def path(self) -> Path: ...

@@ -1,5 +1,5 @@
-"""A model folder, of either kind: as `isthmus train` writes it, or as Hugging Face publishes it; or a GGUF file, opened
-as the folder that it was made from. Or an adapter's folder, in PEFT's layout, which names the model that it adapts."""
+"""Opens model folders: those that `isthmus train` writes, those that Hugging Face publishes, and folders of adapters in
+PEFT's layout, which name the model that they adapt. A GGUF file is opened as the folder that it was made from."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ from isthmus.model.weights.writer import write_folder
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What generation_config.json recommends; None leaves it to the server."""
+    """The sampling settings that generation_config.json recommends. None recommends nothing, and the server decides."""
 
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     ignored: tuple[str, ...] = ()
-    """What it recommends and we don't do"""
+    """Recommended settings that are not supported, each as NAME=VALUE"""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder says, before any array is read."""
+    """A model folder as it is known before any array is read."""
 
     path: Path
     config: ModelConfig
@@ -60,24 +60,25 @@ class ModelFolder:
     chat: ChatTemplate | None
     generation: GenerationDefaults
     family: Family | None
-    """Of a published folder; None is one of our own"""
+    """The family of a published model; None for a folder of our own"""
     weights: WeightFiles | None = None
-    """The tensors of a published folder, or of a GGUF file; `path` is then a folder with what else that says, which is
-    gone when the process ends"""
+    """The tensors of a published folder or of a GGUF file; None for a folder of our own. For a GGUF file, `path` is a
+    temporary folder with the file's other contents, which is deleted when the process ends"""
     adapter: Path | None = None
-    """The adapter's folder, where one was opened; path is its base model's then"""
+    """The folder of the adapter, where one was opened; `path` is then the folder of its base model"""
     factors: Adapter | None = None
-    """What that folder holds"""
+    """The adapter that this folder holds"""
     quantize: tuple[str, ...] = ()
-    """Rules by which matrices become integers when they are loaded, beside those that already are"""
+    """The rules by which matrices are quantized when they are loaded. Matrices that are already integers are not
+    affected"""
     whole: Mapping[str, Kept] = field(default_factory=dict)
-    """The matrices of a published folder that stay the integers that they are in its files; rules say so of them too"""
+    """The matrices of a published folder that keep the integers of its files. `quantize` has rules for them as well"""
     execution: Execution = DEFAULT_EXECUTION
-    """How the model is to be computed; a folder doesn't say it"""
+    """How the model is to be computed, which the folder doesn't say"""
     ignore_field: tuple[str, ...] = ()
-    """Fields of a published config.json that were not to be read, nor are to be where it is read again"""
+    """The fields of a published config.json that are ignored, also where the file is read again"""
     warnings: tuple[str, ...] = ()
-    """What the user should hear of: what was passed over, and what the folder may not mean"""
+    """What the user should be told: what was ignored, and what the folder's author may not have meant"""
 
     @property
     def name(self) -> str:
@@ -85,17 +86,18 @@ class ModelFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights on disk, of a published model; 0 is not known."""
+        """The size of a published model's weights on disk, in bytes; 0 means unknown."""
         return 0 if self.weights is None else self.weights.nbytes
 
     @property
     def source(self) -> Path:
-        """What to open to get this model again."""
+        """The folder or the GGUF file to open to get this model again."""
         return self.path if self.weights is None else self.weights.folder
 
     @property
     def end_id(self) -> int | None:
-        """The token that ends a text in training: eos_token of tokenizer_config.json, else the first id that stops."""
+        """The id of the token that ends a text in training: eos_token of tokenizer_config.json, or else the first id
+        that ends generation."""
         name = special_tokens(self.path).get("eos_token")
         spelt = None if name is None else self.tokenizer.token_id(name)
         candidates = (spelt, *_end_ids(self.path), self.tokenizer.eos_id)
@@ -103,14 +105,15 @@ class ModelFolder:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What the user should hear of: warnings, and what becomes of matrices that are no plain numbers."""
+        """What the user should be told: the warnings, and how matrices that are not stored as plain numbers are
+        handled."""
         whole = {kept.name for kept in self.whole.values()}
         said = None if self.weights is None else self.weights.described(whole)
         return self.warnings if said is None else (*self.warnings, f"{self.source}: {said}")
 
     def keeping(self, rules: tuple[str, ...]) -> ModelFolder:
-        """As serving has it: `rules` make integers of matrices, and what is integers in the files stays so where a
-        format of ours holds them exactly, unless the rules ask for fewer bits."""
+        """Returns this folder as serving loads it. `rules` say which matrices are quantized. Matrices that are integers
+        in the files stay so where one of our formats holds them exactly, unless the rules ask for fewer bits."""
         if self.family is None or self.weights is None or self.adapter is not None:
             return dataclasses.replace(self, quantize=rules)
         wanted = formats(self.config, rules)
@@ -134,12 +137,12 @@ class ModelFolder:
         merge_adapter: bool = False,
         transforms: Sequence[Transform] = (),
     ) -> Params:
-        """The parameters over `mesh`, in either layout; on_progress(bytes) as they are read.
+        """Loads the parameters over `mesh`, in either layout, and calls on_progress(bytes) as they are read.
 
-        dtype: what matrices are kept in; None is float32. merge_adapter: adds the adapter to the kernels beside it,
-        which is also done where `config` has no lora: the parameters are those of `config` without it. transforms: what
-        else happens to each as soon as it is there, once it is integers if it is to be. Raises ConfigError or
-        CheckpointError for a folder that doesn't hold them.
+        dtype: the dtype that matrices are kept in; None is float32. merge_adapter: whether to add the adapter to the
+        kernels that it adapts. This is also done where `config` has no lora. The parameters are then those of `config`
+        without lora. transforms: further changes to each parameter as soon as it is read, after quantization. Raises
+        ConfigError or CheckpointError for a folder that doesn't hold the parameters.
         """
         assert not (self.quantize and stacked), "rules speak of single layers"
         config, changes = self.config, list(transforms)
@@ -156,14 +159,15 @@ class ModelFolder:
         return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype), changes, on_progress)
 
     def save(self, target: Path, params: Params) -> None:
-        """Writes a folder of ours that holds `params`, which are of `config` in either layout, and what goes along with
-        this model. It appears when all of it is written. Raises ConfigError where it is there or can't be made."""
+        """Writes a folder of ours with `params`, the parameters of `config` in either layout, and with the files that
+        belong to this model. The folder appears once all of it is written. Raises ConfigError where `target` exists or
+        can't be created."""
         with appearing(target) as partial:
             partial.mkdir()
             write_folder(partial, self, params)
 
     def _source(self, mesh: Mesh) -> Source:
-        """Where the parameters come from, an adapter's left out."""
+        """The source of the parameters without those of an adapter."""
         config = dataclasses.replace(self.config, lora=LoraConfig()) if self.factors is not None else self.config
         if self.family is None or self.weights is None:
             return CheckpointSource(self.path, config, mesh)
@@ -171,12 +175,12 @@ class ModelFolder:
 
 
 def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:
-    """Reads all but a model's weights. path: a folder, a GGUF file, or a name like Org/Name in the local Hugging Face
-    cache.
+    """Opens a model folder and reads all of it except a model's weights. path: a folder, a GGUF file, or a name like
+    Org/Name in the local Hugging Face cache.
 
-    A folder with adapter_config.json is an adapter's, also where it holds the model that it adapts, as transformers
-    takes it. Raises ConfigError when the folder is neither a model's nor an adapter's, we don't honour all it says, or
-    its files can't hold what it says.
+    A folder with adapter_config.json is an adapter's, as in transformers, even if it also holds the model that it
+    adapts. Raises ConfigError when the folder is neither a model's nor an adapter's, when something that it says isn't
+    supported, or when its files can't hold what it says.
     """
     options = options or FolderOptions()
     path = find_folder(path, download=options.download)
@@ -188,7 +192,8 @@ def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder
 
 
 def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
-    """Tokenizer and chat template are the adapter's where it brings them, else its base model's."""
+    """Opens an adapter's folder. The tokenizer and the chat template are the adapter's where its folder has them, and
+    else its base model's."""
     where = _base_of(path, options)
     base = _open_model(where, options, path if present(path / "tokenizer.json") else None)
     if base.config.quantization:
@@ -211,7 +216,7 @@ def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
 
 
 def _base_of(path: Path, options: FolderOptions) -> Path:
-    """The folder of the model that the adapter in `path` adapts."""
+    """The folder of the base model of the adapter in `path`."""
     if options.base is not None:
         base = find_folder(options.base, download=options.download)
     elif present(path / SINGLE) or present(path / INDEX):
@@ -224,9 +229,9 @@ def _base_of(path: Path, options: FolderOptions) -> Path:
 
 
 def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | None = None) -> ModelFolder:
-    """tokenizer_folder: None is the model's own."""
+    """tokenizer_folder: where to read the tokenizer; None is the model's folder."""
     weights: WeightFiles | None = None
-    source = path / "config.json"  # for errors
+    source = path / "config.json"  # the file that errors name
     if is_gguf(path):
         unpacked = unpack(path, options.ignore_field)
         source, path, weights = path, unpacked.folder, unpacked.files
@@ -240,7 +245,7 @@ def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | Non
     tokenizer = Tokenizer.load(tokenizer_folder / "tokenizer.json", declared_tokens(tokenizer_folder))
     chat = ChatTemplate.load(path)
     if published or present(path / PUBLISHED_CONFIG):
-        # Some publish a tokenizer with ids that the model has no embedding for (Gemma 3): nobody may send them.
+        # A published tokenizer may have ids that the model has no embedding for (Gemma 3). They can't be used.
         tokenizer.vocab_size = min(tokenizer.vocab_size, config.vocab_size)
         spelt = special_tokens(tokenizer_folder).get("eos_token")
         tokenizer.eos_ids = end_ids(_end_ids(path), spelt, tokenizer, chat)
@@ -262,7 +267,7 @@ def _open_model(path: Path, options: FolderOptions, tokenizer_folder: Path | Non
 
 
 def _end_ids(path: Path) -> list[int]:
-    """The ids that end a text: generation_config.json's, else those of the published config.json."""
+    """The ids that end a text: those in generation_config.json, or else those in the published config.json."""
     for name in ("generation_config.json", "config.json", PUBLISHED_CONFIG):
         ends = read_json_if_present(path / name).get("eos_token_id")
         if ends is None:
@@ -275,8 +280,8 @@ def _end_ids(path: Path) -> list[int]:
 
 
 def _generation(path: Path) -> GenerationDefaults:
-    """As transformers takes it: a file that doesn't ask for sampling (do_sample) recommends greedy, whatever else it
-    says. Without a file there's no recommendation."""
+    """Reads generation_config.json as transformers does. A file without do_sample recommends greedy decoding, whatever
+    else it says. A missing file recommends nothing."""
     if not present(path / "generation_config.json"):
         return GenerationDefaults()
     values = read_json_if_present(path / "generation_config.json")

@@ -1,5 +1,5 @@
-"""Integers that make up for one another's errors over the inputs that a matrix really meets: GPTQ (Frantar et al. 2022,
-arXiv 2210.17323)."""
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): rounds a matrix to integers whose errors make up for one another on the
+activations that the matrix is multiplied by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 from isthmus.model.ops.quantized import Bits, Quantized, as_bytes, best_scales, block_of, nearest, rotate, turned
 
 DAMPING = 0.01
-"""Of the mean second moment, added to each: inputs that calibration never saw may come"""
+"""The part of the mean second moment that is added to every diagonal entry, because inputs may come that calibration
+never saw."""
 
 
 def quantize_by_moments(
@@ -25,11 +26,12 @@ def quantize_by_moments(
     rotated: bool = True,
     scales: jax.typing.DTypeLike = jnp.bfloat16,
 ) -> Quantized:
-    """matrix[inputs, outputs] as integers; moments: float32[inputs, inputs], the sum of x.T @ x over inputs x that it
-    met.
+    """Quantizes matrix[inputs, outputs] by GPTQ. moments: float32[inputs, inputs], the sum of x.T @ x over the
+    activations x that the matrix was multiplied by.
 
-    Inputs are rounded one after the other, and what each loses is taken on by those that follow, as far as they vary
-    together. Scales are those of `best_scales` for what a group has become by then.
+    The matrix is rounded one input after the other. The inputs that follow are changed to make up for each rounding
+    error, as far as they correlate with that input. `best_scales` chooses the scales of a group from the numbers that
+    it has by then.
     """
     inputs, block = len(matrix), block_of(group, rotated=rotated)
     factor = _factor(np.asarray(_turned_moments(moments, block, rotated)))
@@ -59,7 +61,7 @@ def _factor(moments: np.ndarray) -> np.ndarray:
 def _feed_errors(
     matrix: jax.Array, factor: jax.Array, bits: Bits, group: int, dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array]:
-    """(int8[inputs, outputs], [groups, outputs] of a dtype)."""
+    """Returns the integers, int8[inputs, outputs], and the scales, dtype[groups, outputs]."""
     inputs, outputs = matrix.shape
     groups = math.ceil(inputs / group)
     padding = groups * group - inputs
@@ -84,7 +86,7 @@ def _feed_errors(
 
 
 def _round_group(numbers: jax.Array, factor: jax.Array, scale: jax.Array, bits: Bits) -> tuple[jax.Array, jax.Array]:
-    """(int8, errors float32)[group, outputs]."""
+    """Returns the integers (int8) and the errors (float32) of one group, both [group, outputs]."""
     wide = scale.astype(jnp.float32)
 
     def step(row: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

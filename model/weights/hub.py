@@ -1,5 +1,5 @@
-"""Where a model lies on this machine: a folder, or a name like Org/Name in the local Hugging Face cache. Nothing here
-reaches the network unless it is asked to."""
+"""Finds a model on this machine: a folder, a GGUF file, or a name like Org/Name in the local Hugging Face cache. The
+network is used only when a download is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from isthmus.model.process.files import present, shortened
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 _NOT_WANTED = ("*/*.json", "*/*.safetensors", "consolidated*")
-"""The same weights in other layouts"""
+"""Patterns of files that hold the same weights in other layouts."""
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
@@ -23,26 +23,26 @@ class FolderOptions:
     """How a model folder is found and read."""
 
     base: Path | None = None
-    """Of an adapter: the folder of the model that it adapts, in place of the one that it names"""
+    """Folder of an adapter's base model, or its name Org/Name, in place of the one that the adapter names"""
     ignore_field: tuple[str, ...] = ()
-    """A field of a published config.json to go on without, which may make it another model; may be given repeatedly"""
+    """Field of config.json, or key of GGUF metadata, to read as if absent; this may change what the model computes"""
     download: bool = False
-    """Fetch a model named Org/Name from huggingface.co where the local Hugging Face cache hasn't it"""
+    """Fetch a model named Org/Name from huggingface.co where the local Hugging Face cache lacks some of it"""
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` can be a model's on the hub: Org/Name."""
+    """Whether `name` can be a model's name on the hub: Org/Name."""
     return _NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def find_folder(path: Path, *, download: bool = False, revision: str | None = None) -> Path:
-    """The folder that `path` is, or that the local Hugging Face cache has for a name like Org/Name; or a GGUF file: the
-    one that `path` is, or the only one in a folder that has no config.json.
+    """Returns the model folder at `path`, or the one that the local Hugging Face cache holds for a name like Org/Name.
+    The result is a GGUF file where `path` is one, or is a folder without config.json that holds only one GGUF model.
 
-    download: fetches it from the hub where the cache hasn't all of it. revision: of a name, a branch, a tag or a
-    commit; None is main. Raises ConfigError, saying what `path` is instead.
+    download: fetches from the hub what the cache lacks. revision: the branch, tag or commit of a model that is given by
+    name; None is main. Raises ConfigError, saying what `path` is instead.
     """
-    if os.path.isdir(path):  # which, unlike Path.is_dir, is false for a name that no folder can have
+    if os.path.isdir(path):  # unlike Path.is_dir, this doesn't raise for a name that is too long
         return _checked_folder(path)
     if is_gguf(path):
         return path
@@ -55,12 +55,13 @@ def find_folder(path: Path, *, download: bool = False, revision: str | None = No
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether it is a file that is called as GGUF files are."""
+    """Whether `path` is a file whose name ends in .gguf."""
     return path.suffix == ".gguf" and os.path.isfile(path)
 
 
 def name_of(folder: Path) -> str:
-    """What a model is called: by its folder, or, in the cache, by the name that it has on the hub."""
+    """The name of the model in `folder`: its name on the hub without the organization where the folder is in the cache,
+    else the folder's name."""
     folder = folder.resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -82,7 +83,7 @@ def _checked_folder(path: Path) -> Path:
         if names:
             some = ", ".join(name.removeprefix("models--").replace("--", "/") for name in names[:5])
             raise ConfigError(f"{path} is a Hugging Face cache, of several models: name one of them, as {some}")
-    # Of a model that is split, the first part stands for all.
+    # The first part of a split model stands for the whole model.
     files = sorted(each.name for each in path.glob("*.gguf") if not _LATER_PART.search(each.name))
     if len(files) == 1:
         return path / files[0]
@@ -102,7 +103,7 @@ def _cached(name: str, revision: str | None) -> Path:
 
     for file in ("config.json", "adapter_config.json"):
         found = try_to_load_from_cache(name, file, revision=revision)
-        if isinstance(found, str):  # else it isn't known, or known not to exist
+        if isinstance(found, str):  # otherwise the cache doesn't know it, or knows that it doesn't exist
             return Path(found).parent
     kept = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
     if files := sorted(kept.glob("*/*.gguf")):
@@ -126,7 +127,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise ConfigError(f"{name} can't be downloaded: {shortened(reason)}") from None
     if not present(found / "config.json") and not present(found / "adapter_config.json"):
         raise ConfigError(
-            f"{name} has no config.json. Of a repository of GGUF files, fetch one, as with `hf download {name} FILE`, "
-            "and name it"
+            f"{name} has no config.json. From a repository of GGUF files, fetch one, for example with "
+            f"`hf download {name} FILE`, and give its path"
         )
     return found

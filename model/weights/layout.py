@@ -1,6 +1,8 @@
-"""The two layouts of a network's parameters: an array a layer, or one for all layers of a run that are built alike.
+"""The two layouts of a network's parameters: unstacked, with one array per layer, and stacked, with one array for a run
+of neighbouring layers that are built alike.
 
-Every function takes any tree with parameters in it, such as an optimizer's state, whose moments mirror them.
+`stack_params` and `unstack_params` take any tree that contains parameters, such as the state of an optimizer, whose
+moments have the same paths.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _LAYERS = re.compile(r"blocks/(\d+)(?:-(\d+))?/(.*)")
 
 
 def layers_of(path: str) -> tuple[range, str] | None:
-    """The layers that a parameter is of, and its path within a block; None for one that is outside the blocks."""
+    """The layers that a parameter belongs to, and its path within a block. None for a parameter outside the blocks."""
     if (match := _LAYERS.fullmatch(path)) is None:
         return None
     first = int(match[1])
@@ -27,17 +29,17 @@ def layers_of(path: str) -> tuple[range, str] | None:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the path is one of the stacked layout, with a leading axis of layers."""
+    """Whether a path belongs to the stacked layout, in which the array has a leading axis of layers."""
     return (match := _LAYERS.fullmatch(path)) is not None and match[2] is not None
 
 
 def is_params(node: Any) -> bool:
-    """Whether a node of a tree is a network's parameters, or what mirrors them."""
+    """Whether a node of a tree is a dict of a network's parameters, or of arrays that mirror them."""
     return isinstance(node, dict) and any(str(name).startswith("blocks/") for name in node)
 
 
 def unstack(path: str, weight: Any) -> Iterator[tuple[str, Any]]:
-    """The layers of one parameter with their paths; a parameter that isn't stacked as it is."""
+    """Yields each layer of a parameter with its path. A parameter that isn't stacked is yielded as it is."""
     found = layers_of(path)
     if found is None or not is_stacked(path):
         yield path, weight
@@ -48,7 +50,7 @@ def unstack(path: str, weight: Any) -> Iterator[tuple[str, Any]]:
 
 
 def unstack_params(tree: Any) -> Any:
-    """`tree` with an array a layer in all parameters."""
+    """Returns `tree` with all parameters in the unstacked layout."""
 
     def convert(node: Any) -> Any:
         if not is_params(node):
@@ -59,8 +61,12 @@ def unstack_params(tree: Any) -> Any:
 
 
 def stack_params(tree: Any, runs: Iterable[range] | None = None) -> Any:
-    """The inverse of `unstack_params`. Without `runs`, neighbours with the same arrays are a run; adapters need those
-    of the network, whose layers may differ in their experts alone. A run without any layer in `tree` is left out."""
+    """The inverse of `unstack_params`.
+
+    runs: the layers that form each run. By default, neighbours whose arrays are alike form a run. Adapters need the
+    runs of their network, because its layers may differ in their experts alone. A run with no layer in `tree` is left
+    out.
+    """
     given = None if runs is None else list(runs)
 
     def convert(node: Any) -> Any:
@@ -79,7 +85,7 @@ def stack_params(tree: Any, runs: Iterable[range] | None = None) -> Any:
 
 
 def _by_layer(params: Params) -> tuple[Params, dict[int, Params]]:
-    """What is outside the blocks, and each layer's parameters by their paths within a block."""
+    """Returns the parameters outside the blocks, and the parameters of each layer by their paths within a block."""
     outside: Params = {}
     layers: dict[int, Params] = {}
     for path, weight in params.items():
@@ -91,7 +97,7 @@ def _by_layer(params: Params) -> tuple[Params, dict[int, Params]]:
 
 
 def _alike(layers: dict[int, Params]) -> Iterator[range]:
-    """Neighbours with the same arrays."""
+    """The runs of neighbouring layers whose arrays have the same paths, shapes and dtypes."""
     shapes = {layer: str(jax.tree.map(lambda x: (jnp.shape(x), x.dtype), layers[layer])) for layer in sorted(layers)}
     for _, group in groupby(enumerate(shapes), key=lambda each: (each[1] - each[0], shapes[each[1]])):
         run = [layer for _, layer in group]

@@ -1,5 +1,5 @@
-"""Loading a network's parameters: a source reads one or a few at a time, and each passes through transforms (merging,
-quantizing, packing) as soon as it is there, so that a model needn't fit into memory before it is made smaller."""
+"""Loads a network's parameters. A source reads one or a few at a time, and each passes through transforms (merging,
+quantizing, packing) as soon as it is read. So a model needn't fit into memory before it is made smaller."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from isthmus.model.ops.linear import Weight
 from isthmus.model.transformer import Params
 
 Transform = Callable[[str, Weight], Weight | None]
-"""(path, parameter) to what takes its place, called from several threads; None keeps nothing of it here"""
+"""Takes a path and its parameter, and returns what replaces the parameter. None leaves the parameter out of the result.
+Called from several threads"""
 OnProgress = Callable[[int], None]
 """Called with the bytes read since the last call, from several threads"""
 
 READERS = 2
-"""Reads at once: while what one has read is turned in memory, the other waits for the disk"""
+"""How many reads run at once: while one of them transposes what it has read, the other waits for the disk"""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A part of a source that is read in one go."""
+    """A part of a source that is read in one call."""
 
     nbytes: int
-    """How much is read; 0 is not known"""
+    """The number of bytes that are read; 0 means unknown"""
     run: Callable[[], Params]
-    """Gives parameters by their paths; called once, from any thread"""
+    """Returns parameters by their paths; called once, from any thread"""
 
 
 class Source(Protocol):
@@ -35,13 +36,13 @@ class Source(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that reading all of it takes; 0 is not known."""
+        """The number of bytes that reading everything takes; 0 means unknown."""
         ...
 
     def reads(self, abstract: Params) -> Iterable[Read]:
-        """What to run to have every parameter of `abstract`: shapes with the dtype and the sharding that each is to
-        have, in one layout. Raises ConfigError or CheckpointError for a source that doesn't hold them, as the reads
-        themselves do."""
+        """Returns the reads that together give every parameter in `abstract`. abstract: the shape, dtype and sharding
+        that each parameter is to have, in one layout. Both this call and the reads raise ConfigError or CheckpointError
+        for a source that doesn't hold the parameters."""
         ...
 
 
@@ -51,8 +52,8 @@ def load_params(
     transforms: Sequence[Transform] = (),
     on_progress: OnProgress = lambda size: None,
 ) -> Params:
-    """The parameters as `abstract` describes them, changed by the transforms in their order. What a transform keeps
-    nothing of is left out. Raises what the source raises."""
+    """Loads the parameters that `abstract` describes, and applies the transforms in order. A parameter for which a
+    transform returns None is left out. Raises what the source raises."""
 
     def read(part: Read) -> Params:
         kept: Params = {}

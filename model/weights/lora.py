@@ -1,6 +1,6 @@
 """Adapters among a network's parameters: the factors "…/lora_a" and "…/lora_b" beside the "…/kernel" that they adapt.
 
-model/layers.py: Linear says what they compute, model/weights/huggingface/adapters.py how they are stored.
+`Linear` in model/layers.py says what they compute, and model/weights/huggingface/adapters.py how they are stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from isthmus.model.weights.load import Read, Source
 
 
 def split(config: ModelConfig, params: Params) -> tuple[Params, Params]:
-    """(base, adapters): the parameters without adapters, and the adapters alone. params: in either layout."""
+    """Returns (base, adapters): the parameters without adapters, and the adapters alone. params: in either layout."""
     adapters = adapter_paths(config)
     return (
         {path: weight for path, weight in params.items() if path not in adapters},
@@ -40,16 +40,16 @@ def adapter_paths(config: ModelConfig) -> frozenset[str]:
 
 
 class Adapter(NamedTuple):
-    """An adapter as it was read."""
+    """An adapter that was read from its folder."""
 
     lora: LoraConfig
     factors: dict[str, np.ndarray]
-    """float32, by their paths in the unstacked layout"""
+    """The factors in float32, by their paths in the unstacked layout"""
 
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A source of a base model's parameters with an adapter's beside them."""
+    """A source of a base model's parameters together with those of an adapter."""
 
     base: Source
     adapters: Mapping[str, np.ndarray]
@@ -57,11 +57,11 @@ class AdapterSource:
 
     @property
     def nbytes(self) -> int:
-        """The base model's alone; what an adapter takes is small beside it."""
+        """The size of the base model in bytes. An adapter is small beside it and isn't counted."""
         return self.base.nbytes
 
     def reads(self, abstract: Params) -> Iterator[Read]:
-        """The base model's reads, and one for all of the adapter."""
+        """Yields the base model's reads, and one read for the whole adapter."""
         ours = {path: leaf for path, leaf in abstract.items() if next(unstack(path, None))[0] in self.adapters}
         yield from self.base.reads({path: leaf for path, leaf in abstract.items() if path not in ours})
         yield Read(0, lambda: {path: self._placed(path, leaf) for path, leaf in ours.items()})
@@ -71,24 +71,25 @@ class AdapterSource:
 
 
 def _held(adapters: Mapping[str, np.ndarray], path: str) -> np.ndarray:
-    """A factor at a path of either layout, of factors in the unstacked one."""
+    """Returns the factor at a path of either layout. adapters: factors in the unstacked layout."""
     layers = [adapters[each] for each, _ in unstack(path, None)]
     return np.stack(layers) if is_stacked(path) else layers[0]
 
 
 class Merge:
-    """Adds an adapter to the kernels beside it as they come: a transform of `isthmus.model.weights.load`.
+    """A transform of `isthmus.model.weights.load` that adds an adapter to the kernels that it adapts.
 
-    A kernel becomes kernel + alpha / rank * a·b, computed in float32 and rounded to the kernel's dtype so that what is
-    less than its steps isn't lost, in the kernel's sharding and its memory.
+    A kernel becomes kernel + alpha / rank * a·b in the kernel's sharding and its memory. The sum is computed in
+    float32, and `narrowed` rounds it to the kernel's dtype so that changes smaller than a step of that dtype aren't
+    lost on average.
     """
 
     def __init__(self, adapters: Mapping[str, np.ndarray], scale: float) -> None:
-        """adapters: float32, by their paths in the unstacked layout; scale: alpha / rank."""
+        """adapters: the factors in float32, by their paths in the unstacked layout. scale: alpha / rank."""
         self._adapters, self._scale = adapters, scale
 
     def __call__(self, path: str, weight: Weight) -> Weight:
-        """The kernel at a path of either layout with its adapter added; any other parameter as it is."""
+        """Returns a kernel with its adapter added, and any other parameter as it is. path: in either layout."""
         first, _ = next(unstack(path, None))
         if f"{_module(first)}/lora_a" not in self._adapters or not first.endswith("/kernel"):
             return weight
@@ -107,7 +108,8 @@ def _program(sharding: jax.sharding.Sharding) -> Any:
 
 
 def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: Any, *, stacked: bool) -> jax.Array:
-    """kernel[*inputs, *outputs] + scale * a[*inputs, rank] @ b[rank, *outputs]; stacked: a leading axis of layers."""
+    """Returns kernel[*inputs, *outputs] + scale * a[*inputs, rank] @ b[rank, *outputs]. stacked: whether all three have
+    a leading axis of layers."""
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")

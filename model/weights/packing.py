@@ -1,5 +1,5 @@
-"""Matrices laid out for the CPU's kernels. Those that are alike lie in one stack, apart from the blocks, because the
-launch of a step costs for every array."""
+"""Packs matrices into the layout of the CPU kernels. Matrices of the same shape and format lie in one stack, outside
+the blocks, because every array adds to the time that it takes to launch a step."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from isthmus.model.transformer import Params
 
 
 def is_packed(params: Params) -> bool:
-    """Whether the matrices among `params` are laid out for the CPU's kernels already."""
+    """Whether the matrices among `params` are already in the layout of the CPU kernels."""
     return any(isinstance(weight, Packed) for weight in params.values())
 
 
 class Packing:
-    """Lays matrices out for the CPU's kernels as they come, in any order and from any thread: a transform of
-    `isthmus.model.weights.load`."""
+    """A transform of `isthmus.model.weights.load` that packs matrices for the CPU kernels. It takes them in any order
+    and from any thread."""
 
     def __init__(self, specs: Mapping[str, Spec], params: Params) -> None:
-        """params: unstacked; arrays or their shapes."""
+        """params: in the unstacked layout, as arrays or as their shapes and dtypes."""
         self._specs = specs
         alike: dict[tuple, list[str]] = {}
         tied = "head" not in specs
         for path, spec in specs.items():
-            # An embedding that isn't the head too is only looked up.
+            # An embedding that isn't also the head is only looked up, never multiplied by.
             only_looked_up = spec.role is Role.EMBEDDING and not tied and not isinstance(params[path], Quantized)
             if spec.role.is_matrix and not only_looked_up:
                 alike.setdefault(_layout(spec, params[path]), []).append(path)
         self._names = [tuple(paths) for paths in alike.values()]
         self._places = {path: (n, index) for n, paths in enumerate(self._names) for index, path in enumerate(paths)}
         self._stacks: list[Packed | None] = [None] * len(alike)
-        self._one_at_a_time = Lock()  # each is packed by all threads of the kernels' own pool
+        self._one_at_a_time = Lock()  # packing one matrix already uses all threads of the kernels' pool
 
     def __call__(self, path: str, weight: Weight) -> Weight | None:
-        """Packs what is a matrix, of which nothing is left then; gives back what is none."""
+        """Packs a matrix and returns None. Returns any other parameter unchanged."""
         if path not in self._places:
             return weight
         assert not isinstance(weight, Packed), "packed already"
@@ -57,7 +57,7 @@ class Packing:
         return None
 
     def finish(self, params: Params) -> Params:
-        """`params`, which are what wasn't packed, and the stacks of what was."""
+        """Returns `params`, which are the parameters that were not packed, together with the stacks."""
         packed: dict[str, Any] = {}
         for stack, names in zip(self._stacks, self._names, strict=True):
             assert stack is not None, f"no matrix was put for {names}"
@@ -66,8 +66,8 @@ class Packing:
 
 
 def pack_params(specs: Mapping[str, Spec], params: Params) -> Params:
-    """Packs every matrix. params: unstacked; each matrix is taken out of them, so that its memory is free before the
-    next needs some."""
+    """Packs every matrix of `params`, which are in the unstacked layout. Each parameter is removed from `params` as it
+    is packed, so that its memory is free before the next one is packed."""
     packing = Packing(specs, params)
     rest = {}
     for path in list(params):
@@ -77,7 +77,7 @@ def pack_params(specs: Mapping[str, Spec], params: Params) -> Params:
 
 
 def _layout(spec: Spec, weight: Weight) -> tuple:
-    """What matrices of one stack have in common."""
+    """The key that all matrices of one stack share: their shape and their format."""
     if isinstance(weight, Quantized):
         return (weight.bits, weight.group, weight.rotated, weight.scales.dtype, spec.inputs, weight.outputs)
     assert not isinstance(weight, Packed), "packed already"

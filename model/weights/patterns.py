@@ -1,4 +1,5 @@
-"""Regular expressions of other people: those that could take for ever are refused before they are used."""
+"""Checks regular expressions that come from users and from published files. Those that could take forever to match are
+refused."""
 
 from __future__ import annotations
 
@@ -10,22 +11,26 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 LENGTH = 200
+"""The most characters that a pattern may have, unless the caller allows more."""
 _UNBOUNDED = 3
-"""Quantifiers without an upper limit: each multiplies the time by the length of a name. With three, 1,000 names of 100
-characters take from a tenth of a second to some 15 s, by what follows the third."""
+"""The most quantifiers without an upper limit that a pattern may have. Each multiplies the time by the length of a
+name. With three, matching 1,000 names of 100 characters takes 0.1 s to 15 s, depending on what follows the third."""
 _NAME = 100
-"""Characters of a long name: as many ways as a quantifier without an upper limit counts for"""
+"""The characters of a long name. A quantifier without an upper limit counts as this many ways to match."""
 _REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
 class _RefusedError(Exception):
-    """Why."""
+    """Signals that a pattern is refused. The message is the reason."""
 
 
 def check_pattern(pattern: str, longest: int = LENGTH) -> str | None:
-    """Why a regular expression is refused, as words that follow it ("has a quantifier …"), or None where it can be
-    matched with names in bounded time. `re` goes back and tries every way in which a pattern can be laid over a name,
-    so what counts is how many ways there are: few quantifiers, and none over what itself matches in several ways."""
+    """Returns why a regular expression is refused, as words that follow it ("has a quantifier …"). Returns None where
+    it can be matched with names in bounded time.
+
+    `re` may try every way in which a pattern matches a name, so the number of ways is limited. A pattern may have few
+    quantifiers, and none over a group that itself matches in several ways.
+    """
     if len(pattern) > longest:
         return f"is longer than {longest} characters"
     try:
@@ -42,7 +47,7 @@ def check_pattern(pattern: str, longest: int = LENGTH) -> str | None:
 
 
 def _inner(argument: Any) -> Iterable[Any]:
-    """The patterns in an operation's argument, however deep in its tuples and lists."""
+    """The patterns in the argument of a parsed operation, at any depth of its tuples and lists."""
     if isinstance(argument, parser.SubPattern):
         yield argument
     elif isinstance(argument, tuple | list):
@@ -51,7 +56,8 @@ def _inner(argument: Any) -> Iterable[Any]:
 
 
 def _unbounded(parsed: Any) -> int:
-    """Quantifiers without an upper limit that one name can meet, one after the other: the most of any alternative."""
+    """Counts the quantifiers without an upper limit that a single match can go through. Of several alternatives, the
+    one with the most counts."""
     count = 0
     for operation, argument in parsed:
         count += operation in _REPEATS and argument[1] == codes.MAXREPEAT
@@ -61,7 +67,7 @@ def _unbounded(parsed: Any) -> int:
 
 
 def _ways(parsed: Any) -> int:
-    """In how many ways a pattern can be laid over the same name, at most."""
+    """An upper bound on the number of ways in which a pattern can match the same name."""
     return math.prod(_ways_of(operation, argument) for operation, argument in parsed)
 
 
@@ -84,6 +90,6 @@ def _ways_repeated(low: int, high: int, body: Any) -> int:
 
 
 def _apart(alternatives: list[Any]) -> bool:
-    """Whether the first character says which of them it is."""
+    """Whether each alternative begins with a different literal character, so that at most one of them can match."""
     first = [part[0] if len(part) else (None, None) for part in alternatives]
     return all(operation is codes.LITERAL for operation, _ in first) and len({code for _, code in first}) == len(first)

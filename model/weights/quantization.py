@@ -1,4 +1,5 @@
-"""Which matrices of a model are kept as integers, and making them so: when a model is converted or loaded."""
+"""Rules that say which matrices of a model are kept as integers, and the conversion of these matrices when a model is
+converted or loaded."""
 
 from __future__ import annotations
 
@@ -28,55 +29,59 @@ SCHEMES: dict[str, tuple[str, ...]] = {
     "int5": ("embedding|head=int8", ".*=int5"),
     "int4": ("embedding|head=int8", ".*attention/value/.*=int6", ".*=int4"),
 }
-"""Rules by a name of their own. Embedding, head and values matter most for what they take."""
+"""Named lists of rules. The embedding, the head and the values get more bits, because bits improve the model most there
+for the space that they take."""
 
 _KINDS = ("int8", "int6", "int5", "int4")
 _GROUP = 64
-"""At most, unless a rule says otherwise: half of it where that leaves less of the last group empty"""
+"""The size of a group where a rule gives none. Half of it is used where that leaves less of the last group empty."""
 _PATTERN = 1 << 14
-"""Characters of a rule's regular expression: one that names every layer is long"""
+"""The most characters of a rule's regular expression. One that names every layer is long."""
 _SIZES = ("32", "64", "128", "256")
 
 _PARTS = ("values", "scales")
-"""What a matrix of integers is made of in a checkpoint"""
+"""The arrays of a quantized matrix in a checkpoint."""
 
 
 class Format(NamedTuple):
+    """How a matrix is quantized."""
+
     bits: Bits
     group: int
-    """Inputs that share a scale"""
+    """The number of inputs that share a scale"""
     rotated: bool = True
-    """See Quantized"""
+    """Whether blocks of inputs are multiplied by a Hadamard matrix, as `Quantized` describes"""
     scales: Literal["bfloat16", "float16"] = "bfloat16"
     fixed: bool = True
-    """Whether the group is to be what it is, however many inputs there are"""
+    """Whether `group` is used as it is, whatever the number of inputs"""
 
     @property
     def kind(self) -> str:
-        """As a rule names it."""
+        """The format as a rule spells it, such as "int4:64"."""
         how = "" if self.rotated else ":half" if self.scales == "float16" else ":plain"
         return f"int{self.bits}:{self.group}{how}"
 
     def fitted(self, inputs: int) -> Format:
-        """With a fixed group: this one, or half of it where it would fill up inputs by more than a thirtieth."""
+        """Returns this format with its group fixed. The group is halved where whole groups would pad the inputs by more
+        than a thirtieth."""
         filled = self.fixed or -inputs % self.group * 30 <= inputs
         return self._replace(group=self.group if filled else self.group // 2, fixed=True)
 
 
 def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
-    """Reads "REGEX=none", or "REGEX=int8", int6, int5 or int4. A group's size may follow, and "plain", which is not
-    rotated, or "half", which isn't either and has float16 scales, as other programs' files do: "REGEX=int4:64",
-    "REGEX=int8:32:plain". Raises ConfigError."""
+    """Parses the rule "REGEX=none" or "REGEX=KIND", where KIND is int8, int6, int5 or int4. The size of a group may
+    follow, and after it "plain" or "half". "plain" is not rotated. "half" isn't either, and has float16 scales, as
+    other programs' files do. Examples are "REGEX=int4:64" and "REGEX=int8:32:plain". Raises ConfigError."""
     pattern, _, name = rule.rpartition("=")
     kind, *options = name.split(":")
     plain, half = options[1:] in (["plain"], ["half"]), options[1:] == ["half"]
     sizes = options[:1] if plain else options
     if not pattern and rule.partition(":")[0] in SCHEMES:
-        raise ConfigError(f"quantize: {rule!r} stands alone; among rules, or with a group's size, write '.*={rule}'")
+        raise ConfigError(f"quantize: {rule!r} is no rule; among rules, or with a group's size, write '.*={rule}'")
     if not pattern or kind not in (*_KINDS, "none") or len(sizes) > 1 or (options and kind == "none"):
         raise ConfigError(f"quantize: {rule!r} is neither {', '.join(_KINDS)} nor a rule: REGEX=none, or REGEX=KIND, "
                           "REGEX=KIND:GROUP or REGEX=KIND:GROUP:plain (or half), with one of these as its KIND; "
-                          "GGUF's own kinds are --gguf's of isthmus convert")  # fmt: skip
+                          "for GGUF's own kinds, use --gguf of isthmus convert")  # fmt: skip
     if sizes and sizes[0] not in _SIZES:
         raise ConfigError(f"quantize: {rule!r}: a group has {', '.join(_SIZES)} numbers")
     if (why := check_pattern(pattern, longest=_PATTERN)) is not None:
@@ -90,21 +95,21 @@ def parse_rule(rule: str) -> tuple[re.Pattern[str], Format | None]:
 
 
 def matrices(config: ModelConfig) -> dict[str, Spec]:
-    """The parameters that may become integers, by their paths in the unstacked layout."""
+    """The parameters that can be quantized, by their paths in the unstacked layout."""
     return {path: spec for path, spec in parameter_specs(config).items() if spec.role.is_matrix}
 
 
 def formats(config: ModelConfig, rules: Sequence[str]) -> dict[str, Format]:
-    """The format of each matrix that `rules` turn into integers, by its path in the unstacked layout. The first rule
-    that matches a whole path, such as "blocks/0/mlp/up/kernel", decides.
+    """The format of each matrix that `rules` quantize, by its path in the unstacked layout. The first rule that matches
+    a whole path, such as "blocks/0/mlp/up/kernel", decides.
 
-    Raises ConfigError for a rule that can't be read, or where none of them matches anything.
+    Raises ConfigError for a rule that can't be read, or where no rule matches any matrix.
     """
     return {path: chosen for path, (_, chosen) in _decided(config, rules).items()}
 
 
 def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[str, tuple[int, Format]]:
-    """For each matrix that becomes integers, the place of the rule that decides and the format. Raises ConfigError."""
+    """For each matrix that is quantized, the index of the rule that decides, and the format. Raises ConfigError."""
     parsed = [parse_rule(rule) for rule in rules]
     found, matched = {}, False
     for path, spec in matrices(config).items():
@@ -120,7 +125,7 @@ def _decided(config: ModelConfig, rules: Sequence[str]) -> dict[str, tuple[int, 
 
 
 def check_rules(config: ModelConfig, rules: Sequence[str]) -> None:
-    """Raises ConfigError where one of somebody's own rules changes nothing, which is a typo in it or in the order."""
+    """Raises ConfigError where one of a user's rules has no effect, which means a typo or a wrong order."""
     names = list(matrices(config))
     undecided = set(names)
     for rule in rules:
@@ -134,8 +139,8 @@ def check_rules(config: ModelConfig, rules: Sequence[str]) -> None:
 
 
 def spelt_out(config: ModelConfig, rules: Sequence[str]) -> tuple[str, ...]:
-    """Rules that mean the same and name every group, as a folder keeps them: what goes without saying may become
-    another one day. Raises ConfigError."""
+    """Returns rules that mean the same and state the size of every group. Folders keep these, because the defaults may
+    change in a later version. Raises ConfigError."""
     decided = _decided(config, rules)
     spelt: list[str] = []
     for index, rule in enumerate(rules):
@@ -151,7 +156,7 @@ _LAYER = re.compile(r"blocks/(\d+)/(.*)")
 
 
 def rules_for(kinds: Mapping[str, str]) -> tuple[str, ...]:
-    """Rules that give each of these matrices its kind, and no other matrix any."""
+    """Returns rules that give each path in `kinds` its kind, and match no other matrix."""
     layers: dict[tuple[str, str], list[str]] = {}
     for path, kind in kinds.items():
         match = _LAYER.fullmatch(path)
@@ -167,14 +172,15 @@ def rules_for(kinds: Mapping[str, str]) -> tuple[str, ...]:
 
 
 class Quantize:
-    """Turns matrices into integers as they come: a transform of `isthmus.model.weights.load`."""
+    """A transform of `isthmus.model.weights.load` that quantizes matrices as they are loaded."""
 
     def __init__(self, config: ModelConfig, rules: Sequence[str]) -> None:
         """Raises ConfigError as `formats` does."""
         self._specs, self._formats = matrices(config), formats(config, rules)
 
     def __call__(self, path: str, weight: Weight) -> Weight:
-        """The parameter at a path of the unstacked layout, as integers where the rules say so and it is an array."""
+        """Returns the parameter, quantized where the rules say so and it is a plain array. path: in the unstacked
+        layout."""
         if path not in self._formats or not isinstance(weight, jax.Array):
             return weight
         return jax.block_until_ready(_quantize(self._specs[path], weight, self._formats[path]))
@@ -183,8 +189,8 @@ class Quantize:
 def quantize_params(
     config: ModelConfig, params: Params, rules: Sequence[str], on_progress: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Turns matrices into integers, in place and one at a time; what already is integers stays. params: unstacked;
-    on_progress(bytes) after each."""
+    """Quantizes matrices in place, one at a time. Matrices that are already integers stay as they are. params: in the
+    unstacked layout. on_progress is called after each matrix with the bytes of its integers."""
     quantize = Quantize(config, rules)
     for path, weight in params.items():
         changed = quantize(path, weight)
@@ -199,12 +205,12 @@ def _quantize(spec: Spec, weight: jax.Array, wanted: Format) -> Quantized:
 
 @partial(jax.jit, static_argnums=1)
 def _as_integers(matrix: jax.Array, wanted: Format) -> Quantized:
-    """One program for all matrices of a shape, wherever they belong."""
+    """Compiled once for all matrices of the same shape and format."""
     return quantize(matrix, wanted.bits, wanted.group, rotated=wanted.rotated, scales=wanted.scales)
 
 
 def weight_bytes(config: ModelConfig, dtype: str, rules: Sequence[str]) -> int:
-    """Bytes of the parameters as serving keeps them in `dtype`, all devices together."""
+    """The size in bytes of the parameters as serving keeps them in `dtype`, over all devices together."""
     wanted, total = formats(config, rules), 0
     for path, spec in parameter_specs(config).items():
         if (chosen := wanted.get(path)) is None:
@@ -216,11 +222,11 @@ def weight_bytes(config: ModelConfig, dtype: str, rules: Sequence[str]) -> int:
     return total
 
 
-# In a checkpoint, a matrix of integers is two arrays below its path.
+# In a checkpoint, a quantized matrix is two arrays below its path.
 
 
 def to_arrays(params: Params) -> Params:
-    """With two arrays in the place of each matrix of integers."""
+    """Returns `params` with two arrays in place of each quantized matrix."""
     arrays: Params = {}
     for path, weight in params.items():
         if isinstance(weight, Quantized):
@@ -231,20 +237,21 @@ def to_arrays(params: Params) -> Params:
 
 
 def parts_of_integers(path: str) -> tuple[str, str] | None:
-    """The path of a matrix and which part of its integers an array of a checkpoint holds; None for any other array."""
+    """Splits the path of a checkpoint's array into the path of its quantized matrix and the name of its part. None for
+    an array that is no such part."""
     matrix, _, part = path.rpartition("/")
     return (matrix, part) if part in _PARTS else None
 
 
 def from_parts(spec: Spec, chosen: Format, parts: Mapping[str, jax.Array]) -> Quantized:
-    """The matrix that `to_arrays` took apart."""
+    """Puts together a matrix that `to_arrays` took apart."""
     values, scales = (parts[part] for part in _PARTS)
     return Quantized(values, scales, chosen.bits, spec.inputs, chosen.group, chosen.rotated)
 
 
 def abstract_stored(config: ModelConfig, mesh: Mesh) -> Params:
-    """Shapes, dtypes and shardings of a checkpoint of `config`, quantized as config.quantization says: integers are
-    split along their outputs where the devices divide them."""
+    """The shapes, dtypes and shardings of a checkpoint of `config`, quantized as config.quantization says. Integers are
+    split along their outputs where the number of outputs is a multiple of the size of the mesh's axis tp."""
     plain = abstract_params(config, mesh, stacked=True)
     if not config.quantization:
         return plain

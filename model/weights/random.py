@@ -1,4 +1,4 @@
-"""Random parameters, as training starts from."""
+"""Random parameters, from which training starts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from isthmus.model.weights.load import Read, load_params
 
 @dataclass(frozen=True)
 class RandomSource:
-    """A source of random parameters. The same seed gives the same values on any mesh, in either layout, and whether all
-    parameters are asked for or some: what nobody asks for is never computed."""
+    """A source of random parameters. The same seed gives the same values on any mesh and in either layout, whether all
+    parameters are requested or only some. Parameters that aren't requested are never computed."""
 
     config: ModelConfig
     seed: int
@@ -30,7 +30,7 @@ class RandomSource:
     nbytes: int = 0
 
     def reads(self, abstract: Params) -> Iterator[Read]:
-        """All in one program, in which each parameter is born in its shard."""
+        """Yields a single read. One program creates all parameters, each directly in its shards."""
         yield Read(0, lambda: self._create(abstract))
 
     def _create(self, abstract: Params) -> Params:
@@ -52,6 +52,6 @@ class RandomSource:
 def init_params(
     config: ModelConfig, seed: int, mesh: Mesh, *, stacked: bool = False, dtype: str | None = None
 ) -> Params:
-    """Random parameters of a network, in either layout; dtype as in `abstract_params`."""
+    """Returns random parameters of a network, in either layout. dtype: as in `abstract_params`."""
     abstract = abstract_params(config, mesh, stacked=stacked, dtype=dtype)
     return load_params(RandomSource(config, seed, mesh), abstract)

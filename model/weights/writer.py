@@ -1,4 +1,4 @@
-"""Writing model folders: ours, as Hugging Face publishes them, and GGUF files. Nothing else writes them."""
+"""Writes model folders, in our own format and as Hugging Face publishes them, and GGUF files."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def describe(target: Path, config: ModelConfig | None, source: Described | None) -> None:
-    """Writes to a folder of ours what serving and exporting need beside its weights.
+    """Writes to a folder of ours what serving and exporting need besides its weights.
 
-    config: of the model; None is an adapter's folder, which has none. source: the model that this one was made from,
-    whose tokenizer, chat template and terms of use go along.
+    config: the model's configuration; None for an adapter's folder, which has none. source: the model that this one was
+    made from. Its tokenizer, chat template and terms of use are copied.
     """
     if source is not None:
         copy_companions(source.path, target)
-        if source.adapter is not None:  # its own go over its base model's, as when it is served
+        if source.adapter is not None:  # the adapter's files replace those of its base model, as in serving
             copy_companions(source.adapter, target)
     if config is None:
         return
@@ -48,8 +48,8 @@ def describe(target: Path, config: ModelConfig | None, source: Described | None)
 
 
 def write_folder(target: Path, folder: Described, params: Params) -> None:
-    """Writes a folder of ours to `target`, which is there and empty. params: unstacked or stacked, of folder.config,
-    whose quantization says how its integers were made."""
+    """Writes a folder of ours to `target`, which is an empty folder. params: the parameters of folder.config, in either
+    layout; its quantization says how the integers among them were made."""
     progress = {"step": 0, "tokens": 0, QUANTIZATION: list(folder.config.quantization)}
     checkpoints = Checkpoints(target)
     checkpoints.save(0, params, None, progress)
@@ -57,12 +57,13 @@ def write_folder(target: Path, folder: Described, params: Params) -> None:
     describe(target, folder.config, folder)
     if folder.weights is not None:
         write_json(target / DTYPES_FILE, stored_dtypes(folder.weights))
-    elif (folder.path / DTYPES_FILE).is_file():  # of the model that ours was made from
+    elif (folder.path / DTYPES_FILE).is_file():  # from the published model that ours was made from
         shutil.copyfile(folder.path / DTYPES_FILE, target / DTYPES_FILE)
 
 
 def _keep_published_config(source: Described, target: Path) -> None:
-    """Keeps the config.json that a model was published with; its weights are plain from here on."""
+    """Keeps the config.json that a model was published with, without its quantization_config, because our weights are
+    not stored that way."""
     if source.family is None:
         if (source.path / PUBLISHED_CONFIG).is_file():
             shutil.copyfile(source.path / PUBLISHED_CONFIG, target / PUBLISHED_CONFIG)
@@ -76,22 +77,22 @@ def _keep_published_config(source: Described, target: Path) -> None:
 
 
 class PublishedFolder:
-    """A folder as Hugging Face publishes it, to be written for a model."""
+    """Writes a model as a folder in Hugging Face's format."""
 
     def __init__(self, folder: Described, dtype: str) -> None:
-        """dtype: of the tensors; "source" is what they were published in, else float32. Raises ConfigError when no
-        family computes this network."""
+        """dtype: the dtype of all tensors. With "source", each keeps the dtype that it was published in, or float32
+        where none is known. Raises ConfigError when no family computes this network."""
         self._folder = folder
         self._family, self._values = _published(folder)
         self._dtypes = _stored_as(folder) if dtype == "source" else {"": _DTYPES[dtype]}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that it will hold."""
+        """The size in bytes of the weights that will be written."""
         return weight_bytes(self._folder.config, self._family, self._dtypes)
 
     def write(self, target: Path, params: Params, max_shard_bytes: int, on_progress: OnProgress) -> None:
-        """Writes to `target`, which is there and empty. params: unstacked, without adapters."""
+        """Writes to `target`, which is an empty folder. params: in the unstacked layout, without adapters."""
         folder = self._folder
         write_weights(target, self._family, folder.config, params, self._dtypes, max_shard_bytes, on_progress)
         kept = {name: value for name, value in self._values.items() if name not in ("torch_dtype", CODED)}
@@ -103,18 +104,19 @@ class PublishedFolder:
 
 
 def check_gguf(folder: Described) -> None:
-    """Raises ConfigError for a network that isn't written as GGUF."""
+    """Raises ConfigError for a network that can't be written as GGUF."""
     architecture_name(_published(folder)[1]["model_type"])
 
 
 def write_gguf(target: Path, folder: Described, params: Params, kind: str, on_progress: OnProgress) -> None:
-    """Writes a GGUF file. params: unstacked, without adapters; kind: what matrices become, as in gguf.export.KINDS."""
+    """Writes a GGUF file. params: in the unstacked layout, without adapters. kind: one of gguf.export.KINDS, which
+    matrices are stored as."""
     family, values = _published(folder)
     write_model(target, folder, values["model_type"], family, params, kind, on_progress)
 
 
 def _published(folder: Described) -> tuple[Family, dict[str, Any]]:
-    """The family and the config.json to write. Raises ConfigError when the network is no family's."""
+    """Returns the family and the config.json to write. Raises ConfigError when no family computes the network."""
     kept = folder.path / ("config.json" if folder.family is not None else PUBLISHED_CONFIG)
     if not kept.is_file():
         values = published_config(folder.config)
@@ -126,7 +128,7 @@ def _published(folder: Described) -> tuple[Family, dict[str, Any]]:
 
 
 def _stored_as(folder: Described) -> dict[str, str]:
-    """What each tensor was published in, as `stored_dtypes` gives it."""
+    """The dtype that each tensor was published in, in the form that `stored_dtypes` returns."""
     if folder.weights is not None:
         return stored_dtypes(folder.weights)
     kept = folder.path / DTYPES_FILE
@@ -134,7 +136,7 @@ def _stored_as(folder: Described) -> dict[str, str]:
 
 
 def _describe_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
-    """What transformers needs to open a tokenizer that was trained here."""
+    """Writes the files that transformers needs to open a tokenizer that was trained here."""
     assert tokenizer.eos_id is not None, "training always makes one"
     token = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}
     write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **token})

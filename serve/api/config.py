@@ -49,6 +49,9 @@ class ServeConfig:
     the way may read all, the token too"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
+    kernels: str = "auto"
+    """What computes: auto takes this machine's own kernels wherever they can run; reference takes none; the name of
+    kernels, such as cpu, takes those, or ends where they can't run"""
     mesh: str = ""
     """Devices to split the model over, as tp=2; in ep=2,tp=2, ep splits the experts of a mixture; empty is one"""
     drain_seconds: float = 30.0

@@ -11,18 +11,15 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from isthmus.serve.engine.request import (
-    Draining,
-    DuplicateId,
-    EngineDead,
-    EngineError,
+from isthmus.errors import (
+    RETRY_SECONDS,
+    DuplicateRequest,
     InvalidRequest,
-    QueueFull,
-    Stalled,
+    Overloaded,
+    RequestError,
+    RequestFailed,
+    Unavailable,
 )
-
-RETRY_SECONDS = 1
-"""What RetryInfo says: about the time a full queue takes to move."""
 
 
 def plain(code: int, message: str, *details: Message) -> status_pb2.Status:
@@ -45,18 +42,13 @@ def _blame(field: str, message: str) -> error_details_pb2.BadRequest:
     return error_details_pb2.BadRequest(field_violations=[violation])
 
 
-def retry_later(code: int, message: str) -> status_pb2.Status:
+def retry_later(code: int, message: str, seconds: float | None = RETRY_SECONDS) -> status_pb2.Status:
+    """seconds: None is not known."""
+    if seconds is None:
+        return plain(code, message)
     retry = error_details_pb2.RetryInfo()
-    retry.retry_delay.FromSeconds(RETRY_SECONDS)
+    retry.retry_delay.FromMilliseconds(round(1000 * seconds))
     return plain(code, message, retry)
-
-
-def cancelled() -> status_pb2.Status:
-    return plain(code_pb2.CANCELLED, "the request was cancelled")
-
-
-def closed() -> status_pb2.Status:
-    return retry_later(code_pb2.UNAVAILABLE, "the server was shut down before the request was done")
 
 
 def internal(reason: str, message: str) -> status_pb2.Status:
@@ -64,21 +56,20 @@ def internal(reason: str, message: str) -> status_pb2.Status:
     return plain(code_pb2.INTERNAL, message, error_details_pb2.ErrorInfo(reason=reason, domain="isthmus"))
 
 
-def status_of(error: InvalidRequest | EngineError) -> status_pb2.Status:
-    """What the caller is told of an error of the engine."""
+def status_of(error: RequestError) -> status_pb2.Status:
+    """What the caller is told of an error."""
+    code = code_pb2.Code.Value(error.code)
     match error:
+        case DuplicateRequest():
+            return plain(code, str(error), _blame(error.field, "is in flight already"))
         case InvalidRequest():
             return invalid(error.field, error.message)
-        case QueueFull():
-            return retry_later(code_pb2.RESOURCE_EXHAUSTED, str(error))
-        case DuplicateId():
-            return plain(code_pb2.ALREADY_EXISTS, str(error), _blame("request_id", "is in flight already"))
-        case Draining() | Stalled():
-            return retry_later(code_pb2.UNAVAILABLE, str(error))
-        case EngineDead():
-            return internal("ENGINE_DEAD", str(error))
+        case Overloaded() | Unavailable():
+            return retry_later(code, str(error), error.retry_after)
+        case RequestFailed():
+            return internal(error.reason, str(error))
         case _:
-            return internal("ENGINE_ERROR", str(error))
+            return plain(code, str(error))
 
 
 async def abort(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:

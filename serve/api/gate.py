@@ -15,10 +15,10 @@ from google.protobuf import descriptor_pool
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 
+from isthmus.errors import InvalidRequest, RequestError
 from isthmus.serve.api.errors import abort, internal, plain, retry_later, status_of
 from isthmus.serve.api.wire import check_wire
-from isthmus.serve.api.workers import SHORT, Workers
-from isthmus.serve.engine.request import EngineError, InvalidRequest
+from isthmus.serve.prepare.workers import SHORT, Workers
 
 Parse = Callable[[bytes], Any]
 
@@ -98,7 +98,7 @@ class Gate(grpc.aio.ServerInterceptor):
             raise asyncio.CancelledError from None
         except grpc.aio.BaseError:  # aborted
             raise
-        except EngineError as error:
+        except RequestError as error:
             await abort(context, status_of(error))
         except Exception:
             logger.exception("%s failed", method)

@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -27,6 +28,7 @@ from isthmus.serve.api.listen import target
 from isthmus.serve.api.session import Session
 from isthmus.serve.engine.build import build_engine
 from isthmus.serve.engine.engine import Engine
+from isthmus.serve.prepare.delivery import deliver
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 T = TypeVar("T")
@@ -102,7 +104,7 @@ class Server:
         """Must be made on the event loop that it will run on. Raises ConfigError."""
         config.validate()
         self.config = config
-        self.session = Session(model, asyncio.get_running_loop(), config)
+        self.session = Session(model, config)
         token, self._tls = config.read_token(), config.read_tls()
         limit = config.engine.max_sequences + config.engine.max_waiting + SPARE_CALLS
         gate = Gate(self.session.workers, {SERVICES[0]: limit}, OTHER_CALLS)
@@ -140,11 +142,11 @@ class Server:
             self.session.model,
             self.config.engine,
             self.config.mesh_shape,
-            self.session.sink,
+            deliver,
             on_progress,
         )
         await _in_daemon_thread(self.session.model.tokenizer.prepare)
-        engine = await _in_daemon_thread(build_engine, *build)
+        engine = await _in_daemon_thread(partial(build_engine, kernels=self.config.kernels), *build)
         engine.start()
         self.session.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)

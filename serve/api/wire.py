@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from isthmus.serve.engine.request import InvalidRequest
+from isthmus.errors import InvalidRequest
 
 MAX_TEXT_BYTES = 4 << 20
 """Of one field, of a repeated one together"""

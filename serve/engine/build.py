@@ -17,6 +17,7 @@ from isthmus.model.config import LoraConfig
 from isthmus.model.device.hardware import check_dtype, default_dtype, free_memory
 from isthmus.model.device.memory import release_heap
 from isthmus.model.execution import Execution
+from isthmus.model.ops.operation import AUTO
 from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
 from isthmus.model.transformer import Params, abstract_params, parameter_specs
@@ -26,7 +27,7 @@ from isthmus.model.weights.packing import Packing, pack_params
 from isthmus.model.weights.quantization import SCHEMES, quantize_params, weight_bytes
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink
-from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_like, compile_steps, uses_kernels
+from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_like, compile_steps
 
 PROGRAM_BYTES = 300 << 20
 """Of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured with
@@ -118,14 +119,19 @@ def _on_one_device(params: Params, mesh: Mesh) -> Params:
 
 
 def build_executor(
-    model: ModelFolder, engine: EngineConfig, mesh: MeshShape, on_progress: Callable[[str], None] = lambda text: None
+    model: ModelFolder,
+    engine: EngineConfig,
+    mesh: MeshShape,
+    on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    kernels: str = AUTO,
 ) -> Executor:
     """Loads the newest checkpoint, and compiles every bucket meanwhile; on_progress(what) as either goes on, from any
-    thread. Raises ConfigError."""
+    thread. kernels: as in `isthmus.model.ops.kernels.choose`. Raises ConfigError."""
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
     engine = fit_memory(engine, model, mesh, _room(devices.devices.flat[0]))
-    served = Served(model.config, engine, model.tokenizer.vocab_size, model.execution)
+    served = Served(model.config, engine, model.tokenizer.vocab_size, model.execution).with_kernels(kernels, devices)
     cancelled = False
     done = count(1)
 
@@ -139,7 +145,7 @@ def build_executor(
 
     abstract = abstract_served(model, devices)
     packing = None
-    if abstract is not None and uses_kernels(engine, devices):
+    if abstract is not None and served.execution.kernels.packs_weights:
         specs = parameter_specs(model.config)
         packing = Packing(specs, abstract)
         abstract = _on_one_device(jax.eval_shape(lambda params: pack_params(specs, dict(params)), abstract), devices)
@@ -184,6 +190,8 @@ def build_engine(
     mesh: MeshShape,
     sink: Sink,
     on_progress: Callable[[str], None] = lambda text: None,
+    *,
+    kernels: str = AUTO,
 ) -> Engine:
     """As build_executor, with the engine around it; not started."""
-    return Engine(build_executor(model, engine, mesh, on_progress), sink)
+    return Engine(build_executor(model, engine, mesh, on_progress, kernels=kernels), sink)

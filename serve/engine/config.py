@@ -48,10 +48,8 @@ class EngineConfig:
     prefix_cache: bool = True
     """Keep the pages of finished requests for prompts that begin alike"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """Of keys and values; model is the dtype it runs in. int8 has a float32 scale for every 64 numbers of a
+    """The dtype of keys and values; model is the dtype it runs in. int8 has a float32 scale for every 64 numbers of a
     head"""
-    kernels: bool = True
-    """On CPU: multiply and attend with Isthmus' own kernels where there is a C++ compiler"""
 
     def resolve(self, model: ModelConfig) -> EngineConfig:
         """With every 0 filled in. Raises ConfigError naming the field that can't work."""
@@ -81,7 +79,7 @@ class EngineConfig:
 
     def kv_bytes_per_token(self, model: ModelConfig, dtype: str) -> int:
         """Bytes of KV cache that a token takes, all layers together, of a model that runs in `dtype`."""
-        from isthmus.model.ops.attention import scales_of
+        from isthmus.model.ops.paged_cache import scales_of
 
         kept = self.cache_dtype if self.cache_dtype != "model" else dtype
         size = model.head_dim

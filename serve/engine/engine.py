@@ -13,18 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
-from isthmus.serve.engine.request import (
-    Draining,
-    DuplicateId,
-    EngineDead,
-    FinishReason,
-    InvalidRequest,
-    Output,
-    QueueFull,
-    Request,
-)
+from isthmus.serve.engine.request import FinishReason, Output, Request
 from isthmus.serve.engine.scheduler import Counters, Scheduler
 
 logger = logging.getLogger("isthmus.engine")
@@ -104,27 +96,27 @@ class Engine:
                 "prompt", f"has {len(request.prompt)} tokens; at most {limit - 1} leave room for one more"
             )
         if request.max_tokens < 1:
-            raise InvalidRequest("stop.max_tokens", "must be at least 1")
+            raise InvalidRequest("max_tokens", "must be at least 1")
         if len(request.prompt) + request.max_tokens > limit:
             total = len(request.prompt) + request.max_tokens
-            raise InvalidRequest("stop.max_tokens", f"with the prompt makes {total} tokens; the context holds {limit}")
+            raise InvalidRequest("max_tokens", f"with the prompt makes {total} tokens; the context holds {limit}")
 
     def submit(self, request: Request) -> None:
         """Hands a request over; its outputs come through the sink. Thread-safe.
 
-        Raises InvalidRequest, DuplicateId, QueueFull, Draining, or EngineDead.
+        Raises InvalidRequest, DuplicateRequest, Overloaded, Unavailable, or RequestFailed where the engine has ended.
         """
         self.validate(request)
         with self._wake:
             if self.error is not None:
-                raise EngineDead("the engine has ended on an error")
+                raise self._death() from self.error
             if self._draining:
-                raise Draining("the server is shutting down")
+                raise Unavailable("the engine is shutting down")
             if request.id in self._live:
-                raise DuplicateId(f"request_id: {request.id!r} is in flight already")
+                raise DuplicateRequest("request_id", f"{request.id!r} is in flight already")
             limit = self.config.max_sequences + self.config.max_waiting
             if len(self._live) >= limit or len(self._cancelled) >= 4 * limit:
-                raise QueueFull(f"{len(self._live)} requests are in flight already")
+                raise Overloaded(f"{len(self._live)} requests are in flight already")
             self._live[request.id] = request
             self._inbox.append(request)
             self._wake.notify()
@@ -192,9 +184,15 @@ class Engine:
             logger.exception("the engine thread died")
             with self._wake:
                 self.error = error
-            self._abandon(FinishReason.ERROR)
+            failure = self._death()
+            failure.__cause__ = error
+            self._abandon(FinishReason.ERROR, failure)
 
-    def _abandon(self, reason: FinishReason) -> None:
+    @staticmethod
+    def _death() -> RequestFailed:
+        return RequestFailed("the engine has ended on an error", "ENGINE_DEAD")
+
+    def _abandon(self, reason: FinishReason, failure: Exception | None = None) -> None:
         """Tells every request that is left."""
         with self._wake:
             left = [*self._live.values(), *self._cancelled]
@@ -202,6 +200,7 @@ class Engine:
             self._cancelled.clear()
         for request in left:
             request.finish_reason = request.finish_reason or reason
+            request.failure = request.failure or failure
         if left:
             self._sink([Output(request, None, reason) for request in left])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from isthmus.model.config import ModelConfig
 from isthmus.model.device.compilation import compilations
+from isthmus.model.device.hardware import platform_of
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.layers import Attend
-from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of
-from isthmus.model.ops.backend import use_cpu_kernels
-from isthmus.model.ops.cpu import library
-from isthmus.model.ops.cpu.memory import allocate
+from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.kernels import choose
+from isthmus.model.ops.operation import Setting
+from isthmus.model.ops.paged_attention import empty_cache, paged_step
+from isthmus.model.ops.paged_cache import PagedCache, PagedStep, scales_of
 from isthmus.model.sharding import named_sharding, use_mesh
 from isthmus.model.transformer import Params, Transformer, abstract_params, bind, parameter_specs
 from isthmus.model.weights.packing import is_packed, pack_params
@@ -40,28 +43,42 @@ class Served:
     """Ids from here on are padding of the vocabulary and never drawn"""
     execution: Execution = DEFAULT_EXECUTION
 
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of the cache's pages."""
+        return self.execution.dtype if self.engine.cache_dtype == "model" else self.engine.cache_dtype
 
-def abstract_cache(served: Served, mesh: Mesh) -> Cache:
+    def setting(self, mesh: Mesh) -> Setting:
+        """What kernels are chosen by, on these devices."""
+        return Setting(
+            self.model,
+            self.execution.dtype,
+            platform_of(mesh.devices.flat[0]),
+            mesh.size,
+            scans_layers=self.execution.scan_layers,
+            page_size=self.engine.page_size,
+            cache_dtype=self.cache_dtype,
+        )
+
+    def with_kernels(self, wish: str, mesh: Mesh) -> Served:
+        """The same with the kernels that `wish` gives on these devices, as in `isthmus.model.ops.kernels.choose`.
+        Raises ConfigError."""
+        kernels = choose(wish, self.setting(mesh))
+        return dataclasses.replace(self, execution=dataclasses.replace(self.execution, kernels=kernels))
+
+
+def abstract_cache(served: Served, mesh: Mesh) -> PagedCache:
     """One array for all layers, so that no layer is sliced out. Split over the key heads; a latent belongs to all
     heads, and so to all devices."""
     model, engine = served.model, served.engine
     shape = (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
     axes = ("pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
-    dtype = jnp.dtype(engine.cache_dtype if engine.cache_dtype != "model" else served.execution.dtype)
+    dtype = jnp.dtype(served.cache_dtype)
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
     if dtype != jnp.int8:
-        return Cache(pages)
+        return PagedCache(pages)
     scales = (*shape[:2], shape[2] * scales_of(model.head_dim))
-    return Cache(pages, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=named_sharding(mesh, *axes[:3])))
-
-
-def uses_kernels(engine: EngineConfig, mesh: Mesh) -> bool:
-    """Whether steps on `mesh` run the CPU's own kernels. XLA doesn't know how to split them over devices."""
-    return engine.kernels and mesh.size == 1 and _is_this_cpu(mesh) and library.why_not() is None
-
-
-def _is_this_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+    return PagedCache(pages, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=named_sharding(mesh, *axes[:3])))
 
 
 def sequence_of_token(bucket: Bucket) -> jax.Array:
@@ -70,8 +87,8 @@ def sequence_of_token(bucket: Bucket) -> jax.Array:
     return jnp.concatenate([jnp.arange(bucket.rows), bucket.rows + blocks])
 
 
-def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) -> Attend:
-    """The serving side of the seam."""
+def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, implementation: str) -> Attend:
+    """The serving side of the seam, by an implementation of model/ops/paged_attention.py."""
     step = PagedStep(bucket.rows, arrays.tables, arrays.positions)
 
     def attend(
@@ -79,39 +96,38 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays) ->
         q: jax.Array,
         k: jax.Array,
         v: jax.Array | None,
-        cache: Cache,
+        cache: PagedCache,
         scoring: Scoring,
         sinks: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
-        return paged_step(q, k, v, cache, layer * engine.pages, step, scoring, sinks)
+    ) -> tuple[jax.Array, PagedCache]:
+        first = layer * engine.pages
+        return paged_step(q, k, v, cache, first, step, scoring, sinks, implementation=implementation)
 
     return attend
 
 
 def forward(
-    model: Transformer, engine: EngineConfig, bucket: Bucket, kernels: bool, cache: Cache, arrays: PlanArrays
-) -> tuple[jax.Array, Cache]:
+    model: Transformer, engine: EngineConfig, bucket: Bucket, cache: PagedCache, arrays: PlanArrays
+) -> tuple[jax.Array, PagedCache]:
     """Hidden states [tokens, dim] of a step's tokens, all of them known, and the cache with their keys and values."""
     # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
     tokens = jnp.where(arrays.positions < 0, model.config.vocab_size, arrays.tokens)
-    attend = paged_attention(engine, bucket, arrays)
+    attend = paged_attention(engine, bucket, arrays, model.execution.kernels.paged_attention)
     long = arrays.long[sequence_of_token(bucket)] > 0
-    with use_cpu_kernels(kernels):
-        return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+    return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
 
 
 def engine_step(
     served: Served,
     bucket: Bucket,
-    kernels: bool,
     params: Params,
-    cache: Cache,
+    cache: PagedCache,
     last_token: jax.Array,
     packed: jax.Array,
-) -> tuple[Cache, jax.Array, jax.Array]:
-    """One step: (cache, last_token, drawn). Pure; the first three arguments are static.
+) -> tuple[PagedCache, jax.Array, jax.Array]:
+    """One step: (cache, last_token, drawn). Pure; the first two arguments are static.
 
-    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what nobody wants.
+    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what padding draws.
     packed: int32, see PlanArrays. drawn: int32[samples].
     """
     engine = served.engine
@@ -120,7 +136,7 @@ def engine_step(
     singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
     model = bind(served.model, served.execution, params)
-    hidden, cache = forward(model, engine, bucket, kernels, cache, arrays._replace(tokens=tokens))
+    hidden, cache = forward(model, engine, bucket, cache, arrays._replace(tokens=tokens))
     logits = model.logits(hidden[arrays.sample_token])
     logits = jnp.where(jnp.arange(logits.shape[-1]) < served.vocab, logits, -jnp.inf)
     as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
@@ -153,8 +169,8 @@ class Executor:
     """Device state and compiled programs of one engine. `warm_up` must have run before `launch`."""
 
     def __init__(self, served: Served, params: Params, mesh: Mesh) -> None:
-        """params: in the layout and dtypes that serving reads, packed or not."""
-        if uses_kernels(served.engine, mesh) and not served.execution.scan_layers and not is_packed(params):
+        """served: with its kernels chosen. params: in the layout and dtypes that serving reads, packed or not."""
+        if served.execution.kernels.packs_weights and not is_packed(params):
             params = pack_params(parameter_specs(served.model), dict(params))
         self.served, self.model, self.engine, self.mesh = served, served.model, served.engine, mesh
         self.params = params
@@ -167,15 +183,16 @@ class Executor:
 
     def _reset_state(self) -> None:
         abstract = abstract_cache(self.served, self.mesh)
-
-        def empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            # Nothing is read that wasn't written, and memory is only taken for pages that were.
-            kernels = uses_kernels(self.engine, self.mesh)
-            return (allocate if kernels else jnp.zeros)(leaf.shape, leaf.dtype)
-
+        implementation = self.served.execution.kernels.paged_attention
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        self._cache = jax.jit(lambda: jax.tree.map(empty, abstract), out_shardings=shardings)()
+        self._cache = jax.jit(lambda: empty_cache(abstract, implementation), out_shardings=shardings)()
         self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
+
+    def free(self) -> None:
+        """Gives back the memory of parameters, cache and programs. No step may be under way, and none can follow."""
+        for leaf in jax.tree.leaves((self.params, self._cache, self._last_token)):
+            leaf.delete()
+        self._programs.clear()
 
     def warm_up(
         self, ready: Compiled | None = None, on_progress: Callable[[Bucket], None] = lambda bucket: None
@@ -190,12 +207,6 @@ class Executor:
             self._warm(bucket)
         self.warmup_seconds = time.perf_counter() - start
         self._compilations_when_ready = compilations()
-
-    @property
-    def without_kernels(self) -> str | None:
-        """Why steps on a CPU run without its kernels, where they were wanted; None: they have them, or it isn't one."""
-        wanted = self.engine.kernels and self.mesh.size == 1 and _is_this_cpu(self.mesh)
-        return library.why_not() if wanted else None
 
     @property
     def recompilations(self) -> int:
@@ -265,7 +276,7 @@ def step_and_arguments(served: Served, bucket: Bucket, mesh: Mesh, params: Param
     cache = abstract_cache(served, mesh)
     args = (params, cache, ints(engine.max_sequences + 1), ints(plan_size(bucket, engine.pages_per_sequence)))
     step = jax.jit(
-        partial(engine_step, served, bucket, uses_kernels(engine, mesh)),
+        partial(engine_step, served, bucket),
         donate_argnums=(1, 2),
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), replicated, replicated),
     )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from isthmus.serve.engine.config import Bucket
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 
 FROM_DEVICE = -1
 """Stands for the token that the slot drew last, which the host may not know yet."""
@@ -69,7 +69,7 @@ def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArra
     return PlanArrays(*(packed[part].reshape(shape) for part, shape in _layout(bucket, pages_per_sequence)))
 
 
-def sampling_words(sampling: SamplingParams) -> np.ndarray:
+def sampling_words(sampling: Sampling) -> np.ndarray:
     """int32[6]: a number for each of the parts SAMPLING."""
     words = np.zeros(6, np.int32)
     words.view(np.float32)[[0, 2, 3]] = sampling.temperature, sampling.top_p, sampling.min_p

@@ -8,38 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-class EngineError(RuntimeError):
-    """A request that can't be taken now, or failed by no fault of its own."""
-
-
-class QueueFull(EngineError):
-    """Too many requests wait already."""
-
-
-class Draining(EngineError):
-    """The engine finishes what it has and takes nothing new."""
-
-
-class EngineDead(EngineError):
-    """The engine thread has ended on an error."""
-
-
-class Stalled(EngineError):
-    """The step under way takes longer than a step may."""
-
-
-class DuplicateId(EngineError):
-    """A request of this id is in flight already."""
-
-
-class InvalidRequest(ValueError):
-    """A request that could never be run; `field` names what is at fault, in the API's words."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field}: {message}")
-        self.field, self.message = field, message
-
-
 class FinishReason(enum.Enum):
     EOS = "eos"
     STOP_TOKEN = "stop token"
@@ -51,8 +19,8 @@ class FinishReason(enum.Enum):
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How the next token is drawn; the defaults draw from the model's own distribution."""
+class Sampling:
+    """How the next token is drawn, with nothing left open; the defaults draw from the model's own distribution."""
 
     temperature: float = 1.0
     """0 is greedy"""
@@ -70,7 +38,7 @@ class Request:
 
     id: str
     prompt: list[int]
-    sampling: SamplingParams
+    sampling: Sampling
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
@@ -94,7 +62,7 @@ class Request:
     page_keys: list[bytes] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     failure: Exception | None = field(default=None, init=False)
-    """What it raised, of one that ended with ERROR by itself; None where its logits weren't finite"""
+    """What made it end with ERROR; None where its logits weren't finite"""
     stop_token: int | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
     recomputed_tokens: int = field(default=0, init=False)

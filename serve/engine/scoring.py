@@ -12,49 +12,50 @@ import numpy as np
 from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
-from isthmus.model.ops.attention import Cache
+from isthmus.model.ops.operation import AUTO
+from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params, bind, parameter_specs
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.model.weights.packing import Packing
 from isthmus.serve.engine.build import abstract_served, load_served
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Served, abstract_cache, forward, uses_kernels
+from isthmus.serve.engine.executor import Served, abstract_cache, forward
 from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
 
 
-def predictions(folder: ModelFolder, cache_dtype: str, windows: np.ndarray, first: int) -> Iterator[np.ndarray]:
+def predictions(
+    folder: ModelFolder, cache_dtype: str, windows: np.ndarray, first: int, *, kernels: str = AUTO
+) -> Iterator[np.ndarray]:
     """What comes after the tokens from index `first` to the last but one of each of windows, int32[n, size], given
     those before in its window: float32[size - 1 - first, vocab] of logits.
 
     folder: as open_model gives it, in the dtype that serves; it is read before the first window. cache_dtype: as in
-    EngineConfig.
+    EngineConfig. kernels: as in `isthmus.model.ops.kernels.choose`.
     """
     engine, mesh = _engine(folder.config, cache_dtype, windows.shape[1]), build_mesh(MeshShape())
-    kernels = uses_kernels(engine, mesh)
-    abstract = abstract_served(folder, mesh) if kernels else None
+    served = Served(folder.config, engine, folder.tokenizer.vocab_size, folder.execution).with_kernels(kernels, mesh)
+    abstract = abstract_served(folder, mesh) if served.execution.kernels.packs_weights else None
     packing = None if abstract is None else Packing(parameter_specs(folder.config), abstract)
-    served = Served(folder.config, engine, folder.tokenizer.vocab_size, folder.execution)
-    return score(served, kernels, mesh, load_served(folder, mesh, packing), windows, first)
+    return score(served, mesh, load_served(folder, mesh, packing), windows, first)
 
 
-def score(
-    served: Served, kernels: bool, mesh: Mesh, params: Params, windows: np.ndarray, first: int
-) -> Iterator[np.ndarray]:
-    """`predictions` of parameters as `load_served` gives them. The engine has a bucket for a whole window."""
+def score(served: Served, mesh: Mesh, params: Params, windows: np.ndarray, first: int) -> Iterator[np.ndarray]:
+    """`predictions` of parameters as `load_served` gives them. The engine has a bucket for a whole window, and its
+    kernels are chosen."""
     engine = served.engine
     bucket = engine.buckets[-1]
     with use_mesh(mesh):
         cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_cache(served, mesh))
         span = range(first, windows.shape[1] - 1)
-        step = jax.jit(partial(_logits, served, bucket, kernels, span), donate_argnums=1)
+        step = jax.jit(partial(_logits, served, bucket, span), donate_argnums=1)
         for tokens in windows:
             cache, logits = step(params, cache, _plan(bucket, engine, tokens, served.model.rope_switch))
             yield np.asarray(logits)
 
 
 def _engine(config: ModelConfig, cache_dtype: str, size: int) -> EngineConfig:
-    """Of a single sequence, whose whole window is one step; blocks as served."""
+    """An engine for a single sequence, whose whole window is one step; blocks are as served."""
     default = EngineConfig()
     page, block = default.page_size, default.block_size
     whole = -(-size // block) * block
@@ -68,15 +69,14 @@ def _engine(config: ModelConfig, cache_dtype: str, size: int) -> EngineConfig:
 def _logits(
     served: Served,
     bucket: Bucket,
-    kernels: bool,
     span: range,
     params: Params,
-    cache: Cache,
+    cache: PagedCache,
     packed: jax.Array,
-) -> tuple[Cache, jax.Array]:
+) -> tuple[PagedCache, jax.Array]:
     model = bind(served.model, served.execution, params)
     arrays = split_plan(packed, bucket, served.engine.pages_per_sequence)
-    hidden, cache = forward(model, served.engine, bucket, kernels, cache, arrays)
+    hidden, cache = forward(model, served.engine, bucket, cache, arrays)
     return cache, model.logits(hidden[bucket.rows + span.start : bucket.rows + span.stop])
 
 

@@ -15,25 +15,28 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from isthmus.benchmarks import models, roofline, serve, step, train
-from isthmus.benchmarks.child import BenchError, Child, module
-from isthmus.benchmarks.machine import Limits, describe, name_of
+from isthmus.benchmarks.cases import CASES
+from isthmus.benchmarks.figures import summarize
+from isthmus.benchmarks.load import load_figures
+from isthmus.benchmarks.machine import describe, name_of
 from isthmus.benchmarks.models import preset, write_model
-from isthmus.benchmarks.plans import build_plan, with_room
+from isthmus.benchmarks.processes import BenchError, Child, module
 from isthmus.benchmarks.record import Record, finite, load_all, results_folder
 from isthmus.benchmarks.report import write_report
 from isthmus.benchmarks.servers import serve_flags
-from isthmus.benchmarks.statistics import summarize
+from isthmus.benchmarks.step_times import build_plan, with_room
 from isthmus.benchmarks.workload import Lengths, all_at_once, open_loop, poisson_arrivals
 from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import PRESETS, ModelConfig
-from isthmus.model.transformer import Params, stack_blocks
-from isthmus.model.weights.checkpoint import serving_layout
+from isthmus.model.device.hardware import Limits
+from isthmus.model.transformer import Params
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import split_plan
 from isthmus.train.data import TrainingData
+from tests.support import as_kept
 
 QUIET = Console(quiet=True)
 SMALL = ModelConfig(
@@ -59,7 +62,7 @@ def tiny_preset(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_cost_of_decoding_equals_a_count_by_hand() -> None:
     work = roofline.workload(Bucket(3, 0, 4), depth=5)
-    least = roofline.cost(SMALL, work)
+    least = roofline.cost(SMALL, work, "float32")
     # A layer: q 4x4, k and v 4x2 each, out 4x4, gate, up and down 4x3 each, two norms of 4. Then the norm and the head.
     layer = 16 + 8 + 8 + 16 + 3 * 12
     norms = 2 * 2 * 4 + 4
@@ -75,22 +78,22 @@ def test_cost_of_prompts_counts_the_head_once_a_prompt_and_the_keys_once_a_seque
     assert (work.tokens, work.drawn, work.read) == (14, 4, 2 * 8 + 8 + 4)
     assert work.attended == 2 * 8 + 36 + 10
     headless = dataclasses.replace(SMALL, vocab_size=0)
-    least = roofline.cost(SMALL, work)
+    least = roofline.cost(SMALL, work, "float32")
     assert least.flops == headless.forward_flops(14, work.attended) + 4 * 2 * 10 * 4
 
 
 def test_a_tied_embedding_is_read_once_and_bfloat16_halves_matrices_only() -> None:
     tied = dataclasses.replace(SMALL, tie_embeddings=True)
-    assert roofline.weight_bytes(tied, 3) == 4 * tied.parameters
-    half = dataclasses.replace(tied, dtype="bfloat16")
-    assert roofline.weight_bytes(half, 3) == 2 * tied.parameters + 2 * (4 * 5)
+    assert roofline.weight_bytes(tied, 3, "float32") == 4 * tied.parameters
+    assert roofline.weight_bytes(tied, 3, "bfloat16") == 2 * tied.parameters + 2 * (4 * 5)
 
 
 def test_the_counted_weights_are_those_that_serving_holds(tiny: ModelConfig, tiny_params: Params, mesh: Mesh) -> None:
-    config = dataclasses.replace(tiny, dtype="bfloat16")
-    held = serving_layout(config, mesh, "bfloat16")(stack_blocks(tiny_params))
-    rows_not_read = (config.vocab_size - 3) * config.dim * 2
-    assert roofline.weight_bytes(config, 3) == sum(leaf.nbytes for leaf in jax.tree.leaves(held)) - rows_not_read
+    held = as_kept(tiny, mesh, tiny_params, "bfloat16")
+    rows_not_read = (tiny.vocab_size - 3) * tiny.dim * 2
+    assert (
+        roofline.weight_bytes(tiny, 3, "bfloat16") == sum(leaf.nbytes for leaf in jax.tree.leaves(held)) - rows_not_read
+    )
 
 
 def test_the_slower_limit_binds() -> None:
@@ -151,9 +154,9 @@ def test_requests_repeat_from_a_seed_and_differ_between_rounds() -> None:
 
 def test_percentiles_interpolate() -> None:
     summary = summarize([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (summary.p50, summary.p90, summary.p99) == pytest.approx((3.0, 4.6, 4.96))
-    assert (summary.count, summary.min, summary.max, summary.mean) == (5, 1.0, 5.0, 3.0)
-    assert math.isnan(summarize([]).p50)
+    assert [summary[name] for name in ("p50", "p90", "p99")] == pytest.approx([3.0, 4.6, 4.96])
+    assert [summary[name] for name in ("count", "min", "max", "mean")] == [5, 1.0, 5.0, 3.0]
+    assert math.isnan(summarize([])["p50"]) and summarize([])["count"] == 0
 
 
 def test_load_figures_count_failures_apart() -> None:
@@ -168,7 +171,7 @@ def test_load_figures_count_failures_apart() -> None:
         "error": None,
     }
     bad = {**good, "tokens": 1, "gaps": [], "error": "RESOURCE_EXHAUSTED"}
-    figures = serve.load_figures({"outcomes": [good, bad, bad], "seconds": 2.0, "cpu_seconds": 0.5})
+    figures = load_figures({"outcomes": [good, bad, bad], "seconds": 2.0, "cpu_seconds": 0.5})
     assert figures["failures"] == {"RESOURCE_EXHAUSTED": 2} and figures["completed"] == 1
     assert (figures["output_tokens_per_second"], figures["requests_per_second"]) == (2.0, 0.5)
     assert figures["itl"]["p50"] == 0.75 and figures["tpot"]["p50"] == 0.5 and figures["ttft"]["count"] == 1
@@ -176,11 +179,17 @@ def test_load_figures_count_failures_apart() -> None:
 
 def test_the_server_is_started_with_every_setting_of_the_engine() -> None:
     engine = EngineConfig(max_sequences=3, prefix_cache=False, pages=77)
-    config = tyro.cli(ServeConfig, args=serve_flags(Path("m"), "bfloat16", 2, engine))
-    assert config.engine == engine and config.dtype == "bfloat16" and config.tp == 2 and config.port == 0
+    config = tyro.cli(ServeConfig, args=serve_flags(Path("m"), "bfloat16", 2, "auto", engine))
+    assert config.engine == engine and config.dtype == "bfloat16" and config.mesh_shape.tp == 2
 
 
 # whole benchmarks, of a tiny model
+
+
+def _shown(record: Record) -> str:
+    """What the terminal shows after a run."""
+    case = next(case for case in CASES if case.name == record.kind)
+    return case.section(record, {}) + case.notes(record)
 
 
 def _step_record(tiny_preset: str) -> Record:
@@ -190,14 +199,14 @@ def _step_record(tiny_preset: str) -> Record:
 
 
 def _serve_record(record: Record) -> Record:
-    summary = dataclasses.asdict(summarize([0.1, 0.2]))
+    summary = summarize([0.1, 0.2])
     rate = {
         "requests": 3,
         "completed": 2,
         "output_tokens_per_second": 10.0,
         "requests_per_second": 1.0,
         **dict.fromkeys(("ttft", "itl", "e2e"), summary),
-        "tpot": dataclasses.asdict(summarize([])),
+        "tpot": summarize([]),
     }
     facts = {"name": "m", "parameters": 1e6, "dtype": "float32", "max_sequences": 2, "context_length": 64}
     figures = {
@@ -221,8 +230,7 @@ def test_step_measures_every_bucket_and_the_report_shows_it(tiny_preset: str, tm
     path = record.save(tmp_path)
     assert path.name == "cpu-step-tiny.json" and json.loads(path.read_text())["config"]["preset"] == "tiny"
     _serve_record(record).save(tmp_path)
-    step.show(Record.load(path), QUIET)
-    serve.show(load_all(tmp_path)[0], QUIET)
+    assert all(_shown(saved) for saved in load_all(tmp_path))
     names = {written.name for written in write_report(tmp_path)}
     assert names == {"README.md", "cpu-step-tiny.png", "cpu-serve-m.png"}
     text = (tmp_path / "README.md").read_text()
@@ -237,7 +245,7 @@ def test_train_runs_the_trainer_on_symbols(tiny_preset: str, monkeypatch: pytest
     monkeypatch.setattr(train, "TEXT_BYTES", 20000)
     record = train.run(train.TrainBench(preset=tiny_preset, steps=2, turns=3, warmup=1, batch=2), QUIET)
     assert len(record.figures["turns"]["ours"]) == 3 and record.figures["peer"] is None
-    train.show(record, QUIET)
+    assert "Loss" in _shown(record)
     record.save(tmp_path / "results")
     assert "| Isthmus |" in write_report(tmp_path / "results")[0].read_text()
 
@@ -272,12 +280,16 @@ def test_a_written_model_opens_with_its_whole_vocabulary(monkeypatch: pytest.Mon
 
 
 def test_a_failing_child_says_why(tmp_path: Path) -> None:
-    target = {"address": "127.0.0.1:1", "timeout": 1.0}
     with Child(module("isthmus.benchmarks.load"), tmp_path / "log") as child:
-        with pytest.raises(BenchError, match="KeyError"):
+        with pytest.raises(BenchError, match="AttributeError"):
             child.ask("nothing")
-        with pytest.raises(BenchError, match="UNAVAILABLE"):
-            child.ask("facts", target=target)
+        with pytest.raises(BenchError, match="TypeError"):
+            child.ask("load")
+
+
+def test_a_server_that_does_not_answer_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert command.main(["serve", "--address", "127.0.0.1:1", "--out", str(tmp_path)]) == 1
+    assert "127.0.0.1:1: UNAVAILABLE" in capsys.readouterr().out
 
 
 # the command line and the files

@@ -5,36 +5,29 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+import tyro
 
-from isthmus.benchmarks import versus_serve
-from isthmus.benchmarks.load import Outcome, Target
+from isthmus.benchmarks import peer_servers
+from isthmus.benchmarks.comparison import with_comparison
+from isthmus.benchmarks.http_api import APIS, HttpError, post
+from isthmus.benchmarks.load import Outcome, Target, closed_loop, load_figures, run_load, send
 from isthmus.benchmarks.machine import describe
-from isthmus.benchmarks.peer_load import HttpError, checked, closed_loop, llama_tokens, post, send_http, vllm_tokens
-from isthmus.benchmarks.peer_servers import Sizes, isthmus_command, llama_command, vllm_command
-from isthmus.benchmarks.pieces import with_comparison
+from isthmus.benchmarks.peer_servers import COMPLETIONS, PROMPTS, PeerServersBench, plan, served_of_engine, sizes
+from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.report import write_report
-from isthmus.benchmarks.serve import load_figures
-from isthmus.benchmarks.stacks import STACKS, Installed
-from isthmus.benchmarks.versus_serve import (
-    COMPLETIONS,
-    PROMPTS,
-    PeerServersBench,
-    plan,
-    pooled,
-    served_of_engine,
-    sizes,
-)
+from isthmus.benchmarks.stacks import STACKS, Installed, Sizes, Start
 from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.commands import bench as command
 from isthmus.model.config import ModelConfig
+from isthmus.serve.api.config import ServeConfig
 
-QUIET = Console(quiet=True)
 PLANNED = PlannedRequest(0.0, [1, 2], 3, 0)
 
 
@@ -60,7 +53,7 @@ def test_every_server_gets_the_same_requests_and_each_repetition_others() -> Non
 
 def test_repetitions_are_pooled() -> None:
     answer = {"outcomes": [_outcome()], "seconds": 2.0, "cpu_seconds": 0.5}
-    figures = load_figures(pooled([answer, answer]))
+    figures = load_figures(answer, answer)
     assert figures["completed"] == 2 and figures["output_tokens_per_second"] == 2.0
 
 
@@ -108,8 +101,9 @@ def _stream(events: list[dict[str, Any]], kind: str) -> Outcome:
     async def run() -> Outcome:
         server = await asyncio.start_server(handle, "127.0.0.1", 0)
         async with server:
-            target = Target(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", timeout=10.0)
-            return await send_http(kind, target, "m", PLANNED, asyncio.get_running_loop().time())
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            answer = await run_load(Target(address, timeout=10.0, engine=kind, model="m"), [PLANNED])
+            return Outcome(**answer["outcomes"][0])
 
     return asyncio.run(run())
 
@@ -121,44 +115,56 @@ def test_tokens_are_counted_as_each_server_tells_them() -> None:
     assert (llama.tokens, llama.messages) == (3, 2), "text held back is counted at the end"
     failed = _stream([{"error": {"code": 500}}], "llama")
     assert failed.error is not None and "500" in failed.error
-    assert llama_tokens({"content": "x"}) == (0, None) and vllm_tokens({}) == (0, None)
+    assert APIS["llama"].tokens({"content": "x"}) == (0, None) and APIS["vllm"].tokens({}) == (0, None)
 
 
 def test_a_completion_that_is_cut_short_has_failed() -> None:
-    assert checked(Outcome(0.0, tokens=3), PLANNED).error is None
-    assert checked(Outcome(0.0, tokens=2), PLANNED).error == "2 tokens of 3"
+    async def tokens(planned: PlannedRequest, count: int) -> AsyncIterator[tuple[int, int | None]]:
+        for _ in range(count):
+            yield 1, None
+
+    whole, short = (asyncio.run(send(partial(tokens, count=count), PLANNED, 0.0)) for count in (3, 2))
+    assert whole.error is None and short.error == "2 tokens of 3"
 
 
 def test_a_closed_loop_keeps_its_streams_busy_and_sends_all() -> None:
     flying, most, sent = 0, 0, []
 
-    async def send(request: PlannedRequest, start: float) -> Outcome:
+    async def stream(request: PlannedRequest) -> AsyncIterator[tuple[int, int | None]]:
         nonlocal flying, most
         flying += 1
         most = max(most, flying)
         await asyncio.sleep(0)
         sent.append(request.seed)
         flying -= 1
-        return Outcome(request.at)
+        yield 3, None
 
     planned = [dataclasses.replace(PLANNED, seed=seed) for seed in range(10)]
-    outcomes = asyncio.run(closed_loop(send, planned, 4))
+    outcomes = asyncio.run(closed_loop(stream, planned, 4))
     assert most == 4 and sorted(sent) == list(range(10)) and len(outcomes) == 10
+    assert all(outcome.error is None for outcome in outcomes)
 
 
 def test_all_servers_are_started_for_as_much(tmp_path: Path) -> None:
     for path in ("peers", "vllm", "bin/llama-server", "m-q8_0.gguf"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
-    installed, size = Installed(tmp_path / "peers", tmp_path / "vllm", tmp_path), Sizes(32, 384)
-    ours = isthmus_command(STACKS["isthmus-int8"], tmp_path / "m", size)
-    assert ours[-2:] == ["--quantize", "int8"] and "--engine.no-prefix-cache" in ours
-    assert "--quantize" not in isthmus_command(STACKS["isthmus-bf16"], tmp_path / "m", size)
-    llama = llama_command(STACKS["llama-q8_0"], tmp_path / "m", size, installed, 1234)
-    assert llama[llama.index("-c") + 1] == str(32 * 384) and llama[llama.index("-np") + 1] == "32"
+    installed = Installed(tmp_path / "peers", tmp_path / "vllm", tmp_path)
     config = ModelConfig(vocab_size=10, layers=2, kv_heads=3, head_dim=4)
-    vllm = vllm_command(STACKS["vllm-f32"], tmp_path / "m", config, size, installed, 1234)
-    assert vllm[-1] == str((32 * 3 + 1) * 128 * 2 * 2 * 3 * 4 * 4)
+
+    def server(name: str) -> list[str]:
+        start = Start(STACKS[name], tmp_path / "m", config, Sizes(32, 384), installed)
+        return start.command(start.engine.server, 1234)
+
+    ours = tyro.cli(ServeConfig, args=server("isthmus-int8")[4:])
+    assert (ours.quantize, ours.dtype, ours.port, ours.engine.pages) == ("int8", "bfloat16", 1234, 1 + 32 * 24)
+    assert (ours.engine.max_sequences, ours.engine.context_length, ours.engine.prefix_cache) == (32, 384, False)
+    assert tyro.cli(ServeConfig, args=server("isthmus-bf16")[4:]).quantize == "none"
+    llama = server("llama-q8_0")
+    assert llama[llama.index("-c") + 1] == str(32 * 384) and llama[llama.index("-np") + 1] == "32"
+    assert server("vllm-f32")[-1] == str((32 * 3 + 1) * 128 * 2 * 2 * 3 * 4 * 4)
+    with pytest.raises(BenchError, match=r"m-q4_0\.gguf does not exist; make_gguf\.py"):
+        server("llama-q4_0")
 
 
 def test_wrong_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +194,7 @@ def test_the_report_shows_latencies_and_what_serving_costs(tmp_path: Path) -> No
     assert piece["served_of_engine"] == {"isthmus-bf16": {"closed": 0.9, "decode": 0.5}}
     record = Record("peer-servers", "m", describe(), {}, with_comparison([piece]))
     record.save(tmp_path)
-    versus_serve.show(record, QUIET)
+    assert "took" not in peer_servers.notes(record), "nobody is blamed without a figure"
     assert {path.name for path in write_report(tmp_path)} == {"README.md", "cpu-peer-servers-m.png"}
     text = (tmp_path / "README.md").read_text()
     assert "| 32 streams | 16 bits | 90 | llama-bf16 | 60 | 1.50 |" in text

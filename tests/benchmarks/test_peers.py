@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
 
-from isthmus.benchmarks import versus
-from isthmus.benchmarks.engine_child import _Steps
+from isthmus.benchmarks import comparison, peer_engines
+from isthmus.benchmarks.comparison import (
+    Idle,
+    Turns,
+    compare,
+    errors,
+    label,
+    merged,
+    newest,
+    rotated,
+    spinning,
+    with_comparison,
+)
+from isthmus.benchmarks.engine import Driver
 from isthmus.benchmarks.machine import describe
-from isthmus.benchmarks.pieces import compare, errors, label, merged, newest, rotated, with_comparison
+from isthmus.benchmarks.peer_engines import EngineSide, PeersBench, amount, cell_tokens, parse_cell, room
+from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.report import write_report
-from isthmus.benchmarks.stacks import STACKS, Installed, chosen, load_question
-from isthmus.benchmarks.versus import PeersBench, amount, cell_tokens, parse_cell, room
+from isthmus.benchmarks.stacks import STACKS, Installed, Sizes, chosen
+from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
-from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.engine import Sink, StepTimes
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 
 QUIET = Console(quiet=True)
 
@@ -117,10 +132,9 @@ def test_prompts_are_the_same_for_everybody_and_fit_what_is_loaded() -> None:
     assert cell_tokens(bench, "decode40", 100) != cell_tokens(dataclasses.replace(bench, seed=1), "decode40", 100)
     assert {len(prompt) for prompt in cell_tokens(bench, "decode40", 100)} == {32}
     assert all(10 <= token < 100 for prompt in cell_tokens(bench, "prefill700", 100) for token in prompt)
-    sequences, context = room(bench)
-    assert sequences == 40 and context >= 701
+    assert room(bench).sequences == 40 and room(bench).context >= 701
     assert room(PeersBench(cells=("decode1",))) == room(PeersBench()), "a cell's speed depends on what else is asked"
-    assert room(PeersBench(steps=3000))[1] > 3032
+    assert room(PeersBench(steps=3000)).context > 3032
 
 
 def test_a_turn_takes_about_as_long_as_asked() -> None:
@@ -132,7 +146,7 @@ def test_a_turn_takes_about_as_long_as_asked() -> None:
 
 
 def test_only_our_side_is_told_to_quantize() -> None:
-    fields = {name: load_question(stack, Path("m"), 2, 3) for name, stack in STACKS.items()}
+    fields = {name: PeersBench().start(stack, ModelConfig(), Sizes(2, 3)).load for name, stack in STACKS.items()}
     assert {name: asked.get("quantize") for name, asked in fields.items() if "quantize" in asked} == {
         "isthmus-bf16": "none",
         "isthmus-int8": "int8",
@@ -156,42 +170,99 @@ def test_wrong_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_stack_that_is_not_installed_is_reported_and_the_rest_goes_on(tmp_path: Path) -> None:
-    installed = Installed(tmp_path / "none", tmp_path / "none", tmp_path)
-    run = versus._Run(PeersBench(installed=installed), versus.ModelConfig(vocab_size=100), QUIET, lambda: None)
-    with versus.ExitStack() as children:
-        run.load(STACKS["vllm-bf16"], children, tmp_path / "log")
-    assert "make peers-vllm" in run.errors["vllm-bf16"]["load"]
-    run.warm_up()
-    run.repeat(0)
-    assert not any(run.rates.values())
+    bench = PeersBench(installed=Installed(tmp_path / "none", tmp_path / "none", tmp_path))
+    start = bench.start(STACKS["vllm-bf16"], ModelConfig(vocab_size=100), room(bench))
+    turns = Turns(bench.cells, QUIET, lambda: None)
+    with ExitStack() as children:
+        turns.start(start.stack, lambda: EngineSide(start, children, tmp_path / "log"))
+    assert "make peers-vllm" in turns.errors["vllm-bf16"]["load"]
+    turns.repeat(1, lambda *_: 1.0)
+    with pytest.raises(BenchError, match="every stack failed"):
+        turns.figures(describe(), [])
+
+
+class _Side:
+    """One that is ready, and fails in the cells that it is told."""
+
+    facts: ClassVar[dict[str, Any]] = {"version": "v", "seconds": 1.0}
+    idle = Idle(lambda: 0.0)
+
+    def __init__(self, *failing: str) -> None:
+        self.failing = failing
+
+
+def test_a_stack_that_fails_in_a_cell_is_left_out_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others measured isn't lost, nor what it measured elsewhere; it isn't asked again what it failed at."""
+    monkeypatch.setattr(comparison, "PAUSE_SECONDS", 0.0)
+    turns, asked = Turns(("decode1", "decode8"), QUIET, lambda: None), []
+    turns.start(STACKS["llama-bf16"], lambda: _Side("decode8"))
+    turns.start(STACKS["isthmus-bf16"], _Side)
+
+    def measure(cell: str, turn: int, name: str, side: _Side) -> float:
+        asked.append((cell, turn, name))
+        if cell in side.failing:
+            raise BenchError("out of memory")
+        return 10.0 + turn
+
+    turns.repeat(2, measure)
+    run = turns.figures(describe(), [])
+    assert run["errors"] == {"llama-bf16": {"decode8": "out of memory"}}
+    both = {"isthmus-bf16": [10.0, 11.0], "llama-bf16": [10.0, 11.0]}
+    assert run["rates"] == {"decode1": both, "decode8": {"isthmus-bf16": [10.0, 11.0]}}
+    assert asked.count(("decode8", 1, "llama-bf16")) == 0 and len(asked) == 7
+
+
+class _Engine:
+    """Gives the outputs that it is told, a list a step, to the sink, on a thread as the real one does."""
+
+    alive, in_flight, error = True, 0, None
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self.times, self.submitted = sink, StepTimes(), []
+        self.steps: list[list[tuple[int, FinishReason | None]]] = []
+
+    def submit(self, request: Request) -> None:
+        self.submitted.append(request)
+
+    def start(self) -> None:
+        self._sink([Output(Request("of the question before", [1], Sampling(), 9), None, FinishReason.CANCELLED)])
+        for step in self.steps:
+            self._sink([Output(self.submitted[at], None if reason else 5, reason) for at, reason in step])
+
+    def cancel(self, request: Request) -> None:
+        pass
+
+
+def _driver(steps: list[list[tuple[int, FinishReason | None]]]) -> Driver:
+    driver = Driver(_Engine)  # type: ignore[arg-type]
+    driver.engine.steps = steps  # type: ignore[attr-defined]
+    return driver
 
 
 def test_decoding_is_timed_from_everybodys_first_token() -> None:
-    requests = [Request(name, [1], SamplingParams(), 9) for name in "ab"]
-    a, b = (Output(request, 5, None) for request in requests)
-    steps = _Steps(requests, 2)
-    for outputs in ([a], [a, b], [a, b]):
-        steps.take(outputs)
-        assert not steps.done.is_set()
-    steps.take([a, b])
-    steps.take([a, b])
-    assert steps.done.is_set() and len(steps.times) == 3 and steps.error is None
-    short = _Steps(requests, 5)
-    for outputs in ([a, b], [a]):
-        short.take(outputs)
-    assert short.error is not None and short.done.is_set()
-    failed = _Steps(requests, 5)
-    failed.take([Output(Request("of the question before", [1], SamplingParams(), 9), None, FinishReason.CANCELLED)])
-    assert failed.error is None
-    failed.take([Output(requests[0], None, FinishReason.ERROR)])
-    assert failed.error == "a request failed"
+    """A question hears how the requests of the one before ended, which must not fail it."""
+    a, b = (0, None), (1, None)
+    assert len(_driver([[a], [a, b], [a, b], [a, b], [a, b]]).steps([[1], [1]], 2, 9)) == 3
+    assert len(_driver([[a], [a, b]]).steps([[1], [1]], 0, 1)) == 1
+    with pytest.raises(RuntimeError, match="less than a token of each of 2"):
+        _driver([[a, b], [a]]).steps([[1], [1]], 5, 9)
+    with pytest.raises(RuntimeError, match="a request failed"):
+        _driver([[a, (1, FinishReason.ERROR)]]).steps([[1], [1]], 5, 9)
+
+
+def test_a_closed_loop_of_the_engine_submits_the_next_when_one_ends() -> None:
+    done = FinishReason.LENGTH
+    driver = _driver([[(0, None)], [(0, done), (1, None)], [(1, done)], [(2, None)], [(2, done)]])
+    planned = [PlannedRequest(0.0, [1], 2, 0)] * 3
+    assert driver.closed_loop(planned, 2, 0.0)["tokens"] == 3
+    assert len(driver.engine.submitted) == 3  # type: ignore[attr-defined]
 
 
 def test_shares_are_of_what_the_machine_gave_at_the_time() -> None:
     """A host that gives half its speed for a while must not make a stack look twice or half as good."""
     rates = {"decode1": {"isthmus-bf16": [80.0, 40.0, 90.0], "llama-bf16": [50.0]}, "decode8": {"llama-bf16": [1.0]}}
     limits = [{"bandwidth": 10.0 * x, "flops": 1.0} for x in (100, 50, 50, 100)]
-    found = versus.shares(_piece(rates, limits=limits), ModelConfig())
+    found = peer_engines.shares(_piece(rates, limits=limits), ModelConfig())
     assert found == {"decode1": {"isthmus-bf16": pytest.approx(0.8), "llama-bf16": pytest.approx(0.5)}}
 
 
@@ -201,9 +272,16 @@ def test_the_report_shows_ratios_rates_and_failures(tmp_path: Path) -> None:
     piece = _piece({"decode1": rates}, errors={"vllm-bf16": {"load": "no compiler\nsecond line"}}, shares=shares)
     record = _record([piece])
     record.save(tmp_path)
-    versus.show(record, QUIET)
+    assert "10.0 GB/s" in peer_engines.notes(record)
     assert {path.name for path in write_report(tmp_path)} == {"README.md", "cpu-peers-m.png"}
     text = (tmp_path / "README.md").read_text()
     assert "| decode, 1 sequence | 16 bits | 21 | llama-bf16 | 10.5 | 2.00 | 2.00 to 2.00 of 2 |" in text
     assert "vllm-bf16, load: `no compiler`" in text and "81.0%" in text and "nan" not in text
     assert label("prefill512") == "prompt of 512 tokens" and label("closed32") == "32 streams"
+
+
+def test_a_stack_that_spins_while_it_waits_is_named() -> None:
+    """It takes a core from the others, whose figures then mean less."""
+    piece = _piece({"decode1": {"vllm-bf16": [1.0], "llama-bf16": [1.0]}})
+    piece["stacks"]["vllm-bf16"] = {**piece["stacks"]["vllm-bf16"], "waiting_share": 0.9}
+    assert spinning(_record([piece])) == "- vllm-bf16 took 90% of a core while it waited: it disturbed the others"

@@ -10,31 +10,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
-from isthmus.benchmarks import corpus, quality, versus
-from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks import quality
+from isthmus.benchmarks.comparison import with_comparison
+from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, parse
 from isthmus.benchmarks.machine import describe
-from isthmus.benchmarks.perplexity import BaseLogits, divergence, parse
-from isthmus.benchmarks.pieces import with_comparison
-from isthmus.benchmarks.quality import Ours, QualityBench, known, ours
+from isthmus.benchmarks.processes import BenchError
+from isthmus.benchmarks.quality import Ours, QualityBench, known, measure, ours
 from isthmus.benchmarks.record import Record, load_all
 from isthmus.benchmarks.report import write_report
-from isthmus.benchmarks.served import measure
 from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
+from isthmus.quality import corpus
 from isthmus.quality.costs import KNOWN, Cost
 from isthmus.quality.divergence import Divergence, Gathered, kl_divergence
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward
-
-QUIET = Console(quiet=True)
 
 
 def write_base(path: Path, tokens: np.ndarray, logits: Callable[[int], np.ndarray]) -> Path:
@@ -80,16 +77,15 @@ def test_the_file_is_read_as_it_was_written(vocab: int, tmp_path: Path) -> None:
     logits = np.random.default_rng(1).normal(0, 3, (3, 10, vocab)).astype(np.float32)
     logits[1, 6, 0] = -60.0
     base = BaseLogits.open(write_base(tmp_path / "base", tokens, lambda window: logits[window]))
-    assert (base.n_ctx, base.vocab, base.windows, base.first, base.predicted) == (10, vocab, 3, 5, 4)
+    assert (base.n_ctx, base.vocab, base.windows, base.predicted) == (10, vocab, 3, 4)
     assert np.array_equal(base.tokens, tokens)
-    for window in range(3):
+    for window, got in enumerate(base):
         rows = logits[window, 5:9].astype(np.float64)
         want = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        got = base.log_probabilities(window)
         near = want > want.max(axis=1, keepdims=True) - 16
         assert got.shape == (4, vocab) and np.abs(got - want)[near].max() < 3e-4
         assert np.all(got[~near] < got.max() - 15.9)
-        assert np.array_equal(base.targets(window), tokens[window, 6:])
+    assert window == 2
 
 
 def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
@@ -138,7 +134,7 @@ def test_a_model_is_next_to_itself_and_integers_are_further(folder: Path, tmp_pa
     assert len(ticks) == 2 and exact.tokens == 2 * 34
     assert abs(exact.kl) < 1e-5 and exact.top1 == 1 and exact.ratio == pytest.approx(1, abs=1e-4)
     int8 = measure(folder, "int8", "float32", "model", base)
-    int4 = measure(folder, (".*mlp.*=int4:32", ".*=int8"), "float32", "model", base)
+    int4 = measure(folder, ".*mlp.*=int4:32,.*=int8", "float32", "model", base)
     cached = measure(folder, "none", "float32", "int8", base)
     assert 1e-5 < int8.kl < int4.kl and 1e-5 < cached.kl < int4.kl
     assert int4.bytes < int8.bytes < exact.bytes / 3 and cached.bytes == exact.bytes
@@ -162,7 +158,7 @@ def test_what_is_measured_is_what_an_engine_says(folder: Path, tmp_path: Path) -
     quantize, dtype, cache_dtype = "int4", "bfloat16", "int8"
     config = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, cache_dtype=cache_dtype)
     executor = build_executor(open_model(folder, dtype, quantize=quantize), config, MeshShape())
-    request = Request("one", [9, 8, 7], SamplingParams(temperature=0), 45)
+    request = Request("one", [9, 8, 7], Sampling(temperature=0), 45)
     play(executor, [Arrival(request)])
     tokens = np.array([[*request.prompt, *request.completion]], np.int32)
     assert tokens.size == 48
@@ -282,8 +278,6 @@ def test_the_report_shows_what_integers_cost_and_so_do_the_timings(tmp_path: Pat
     }  # fmt: skip
     timed = Record("peers", "m", describe(), {}, with_comparison([piece]))
     timed.save(tmp_path)
-    quality.show(record(rows), QUIET)
-    versus.show(timed, QUIET)
     assert {path.name for path in write_report(tmp_path)} == {"README.md", "cpu-peers-m.png", "cpu-quality-real.png"}
     text = (tmp_path / "README.md").read_text()
     assert "| isthmus-int8 | 140.5 | 0.0421 | 0.0042 | 90.0% | +10.00% |" in text

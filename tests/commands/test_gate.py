@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.benchmarks import corpus
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.ops.cpu import library
@@ -20,7 +19,7 @@ from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.quality import compare as quality
-from isthmus.quality import costs
+from isthmus.quality import corpus, costs
 from isthmus.quality.compare import KeptPredictions, described, original_kept, passes, undecided
 from isthmus.quality.costs import MeasuredCost, measured
 from isthmus.quality.divergence import Quality, kl_divergence, log_softmax
@@ -177,7 +176,7 @@ def test_means_decide_and_intervals_tell_how_surely(bits: int, quality: Quality,
 
 def test_figures_come_with_their_interval() -> None:
     text = described(found(0.00412, 1.0057, 0.00011, 0.0008))
-    assert "KL 0.0041 ± 0.0002 nats a token" in text and "perplexity +0.57 ± 0.2%" in text
+    assert "KL 0.0041 ± 0.0002 nats per token" in text and "perplexity +0.57 ± 0.2%" in text
     assert "(10.06, before 10)" in text and "16,320 tokens in 64 windows" in text and "96.3%" in text
     assert "±" not in described(found(0.004, 1.0, math.nan, math.nan, 1)).split(";")[0], "nobody knows it of a window"
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.v1 import inference_pb2 as pb
 from tests.faults.storms import OK, Caller, End, StartServing, one_by_one, requests
-from tests.serve.api.harness import SERVING, check_health, idle, wait_for
+from tests.serve.api.harness import SERVING, ApiClient, check_health, idle, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -195,7 +195,7 @@ def test_every_answer_in_a_storm_of_clients_is_as_alone(serve: StartServing) -> 
     asked = requests(random.Random(SEED), REQUESTS, longest=200)
     alone = asyncio.run(one_by_one(address, asked[: REQUESTS // 2]))  # cold
     told = asyncio.run(_storm(address, asked))
-    with Client(address) as client:
+    with ApiClient(address) as client:
         wait_for(lambda: idle(client), "an idle server after the storm")
         load = client.load()
         assert check_health(client.channel) == SERVING

@@ -11,11 +11,11 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.serve.api.server import CANCEL_GRACE_SECONDS
 from isthmus.v1 import inference_pb2 as pb
 from tests.faults.storms import OK, Caller, End, StartServing, one_by_one, requests
-from tests.serve.api.harness import LONG, PATIENCE, PROMPT, ServeProcess, idle, wait_for
+from tests.serve.api.harness import LONG, PATIENCE, PROMPT, ApiClient, ServeProcess, idle, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -142,7 +142,7 @@ async def _read_late(process: ServeProcess) -> End:
 
 def _is_through(process: ServeProcess) -> bool:
     try:
-        with Client(process.address()) as client:
+        with ApiClient(process.address()) as client:
             return idle(client)
     except grpc.RpcError:  # it is so far through that it takes no calls
         return True

@@ -16,12 +16,11 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus import Client
 from isthmus.client import bearer
 from tests.faults import hostile
 from tests.faults.hostile import HEALTH, METHODS, NOWHERE, REFLECTION, STREAM, WATCH
 from tests.faults.storms import OK, End, StartServing, ended, resident_bytes
-from tests.serve.api.harness import PATIENCE, SERVING, ServeProcess, check_health, collect, idle, wait_for
+from tests.serve.api.harness import PATIENCE, SERVING, ApiClient, ServeProcess, check_health, collect, idle, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -138,14 +137,14 @@ def _left_open(port: int, rng: random.Random) -> Iterator[None]:
             connection.close()
 
 
-def _ask(client: Client) -> tuple[str, tuple[int, ...]]:
+def _ask(client: ApiClient) -> tuple[str, tuple[int, ...]]:
     """What somebody who means well is answered."""
     options = {"max_tokens": 60, "seed": 7, "ignore_eos": True, "request_id": "well-meant"}
     answer = collect(client.stream("def main(argv):\n    return ", timeout=2 * PATIENCE, **options))
     return answer.text, answer.token_ids
 
 
-async def _storm(process: ServeProcess, client: Client, rng: random.Random) -> int:
+async def _storm(process: ServeProcess, client: ApiClient, rng: random.Random) -> int:
     """Calls and connections at once, while somebody else gets what they got alone. By how many bytes memory grew."""
     address = process.address()
     port = int(address.rsplit(":")[-1])
@@ -178,7 +177,7 @@ def test_a_storm_of_hostile_bytes_changes_nothing(serve: StartServing, tmp_path:
     process = serve("--auth-token-file", str(tmp_path / "token"), "--engine.context-length", "512")
     address = process.address()
     rng = random.Random(seed)
-    with Client(address, token=TOKEN) as client, _left_open(int(address.rsplit(":")[-1]), rng):
+    with ApiClient(address, token=TOKEN) as client, _left_open(int(address.rsplit(":")[-1]), rng):
         grown = asyncio.run(_storm(process, client, rng))
         wait_for(lambda: idle(client), "an idle server after the storm")
         assert client.load().recompilations == 0, "a step was compiled while serving"

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
-from isthmus.model.ops.attention import Cache
-from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.model.weights.huggingface.families import read_config
@@ -28,7 +27,7 @@ from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention, sequence_of_token
 from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
 from isthmus.train.step import gradients, long_sequences, packed_attention
@@ -38,7 +37,7 @@ from tests.support import packed_params, relative_error
 
 TOLERANCE = 2e-5
 """Relative, of a sequence's logits together (Euclidean); float32 in another order of operations moves them by 5e-6."""
-GREEDY = SamplingParams(temperature=0)
+GREEDY = Sampling(temperature=0)
 
 
 def batch_of(tokens: Any, lengths: Any) -> Batch:
@@ -96,22 +95,22 @@ def engine_for(config: ModelConfig) -> EngineConfig:
 
 
 def run_logged(
-    config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request], kernel: bool
+    config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request], kernels: str
 ) -> Iterator[tuple]:
     """Runs `requests` through scheduler and paged attention; yields (request, position, logits) of every sample.
 
     What is drawn is the next of the tokens in request.handle, as long as there are any, and the likeliest after that.
     """
     engine = engine_for(config)
-    params = packed_params(config, params) if kernel else params
+    params = packed_params(config, params) if kernels == "auto" else params
+    served = Served(config, engine, config.vocab_size).with_kernels(kernels, mesh)
 
-    def step(bucket: Bucket, params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
+    def step(bucket: Bucket, params: Params, cache: PagedCache, packed: jax.Array) -> tuple[PagedCache, jax.Array]:
         arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-        model = bind(config, DEFAULT_EXECUTION, params)
+        model = bind(config, served.execution, params)
         long = arrays.long[sequence_of_token(bucket)] > 0
-        attend = paged_attention(engine, bucket, arrays)
-        with use_cpu_kernels(kernel):
-            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+        attend = paged_attention(engine, bucket, arrays, served.execution.kernels.paged_attention)
+        hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
         return cache, model.logits(hidden[arrays.sample_token])
 
     programs = {bucket: jax.jit(partial(step, bucket), donate_argnums=1) for bucket in engine.buckets}
@@ -119,8 +118,8 @@ def run_logged(
     for request in requests:
         scheduler.add(request)
     # Stale pages may hold anything.
-    shape = abstract_cache(Served(config, engine, config.vocab_size), mesh).pages.shape
-    cache = Cache(jnp.full(shape, jnp.nan, jnp.float32))
+    shape = abstract_cache(served, mesh).pages.shape
+    cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
     while (plan := scheduler.plan()) is not None:
         with use_mesh(mesh):
             cache, logits = programs[plan.bucket](params, cache, plan.packed)
@@ -135,11 +134,11 @@ def run_logged(
     assert scheduler.idle and scheduler.counters.preemptions > 0
 
 
-@pytest.mark.parametrize("kernel", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["kernels", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "family", others_slow("deepseek_v3", "gemma3", "gpt_oss", "llama3", "mixtral", "olmo2", "phi4", "smollm3")
 )
-def test_the_engine_computes_what_transformers_does(family: str, kernel: bool, mesh: Mesh) -> None:
+def test_the_engine_computes_what_transformers_does(family: str, kernels: str, mesh: Mesh) -> None:
     """Chunked prompts, pages, windows, sinks, shared latents and preemptions are other ways to the same logits, and to
     the same 64 tokens of greedy text, for requests that run together."""
     want = golden(family)
@@ -154,7 +153,7 @@ def test_the_engine_computes_what_transformers_does(family: str, kernel: bool, m
         for row, length in enumerate(want["prompt_lengths"])
     ]
     seen: dict[str, dict[int, np.ndarray]] = {request.id: {} for request in requests + texts}
-    for request, position, logits in run_logged(config, params, mesh, requests + texts, kernel):
+    for request, position, logits in run_logged(config, params, mesh, requests + texts, kernels):
         seen[request.id][position] = logits
     for request in requests:
         row, length = int(request.id.split(".")[0]), len(request.handle)
@@ -176,7 +175,8 @@ def test_greedy_text_comes_out_of_the_whole_engine(family: str, mesh: Mesh) -> N
     """With the sampler on the device and a step in flight, and beside requests that nobody compares."""
     want = golden(family)
     _, config, params = load(family, mesh)
-    executor = Executor(Served(config, engine_for(config), config.vocab_size), params, mesh)
+    served = Served(config, engine_for(config), config.vocab_size).with_kernels("auto", mesh)
+    executor = Executor(served, params, mesh)
     executor.warm_up()
     rng = random.Random(0)
     arrivals = []

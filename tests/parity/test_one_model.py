@@ -17,15 +17,13 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
-from isthmus.model.execution import DEFAULT_EXECUTION
-from isthmus.model.ops.attention import Cache
-from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention
 from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Request, Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward, next_tokens, packed_params, random_params
@@ -46,11 +44,11 @@ CONFIG = ModelConfig(
     qk_norm="head",
 )
 ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(CONFIG)
-GREEDY = SamplingParams(temperature=0)
+GREEDY = Sampling(temperature=0)
 
 
 def start_executor(config: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Executor:
-    executor = Executor(Served(config, engine, VOCAB), random_params(config, mesh), mesh)
+    executor = Executor(Served(config, engine, VOCAB).with_kernels("auto", mesh), random_params(config, mesh), mesh)
     executor.warm_up()
     return executor
 
@@ -125,9 +123,9 @@ def test_stopping_is_the_training_forwards_too(executor: Executor, params: Param
 def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> None:
     """A seed is a promise: the same text, whoever else is being served, preempted or not, cached or not."""
 
-    def sampling(index: int) -> SamplingParams:
+    def sampling(index: int) -> Sampling:
         filters = [{}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}][index % 4]
-        return SamplingParams(temperature=1.0, seed=index * 0x9E3779B97F4A7C15 % 2**64, **filters)
+        return Sampling(temperature=1.0, seed=index * 0x9E3779B97F4A7C15 % 2**64, **filters)
 
     crowd = random_arrivals(40, sampling, seed=1)
     engine = play(executor, crowd).engine
@@ -154,20 +152,21 @@ def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
         assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
 
 
-@pytest.mark.parametrize("kernel", [True, False], ids=["kernels", "reference"])
-def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Params, mesh: Mesh) -> None:
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Params, mesh: Mesh) -> None:
     """Equal tokens could hide a drift that shows on a larger model; the numbers behind them must agree too."""
     engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=32, pages=14)
     programs: dict[Bucket, Any] = {}
-    served = packed_params(CONFIG, params) if kernel else params
+    kept = packed_params(CONFIG, params) if kernels == "cpu" else params
+    served = Served(CONFIG, engine, VOCAB).with_kernels(kernels, mesh)
+    implementation = served.execution.kernels.paged_attention
 
     def program(bucket: Bucket) -> Any:
-        def step(params: Params, cache: Cache, packed: jax.Array) -> tuple[Cache, jax.Array]:
+        def step(params: Params, cache: PagedCache, packed: jax.Array) -> tuple[PagedCache, jax.Array]:
             arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-            model = bind(CONFIG, DEFAULT_EXECUTION, params)
-            attend = paged_attention(engine, bucket, arrays)
-            with use_cpu_kernels(kernel):
-                hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
+            model = bind(CONFIG, served.execution, params)
+            attend = paged_attention(engine, bucket, arrays, implementation)
+            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
             return cache, model.logits(hidden[arrays.sample_token])
 
         return jax.jit(step, donate_argnums=1)
@@ -179,13 +178,13 @@ def test_the_engines_logits_are_the_training_forwards(kernel: bool, params: Para
     for request in requests:
         scheduler.add(request)
     # Stale pages of others may hold anything, NaN included.
-    shape = abstract_cache(Served(CONFIG, engine, VOCAB), mesh).pages.shape
-    cache = Cache(jnp.full(shape, jnp.nan, jnp.float32))
+    shape = abstract_cache(served, mesh).pages.shape
+    cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
     seen: list[tuple[Request, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
-            cache, logits = run(served, cache, plan.packed)
+            cache, logits = run(kept, cache, plan.packed)
         rows = np.asarray(logits)
         seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
         scheduler.commit(plan, rows[:, :VOCAB].argmax(axis=1))

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 
 from isthmus.model.config import MixtureConfig, ModelConfig
 from isthmus.model.execution import Execution
-from isthmus.model.ops.attention import Cache
+from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MESH_AXES, use_mesh
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Served, abstract_cache, lower_step, step_and_arguments
@@ -30,7 +30,7 @@ from isthmus.train.step import Metrics, Trainer
 from tests.support import TINY, random_params
 
 PLATFORMS = ["cpu", "cuda", "tpu"]
-ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, kernels=False).resolve(TINY)
+ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32).resolve(TINY)
 SERVED = Served(TINY, ENGINE, 90)
 
 
@@ -88,9 +88,9 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     arrays.sample_slot[:] = ENGINE.max_sequences
     arrays.sample_token[bucket.rows], arrays.sample_slot[bucket.rows] = bucket.rows + 12, 2
 
-    def state() -> tuple[Cache, jax.Array]:
+    def state() -> tuple[PagedCache, jax.Array]:
         shape = abstract_cache(SERVED, mesh).pages.shape
-        return Cache(jnp.zeros(shape)), jnp.zeros(ENGINE.max_sequences + 1, jnp.int32)
+        return PagedCache(jnp.zeros(shape)), jnp.zeros(ENGINE.max_sequences + 1, jnp.int32)
 
     params = random_params(TINY, mesh)
     with use_mesh(mesh):

@@ -1,8 +1,8 @@
-"""A jinja environment for templates that came with somebody's model: no way out of it, and an end to all it does.
+"""A Jinja environment for templates that came with somebody's model: they can't get out of it, and they always end.
 
-Jinja's own sandbox keeps a template away from Python's internals. This one meters it too: every iteration, call,
-operator and filter is paid for, before it runs where its result can be much larger than what it is given. What a
-template may call is a list, so that nothing is reached that nobody pays for.
+Jinja's own sandbox keeps a template away from Python's internals. This one also meters it: every iteration, call,
+operator and filter is paid for. If the result can be much larger than the inputs, it is paid for before it runs. A
+template may call only what is on a list, so that it can't reach anything that isn't paid for.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from isthmus.model.text.sandbox.operations import (
 )
 
 _METHOD = (MethodType, BuiltinMethodType)
-_HANDS_ON = (Macro, LoopContext, BlockReference)
-"""Callables that look at none of their arguments"""
+_PASS_THROUGH = (Macro, LoopContext, BlockReference)
+"""Callables that don't look at their arguments"""
 
-# Put into the template's code where jinja asks the environment for nothing. Their names can't be spelt in a template,
-# except through map(), where they do no harm.
+# These functions are inserted into the template's code at places where Jinja doesn't ask the environment. A template
+# can't spell their names, except through map(), where they do no harm.
 
 
 def _each(items: Iterable[Any]) -> Iterator[Any]:
@@ -63,7 +63,7 @@ def _compared(value: Any) -> Any:
 
 
 def _searched(value: Any) -> Any:
-    """What stands right of `in`. To look a key up compares none of a mapping's values."""
+    """The right operand of `in`. Looking a key up in a mapping compares none of the mapping's values."""
     return value if isinstance(value, dict) else _compared(value)
 
 
@@ -77,12 +77,12 @@ _INSERTED: dict[str, Callable[[Any], Any]] = {
 
 
 def _through(function: Callable[[Any], Any], node: nodes.Expr) -> nodes.Expr:
-    """function(node)"""
+    """The expression function(node)."""
     return nodes.Filter(node, f" {function.__name__}", [], [], None, None, lineno=node.lineno)
 
 
 class _Insert(NodeTransformer):
-    """Puts the functions above into a parsed template."""
+    """Inserts the functions above into a parsed template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -121,7 +121,7 @@ class _Insert(NodeTransformer):
 
 
 class Generation(Extension):
-    """{% generation %} … {% endgeneration %}: what stands in it is the assistant's. The meter keeps where it was."""
+    """{% generation %} … {% endgeneration %}: marks what the assistant says. The meter keeps its place and text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -149,11 +149,11 @@ class _Formatter(SandboxedFormatter):
 
 
 class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
-    """Of a Markup string."""
+    """The formatter for a Markup string."""
 
 
 class _Format:
-    """str.format or str.format_map of one string."""
+    """The method format or format_map of one string, metered."""
 
     def __init__(self, environment: Sandbox, method: Any) -> None:
         self._environment, self._text, self._of_map = environment, method.__self__, method.__name__ == "format_map"
@@ -174,19 +174,19 @@ class _Format:
 
 _CALLABLE = (Macro, LoopContext, BlockReference, Joiner, Undefined, DictFunction, _Format)
 _OWNERS = (LoopContext, Cycler, DictFunction, Generation)
-"""Whose methods may be called, all of them"""
+"""Classes whose methods may all be called"""
 
 
 @pass_context
 def _printed(context: Context, value: Any) -> Any:
-    """{{ value }}"""
+    """Pays for the text of {{ value }}."""
     meter = current()
     meter.make(len(value) if isinstance(value, str) else meter.walk(value))
     return value
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Its templates run inside `metered`. What they raise is any Exception."""
+    """The environment of chat templates, which must run inside `metered`. They may raise any Exception."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
@@ -203,11 +203,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.tests = dict(PAID_TESTS)
 
     def prepare(self, source: str) -> nodes.Template:
-        """The parsed template, to be given to from_string. Raises jinja2.TemplateSyntaxError."""
+        """The parsed template, to pass to from_string. Raises jinja2.TemplateSyntaxError."""
         return _Insert().visit(self.parse(source)).set_environment(self)
 
     def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
-        """What a macro or a block has written, joined."""
+        """Joins what a macro or a block has written."""
         parts = list(parts)
         current().make(sum(map(len, parts)))
         return "".join(parts)
@@ -234,7 +234,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"a chat template may not call {getattr(obj, '__qualname__', type(obj).__name__)}")
         if isinstance(obj, LoopContext):
             args = tuple(map(_each, args))
-        elif not isinstance(obj, _HANDS_ON):
+        elif not isinstance(obj, _PASS_THROUGH):
             args = tuple(map(meter.settled, args))
             meter.walk((args, kwargs))
         if isinstance(obj, _METHOD) and (cost := method_cost(obj)) is not None:

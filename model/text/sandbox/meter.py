@@ -14,12 +14,12 @@ from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
 STEP = 64
-"""Units of work of an iteration, a call, a filter; a character that is made is one unit"""
+"""Units of work for an iteration, a call or a filter; each character that is made costs one unit"""
 ITEM = 16
-"""Units of an item of a list that is made"""
+"""Units of work for each item of a list that is made"""
 MAX_INT_BITS = 4096
-_LOOK = 1024 * STEP
-"""Units between two looks at the clock"""
+_CLOCK_UNITS = 1024 * STEP
+"""Units of work between two looks at the clock"""
 _SEVERAL: Any = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
 
 
@@ -28,19 +28,19 @@ class RenderLimits:
     """What one rendering may use."""
 
     output: int = 4 << 20
-    """Characters of the result, and of any string on the way to it"""
+    """Most characters of the result, and of any string on the way to it"""
     work: int = 64 << 20
-    """Units: about the characters that all its operations may make together"""
+    """Units of work: about the characters that all operations together may make"""
     seconds: float = 1.0
-    """Processor time of the thread, so that a busy machine fails no honest template"""
+    """Processor time of the thread, which, unlike wall time, doesn't run out because the machine is busy"""
 
 
 class OverLimit(TemplateRuntimeError):
-    """The template makes too much, or works too long."""
+    """The template makes too much text, or works for too long."""
 
 
 class Meter:
-    """Every operation of a template pays here; one that could make much of little pays before it runs."""
+    """Every operation of a template pays here; one that can make a large result of little pays before it runs."""
 
     def __init__(self, limits: RenderLimits) -> None:
         self._limits = limits
@@ -50,15 +50,15 @@ class Meter:
         self.written = 0
         """Characters of the output so far"""
         self.generated: list[tuple[int, str]] = []
-        """Where each {% generation %} block began, and its text"""
+        """For each {% generation %} block, how many characters were written before it, and its text"""
 
     def spend(self, units: int) -> None:
-        """Raises OverLimit when that is more than is left, or the time is up."""
+        """Pays `units` of work. Raises OverLimit when fewer are left, or the time is up."""
         self._left -= max(0, units)
         if self._left < 0:
             raise OverLimit(f"it takes more work than the {self._limits.work} units that a chat template may use")
         if self._left <= self._look_at:
-            self._look_at = self._left - _LOOK
+            self._look_at = self._left - _CLOCK_UNITS
             if time.thread_time() >= self._deadline:
                 raise OverLimit(f"it takes longer than the {self._limits.seconds:g} s that a chat template may use")
 
@@ -75,7 +75,7 @@ class Meter:
             raise OverLimit(f"it makes a text of more than {self._limits.output} characters")
 
     def made(self, value: Any) -> Any:
-        """Pays for a result that is at most a few times larger than what it was made of."""
+        """Pays for a result that is at most a few times larger than what it was made of, and returns it."""
         if isinstance(value, str):
             self.make(len(value))
         elif isinstance(value, (list, tuple, dict)):
@@ -85,10 +85,10 @@ class Meter:
         return value
 
     def walk(self, value: Any) -> int:
-        """Characters that `value` has as text, about; pays for a look at all of it.
+        """Pays for a visit to all that `value` holds, and returns about how many characters it has as text.
 
-        A list that holds another twice, which holds another twice, is short, but takes Python for ever to compare, hash
-        or write out: whatever does so is walked first.
+        A list may hold another list twice, which again holds another one twice, and so on. It is short, but Python
+        takes for ever to compare, hash or print it. So values are walked before anything does that.
         """
         characters, todo = 0, [value]
         while todo:
@@ -106,13 +106,13 @@ class Meter:
         return characters
 
     def each(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The same items, each paid for."""
+        """Yields the same items, and pays for each."""
         for item in items:
             self.spend(STEP)
             yield item
 
     def settled(self, value: Any) -> Any:
-        """What a generator gives, as a list that can be walked; other values as they are."""
+        """A generator's items, paid for, as a list that can be walked; other values as they are."""
         if isinstance(value, Iterator) and not isinstance(value, LoopContext):
             return list(self.each(value))
         return value
@@ -122,13 +122,13 @@ _METER: ContextVar[Meter] = ContextVar("meter")
 
 
 def current() -> Meter:
-    """Of the rendering under way in this thread."""
+    """The meter of the rendering that is under way in this thread."""
     return _METER.get()
 
 
 @contextmanager
 def metered(limits: RenderLimits) -> Iterator[Meter]:
-    """Whatever a template does inside is paid for by this meter."""
+    """Yields the meter that pays for whatever a template does inside this context."""
     meter = Meter(limits)
     token = _METER.set(meter)
     try:

@@ -20,12 +20,12 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from isthmus.model.text.sandbox.meter import ITEM, MAX_INT_BITS, STEP, Meter, OverLimit, current
 
 MAX_STRFTIME = 256
-"""Characters of a date format"""
+"""Most characters of a date format"""
 MAX_PRECISION = 300
-"""Digits that round may keep"""
+"""Most digits that the filter round may keep"""
 
 Cost = Callable[..., int]
-"""Units that a call with these arguments takes, beyond the text it is given and the result"""
+"""Units of work for a call with these arguments, in addition to those for its inputs and its result"""
 
 
 def _nothing(*args: Any, **kwargs: Any) -> int:
@@ -36,7 +36,7 @@ def _nothing(*args: Any, **kwargs: Any) -> int:
 
 
 def _backwards(text: str, part: Any = None, *args: Any) -> int:
-    """Python searches backwards the slow way: text times part."""
+    """The cost of a search backwards, for which Python takes time in proportion to len(text) * len(part)."""
     return len(text) * len(part) >> 4 if isinstance(part, str) else 0
 
 
@@ -77,11 +77,11 @@ METHODS: dict[type, dict[str, Cost]] = {
     list: {"copy": _nothing, "count": _looked_up, "index": _looked_up},
     tuple: {"count": _looked_up, "index": _looked_up},
 }
-"""Of values; str.format and str.format_map are the environment's"""
+"""The methods of values that a template may call, and their costs; the environment handles str.format and format_map"""
 
 
 def method_cost(method: MethodType | BuiltinMethodType) -> Cost | None:
-    """None for a method that a template may not call."""
+    """The cost of a method; None if a template may not call it."""
     for kind, methods in METHODS.items():
         if isinstance(method.__self__, kind):
             return methods.get(method.__name__)
@@ -94,7 +94,7 @@ _CONVERSION = re.compile(r"%(\([^()]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
 def percent(meter: Meter, text: str, values: Any) -> str:
-    """text % values. Every conversion is paid for as if it gave all the values."""
+    """text % values. Every conversion is paid for as if it wrote all the values."""
     written = meter.walk(values)
     numbers = values if isinstance(values, tuple) else (values,)
     widest = sum(abs(number) for number in numbers if isinstance(number, int))
@@ -110,7 +110,7 @@ def percent(meter: Meter, text: str, values: Any) -> str:
 
 
 def check_integers(operator: str, left: int, right: int) -> None:
-    """Raises OverLimit for integers whose result would be very long."""
+    """Raises OverLimit for integers whose result could be very long."""
     bits = max(left.bit_length(), right.bit_length())
     if operator == "**":
         bits = max(bits, left.bit_length() * abs(right))
@@ -132,7 +132,7 @@ def _strftime_now(format: str) -> str:
 
 
 class SafeNamespace(Namespace):
-    """Without names that begin with an underscore, which Python itself might look for."""
+    """A namespace that refuses names with a leading underscore, which Python itself might look up."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class SafeNamespace(Namespace):
 
 
 class DictFunction:
-    """dict(), without the class."""
+    """The function dict(), without access to the class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -176,7 +176,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON, without jinja's escapes for HTML. Made in pieces, each paid for as it comes."""
+    """JSON without Jinja's escapes for HTML. It is made in pieces, and each is paid for as it comes."""
     meter = current()
     meter.spend(indent if isinstance(indent, int) else 0)
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -210,7 +210,7 @@ def _sum(context: Context, iterable: Iterable[Any], attribute: Any = None, start
     items = list(meter.each(iterable))
     if attribute is not None:
         items = list(map(make_attrgetter(context.environment, attribute), items))
-    # Lists are added one after the other, each time into a new one.
+    # sum() copies the lists that it has added so far for each further one.
     longest = sum(len(item) for item in [start, *items] if isinstance(item, (list, tuple)))
     meter.spend(ITEM * len(items) * longest)
     return sum(items, start)
@@ -236,15 +236,15 @@ _COSTS: dict[str, Cost] = {
 }
 _SHALLOW = """attr batch count d default first format items join last length list map reject rejectattr reverse select
 selectattr slice sum tojson"""
-"""Filters that don't look inside the items they are given, or pay for it themselves"""
+"""Filters that don't look inside the items they are given, or that pay for it themselves"""
 _SHALLOW_TESTS = """boolean callable defined divisibleby escaped even false filter float integer iterable mapping none
 number odd sameas sequence string test true undefined"""
 _LEFT_OUT = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
-"""Slow or random, and of no use in a chat"""
+"""Filters that are slow or random, and of no use in a chat"""
 
 
 def _paid(function: Callable[..., Any], shallow: bool, cost: Cost = _nothing) -> Callable[..., Any]:
-    """A filter or test that pays for what it is given, for `cost` and for its result."""
+    """`function`, a filter or test, made to pay for its arguments, for `cost` and for its result."""
 
     def given(meter: Meter, value: Any) -> Any:
         if shallow:
@@ -254,7 +254,7 @@ def _paid(function: Callable[..., Any], shallow: bool, cost: Cost = _nothing) ->
         meter.walk(value)
         return value
 
-    @wraps(function)  # keeps what jinja has marked the function with: that it takes the context, say
+    @wraps(function)  # keeps Jinja's marks on the function, for example that it takes the context
     def paid(*args: Any, **kwargs: Any) -> Any:
         meter = current()
         meter.spend(STEP)

@@ -1,1 +1,1 @@
-"""Models as llama.cpp keeps them: one file with metadata, tokenizer and weights in blocks of small integers."""
+"""Models in llama.cpp's format GGUF: one file with metadata, tokenizer, and weights in blocks of small integers."""

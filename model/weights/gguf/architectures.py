@@ -1,5 +1,5 @@
-"""The architectures: from a GGUF file's metadata and tensors to the config.json and the tensors that Hugging Face would
-have, which model/weights/huggingface reads."""
+"""The supported architectures. For each, a GGUF file's metadata and tensors are mapped to the config.json and the
+tensors that Hugging Face would have, which model/weights/huggingface reads."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `general.architecture`."""
+    """How files with one value of `general.architecture` are mapped."""
 
     fields: Callable[[Metadata, Header], Fields]
-    """Of config.json, beside those that all have"""
+    """Returns the fields of config.json that not all architectures have"""
     layer: dict[str, str] = field(default_factory=dict)
-    """Names of a layer's tensors that are other than most architectures': llama.cpp's, and Hugging Face's"""
+    """The names of a layer's tensors that differ from those of most architectures: from llama.cpp's to Hugging
+    Face's"""
     pairs: bool = False
-    """Whether rows of queries and keys lie in pairs that are turned together, and not in halves"""
+    """Whether the two rows of queries or keys that the rotary embedding turns together are neighbours, and not half a
+    head apart"""
     norm_offset: float = 0.0
-    """What is added to the weights of norms in the file"""
+    """The number that the file adds to the weights of norms"""
     head_dim: bool = True
-    """Whether config.json has it"""
+    """Whether config.json has the field head_dim"""
 
 
 _TOP = {
@@ -73,14 +75,14 @@ _WITHOUT_EFFECT = frozenset(
     {"vocab_size", "rope.dimension_count", "rope.scaling.finetuned", "attention.causal", "tensor_data_layout",
      "attention.value_length", "expert_group_count", "expert_group_used_count", "leading_dense_block_count"}
 )  # fmt: skip
-"""Read elsewhere, or notes"""
+"""Keys, without the architecture's name, that are read elsewhere or have no effect on what the model computes."""
 _CONSTANTS = re.compile(r"rope_freqs\.weight|rope_factors_(?:long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight")
-"""Tensors that become fields of config.json"""
+"""The names of tensors that become fields of config.json."""
 
 
 def config_of(metadata: Metadata, header: Header) -> Fields:
-    """The config.json of the model. Raises ConfigError for an architecture that isn't known, or metadata that may
-    change what the model computes and would not be honoured."""
+    """Returns the config.json of the model. Raises ConfigError for an unknown architecture, or for metadata that isn't
+    supported and may change what the model computes."""
     architecture = architecture_of(metadata)
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
@@ -113,7 +115,7 @@ def config_of(metadata: Metadata, header: Header) -> Fields:
 
 
 def architecture_of(metadata: Metadata) -> Architecture:
-    """Raises ConfigError for one that isn't known."""
+    """The architecture of a file. Raises ConfigError for an unknown one."""
     name = metadata.architecture
     if name == "llama" and metadata.integer(metadata.own("expert_count"), 0):
         return MIXTRAL
@@ -124,15 +126,15 @@ def architecture_of(metadata: Metadata) -> Architecture:
 
 
 def published_name(architecture: Architecture, name: str) -> str:
-    """What Hugging Face calls a tensor of the file, {expert} standing for the index along its first axis; "" for what
-    became a field of config.json. A name that isn't known stays as it is."""
+    """Hugging Face's name for a tensor of the file. {expert} in the name stands for the index along the tensor's first
+    axis. The name is "" for a tensor that becomes a field of config.json. An unknown name is returned unchanged."""
     if _CONSTANTS.fullmatch(name):
         return ""
     match = re.fullmatch(r"blk\.(\d+)\.([a-z_0-9]+)(?:\.(\d+))?\.(weight|bias)", name)
     if match is None:
         return _TOP.get(name, name)
     layer, part, expert, kind = match.groups()
-    if expert is not None:  # older files have a tensor an expert
+    if expert is not None:  # older files have one tensor per expert
         part += "_exps"
     found = {**_LAYER, **architecture.layer}.get(part)
     if found is None:
@@ -143,7 +145,7 @@ def published_name(architecture: Architecture, name: str) -> str:
 
 
 def file_names(architecture: Architecture, name: str) -> str:
-    """What a GGUF file calls one of Hugging Face's tensors; all experts of a layer have one name."""
+    """The GGUF file's name for one of Hugging Face's tensors. All experts of a layer have the same name."""
     top = {theirs: ours for ours, theirs in _TOP.items()}
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
     if match is None:
@@ -207,7 +209,8 @@ def _qwen3_moe(metadata: Metadata, header: Header) -> Fields:
 
 
 def _gemma_scalar(metadata: Metadata, largest: int) -> int:
-    """query_pre_attn_scalar, which the file doesn't have: as llama.cpp, by the number of layers."""
+    """The value of query_pre_attn_scalar, which a GGUF file lacks. As in llama.cpp, it is dim / heads in the model with
+    `largest` layers, and the size of a head in smaller ones."""
     dim, heads = (metadata.integer(metadata.own(name)) for name in ("embedding_length", "attention.head_count"))
     whole = metadata.integer(metadata.own("block_count")) == largest
     return dim // max(1, heads) if whole else _head_dim(metadata, dim // max(1, heads))
@@ -237,7 +240,8 @@ def _gemma3(metadata: Metadata, header: Header) -> Fields:
 
 
 def _local_layers(metadata: Metadata, layers: int) -> list[bool]:
-    """Which layers have the window: one entry a layer, or how many layers there are from one without it to the next."""
+    """Whether each layer has the sliding window. The file says so by one entry per layer, or by a number n, where every
+    n-th layer has no window."""
     name = metadata.own("attention.sliding_window_pattern")
     pattern = metadata.raw(name, 6)
     if type(pattern) is int and pattern > 0:
@@ -270,4 +274,4 @@ ARCHITECTURES = {
     ),
     "smollm3": Architecture(_biased("smollm3"), pairs=True, head_dim=False),
 }  # fmt: skip
-"""By `general.architecture`. llama's with experts are Mixtral's."""
+"""The architectures by `general.architecture`. A file of llama's with experts is read by MIXTRAL."""

@@ -1,4 +1,4 @@
-"""The kinds of tensors in a GGUF file, and turning their blocks into numbers."""
+"""The kinds of tensors in a GGUF file, and the conversion of their blocks to numbers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from isthmus.model.weights.huggingface.files import Integers
 
 
 class Kind(NamedTuple):
-    """How the numbers of a tensor are kept."""
+    """How the numbers of a tensor are stored."""
 
     number: int
-    """In the file"""
+    """The kind's number in the file"""
     name: str
     numbers: int
-    """Of a block, which lie side by side along the last axis"""
+    """The count of numbers in a block, which are neighbours along the last axis"""
     size: int
-    """Bytes of a block"""
+    """The size of a block in bytes"""
 
     @property
     def dtype(self) -> np.dtype | None:
-        """Of numbers that are kept as they are; None is blocks."""
+        """The dtype of numbers that are stored one by one; None for blocks."""
         return _PLAIN.get(self.name)
 
 
@@ -41,15 +41,15 @@ KINDS: dict[int, Kind] = {
         Kind(14, "Q6_K", 256, 210), Kind(20, "IQ4_NL", 32, 18), Kind(39, "MXFP4", 32, 17),
     )
 }  # fmt: skip
-"""Those that are read, by their number in the file"""
+"""The kinds that can be read, by their number in the file."""
 
 
 def dequantize(rows: np.ndarray, kind: Kind, order: np.ndarray | None, out: np.ndarray) -> None:
-    """Writes the numbers of blocks to out.
+    """Writes the numbers of blocks to `out`.
 
-    rows: uint8[rows, bytes]; contiguous. order: int64[rows] that out's rows come from, of all; None is as they are.
-    out: float32 or bfloat16[rows, numbers], contiguous; rounded to the nearest. The products and sums are float32, as
-    llama.cpp's are, so that float32 is what package gguf makes of them, to the bit.
+    rows: uint8[rows, bytes], contiguous. order: int64[rows], which of `rows` each row of `out` comes from; None keeps
+    their order. out: float32 or bfloat16[rows, numbers], contiguous; bfloat16 is rounded to the nearest. Products and
+    sums are float32, as in llama.cpp, so that float32 results equal those of the package gguf to the bit.
     """
     assert rows.flags.c_contiguous and out.flags.c_contiguous and rows.shape[1] % kind.size == 0
     assert out.shape == (len(rows), rows.shape[1] // kind.size * kind.numbers)
@@ -63,11 +63,12 @@ def dequantize(rows: np.ndarray, kind: Kind, order: np.ndarray | None, out: np.n
 
 
 EXACT: dict[str, Bits] = {"Q8_0": 8, "Q5_0": 5, "Q4_0": 4}
-"""Kinds that are integers of so many bits, in groups of 32 with a scale"""
+"""The kinds that are integers with one scale for each group of 32, and the bits of their integers."""
 
 
 def integers(rows: np.ndarray, kind: Kind, order: np.ndarray | None) -> Integers:
-    """Blocks of a kind of EXACT as the integers and scales that they are, bit for bit. Arguments as of dequantize."""
+    """Returns the integers and the scales of blocks, bit for bit. kind: one of EXACT. The arguments are those of
+    `dequantize`."""
     blocks = (rows if order is None else rows[order]).reshape(len(rows), -1, kind.size)
     scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
     values = blocks[..., 2:]
@@ -83,7 +84,7 @@ def integers(rows: np.ndarray, kind: Kind, order: np.ndarray | None) -> Integers
 
 @cache
 def _kernel() -> Any | None:
-    """The compiled one; None without a compiler."""
+    """The compiled kernel; None without a compiler."""
     from isthmus.model.ops.cpu import library
 
     if library.why_not() is not None:

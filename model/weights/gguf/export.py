@@ -1,4 +1,4 @@
-"""Writes a model as a GGUF file that llama.cpp reads, by package gguf."""
+"""Writes a model as a GGUF file that llama.cpp can read, using the package gguf."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
-"""What matrices can be written as, as llama.cpp calls it. In q4_0, embedding and head are q8_0; vectors and routers are
-float32, and f16 takes the place of blocks where rows are no whole ones"""
+"""The kinds that matrices can be written as, with llama.cpp's names for them. With q4_0, the embedding and the head are
+written as q8_0. Vectors and routers are always float32. A matrix whose rows can't be cut into whole blocks is written
+as f16."""
 _NAMES = {
     "llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe", "gemma2": "gemma2", "gemma3_text": "gemma3", "phi3": "phi3", "olmo2": "olmo2",
     "smollm3": "smollm3",
 }  # fmt: skip
-"""general.architecture by model_type"""
+"""The value of general.architecture by model_type."""
 
 
 def architecture_name(model_type: Any) -> str:
-    """Raises ConfigError for a family that isn't written."""
+    """Returns the value of general.architecture. Raises ConfigError for a family that can't be written."""
     if model_type not in _NAMES:
         raise ConfigError(f"gguf: models of the family {model_type} are not written as GGUF; only {', '.join(_NAMES)}")
     return _NAMES[model_type]
@@ -53,10 +54,11 @@ def write_model(
     kind: str,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes `params`, which are unstacked, with its tokenizer and chat template.
+    """Writes `params`, which are in the unstacked layout, with the model's tokenizer and chat template.
 
-    kind: one of KINDS. on_progress(bytes) after each tensor, of float32. Raises ConfigError for a network or a
-    tokenizer that a GGUF file can't describe: what is read back from it must be this very network.
+    kind: one of KINDS. on_progress is called after each tensor with its size in bytes as float32. Raises ConfigError
+    for a network or a tokenizer that a GGUF file can't describe. What the file says is read back, and must be this very
+    network.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -96,7 +98,8 @@ def write_model(
 
 
 def _drop(writer: Any) -> None:
-    """Closes what can't be written, without trying once more when it is collected."""
+    """Closes the files of a writer that failed, so that it doesn't try to flush them again when it is
+    garbage-collected."""
     for file in writer.fout or ():
         with contextlib.suppress(OSError):
             file.close()
@@ -115,7 +118,8 @@ def _tokenizer(folder: Described) -> dict[str, Any]:
 def _planned(
     architecture: Architecture, config: ModelConfig, shapes: dict[str, tuple[int, ...]], kind: str
 ) -> Iterator[tuple[str, list[str], tuple[int, ...], str]]:
-    """(name in the file, Hugging Face's tensors that are stacked to it, shape, kind) of each."""
+    """Yields each tensor of the file as (its name, the names of Hugging Face's tensors that are stacked into it, its
+    shape, its kind)."""
     stacked: dict[str, list[str]] = {}
     for name in shapes:
         stacked.setdefault(file_names(architecture, name), []).append(name)
@@ -133,7 +137,8 @@ def _kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
 
 
 def _changed(architecture: Architecture, config: ModelConfig, name: str, array: np.ndarray) -> np.ndarray:
-    """A tensor in the file's order."""
+    """Converts a tensor to the file's conventions: the order of the rows of queries and keys, and the offset of
+    norms."""
     part = name.split(".")[2] if name.startswith("blk.") else ""
     heads = {"attn_q": config.heads, "attn_k": config.kv_heads}.get(part, 0) if architecture.pairs else 0
     if heads:
@@ -161,7 +166,7 @@ def _row_bytes(number: Any, numbers: int) -> int:
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """A whole number is 32 bits without a sign, another 32 bits."""
+    """Adds an entry to the metadata. An int is written as uint32, a float as float32."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -215,7 +220,7 @@ def _metadata(config: ModelConfig, title: str) -> dict[str, Any]:
 
 
 def _is_one_table(scaling: RopeScaling) -> bool:
-    """Whether frequencies are divided by the same numbers whatever the length, which is what one tensor says."""
+    """Whether the frequencies are divided by the same numbers at every length, which a single tensor can express."""
     same = scaling.short_factors == scaling.long_factors
     return scaling.kind == "longrope" and same and scaling.attention_factor == 1.0
 
@@ -237,7 +242,7 @@ def _rope_tensors(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def _check(path: Path, config: ModelConfig) -> None:
-    """Raises ConfigError where what a reader makes of the file is another network."""
+    """Raises ConfigError where the file, read back, describes another network."""
     header = read_headers(path)
     values = config_of(Metadata(header.metadata, path), header)
     read = read_fields(Fields(values, path))[1].canonical()

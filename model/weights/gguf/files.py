@@ -1,4 +1,4 @@
-"""A GGUF file's tensors, under the names and in the order that Hugging Face has them, as arrays of numbers."""
+"""The tensors of a GGUF file as arrays of numbers, with the names and the order of rows that Hugging Face uses."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ MAX_EXPERTS = 4096
 
 @dataclass(frozen=True)
 class Tensor:
-    """One of Hugging Face's: all of a stored tensor, or some of its rows."""
+    """One of Hugging Face's tensors: all of a stored tensor, or some of its rows."""
 
     stored: BlockTensor
     shape: tuple[int, ...]
     first: int = 0
-    """Of the rows that it is"""
+    """The first of its rows in the stored tensor"""
     pairs: int = 0
-    """Heads whose rows lie in pairs; 0 is none"""
+    """The number of heads whose rows lie in pairs in the file; 0 means that no rows do"""
     offset: float = 0.0
-    """What the file adds to it"""
+    """The number that the file adds to every value, which is subtracted on reading"""
 
     @property
     def rows(self) -> int:
@@ -43,22 +43,22 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """In the file."""
+        """The size in the file, in bytes."""
         return self.rows * self.stored.row_bytes
 
     @property
     def dtype(self) -> np.dtype:
-        """That holds it without loss."""
+        """The dtype that holds the tensor without loss."""
         return self.stored.kind.dtype or np.dtype(np.float32)
 
 
 class GgufFiles(WeightFiles):
-    """As TensorFiles, of a GGUF file."""
+    """The tensors of a GGUF file."""
 
     says = "its metadata"
 
     def __init__(self, header: Header, architecture: Architecture, heads: int, kv_heads: int) -> None:
-        """Raises ConfigError where tensors don't fit together."""
+        """Raises ConfigError where tensors have the same name or a shape that can't be right."""
         self.folder = header.path
         self._heads = {"attn_q": heads, "attn_k": kv_heads} if architecture.pairs else {}
         self._architecture = architecture
@@ -66,7 +66,7 @@ class GgufFiles(WeightFiles):
         for name, stored in header.tensors.items():
             for published, tensor in self._tensors(name, stored):
                 if published in self.tensors:
-                    raise ConfigError(f"{self.folder}: two tensors are {published}; one of them is {name}")
+                    raise ConfigError(f"{self.folder}: two tensors become {published}; one of them is {name}")
                 self.tensors[published] = tensor
         self._thread = threading.local()
 
@@ -103,13 +103,13 @@ class GgufFiles(WeightFiles):
     def array(self, name: str) -> np.ndarray:
         tensor = self.tensors[name]
         if tensor.stored.kind.dtype is None:
-            return self._turned(tensor, np.dtype(np.float32), name, reuse=False)
+            return self._dequantized(tensor, np.dtype(np.float32), name, reuse=False)
         return self._plain(tensor)
 
     def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
         tensor = self.tensors[name]
         if tensor.stored.kind.dtype is None:
-            return view(self._turned(tensor, dtype, name, reuse=True))
+            return view(self._dequantized(tensor, dtype, name, reuse=True))
         return view(self._plain(tensor))
 
     def _plain(self, tensor: Tensor) -> np.ndarray:
@@ -140,16 +140,17 @@ class GgufFiles(WeightFiles):
         return f"matrices: {', '.join(said)}"
 
     def _blocks(self, tensor: Tensor) -> np.ndarray:
-        """uint8[rows, bytes]."""
+        """The blocks of a tensor, uint8[rows, bytes]."""
         size = tensor.stored.row_bytes
         start = tensor.stored.start + tensor.first * size
         return np.frombuffer(tensor.stored.memory, np.uint8, tensor.rows * size, start).reshape(tensor.rows, size)
 
-    def _turned(self, tensor: Tensor, dtype: np.dtype, name: str, *, reuse: bool) -> np.ndarray:
-        """Blocks as numbers in `dtype`, or in float32 where that has no kernel."""
+    def _dequantized(self, tensor: Tensor, dtype: np.dtype, name: str, *, reuse: bool) -> np.ndarray:
+        """Dequantizes a tensor to bfloat16 where that is `dtype` and there is no offset to subtract, and else to
+        float32. reuse: writes to memory of this thread, which its next call overwrites."""
         dtype = dtype if dtype.name == "bfloat16" and not tensor.offset else np.dtype(np.float32)
         held = getattr(self._thread, "held", None)
-        if reuse and held is not None and held[:2] == (name, dtype):  # another shard of the same
+        if reuse and held is not None and held[:2] == (name, dtype):  # another shard of the same tensor
             found: np.ndarray = held[2]
             return found
         out = self._memory(tensor.rows * tensor.shape[-1] * dtype.itemsize, reuse).view(dtype)
@@ -179,15 +180,17 @@ class GgufFiles(WeightFiles):
 
 
 def _halves(tensor: Tensor) -> np.ndarray:
-    """int64[rows]: where each row of a tensor with its heads' rows in halves lies in the file, which has pairs."""
+    """int64[rows]: for each row of a tensor in which the rows of a head lie in halves, its row in the file, where they
+    lie in pairs."""
     return np.arange(tensor.shape[0]).reshape(tensor.pairs, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 def read_headers(path: Path) -> Header:
-    """The header of a file, or of all parts that a model is split into, one of which `path` is. Raises ConfigError."""
+    """Reads the header of a file. Where `path` is a part of a split model, the result holds the tensors of all parts.
+    Raises ConfigError."""
     header = read_header(path)
     count = _count(header, "split.count", 1)
-    if count <= 1:  # a file put together from parts says 0
+    if count <= 1:  # a file that was merged from parts says 0
         return header
     match = _PART.fullmatch(path.name)
     if count > MAX_PARTS or match is None or int(match[3]) != count:
@@ -208,7 +211,8 @@ def read_headers(path: Path) -> Header:
 
 
 def _count(header: Header, name: str, default: int) -> int:
-    """Of a part, which needn't have the architecture that Metadata wants."""
+    """Reads a number from the metadata of a part. `Metadata` can't do this, because a part may lack
+    general.architecture."""
     value = header.metadata.get(name, default)
     if type(value) is not int or value < 0:
         raise ConfigError(f"{header.path}: {name}={shortened(repr(value))} must be a whole number that is not negative")

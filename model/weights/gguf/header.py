@@ -1,7 +1,7 @@
 """The header of a GGUF file (llama.cpp, ggml/docs/gguf.md): metadata, and where each tensor lies.
 
-Package gguf reads it too, number by number, which takes 20 s for a vocabulary of 256k, and without end for some damaged
-files; this reads the same in a fraction of a second, and nothing that the file hasn't room for.
+The package gguf reads it number by number. That takes 20 s for a vocabulary of 256k, and never ends for some damaged
+files. This module takes a fraction of a second, and reads nothing that the file has no room for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from isthmus.model.weights.gguf.blocks import KINDS, Kind
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 512 << 20
-"""Of metadata and the list of tensors; a vocabulary of 256k takes 7 MB"""
+"""The most bytes of a header, which consists of metadata and a list of tensors. A vocabulary of 256k takes 7 MB."""
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 1 << 16
 
@@ -31,7 +31,7 @@ _SCALARS: dict[int, np.dtype] = {
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
     12: np.dtype("<f8"),
 }  # fmt: skip
-"""Metadata's types that are numbers"""
+"""The types of metadata that are numbers, by their number in the file."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class BlockTensor:
 
     kind: Kind
     shape: tuple[int, ...]
-    """The slowest axis first, as in numpy"""
+    """The sizes of the axes, the slowest axis first, as in numpy"""
     memory: mmap.mmap
-    """The file"""
+    """The mapped file"""
     start: int
-    """Bytes from the file's beginning"""
+    """The offset from the beginning of the file, in bytes"""
 
     @property
     def row_bytes(self) -> int:
@@ -57,17 +57,18 @@ class BlockTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its weights."""
+    """The part of a GGUF file that precedes the weights."""
 
     path: Path
     metadata: dict[str, Any]
-    """Numbers, strings, lists of strings, and arrays of numbers. A float32 is the shortest decimal that it stands for:
-    1e-05, as config.json had it"""
+    """Numbers, strings, lists of strings, and arrays of numbers. A float32 becomes the shortest decimal that stands for
+    it, such as 1e-05, which is what config.json had"""
     tensors: dict[str, BlockTensor]
 
 
 def read_header(path: Path) -> Header:
-    """Raises ConfigError for a file that isn't GGUF, is damaged or cut short, or holds tensors of an unknown kind."""
+    """Reads a header. Raises ConfigError for a file that isn't GGUF, is damaged or cut short, or holds tensors of an
+    unknown kind."""
     check_file(path)
     try:
         with path.open("rb") as file:
@@ -81,7 +82,7 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
-    """Goes through the header from its beginning to its end."""
+    """Reads a header from its beginning to its end."""
 
     def __init__(self, path: Path, memory: mmap.mmap) -> None:
         self._path, self._memory = path, memory
@@ -179,7 +180,7 @@ class _Reader:
     def _take(self, size: int) -> bytes:
         if size > self._end - self._place:
             raise self._error(
-                "its header goes on behind its end: it is cut short, or damaged"
+                "its header goes on beyond its end: it is cut short, or damaged"
                 if self._end == len(self._memory)
                 else f"its header has more than {MAX_HEADER_BYTES >> 20} MiB, the most that one may have"
             )

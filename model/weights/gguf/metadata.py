@@ -1,4 +1,4 @@
-"""Reading a GGUF file's metadata key by key, so that none that changes what the model computes is passed over."""
+"""Reads a GGUF file's metadata key by key, so that no key that changes what the model computes is ignored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _REQUIRED = object()
 
 
 class Metadata:
-    """Every error names the file and the key."""
+    """The metadata of a GGUF file. Every error names the file and the key."""
 
     def __init__(self, values: dict[str, Any], path: Path, ignore: Collection[str] = ()) -> None:
-        """ignore: keys that are read as if they weren't there."""
+        """ignore: keys that are read as if they were absent."""
         self._values = {name: value for name, value in values.items() if name not in ignore}
         self.path = path
         self._read: set[str] = set()
@@ -28,7 +28,7 @@ class Metadata:
         return ConfigError(f"{self.path}: {shortened(name)}={shortened(repr(self._values.get(name)))} {why}")
 
     def own(self, name: str) -> str:
-        """The key of the architecture's own that ends with `name`."""
+        """The full name of one of the architecture's own keys, which begin with the architecture's name."""
         return f"{self.architecture}.{name}"
 
     def __contains__(self, name: str) -> bool:
@@ -43,7 +43,8 @@ class Metadata:
         return default
 
     def integer(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A list of the same number, one a layer, is that number."""
+        """Reads a whole number from 0 to 2^31 - 1. A list that holds the same number for every layer counts as that
+        number."""
         value = self.raw(name, default)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
@@ -78,15 +79,15 @@ class Metadata:
         return value
 
     def numbers(self, name: str, count: int) -> np.ndarray | None:
-        """A list of `count` numbers; None where there is none."""
+        """Reads a list of `count` numbers; None where the key is absent."""
         value = self.raw(name, None)
         if value is not None and (not isinstance(value, np.ndarray) or len(value) != count):
             raise self.error(name, f"must be a list of {count} numbers")
         return value
 
     def finish(self, harmless: Collection[str]) -> None:
-        """Raises ConfigError for a key of the architecture's own that nobody read and that isn't off. harmless: those
-        that change nothing, without the architecture's name."""
+        """Raises ConfigError for one of the architecture's own keys that was not read and isn't zero, false or empty.
+        harmless: keys without effect, without the architecture's name."""
         prefix = f"{self.architecture}."
         for name, value in self._values.items():
             own = name.removeprefix(prefix)
@@ -97,5 +98,6 @@ class Metadata:
 
 
 def _on(value: Any) -> bool:
-    """numpy would make every string of a list as long as the longest."""
+    """Whether a value isn't zero, false or empty. A list holds strings, and numpy would make each as long as the
+    longest."""
     return any(value) if isinstance(value, list) else bool(np.any(value))

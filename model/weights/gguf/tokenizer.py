@@ -1,5 +1,5 @@
-"""The tokenizer in a GGUF file's metadata, as a tokenizer.json: what llama.cpp makes of the metadata, spelt in the
-steps of Hugging Face's library."""
+"""Makes a tokenizer.json from a GGUF file's metadata. It describes what llama.cpp does by the metadata, in the steps of
+Hugging Face's library tokenizers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from isthmus.model.weights.gguf.metadata import Metadata
 Spec = dict[str, Any]
 
 NORMAL, UNKNOWN, CONTROL, DEFINED, UNUSED, BYTE = range(1, 7)
-"""tokenizer.ggml.token_type"""
+"""The values of tokenizer.ggml.token_type."""
 SPACES = 7
-"""Ours: a run of spaces, which the file calls defined by a user, and SentencePiece an ordinary word"""
+"""A value of our own for a run of spaces. The file marks it as DEFINED, and in SentencePiece it is an ordinary word."""
 SPACE = "\u2581"
-"""SentencePiece's"""
+"""The character that SentencePiece writes for a space."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """How a byte-level tokenizer cuts text into words, by tokenizer.ggml.pre."""
+    """How a byte-level tokenizer splits text into words."""
 
     names: tuple[str, ...]
+    """The values of tokenizer.ggml.pre that stand for this way"""
     pattern: str
-    """In model/text/tokenizer_file.py: PATTERNS; "" is GPT-2's, which the library has"""
+    """The name of a regular expression in PATTERNS of model/text/tokenizer_file.py. "" is GPT-2's, which the library
+    has built in"""
     digits: bool = False
-    """Each is cut off first"""
+    """Whether every digit is split off first"""
     composed: bool = False
-    """Unicode's form NFC comes first"""
+    """Whether text is first normalized to Unicode's form NFC"""
     whole: bool = False
-    """A word that is a token is taken as it is, whatever the merges say"""
+    """Whether a word that is a token becomes this token, whatever the merges say"""
     begin: bool = False
-    """The beginning is marked unless the file says otherwise"""
+    """Whether the token for the beginning of a text is added, unless the file says otherwise"""
 
 
 SPLITS = (
@@ -51,7 +53,7 @@ SPLITS = (
 
 
 def tokenizer_of(metadata: Metadata) -> Spec:
-    """The tokenizer.json. Raises ConfigError for a kind of tokenizer that isn't known."""
+    """Returns the tokenizer.json. Raises ConfigError for an unknown kind of tokenizer."""
     kind = metadata.text("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise metadata.error("tokenizer.ggml.model", "is not supported; only 'gpt2' and 'llama' are")
@@ -78,7 +80,8 @@ def tokenizer_of(metadata: Metadata) -> Spec:
 
 
 def special_token(metadata: Metadata, name: str, count: int) -> int | None:
-    """The id in tokenizer.ggml.NAME_token_id, below `count`; None without."""
+    """The id in tokenizer.ggml.NAME_token_id, or None where the file has none. Raises ConfigError for one that isn't
+    below `count`."""
     found: int | None = metadata.integer(f"tokenizer.ggml.{name}_token_id", None)
     if found is not None and found >= count:
         raise metadata.error(f"tokenizer.ggml.{name}_token_id", f"must be below {count}, the number of tokens")
@@ -86,7 +89,7 @@ def special_token(metadata: Metadata, name: str, count: int) -> int | None:
 
 
 def _tokens(metadata: Metadata) -> list[str]:
-    """Each once: the library knows a token by its name."""
+    """The tokens, with empty and repeated ones renamed, because the library identifies tokens by their text."""
     tokens: list[str] = []
     seen: set[str] = set()
     for index, token in enumerate(metadata.texts("tokenizer.ggml.tokens")):
@@ -97,7 +100,7 @@ def _tokens(metadata: Metadata) -> list[str]:
 
 
 def _around(metadata: Metadata, tokens: list[str], begin: bool) -> Spec:
-    """What stands before and behind a text."""
+    """The post-processor that adds special tokens at the beginning and the end of a text."""
     single: list[Spec] = [{"Sequence": {"id": "A", "type_id": 0}}]
     special: Spec = {}
     for flag, name, default, place in (
@@ -141,7 +144,7 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> Spec:
 
 
 def _merges(metadata: Metadata, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
-    """Those whose parts and whole are tokens; the library refuses others."""
+    """The file's merges whose two parts and result are all tokens. The library refuses others."""
     merges = []
     for text in metadata.texts("tokenizer.ggml.merges"):
         place = text.find(" ", 1)
@@ -184,14 +187,15 @@ def _sentence_piece(metadata: Metadata, tokens: list[str], types: np.ndarray) ->
 
 
 MAX_TOKEN = 1024
-"""Characters of one that others are put together to: the work grows by their square. Published ones have 130"""
+"""The most characters of a token that merges can make. The work grows with the square of its length. Published tokens
+have up to 130."""
 MAX_CUTTING = 1 << 26
-"""Characters looked at, and at most kept, to find what is put together: the squares of all tokens' lengths. Gemma's
-262k have 11 million"""
+"""The limit on the sum of the squares of the lengths of all tokens, in characters. It bounds the work and the memory
+that finding merges takes. For Gemma's 262k tokens the sum is 11 million."""
 
 
 def _spell_spaces(tokens: list[str], types: np.ndarray) -> None:
-    """Spells runs of spaces as SentencePiece does: converters write them out."""
+    """Spells runs of spaces as SentencePiece does. Converters write them as plain spaces."""
     known = set(tokens)
     for index in np.flatnonzero(types == DEFINED).tolist():
         spelt = SPACE * len(tokens[index])
@@ -202,10 +206,11 @@ def _spell_spaces(tokens: list[str], types: np.ndarray) -> None:
 def _scored_merges(
     metadata: Metadata, tokens: list[str], vocabulary: dict[str, int], types: np.ndarray
 ) -> list[tuple[str, str]]:
-    """What SentencePiece puts together, best first: any two tokens that are a third, as long as that can be text.
+    """The merges of SentencePiece, best first: every pair of tokens that joined make a third one, if all three can be
+    parts of a text.
 
-    A token's rank is its score; where scores fall from one word to the next, its place, which files don't get wrong for
-    words that were added later.
+    A merge ranks by the score of the token that it makes. Where scores never rise from one word to the next, it ranks
+    by that token's id instead, which is right even in files with wrong scores for words that were added later.
     """
     if "tokenizer.ggml.merges" in metadata:
         return _merges(metadata, vocabulary)

@@ -1,4 +1,4 @@
-"""A tokenizer.json as a GGUF file's metadata: what model/weights/gguf/tokenizer.py reads, the other way."""
+"""Converts a tokenizer.json to the metadata of a GGUF file, which is the inverse of model/weights/gguf/tokenizer.py."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ Spec = Mapping[str, Any]
 def tokenizer_metadata(
     spec: Spec, special: Mapping[str, str], ends: list[int], around: list[int], vocab_size: int
 ) -> dict[str, Any]:
-    """spec: of a tokenizer.json. special: as {"eos_token": "</s>"}. ends: ids that end a text, the main one first.
-    around: what the tokenizer makes of an empty text. vocab_size: of the model.
+    """Returns the metadata of a GGUF file that describes a tokenizer.
 
-    Raises ConfigError for a tokenizer that llama.cpp has no kind for, or that cuts text as none of its kinds does.
+    spec: the tokenizer.json. special: the special tokens, such as {"eos_token": "</s>"}. ends: the ids that end a text,
+    the main one first. around: the ids that the tokenizer gives for an empty text. vocab_size: the number of ids of the
+    model.
+
+    Raises ConfigError for a tokenizer that llama.cpp has no kind for, or that splits text as none of its kinds does.
     """
     model = spec["model"]
     if model.get("type") != "BPE":
@@ -46,7 +49,8 @@ def tokenizer_metadata(
 
 
 def _vocabulary(spec: Spec, vocab_size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types, as many as the model has; those in between that no text makes are unused."""
+    """Returns the tokens and their types, as many as the model has ids. An id without a token gets one of type
+    UNUSED."""
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     types = [UNUSED] * vocab_size
     fallback, unknown = spec["model"].get("byte_fallback"), spec["model"].get("unk_token")
@@ -67,7 +71,7 @@ def _steps(part: Any, name: str) -> Iterator[Spec]:
 
 
 def _splits(spec: Spec) -> Splits:
-    """The kind that cuts text as this one does."""
+    """The way in SPLITS that splits text as this tokenizer does."""
     patterns, digits = [], False
     for step in _steps(spec["pre_tokenizer"], "pretokenizers"):
         kind = step.get("type")
@@ -89,7 +93,8 @@ def _splits(spec: Spec) -> Splits:
 
 
 def _sentence_piece(spec: Spec, tokens: list[str], types: list[int]) -> dict[str, Any]:
-    """Its scores are the ranks of merges: the best is put together first."""
+    """Returns the metadata of a SentencePiece tokenizer. The score of a token is minus the rank of the merge that makes
+    it. Runs of spaces in `tokens`, and their `types`, are changed in place."""
     spaces = [step for step in _steps(spec.get("normalizer"), "normalizers") if step.get("type") == "Replace"]
     before = [*_steps(spec.get("pre_tokenizer"), "pretokenizers"), *_steps(spec.get("normalizer"), "normalizers")]
     metaspace = [step for step in before if step.get("type") == "Metaspace"]

@@ -1,5 +1,5 @@
-"""Opens a GGUF file as the folder that it would be on Hugging Face: its small files are written out, its tensors are
-read where they lie."""
+"""Opens a GGUF file as the folder that it would be on Hugging Face. The small files of that folder are written out; the
+tensors are read from the GGUF file itself."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from isthmus.model.weights.gguf.metadata import Metadata
 from isthmus.model.weights.gguf.tokenizer import special_token, tokenizer_of
 
 _SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-"""Of generation_config.json: general.sampling's names"""
+"""The fields of generation_config.json, and the names of these settings in general.sampling."""
 _ENDS = ("eos", "eot", "eom")
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A GGUF file as a folder."""
+    """A GGUF file that was opened as a folder."""
 
     folder: Path
-    """With config.json, tokenizer.json, and what else the metadata says; gone when the process ends"""
+    """A temporary folder with config.json, tokenizer.json and what else the metadata says, which is deleted when the
+    process ends"""
     files: GgufFiles
 
 
 def unpack(path: Path, ignore: Collection[str] = ()) -> Unpacked:
-    """Raises ConfigError for a file that is damaged, or of which not everything is honoured. ignore: keys of the
-    metadata that are read as if they weren't there."""
+    """Opens a GGUF file. ignore: keys of the metadata that are read as if they were absent. Raises ConfigError for a
+    file that is damaged, or that has settings which are not supported."""
     header = read_headers(path)
     metadata = Metadata(header.metadata, header.path, ignore)
     config = config_of(metadata, header)

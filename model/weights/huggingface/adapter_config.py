@@ -1,4 +1,5 @@
-"""PEFT's adapter_config.json: which modules have which rank and scale, and what we don't honour."""
+"""Reads and writes PEFT's adapter_config.json, which gives the rank and the scale of each module. Settings that are not
+supported are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ _NO_EFFECT = {
     "arrow_config", "auto_mapping", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout",
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
 }  # fmt: skip
-"""What doesn't change what a stored adapter computes, or only with another field that is refused."""
+"""Fields that don't change what a stored adapter computes, or do so only together with another field that is
+refused."""
 
 _HONOURED = {
     "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights", "layers_pattern",
@@ -30,24 +32,25 @@ _HONOURED = {
 }  # fmt: skip
 
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
-"""How a and b were initialized without changing the base model's weights."""
+"""The values of init_lora_weights that leave the base model's weights unchanged."""
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """A folder that says which model it adapts; it may hold that model as well."""
+    """Whether a folder is an adapter's, which says which model it adapts. It may hold that model as well."""
     return present(path / ADAPTER_CONFIG)
 
 
 def base_folder(path: Path, download: bool = False) -> Path:
-    """The folder of the model that an adapter folder names: relative to itself or to the working directory, or a name
-    in the local Hugging Face cache, at the revision that it says. Raises ConfigError when there is none."""
+    """Returns the folder of the base model that an adapter folder names. The name is a path, relative to the adapter
+    folder or to the working directory, or a name in the local Hugging Face cache, at the revision that the adapter
+    names. Raises ConfigError when the base model isn't there. download: as in `find_folder`."""
     fields = Fields.load(path / ADAPTER_CONFIG)
     name = fields.raw("base_model_name_or_path", None)
     if not isinstance(name, str) or not name:
         raise fields.error(
             "base_model_name_or_path", "must name the base model's folder; --base FOLDER says where it is"
         )
-    beside = path / name  # which is `name` itself where that is absolute
+    beside = path / name  # an absolute `name` replaces `path` here
     if os.path.isdir(beside):
         return beside
     try:
@@ -67,20 +70,23 @@ def _revision(fields: Fields) -> str | None:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What adapter_config.json says of a LoRA adapter."""
+    """The settings of a LoRA adapter in adapter_config.json."""
 
     fields: Fields
     rank: int
     alpha: float
     ranks: Mapping[str, int]
-    """By a regular expression over modules' names, the first that matches; `rank` where none does"""
+    """Ranks by a regular expression over the names of modules, of which the first that matches counts; `rank` is for
+    all others"""
     alphas: Mapping[str, float]
+    """Alphas in the same form; `alpha` is for all others"""
     rank_stabilized: bool
-    """The scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)"""
+    """Whether the scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732) instead of alpha / rank"""
 
     @classmethod
     def load(cls, path: Path) -> AdapterSettings:
-        """Raises ConfigError naming the field that makes it another adapter than we compute."""
+        """Reads the settings. Raises ConfigError naming a field with which PEFT would compute another adapter than we
+        do."""
         fields = Fields.load(path)
         fields.among("peft_type", ("LORA",))
         fields.among("task_type", ("CAUSAL_LM", None), None)
@@ -106,20 +112,20 @@ class AdapterSettings:
         return _first_match(self.ranks, key, self.rank)
 
     def scale_of(self, key: str) -> float:
-        """What multiplies B·A·x."""
+        """The factor that B·A·x is multiplied by. key: from `key_of`."""
         return self._scale(_first_match(self.alphas, key, self.alpha), self.rank_of(key))
 
     @property
     def scale(self) -> float:
-        """Of modules that no pattern names."""
+        """The scale of modules that no pattern names."""
         return self._scale(self.alpha, self.rank)
 
     def _scale(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def key_of(self, module: str, layer: int) -> str:
-        """What PEFT matches patterns with for `module`. Raises ConfigError when it would leave out the adapter that is
-        stored for it."""
+        """Returns the name that PEFT compares with the patterns for `module`. Raises ConfigError when PEFT would leave
+        out the adapter that is stored for this module."""
         fields = self.fields
         weight = f"{module}.weight"
         if _names(fields, "target_parameters", weight):
@@ -163,7 +169,8 @@ def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
 
 
 def _names(fields: Fields, name: str, module: str) -> bool:
-    """Whether the field, a regular expression or a list of names' ends, names a module or parameter."""
+    """Whether a field names a module or a parameter. The field holds a regular expression, or a list of the names' last
+    parts."""
     value = fields.raw(name, None)
     if value is None:
         return False
@@ -177,8 +184,9 @@ def _names(fields: Fields, name: str, module: str) -> bool:
 def adapter_config(
     base: Path, rank: int, alpha: float, targets: tuple[list[str], list[str]], parts: Mapping[str, int]
 ) -> dict[str, Any]:
-    """adapter_config.json of an adapter of `base`. targets: modules, and parameters. parts: modules (by regular
-    expression) whose rank is a multiple of `rank`, and that multiple; their scale is everybody's all the same."""
+    """Returns the adapter_config.json of an adapter of `base`. targets: target_modules and target_parameters. parts:
+    the modules (by regular expression) whose rank is a multiple of `rank`, and that multiple. Their alpha is multiplied
+    too, so that all modules have the same scale."""
     return {
         "alpha_pattern": {module: _whole(count * alpha) for module, count in parts.items()},
         "base_model_name_or_path": str(base.resolve()),
@@ -201,5 +209,5 @@ def adapter_config(
 
 
 def _whole(value: float) -> float | int:
-    """PEFT declares alpha as int."""
+    """Returns an int where `value` is whole, because PEFT declares alpha as int."""
     return int(value) if value == int(value) else value

@@ -1,7 +1,7 @@
-"""Adapters in PEFT's layout: A [rank, inputs] and B [outputs, rank] for a published module.
+"""Reads and writes adapters in PEFT's layout: A [rank, inputs] and B [outputs, rank] for a published module.
 
-Which module, and in which order its rows and columns are, follows from the family's table of weights: a Piece is laid
-over an array of row (or column) numbers and says where each of our outputs (inputs) lies.
+The family's table of weights says which module that is, and in which order its rows and columns are. A Piece's view of
+an array of row (or column) numbers gives the row (or column) of each of our outputs (or inputs).
 """
 
 from __future__ import annotations
@@ -34,29 +34,31 @@ from isthmus.model.weights.lora import Adapter, split
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 _MODULES = (Role.MATRIX, Role.HEADS, Role.EXPERTS, Role.ROUTER)
-"""What is a module with a weight in a published model; PEFT calls an embedding another kind of module"""
+"""The roles of parameters that are the weight of a module in a published model. An embedding isn't one, because PEFT
+treats it as another kind of module."""
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A projection of a layer, as (part of) a published module."""
+    """A projection of a layer, which is all or part of a published module."""
 
     layer: int
     path: str
-    """As LoraConfig.targets sees it"""
+    """The path within its block, as LoraConfig.targets matches it"""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     tensor: tuple[int, int]
-    """[outputs, inputs] of the module, of all its parts"""
+    """The shape [outputs, inputs] of the whole module"""
     columns: np.ndarray
-    """int[inputs]: the module's column that each of our inputs is"""
+    """int[inputs]: the module's column for each of our inputs"""
     rows: np.ndarray
-    """int[outputs]: the module's row that each of our outputs is"""
+    """int[outputs]: the module's row for each of our outputs"""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """A slot's adapter: scale * (x @ a[inputs, rank]) @ b[rank, outputs], axes flattened, in our order."""
+    """The adapter of a projection: scale * (x @ a[inputs, rank]) @ b[rank, outputs], with axes flattened, in our
+    order."""
 
     a: np.ndarray
     b: np.ndarray
@@ -71,8 +73,8 @@ Modules = dict[str, list[Projection]]
 
 
 def _table(base: Described) -> tensors.Table:
-    """The base's names; for one of our own kind those of the model that it was fine-tuned from, or else Llama's, and
-    DeepSeek's for what Llama hasn't."""
+    """The table of the base model's weights. For a folder of our own it is that of the published model that the base
+    was made from. Where there is none, it is Llama's, with DeepSeek's entries for what Llama doesn't have."""
     family = base.family
     if family is None and present(base.path / PUBLISHED_CONFIG):
         family, _ = read_config(base.path / PUBLISHED_CONFIG, base.ignore_field)
@@ -88,7 +90,7 @@ def _plain(config: ModelConfig) -> ModelConfig:
 
 
 def adaptable_modules(config: ModelConfig, table: tensors.Table) -> Modules:
-    """Every module that can be adapted, by its published name, with the projections that it consists of."""
+    """The modules that can be adapted, by their published names, with the projections that each consists of."""
     everything = sorted({path for kind in config.layer_kinds for path in config.projections(kind)})
     probe = dataclasses.replace(_plain(config), lora=LoraConfig(1, targets="|".join(everything)))
     specs = parameter_specs(probe)
@@ -99,17 +101,17 @@ def adaptable_modules(config: ModelConfig, table: tensors.Table) -> Modules:
             inputs, outputs = specs[f"{linear}/lora_a"].shape[:-1], specs[f"{linear}/lora_b"].shape[1:]
             part = parts_of(config, table, f"{linear}/kernel", specs[f"{linear}/kernel"].shape)
             assert isinstance(part, Part)
-            slot = _slot(config, layer, path, part, inputs, outputs)
-            modules.setdefault(part.name.removesuffix(".weight"), []).append(slot)
+            projection = _projection(config, layer, path, part, inputs, outputs)
+            modules.setdefault(part.name.removesuffix(".weight"), []).append(projection)
     return modules
 
 
-def _slot(
+def _projection(
     config: ModelConfig, layer: int, path: str, part: Part, inputs: tuple[int, ...], outputs: tuple[int, ...]
 ) -> Projection:
     shape = part.piece.shape(part.shape, config)
     rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])[None, :]
-    # Nothing of the tensor's size is made: views of a broadcast array repeat its numbers.
+    # No memory of the tensor's size is needed: views of a broadcast array repeat its numbers.
     row_of, column_of = (part.piece.view(np.broadcast_to(n, shape), part.shape, config) for n in (rows, columns))
     order = part.piece.order_of(config)
     ours = row_of[(0,) * len(inputs)] if order is None else row_of[(0,) * len(inputs)][..., order]
@@ -123,19 +125,19 @@ def _slot(
 
 
 def save_adapter(folder: Path, base: Described, config: ModelConfig, params: Params) -> None:
-    """Writes the adapters among `params` (in either layout, of `config`, which has lora) to `folder` in PEFT's layout,
-    as an adapter of `base`: adapter_config.json and adapter_model.safetensors, in float32."""
+    """Writes the adapters among `params` to `folder` in PEFT's layout, as an adapter of `base`: adapter_config.json and
+    adapter_model.safetensors, in float32. params: of `config`, which has lora, in either layout."""
     table, rank = _table(base), config.lora.rank
     held = dict(_held(split(config, params)[1]))
     modules = {
-        name: slots
-        for name, slots in adaptable_modules(config, table).items()
-        if any((slot.layer, slot.path) in held for slot in slots)
+        name: projections
+        for name, projections in adaptable_modules(config, table).items()
+        if any((projection.layer, projection.path) in held for projection in projections)
     }
     stored: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    for name, slots in modules.items():
-        a, b = _fused(slots, [held.get((slot.layer, slot.path)) for slot in slots], rank)
+    for name, projections in modules.items():
+        a, b = _fused(projections, [held.get((projection.layer, projection.path)) for projection in projections], rank)
         ranks[name] = len(a)
         stored[f"base_model.model.{name}.lora_A.weight"] = a
         stored[f"base_model.model.{name}.lora_B.weight"] = b
@@ -147,7 +149,7 @@ def save_adapter(folder: Path, base: Described, config: ModelConfig, params: Par
 
 
 def _held(adapters: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray, np.ndarray]]]:
-    """((layer, path), (lora_a, lora_b)) of every adapter, in float32."""
+    """Yields ((layer, path), (lora_a, lora_b)) of every adapter, in float32."""
     layers = unstack_params({path: np.asarray(array) for path, array in adapters.items()})
     for path, a in layers.items():
         linear, _, name = path.rpartition("/")
@@ -157,41 +159,47 @@ def _held(adapters: Params) -> Iterator[tuple[tuple[int, str], tuple[np.ndarray,
 
 
 def _fused(
-    slots: list[Projection], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
+    projections: list[Projection], held: list[tuple[np.ndarray, np.ndarray] | None], rank: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A [n * rank, inputs] and B [outputs, n * rank] of a module that consists of n projections.
+    """Returns A [n * rank, inputs] and B [outputs, n * rank] of a module that consists of n projections.
 
-    Each has its block of the rank, since each has an A of its own; where all have the same, it is stored once.
+    Each projection has an A of its own, and so a block of the rank of its own. Where all have the same A, it is stored
+    once. held: lora_a and lora_b of each projection; None for one without an adapter.
     """
-    outputs, inputs = slots[0].tensor
+    outputs, inputs = projections[0].tensor
     present = [pair for pair in held if pair is not None]
     shared = len(present) == len(held) and all(np.array_equal(pair[0], present[0][0]) for pair in present)
-    blocks = 1 if shared else len(slots)
+    blocks = 1 if shared else len(projections)
     a, b = np.zeros((blocks * rank, inputs), np.float32), np.zeros((outputs, blocks * rank), np.float32)
-    for index, (slot, pair) in enumerate(zip(slots, held, strict=True)):
+    for index, (projection, pair) in enumerate(zip(projections, held, strict=True)):
         if pair is None:
             continue
         start = 0 if shared else index * rank
-        a[start : start + rank, slot.columns] = pair[0].reshape(-1, rank).T
-        b[slot.rows, start : start + rank] = pair[1].reshape(rank, -1).T
+        a[start : start + rank, projection.columns] = pair[0].reshape(-1, rank).T
+        b[projection.rows, start : start + rank] = pair[1].reshape(rank, -1).T
     return a, b
 
 
 def _weights(config: ModelConfig, table: tensors.Table) -> set[str]:
-    """Every published module with a matrix."""
+    """The names of all published modules with a matrix."""
     specs = {path: spec for path, spec in parameter_specs(_plain(config)).items() if spec.role in _MODULES}
     parts = [parts_of(config, table, path, spec.shape) for path, spec in specs.items()]
     return {part.name.removesuffix(".weight") for nested in parts for part in leaves_of(nested)}
 
 
 def _targets(config: ModelConfig, modules: Modules, everything: set[str]) -> tuple[list[str], list[str]]:
-    """target_modules and target_parameters: the modules' last names, or more of them where those would name others too.
+    """Returns target_modules and target_parameters. They hold the last parts of the modules' names, or longer names
+    where the last parts would match other modules too.
 
-    In a model with experts, PEFT takes a module gate_proj, up_proj or down_proj for the experts' of that name, wherever
-    it is: there, those of other MLPs are named by their weight.
+    In a model with experts, PEFT takes gate_proj, up_proj and down_proj in target_modules for the experts' matrices,
+    wherever they are. There, other MLPs are named by their weights in target_parameters.
     """
     inner = {name: name.split(".", 3)[3] for name in modules}
-    by_weight = {name for name, slots in modules.items() if config.mixture.experts and slots[0].path.startswith("mlp/")}
+    by_weight = {
+        name
+        for name, projections in modules.items()
+        if config.mixture.experts and projections[0].path.startswith("mlp/")
+    }
     by_name = set(modules) - by_weight
     ends = {name.rpartition(".")[2] for name in by_name}
     precise = {name for name in everything if name.rpartition(".")[2] in ends} == by_name
@@ -202,7 +210,8 @@ def _targets(config: ModelConfig, modules: Modules, everything: set[str]) -> tup
 
 
 def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
-    """By module, in as few regular expressions as will do: how many times `rank` its rank is, where that isn't once."""
+    """Returns, for each module whose rank isn't `rank`, how many times `rank` it is. Modules are named by as few
+    regular expressions as possible."""
     by_end: dict[str, set[int]] = {}
     for name, size in ranks.items():
         by_end.setdefault(name.rpartition(".")[2], set()).add(size // rank)
@@ -221,9 +230,9 @@ def load_adapter(folder: Path, base: Described) -> Adapter:
     """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
     the unstacked layout.
 
-    All get the largest rank there is: smaller ones are padded with zeros. A projection without an adapter, in a layer
-    where others of its kind have one, gets zeros. Raises ConfigError naming the field or the tensor for whatever would
-    make it another adapter than PEFT computes.
+    All projections get the largest rank; smaller factors are padded with zeros. A projection without an adapter gets
+    zeros where the same projection of another layer has one. Raises ConfigError, naming the field or the tensor, for
+    anything with which PEFT would compute another adapter.
     """
     config = _plain(base.config)
     settings = AdapterSettings.load(folder / ADAPTER_CONFIG)
@@ -231,34 +240,39 @@ def load_adapter(folder: Path, base: Described) -> Adapter:
     modules = adaptable_modules(config, _table(base))
     found: dict[tuple[int, str], Factors] = {}
     for name in _stored_modules(files, modules):
-        slots = modules[name]
-        key = settings.key_of(name, slots[0].layer)
-        a, b = _stored_pair(files, name, slots[0].tensor, settings.rank_of(key))
-        for slot, factors in zip(slots, _split(slots, a, b, settings.scale_of(key), settings.rank), strict=True):
-            found[slot.layer, slot.path] = factors
+        projections = modules[name]
+        key = settings.key_of(name, projections[0].layer)
+        a, b = _stored_pair(files, name, projections[0].tensor, settings.rank_of(key))
+        for projection, factors in zip(
+            projections, _split(projections, a, b, settings.scale_of(key), settings.rank), strict=True
+        ):
+            found[projection.layer, projection.path] = factors
     used = {path for (_, path), factors in found.items() if factors.a.any() or factors.b.any()}
     paths = sorted(used or {path for _, path in found})
     rank = max(factors.rank for (_, path), factors in found.items() if path in paths)
     alpha = settings.alpha if rank == settings.rank and not settings.rank_stabilized else settings.scale * rank
     lora = LoraConfig(rank, float(alpha), "|".join(paths))
     ours: dict[str, np.ndarray] = {}
-    for slot in (slot for slots in modules.values() for slot in slots if slot.path in paths):
-        linear = f"blocks/{slot.layer}/{slot.path}"
-        pair = _padded(slot, found.get((slot.layer, slot.path)), rank, settings.scale)
+    for projection in (
+        projection for projections in modules.values() for projection in projections if projection.path in paths
+    ):
+        linear = f"blocks/{projection.layer}/{projection.path}"
+        pair = _padded(projection, found.get((projection.layer, projection.path)), rank, settings.scale)
         ours[f"{linear}/lora_a"], ours[f"{linear}/lora_b"] = pair
     return Adapter(lora, ours)
 
 
 def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
-    """The names of the modules adapted in the file, each with both its tensors."""
+    """The names of the modules that the file adapts. Raises ConfigError for a module that can't be adapted, or that
+    lacks one of its two tensors."""
     halves: dict[str, set[str]] = {}
     for tensor in files.tensors:
         match = _STORED.fullmatch(tensor)
         if match is None or match[1] not in modules:
             kind = "of an embedding or the head " if re.search(r"embed_tokens|lm_head", tensor) else ""
             raise ConfigError(
-                f"{files.folder / ADAPTER_FILE}: the tensor {tensor} {kind}is no part of an adapter that is supported: "
-                "lora_A and lora_B of projections in attention, and of MLPs that are not experts"
+                f"{files.folder / ADAPTER_FILE}: the tensor {tensor} {kind}is no part of an adapter that is supported; "
+                "only lora_A and lora_B of projections in attention, and in MLPs that are not experts, are"
             )
         halves.setdefault(match[1], set()).add(match[2])
     for name, sides in halves.items():
@@ -273,6 +287,7 @@ def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
 
 
 def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A and B of a module in float32. Raises ConfigError for another shape, or numbers that are not finite."""
     pair = []
     for side, shape in (("A", (rank, tensor[1])), ("B", (tensor[0], rank))):
         name = f"base_model.model.{module}.lora_{side}.weight"
@@ -288,27 +303,28 @@ def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank:
     return pair[0], pair[1]
 
 
-def _split(slots: list[Projection], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
-    """The adapters of the projections that a module consists of: each with its rows of B and all of A, or its block of
-    both where they were adapted one by one, which is how `_fused` stores them."""
-    blocks = [slice(index * rank, (index + 1) * rank) for index in range(len(slots))]
-    whole = [slice(None)] * len(slots)
-    apart = len(slots) > 1 and len(a) == len(slots) * rank
-    for slot, block in zip(slots, blocks, strict=True):
-        theirs = b[slot.rows]
+def _split(projections: list[Projection], a: np.ndarray, b: np.ndarray, scale: float, rank: int) -> list[Factors]:
+    """Returns the adapters of the projections that a module consists of. Each has its rows of B and all of A. Where the
+    projections were adapted separately, each has its block of both, which is how `_fused` stores them."""
+    blocks = [slice(index * rank, (index + 1) * rank) for index in range(len(projections))]
+    whole = [slice(None)] * len(projections)
+    apart = len(projections) > 1 and len(a) == len(projections) * rank
+    for projection, block in zip(projections, blocks, strict=True):
+        theirs = b[projection.rows]
         apart = apart and not np.delete(theirs, np.arange(theirs.shape[1])[block], axis=1).any()
     taken = blocks if apart else whole
     return [
-        Factors(a[block][:, slot.columns].T, b[slot.rows][:, block].T, scale)
-        for slot, block in zip(slots, taken, strict=True)
+        Factors(a[block][:, projection.columns].T, b[projection.rows][:, block].T, scale)
+        for projection, block in zip(projections, taken, strict=True)
     ]
 
 
-def _padded(slot: Projection, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """lora_a and lora_b of `rank`, to be multiplied by `scale` instead of their own."""
-    a = np.zeros((len(slot.columns), rank), np.float32)
-    b = np.zeros((rank, len(slot.rows)), np.float32)
+def _padded(projection: Projection, factors: Factors | None, rank: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns lora_a and lora_b, padded to `rank`. They are to be multiplied by `scale` instead of the adapter's own
+    scale."""
+    a = np.zeros((len(projection.columns), rank), np.float32)
+    b = np.zeros((rank, len(projection.rows)), np.float32)
     if factors is not None:
         a[:, : factors.rank] = factors.a
         b[: factors.rank] = factors.b if factors.scale == scale else factors.b * np.float32(factors.scale / scale)
-    return a.reshape(*slot.inputs, rank), b.reshape(rank, *slot.outputs)
+    return a.reshape(*projection.inputs, rank), b.reshape(rank, *projection.outputs)

@@ -1,4 +1,5 @@
-"""Writes a model as Hugging Face publishes them: config.json, safetensors in shards with an index, and companions."""
+"""Writes a model's weights as Hugging Face publishes them, in safetensors files with an index, and makes its
+config.json."""
 
 from __future__ import annotations
 
@@ -23,26 +24,27 @@ from isthmus.model.weights.huggingface.files import DTYPES, INDEX, SINGLE, Weigh
 from isthmus.model.weights.huggingface.load import Part, parts_of
 
 DTYPES_FILE = "huggingface_dtypes.json"
-"""What a folder's tensors were stored in, kept beside a model that was converted, so that it can be written back."""
+"""The file in which a converted model's folder keeps the dtypes of the published tensors, so that they can be written
+back."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A parameter's part in a tensor."""
+    """A parameter, or a slice of one, that is part of a tensor."""
 
     path: str
-    """The parameter's"""
+    """The parameter's path"""
     index: tuple[int, ...]
-    """Along the parameter's leading axes"""
+    """The index of the slice along the parameter's leading axes"""
     part: Part
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor to be written."""
+    """A tensor that is to be written."""
 
     origins: list[Origin]
-    """What it is put together from"""
+    """The parameters that it is assembled from"""
     shape: tuple[int, ...]
     dtype: np.dtype
 
@@ -52,9 +54,9 @@ class Target:
 
 
 def published_config(config: ModelConfig) -> dict[str, Any]:
-    """A config.json of the first family that computes this network. Raises ConfigError when there is none.
+    """Returns a config.json of the first family that computes this network. Raises ConfigError when there is none.
 
-    Reading is the proof: a candidate counts when what is read back from it is this very network.
+    Each candidate is read back. It counts only if the result is this very network.
     """
     for candidate in _candidates(config):
         try:
@@ -67,7 +69,7 @@ def published_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _candidates(config: ModelConfig) -> list[dict[str, Any]]:
-    """What config.json could be, the commonest first."""
+    """The config.json of each family that the network might belong to, the most common family first."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     common = {
         "hidden_act": "silu",
@@ -114,7 +116,8 @@ def _candidates(config: ModelConfig) -> list[dict[str, Any]]:
 
 
 def stored_dtypes(files: WeightFiles) -> dict[str, str]:
-    """Each tensor's dtype as safetensors names it, the commonest under ""."""
+    """The dtypes of tensors, with safetensors' names. The most common dtype is under "", and tensors with another one
+    are under their names."""
     names = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
     dtypes = {name: names[stored.dtype] for name, stored in files.tensors.items()}
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
@@ -130,9 +133,10 @@ def write_weights(
     max_shard_bytes: int,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes `params`, which are unstacked, as one file or as shards with an index.
+    """Writes `params`, which are in the unstacked layout, as one file or as shards with an index.
 
-    dtypes: as stored_dtypes gives; a float32 that came from a narrower type goes back without loss.
+    dtypes: as `stored_dtypes` returns them. A float32 parameter that was read from a narrower dtype is written back
+    without loss. max_shard_bytes: the most bytes of a shard, unless a single tensor has more.
     """
     targets = targets_of(config, family, dtypes)
     shards = _shards({name: target.nbytes for name, target in targets.items()}, max_shard_bytes)
@@ -155,12 +159,12 @@ def write_weights(
 
 
 def weight_bytes(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> int:
-    """Bytes that write_weights will write."""
+    """The number of bytes that `write_weights` will write."""
     return sum(target.nbytes for target in targets_of(config, family, dtypes).values())
 
 
 def targets_of(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> dict[str, Target]:
-    """Each tensor of a published model, in the order of the layers. dtypes: as stored_dtypes gives."""
+    """The tensors of a published model by name, in the order of the layers. dtypes: as `stored_dtypes` returns them."""
 
     def target(name: str, origins: list[Origin]) -> Target:
         part = origins[0].part
@@ -172,7 +176,7 @@ def targets_of(config: ModelConfig, family: Family, dtypes: dict[str, str]) -> d
 
 
 def _origins(config: ModelConfig, family: Family) -> dict[str, list[Origin]]:
-    """What each tensor is put together from, in the order of the layers."""
+    """The parameters that each tensor is assembled from, in the order of the layers."""
     table = family.table(config)
     origins: dict[str, list[Origin]] = {}
 
@@ -189,11 +193,13 @@ def _origins(config: ModelConfig, family: Family) -> dict[str, list[Origin]]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
+    """The key that sorts names by the value of the numbers in them."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in name.split(".")]
 
 
 def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in order, as many a shard as fit; a tensor that is larger has a shard of its own."""
+    """Divides tensors, in order, into shards of at most `limit` bytes. A tensor that is larger has a shard of its
+    own."""
     shards: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():
@@ -206,7 +212,7 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def assemble(target: Target, params: Params, config: ModelConfig) -> np.ndarray:
-    """A tensor of the parameters."""
+    """Assembles a tensor from the parameters."""
     raw = np.empty(target.shape, target.dtype)
     for origin in target.origins:
         piece = origin.part.piece

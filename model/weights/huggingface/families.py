@@ -1,4 +1,4 @@
-"""The families: from a published config.json to ModelConfig. One network computes them all."""
+"""The supported families. For each, a published config.json is read as a ModelConfig. One network computes them all."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from isthmus.model.weights.huggingface.fields import Fields
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`."""
+    """How models with one `model_type` are read."""
 
     architecture: str
+    """The only name that `architectures` of config.json may hold"""
     read: Callable[[Fields], dict[str, Any]]
-    """The fields of ModelConfig"""
+    """Returns the fields of ModelConfig"""
     table: Callable[[ModelConfig], tensors.Table]
-    """Where its parameters lie"""
+    """Returns the table that says where the parameters lie"""
     method: Method | None = None
-    """How a folder keeps its matrices, where they are codes and scales"""
+    """How a folder's matrices are stored, where they are codes and scales; None means plain numbers"""
 
 
 def read_config(path: Path, ignore: Collection[str] = ()) -> tuple[Family, ModelConfig]:
-    """Reads a published config.json. ignore: fields that are read as if they weren't there.
+    """Reads a published config.json. ignore: fields that are read as if they were absent.
 
-    Raises ConfigError for an architecture that isn't known, or a field of one that is and that may change what the
-    model computes, and would not be honoured."""
+    Raises ConfigError for an unknown architecture, or for a field that isn't supported and may change what the model
+    computes.
+    """
     return read_fields(Fields.load(path, ignore))
 
 
 def read_fields(fields: Fields) -> tuple[Family, ModelConfig]:
-    """As read_config; fields.warnings then holds what was passed over."""
+    """As read_config. fields.warnings then says which fields were ignored."""
     model_type = fields.raw("model_type", None)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
@@ -79,4 +81,4 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": Family("DeepseekV2ForCausalLM", readers.deepseek_v2, _deepseek_table),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", readers.deepseek_v3, _deepseek_table),
 }
-"""By `model_type` of config.json."""
+"""The families by `model_type` of config.json."""

@@ -1,4 +1,4 @@
-"""Reading a published config.json field by field, so that no field that matters is passed over in silence."""
+"""Reads a published config.json field by field, so that no field that matters is silently ignored."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _REQUIRED = object()
 
 
 class Fields:
-    """The fields of a JSON object. Every error names the file and the field; null counts as a value, and is an error
-    where the caller doesn't say what it stands for."""
+    """The fields of a JSON object. Every error names the file and the field. null counts as a value, and is an error
+    unless the caller says what it stands for."""
 
     def __init__(
         self,
@@ -27,16 +27,17 @@ class Fields:
         warnings: list[str] | None = None,
         inside: str = "",
     ) -> None:
-        """ignore: names that are read as if they weren't there; of an inner object's, "rope_parameters.factor"."""
+        """ignore: names that are read as if they were absent. A field of an inner object is named like
+        "rope_parameters.factor"."""
         self._values = {name: value for name, value in values.items() if inside + name not in ignore}
         self.path, self._ignore, self._inside = path, ignore, inside
         self._read = set() if read is None else read
         self.warnings: list[str] = [] if warnings is None else warnings
-        """What the user should hear of"""
+        """What the user should be told"""
 
     @classmethod
     def load(cls, path: Path, ignore: Collection[str] = ()) -> Fields:
-        """Raises ConfigError when there is no such file or it isn't a JSON object."""
+        """Reads a file. Raises ConfigError when it doesn't exist or isn't a JSON object."""
         return cls(read_json(path), path, ignore)
 
     def __iter__(self) -> Iterator[str]:
@@ -55,6 +56,8 @@ class Fields:
         self.warnings.append(f"{self.path}: {text}")
 
     def raw(self, name: str, default: Any = _REQUIRED) -> Any:
+        """Returns the value of a field, which counts as read from then on. Raises ConfigError for an absent field
+        without default."""
         self._read.add(name)
         if name in self._values:
             return self._values[name]
@@ -72,7 +75,7 @@ class Fields:
     def integer(
         self, name: str, default: Any = _REQUIRED, *, low: int = 1, high: int = (1 << 31) - 1, null: Any = _REQUIRED
     ) -> int:
-        """null: what null stands for."""
+        """Reads a whole number from `low` to `high`. null: the value that null stands for."""
         value = self._value(name, default, null)
         if type(value) is not int or not low <= value <= high:
             limit = "" if high == (1 << 31) - 1 else f" and at most {high}"
@@ -110,16 +113,17 @@ class Fields:
         return tuple(map(float, value))
 
     def agrees(self, name: str, value: Any, meaning: str) -> None:
-        """Raises ConfigError where the file gives something else than `value`, which other fields say already."""
+        """Raises ConfigError where the file gives another value than `value`, which follows from other fields. meaning:
+        says in the error what `value` is."""
         if self.raw(name, None) not in (None, value):
             raise self.error(name, f"must be {shortened(repr(value))}, {meaning}, or left out")
 
     def with_values(self, values: dict[str, Any]) -> Fields:
-        """The same fields, with some values in place of what the file says."""
+        """Returns the same fields, with `values` in place of what the file says."""
         return self._like({**self._values, **values})
 
     def without(self, *names: str) -> Fields:
-        """The same fields, as if some were not there; they count as read."""
+        """Returns the same fields without `names`, which count as read."""
         self._read.update(names)
         return self._like({name: value for name, value in self._values.items() if name not in names})
 
@@ -127,15 +131,15 @@ class Fields:
         return Fields(values, self.path, self._ignore, read=self._read, warnings=self.warnings, inside=self._inside)
 
     def inner(self, name: str) -> Fields:
-        """The object in field `name`; empty when it is absent or null."""
+        """The object in the field `name`; empty where it is absent or null."""
         value = self.raw(name, None)
         if value is not None and not isinstance(value, dict):
             raise self.error(name, "must be an object")
         return Fields(value or {}, self.path, self._ignore, warnings=self.warnings, inside=f"{self._inside}{name}.")
 
     def finish(self, model_type: str = "") -> None:
-        """Raises ConfigError for a field that nobody read and that may change what the model computes; warns of one
-        that nobody knows and that says it is off. model_type: of the family, for the fields of the file itself."""
+        """Raises ConfigError for a field that was not read and may change what the model computes. Warns of an unknown
+        field whose value says that it is off. model_type: the family, for the fields of the file itself."""
         for name, value in self._values.items():
             if name in self._read or (not self._inside and known.is_harmless(model_type, name, value)):
                 continue

@@ -1,4 +1,5 @@
-"""The safetensors files of a model folder, checked and mapped into memory. Pickles are refused: they can run code."""
+"""The safetensors files of a model folder, checked and mapped into memory. Pickles are refused, because they can run
+code."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
-"""What weights may be stored in."""
+"""The dtypes that weights may be stored in."""
 
 CODES: dict[str, Any] = {
     "I64": np.int64,
@@ -41,10 +42,10 @@ CODES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
-"""What the parts of a matrix may be stored in that is kept as codes and scales."""
+"""The dtypes that the parts of a matrix may be stored in if it is stored as codes and scales."""
 
 View = Callable[[np.ndarray], np.ndarray]
-"""From an array to a part of it, with its axes turned, split or joined: it copies nothing."""
+"""Returns a part of an array, with its axes transposed, split or joined. It copies nothing."""
 
 
 class StoredTensor(Protocol):
@@ -62,13 +63,13 @@ class StoredTensor(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file."""
+    """One tensor in a safetensors file."""
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
-    """Bytes from the file's beginning"""
+    """The offset from the beginning of the file, in bytes"""
 
     @property
     def nbytes(self) -> int:
@@ -76,11 +77,11 @@ class Stored:
 
 
 class Exact(NamedTuple):
-    """What a matrix is kept as that a format of ours holds bit for bit."""
+    """The format of ours that holds a published matrix of integers bit for bit."""
 
     bits: Bits
     group: int
-    """Inputs that share a scale"""
+    """The number of inputs that share a scale"""
     scales: Literal["bfloat16", "float16"]
 
 
@@ -97,9 +98,9 @@ class WeightFiles(ABC):
     """The tensors of a published model, by the names that Hugging Face gives them."""
 
     folder: Path
-    """Where they lie, for errors"""
+    """The folder or file that holds them, which errors name"""
     says: str
-    """What describes the model"""
+    """The name of what describes the model, for errors"""
     tensors: Mapping[str, StoredTensor]
 
     @property
@@ -108,49 +109,52 @@ class WeightFiles(ABC):
 
     @abstractmethod
     def array(self, name: str) -> np.ndarray:
-        """A whole tensor, read-only; float32 where it is kept as no numbers."""
+        """Returns a whole tensor, read-only. A tensor that is stored as codes or blocks is decoded to float32."""
 
     @abstractmethod
     def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
-        """view(the tensor), valid until this thread's next call. dtype: that it'll be converted to; what is kept as no
-        numbers may come so."""
+        """Returns view(the tensor), valid until this thread's next call. dtype: the one that the caller will convert it
+        to. A tensor that is stored as codes or blocks may be decoded to it directly."""
 
     @abstractmethod
     def advise(self, name: str, advice: int) -> None:
-        """Tells the kernel about a tensor's bytes: mmap.MADV_WILLNEED before, MADV_DONTNEED after reading."""
+        """Tells the kernel how a tensor's bytes will be used: mmap.MADV_WILLNEED before reading them, MADV_DONTNEED
+        after."""
 
     def means_nothing(self, name: str) -> bool:
-        """Whether a tensor changes nothing, and may be there in a model that has no such parameter."""
+        """Whether a tensor has no effect, so that a model without such a parameter may have it."""
         return False
 
     def exact(self, name: str) -> Exact | None:
-        """What a matrix stays as where it needn't become floats."""
+        """Returns the format of ours that holds a matrix of integers exactly; None where there is none."""
         return None
 
     def integers(self, name: str) -> Integers:
-        """A matrix that `exact` knows. Raises ConfigError for scales that are not finite."""
+        """Returns the integers of a matrix for which `exact` returns a format. Raises ConfigError for scales that are
+        not finite."""
         raise AssertionError(f"{name} is no matrix of integers")
 
     def described(self, whole: Collection[str]) -> str | None:
-        """How many matrices are kept as what, and what becomes of them; None where all are plain. whole: those that
-        stay integers."""
+        """Says how many matrices are stored in which way, and what becomes of them; None where all are plain numbers.
+        whole: the names of those that stay integers."""
         return None
 
 
 class TensorFiles(WeightFiles):
-    """Every tensor of a folder, by name, as arrays that read the file where they are read."""
+    """The tensors of a folder's safetensors files by name. Their arrays are views of the mapped files."""
 
     says = "config.json"
     tensors: dict[str, Stored]
 
     def __init__(self, folder: Path, single: str = SINGLE, *, codes: bool = False) -> None:
-        """Raises ConfigError for a folder without safetensors, or files that are damaged or not what the index says.
+        """Raises ConfigError for a folder without safetensors, or with files that are damaged or don't match the index.
 
-        single: the name of the only file, where it isn't a model's. codes: whether tensors may be stored in CODES.
+        single: the name of the only file, in a folder that isn't a model's. codes: whether tensors may be stored in
+        CODES.
         """
         self.folder = folder
         self.tensors = {}
-        # Of a folder with both, transformers takes the single file.
+        # Where a folder has both, transformers reads the single file.
         indexed = single == SINGLE and present(folder / INDEX) and not present(folder / SINGLE)
         for file in _files(folder, single, indexed):
             for name, stored in _read_header(file, {**DTYPES, **CODES} if codes else DTYPES).items():
@@ -186,7 +190,7 @@ class TensorFiles(WeightFiles):
         if path not in self._maps:
             try:
                 with path.open("rb") as file:
-                    # Two threads may come first together; both get the mapping that is kept.
+                    # Two threads may map the file at the same time. Both get the mapping that is kept.
                     self._maps.setdefault(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             except OSError as error:
                 raise ConfigError(f"{path} can't be read: {error.strerror}") from None
@@ -207,7 +211,7 @@ def _files(folder: Path, single: str, indexed: bool) -> list[Path]:
         wanted = f"neither {SINGLE} nor {INDEX}" if single == SINGLE else f"no {single}"
         raise ConfigError(f"{folder} holds {wanted}")
     for name in names:
-        # A link may lead elsewhere (that is how the hub's cache is built); a name may not.
+        # A link may lead out of the folder, as in the hub's cache, but a name may not.
         if not _FILE_NAME.fullmatch(name):
             quoted = shortened(repr(name))
             raise ConfigError(f"{folder / INDEX}: {quoted} is not the name of a .safetensors file in the folder")

@@ -1,5 +1,5 @@
-"""Which fields of a config.json can change what a model computes: known_fields.json, which
-tests/parity/make_config_golden.py finds out from transformers' own classes, and what publishers add to theirs."""
+"""Says which fields of a config.json can change what a model computes. tests/parity/make_config_golden.py finds this
+out from transformers' own classes and writes known_fields.json. The tables here add what publishers write."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 _BY_NAME = re.compile(r"^_|token_ids?$|token_index$|(^|_)name$|name_or_path$|(^|_)version$")
-"""Notes of the library that wrote the file, ids of tokens, names and versions"""
+"""Names of fields that hold notes of the library that wrote the file, ids of tokens, names or versions."""
 
 _PUBLISHERS = {
     "auto_map", "is_llama_config", "task_specific_params", "tokenizer_class", "transformers.js_config", "unsloth_fixed",
 }  # fmt: skip
-"""What is meant for other programs. Code that `auto_map` names is never loaded."""
+"""Fields that are meant for other programs. Code that `auto_map` names is never loaded."""
 
 _OFF: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -33,7 +33,8 @@ _OFF: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
-"""What transformers 4 wrote for every model, or makers of our families publish, and the values without effect"""
+"""Fields that transformers 4 wrote for every model, or that makers of the families here publish, with the values that
+have no effect."""
 
 
 @cache
@@ -44,13 +45,14 @@ def _table() -> dict[str, Any]:
 
 @cache
 def changing(model_type: str) -> frozenset[str]:
-    """The fields of transformers' class for a family that can change its logits."""
+    """The fields of transformers' class for a family that can change the family's logits."""
     return frozenset(_table()["families"].get(model_type, {}).get("changes", ()))
 
 
 @cache
 def _changing_nothing(model_type: str) -> frozenset[str]:
-    """Fields of the family's class, and those of others' that change no family."""
+    """The fields that can't change a family's logits: those of its own class, those of other classes that change no
+    family, and those that are no part of a model."""
     nothing = {family: frozenset(found["changes nothing"]) for family, found in _table()["families"].items()}
     elsewhere = frozenset().union(*nothing.values()) - _changing_some()
     return elsewhere | nothing.get(model_type, frozenset()) | frozenset(_table()["no part of a model"]) | _PUBLISHERS
@@ -58,11 +60,12 @@ def _changing_nothing(model_type: str) -> frozenset[str]:
 
 @cache
 def _changing_some() -> frozenset[str]:
+    """The fields that can change the logits of some family."""
     return frozenset(name for family in _table()["families"] for name in changing(family))
 
 
 def is_harmless(model_type: str, name: str, value: Any) -> bool:
-    """Whether a field can't change the logits of a family."""
+    """Whether a field with this value can't change the logits of a family."""
     if name in changing(model_type):
         return False
     known = name in _changing_nothing(model_type) or _BY_NAME.search(name) is not None
@@ -70,8 +73,9 @@ def is_harmless(model_type: str, name: str, value: Any) -> bool:
 
 
 def is_off(model_type: str, name: str, value: Any) -> bool:
-    """Whether a field that a family doesn't have is written down as not used: null, false, 0, 1, "", [] or {}; 1 not
-    where other families have it, and a 1 may ask for something."""
+    """Whether the value of a field that a family doesn't have says that the field isn't used: null, false, 0, 1, "", []
+    or {}. A 1 doesn't say so where the field can change another family's logits, because it may ask for something
+    there."""
     if name in changing(model_type):
         return False
     if type(value) in (int, float) and value == 1:

@@ -1,5 +1,5 @@
-"""Streams a published folder's weights onto devices: each shard of each parameter is read from the mapped file by
-itself, and forgotten by the host soon after."""
+"""Streams the weights of a published folder onto devices. Each shard of each parameter is read separately from the
+mapped file, and the host frees it soon after."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from isthmus.model.weights.huggingface.whole import Kept, kept_matrix, read_whol
 from isthmus.model.weights.load import Read
 
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Constants that old folders store."""
+"""The names of constants that old folders store."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One array of the file(s) that a parameter, or a slice [index] of it along leading axes, comes from."""
+    """A published tensor from which a parameter comes, or a slice of it along leading axes."""
 
     name: str
     piece: Piece
     shape: tuple[int, ...]
-    """Of the parameter's slice"""
+    """The shape of the parameter, or of its slice"""
     other_name: str = ""
-    """Of the array, or the first of them, in files that keep it otherwise"""
+    """The name of this tensor in files that store it otherwise, or of the first one where these have several"""
 
 
 def parts_of(config: ModelConfig, table: Table, path: str, shape: tuple[int, ...]) -> Part | list:
-    """What the parameter at `path` ("blocks/0-3/mlp/up/kernel" in the stacked layout, "blocks/0/…" in the other) is
-    made of: a part, or a list of them along its leading axis."""
+    """Returns what a parameter is made of: a part, or a list along its leading axis, whose entries may be lists too.
+    path: such as "blocks/0-3/mlp/up/kernel" in the stacked layout, or "blocks/0/…" in the unstacked one."""
     if not path.startswith("blocks/"):
         return Part(table[path].name, table[path], shape)
     _, run, rest = path.split("/", 2)
@@ -76,23 +76,23 @@ def leaves_of(parts: Part | list) -> Iterator[Part]:
 
 @dataclass(frozen=True)
 class PublishedSource:
-    """The parameters of a published model, as a source: each shard of each is read by itself."""
+    """A source of the parameters of a published model. Each shard of each parameter is read separately."""
 
     files: WeightFiles
     family: Family
     config: ModelConfig
     mesh: Mesh
     whole: Mapping[str, Kept] = field(default_factory=dict)
-    """The matrices that stay the integers that they are in the files, as `whole_matrices` gives them"""
+    """The matrices that keep the integers of the files, as `whole_matrices` returns them"""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return self.files.nbytes
 
     def reads(self, abstract: Params) -> Iterator[Read]:
-        """A read for each parameter. Raises ConfigError for damaged files, tensors that are missing, surplus or of
-        another shape, and weights that are not finite."""
+        """Yields one read per parameter. Raises ConfigError for damaged files, for tensors that are missing, surplus or
+        of another shape, and for weights that are not finite."""
         table = as_stored(self.family.table(self.config), self.files.tensors)
         plan = {path: parts_of(self.config, table, path, leaf.shape) for path, leaf in abstract.items()}
         check_tensors(self.files, self.config, list(plan.values()))
@@ -115,8 +115,8 @@ class PublishedSource:
 
 
 def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[str, Kept]:
-    """The matrices that are published as integers which a format of ours holds exactly, by their paths in the unstacked
-    layout. Raises ConfigError."""
+    """The matrices that are published as integers and that one of our formats holds exactly, by their paths in the
+    unstacked layout. Raises ConfigError."""
     found: dict[str, Kept] = {}
     table = as_stored(family.table(config), files.tensors)
     for path, spec in parameter_specs(config).items():
@@ -134,19 +134,20 @@ def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> d
 
 
 def _whole(config: ModelConfig, part: Part, raw: np.ndarray) -> np.ndarray:
+    """The whole parameter that `part` describes, in our order. raw: the tensor."""
     view, order = part.piece.view(raw, part.shape, config), part.piece.order_of(config)
     return view if order is None else np.take(view, order, axis=-1)
 
 
 def check_size(files: WeightFiles, config: ModelConfig) -> None:
-    """Raises ConfigError where what describes the model speaks of more than the files hold, before anything of that
-    size is made."""
+    """Raises ConfigError where the configuration describes a larger model than the files hold, before anything of its
+    size is allocated."""
     layers = {int(match[1]) for name in files.tensors if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))}
     if config.layers > len(layers):
         raise ConfigError(f"{files.folder}: {files.says} says num_hidden_layers={config.layers}, and the files hold "
                           f"{len(layers)} layers")  # fmt: skip
     held = sum(math.prod(stored.shape) for stored in files.tensors.values())
-    if config.parameters > 2 * held:  # for what is nearly right, check_tensors names the tensor
+    if config.parameters > 2 * held:  # smaller differences are left to check_tensors, which names the tensor
         raise ConfigError(
             f"{files.folder}: {files.says} makes a model of {config.parameters:,} parameters, and the files hold "
             f"{held:,}: {_first_difference(files, config)}"
@@ -162,7 +163,8 @@ def _first_difference(files: WeightFiles, config: ModelConfig) -> str:
 
 
 def check_tensors(files: WeightFiles, config: ModelConfig, plan: Sequence[Part | list]) -> None:
-    """Raises ConfigError naming a tensor that is missing, of another shape than the configuration's, or surplus."""
+    """Raises ConfigError naming a tensor that is missing, surplus, or of another shape than the configuration gives
+    it."""
     wanted: set[str] = set()
     for parts in plan:
         for part in leaves_of(parts):
@@ -190,7 +192,7 @@ def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
         return True
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and config.latent.rank and int(layer[1]) == config.layers:
-        return True  # DeepSeek-V3's layer for predicting two tokens at once, which ordinary inference leaves out
+        return True  # DeepSeek-V3's layer for multi-token prediction, which ordinary inference leaves out
     if name == "lm_head.weight" and config.tie_embeddings:
         embedding = "model.embed_tokens.weight"
         same = embedding in files.tensors and np.array_equal(files.array(name), files.array(embedding))
@@ -205,7 +207,7 @@ def _may_be_left(files: WeightFiles, config: ModelConfig, name: str) -> bool:
 
 
 def _place(files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """The parameter on its devices, each shard read by itself."""
+    """Reads a parameter onto its devices, each shard separately."""
     by_index: dict[tuple, list[jax.Device]] = {}
     for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
         if device.process_index == jax.process_index():
@@ -214,7 +216,7 @@ def _place(files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: ja
     shards = []
     for key, devices in by_index.items():
         host = _fetch(files, config, parts, np.dtype(leaf.dtype), tuple(slice(*bounds) for bounds in key))
-        # The next one is written over this one's memory.
+        # The next shard may be written to the same memory.
         shards += jax.block_until_ready([jax.device_put(host, device) for device in devices])
     return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
@@ -222,24 +224,25 @@ def _place(files: WeightFiles, config: ModelConfig, parts: Part | list, leaf: ja
 def _fetch(
     files: WeightFiles, config: ModelConfig, parts: Part | list, dtype: np.dtype, index: tuple[slice, ...]
 ) -> np.ndarray:
-    """The part of a parameter that `index` says, in `dtype`: a view, with its axes turned, of an array that has them in
-    the file's order. So the host copies at memory's speed, and JAX's transfer, which turns axes best, does it once.
+    """Returns the part of a parameter at `index`, in `dtype`. The result is a transposed view of an array whose axes
+    are in the file's order. So the host copies at the speed of memory, and the axes are transposed only once, by JAX's
+    transfer, which is best at it.
 
-    Valid until the next call on this thread.
+    The result is valid until the next call on this thread.
     """
     lead, chosen = _chosen(parts, index)
     order = chosen[0][0].piece.order_of(config)
-    views = (_view(files, config, part, cut, dtype) for part, cut in chosen)  # one at a time: each may be decoded
+    views = (_view(files, config, part, cut, dtype) for part, cut in chosen)  # a view is valid until the next one
     first = next(views)
-    axes = tuple(sorted(range(first.ndim), key=lambda axis: -first.strides[axis]))  # as they lie in memory
-    wide = [axis for axis in axes if first.shape[axis] > 1]  # an axis of size 1 turns nothing in memory
-    turned = wide != sorted(wide)
+    axes = tuple(sorted(range(first.ndim), key=lambda axis: -first.strides[axis]))  # the order of axes in memory
+    wide = [axis for axis in axes if first.shape[axis] > 1]  # an axis of size 1 may be anywhere in that order
+    transposed = wide != sorted(wide)
     shape = (*lead, *(first.shape[axis] for axis in axes))
-    if turned and not lead and first.dtype == dtype:
+    if transposed and not lead and first.dtype == dtype:
         stored = first.transpose(axes)
     else:
-        # What isn't turned may be taken as it is by the device, and live on in it: it needs memory of its own.
-        stored = _scratch(shape, dtype) if turned else np.empty(shape, dtype)
+        # The device may keep an array that isn't transposed without copying it. So that needs memory of its own.
+        stored = _scratch(shape, dtype) if transposed else np.empty(shape, dtype)
         for target, view in zip(stored.reshape(-1, *shape[len(lead) :]), chain((first,), views), strict=True):
             np.copyto(target, view.transpose(axes), casting="unsafe")
     if order is not None:
@@ -248,7 +251,8 @@ def _fetch(
 
 
 def _chosen(parts: Part | list, index: tuple[slice, ...]) -> tuple[tuple[int, ...], list[tuple[Part, tuple]]]:
-    """What `index` leaves of a list of parts: the leading shape, and each part with what it leaves of that."""
+    """Applies `index` to a list of parts. Returns the shape of the leading axes, and each part that is left with its
+    own index."""
     if isinstance(parts, Part):
         return (), [(parts, index)]
     found = [_chosen(part, index[1:]) for part in parts[index[0]]]
@@ -256,7 +260,7 @@ def _chosen(parts: Part | list, index: tuple[slice, ...]) -> tuple[tuple[int, ..
 
 
 def _view(files: WeightFiles, config: ModelConfig, part: Part, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """What `index` leaves of a part, its last axis whole where it is yet to be put in order. Raises ConfigError for
+    """Returns a part at `index`. The last axis is whole where it has yet to be reordered. Raises ConfigError for
     numbers that are not finite."""
     piece = part.piece
     cut = index if piece.order is None else (*index[:-1], slice(None))
@@ -270,7 +274,8 @@ _THREAD = threading.local()
 
 
 def _scratch(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory of this thread's, used again and again: new pages cost more than what is written to them."""
+    """Returns an array in memory that this thread reuses, because mapping new pages takes longer than writing to
+    them."""
     size = math.prod(shape) * dtype.itemsize
     if getattr(_THREAD, "memory", np.empty(0, np.uint8)).nbytes < size:
         _THREAD.memory = np.empty(size, np.uint8)
@@ -282,7 +287,8 @@ _EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F8000
 
 
 def _finite(array: np.ndarray) -> bool:
-    """Whether no exponent is all ones: four times as fast as isfinite, which ml_dtypes computes number by number."""
+    """Whether all numbers are finite: whether no exponent is all ones. This is four times as fast as isfinite, which
+    ml_dtypes computes number by number."""
     bits = array.view(f"u{array.dtype.itemsize}")
     mask = bits.dtype.type(_EXPONENT[array.dtype.itemsize][array.dtype.name])
     rows = max(1, (1 << 19) // max(1, bits[:1].size)) if bits.ndim else 1

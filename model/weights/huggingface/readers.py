@@ -1,4 +1,5 @@
-"""What a config.json of each family says, field by field: absent and null ones mean what they do in transformers 5."""
+"""Reads the config.json of each family, field by field. Absent and null fields mean what they mean in transformers
+5."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _GPT_OSS_ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""Of a file that has no rope_parameters"""
+"""The rope of a file without rope_parameters."""
 
 
 def _common(
@@ -43,9 +44,12 @@ def _common(
     activation: str = "hidden_act",
     tied: bool = False,
 ) -> dict[str, Any]:
-    """What all families have. context, eps, kv_heads, head_dim, tied: what an absent field means; None is as many as
-    query heads, and hidden_size / num_attention_heads. kv_null, head_dim_null: whether null means that as well, and
-    isn't an error. activation: what the field is called."""
+    """Reads the fields that all families have.
+
+    context, eps, kv_heads, head_dim, tied: what an absent field means. A kv_heads of None means as many as query heads,
+    and a head_dim of None means hidden_size / num_attention_heads. kv_null, head_dim_null: whether null in the file
+    means the same as None here; otherwise null is an error. activation: the name of the field with the activation.
+    """
     dim, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     per_head = dim // heads
     size = fields.integer("head_dim", head_dim or per_head, **({"null": per_head} if head_dim_null else {}))
@@ -80,13 +84,14 @@ def _rope(**options: Any) -> Callable[[Fields, int], Rope]:
 
 
 def _renamed(fields: Fields, name: str, other: str, default: int) -> int:
-    """A field with a second name, which wins, as it does in transformers."""
+    """Reads a field with a second name, which takes precedence, as it does in transformers."""
     fields.raw(name, None)
     return fields.integer(other if other in fields else name, default)
 
 
 def _windows(fields: Fields, layers: int, default: Callable[[int], bool], window: int | None) -> tuple[int, ...]:
-    """The window of each layer, from `layer_types` or, where that is absent, `default(layer)`."""
+    """The shortest pattern of the layers' windows, where 0 means no window. `layer_types` says which layers have one;
+    where it is absent, `default(layer)` does."""
     types = fields.raw("layer_types", None)
     if types is None:
         local = [default(layer) for layer in range(layers)]
@@ -105,7 +110,7 @@ def _windows(fields: Fields, layers: int, default: Callable[[int], bool], window
 
 
 def _shortest(pattern: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The shortest pattern that repeats into this one."""
+    """The shortest pattern whose repetition gives this one."""
     lengths = range(1, len(pattern) + 1)
     return next(pattern[:n] for n in lengths if all(pattern[i] == pattern[i % n] for i in range(len(pattern))))
 
@@ -163,8 +168,8 @@ def qwen3(fields: Fields) -> dict[str, Any]:
 def qwen3_moe(fields: Fields) -> dict[str, Any]:
     common = _common(fields, context=32768, eps=1e-6, kv_heads=4)
     layers, bias = common["layers"], fields.flag("attention_bias", False)
-    # transformers gives every layer the window here; max_window_layers has no effect where it is published, and
-    # sliding_window none without use_sliding_window.
+    # transformers gives every layer the window in this family. max_window_layers has no effect in published files, and
+    # sliding_window has none without use_sliding_window.
     fields.raw("max_window_layers", None)
     fields.raw("sliding_window", None)
     window = _window(fields, 4096) if fields.flag("use_sliding_window", False) else None
@@ -189,7 +194,7 @@ def qwen3_moe(fields: Fields) -> dict[str, Any]:
 
 def _gemma(fields: Fields, common: dict[str, Any]) -> dict[str, Any]:
     bias = fields.flag("attention_bias", False)
-    fields.raw("hidden_act", None)  # published beside hidden_activation, and read by nobody
+    fields.raw("hidden_act", None)  # published beside hidden_activation, and never used
     fields.among("use_bidirectional_attention", (False, None), False)
     return {
         **common,
@@ -308,7 +313,7 @@ def gpt_oss(fields: Fields) -> dict[str, Any]:
 
 
 def _deepseek(fields: Fields, context: int, kv_heads: int | None = None) -> dict[str, Any]:
-    """What V2 and V3 share."""
+    """Reads the fields that V2 and V3 share."""
     latent = LatentConfig(
         rank=fields.integer("kv_lora_rank", 512),
         query_rank=0 if fields.raw("q_lora_rank", 1536) is None else fields.integer("q_lora_rank", 1536),
@@ -342,7 +347,8 @@ def _deepseek(fields: Fields, context: int, kv_heads: int | None = None) -> dict
 
 
 def _deepseek_mixture(fields: Fields, layers: int, *, shared: int, dense: int, **routing: Any) -> MixtureConfig:
-    """shared, dense: what absent fields mean."""
+    """shared, dense: what an absent n_shared_experts and an absent first_k_dense_replace mean. routing: other fields of
+    MixtureConfig."""
     width = routing["dim"]
     return MixtureConfig(
         shared_dim=width * fields.integer("n_shared_experts", shared, low=0),

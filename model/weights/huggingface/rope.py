@@ -1,6 +1,6 @@
-"""Rotary embeddings of a published config.json, in both its spellings: `rope_parameters`, as transformers 5 writes, and
-the older `rope_theta`, `rope_scaling` and `partial_rotary_factor`. What they mean together is what transformers 5 makes
-of them (RotaryEmbeddingConfigMixin in its modeling_rope_utils.py)."""
+"""Reads the rotary embedding of a published config.json, in both spellings: `rope_parameters`, which transformers 5
+writes, and the older `rope_theta`, `rope_scaling` and `partial_rotary_factor`. Together they mean what transformers 5
+makes of them (RotaryEmbeddingConfigMixin in its modeling_rope_utils.py)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Rope:
     theta: float
     scaling: RopeScaling
     rotary: float = 1.0
-    """The part of a head that turns"""
+    """The fraction of each head that is rotated"""
     mscale_all: float = 0.0
-    """YaRN's correction of the softmax temperature that DeepSeek has in its scores"""
+    """YaRN's mscale_all_dim, by which DeepSeek corrects the softmax temperature in its scores; 0 means no correction"""
 
     def context(self, published: int) -> int:
-        """Most tokens of a sequence: `max_position_embeddings`, or what YaRN stretches the original length to where
-        that is more. Who turns YaRN on by hand, as Qwen's makers describe, leaves max_position_embeddings at the
-        length before."""
+        """The most tokens of a sequence: `max_position_embeddings`, or the length to which YaRN stretches the original
+        one where that is more. Users who turn on YaRN by hand, as Qwen's makers describe, leave max_position_embeddings
+        at the length without YaRN."""
         if self.scaling.kind != "yarn":
             return published
         return max(published, int(min(self.scaling.original_context * self.scaling.factor, (1 << 31) - 1)))
@@ -46,14 +46,15 @@ def read_rope(
     old_names: Mapping[str, str] = MappingProxyType({}),
     original: int | None = None,
 ) -> Rope:
-    """One rope for all layers.
+    """Reads a rope that all layers share.
 
-    context: max_position_embeddings. theta, default: the base, and the parameters, of a file without any. partial: the
-    family lets a part of a head turn. kinds, old_names: of scaling that it knows. original: its
-    original_max_position_embeddings where the file has none beside the parameters.
+    context: max_position_embeddings. theta, default: the base and the parameters of a file without any. partial:
+    whether the family can rotate a part of each head. kinds: the kinds of scaling that the family knows. old_names:
+    older names of these. original: original_max_position_embeddings of a file that doesn't have it beside the
+    parameters.
 
-    An older rope_scaling that isn't empty takes the place of all rope_parameters; rope_theta counts where the
-    parameters have none.
+    An older rope_scaling that isn't empty replaces all of rope_parameters. rope_theta beside the parameters counts
+    where they have none.
     """
     old, new = fields.inner("rope_scaling"), fields.inner("rope_parameters")
     if any(old) and any(new):
@@ -94,13 +95,13 @@ def read_scaling(
     kinds: tuple[str, ...] = _KINDS,
     old_names: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[RopeScaling, float]:
-    """The scaling in `rope`, and its mscale_all_dim."""
+    """Reads the scaling in `rope`, and its mscale_all_dim, which is 0 for every kind but YaRN."""
     kind = rope.raw("rope_type", rope.raw("type", "default"))
     kind = old_names.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in kinds or kind not in _KINDS:
         name = "rope_type" if "rope_type" in rope else "type"
         raise rope.error(name, f"is not supported here; only {', '.join(map(repr, kinds))}")
-    rope.raw(_ORIGINAL, None)  # without effect on some
+    rope.raw(_ORIGINAL, None)  # has no effect on some kinds
     match kind:
         case "linear":
             return RopeScaling("linear", rope.number("factor")), 0.0
@@ -160,9 +161,12 @@ def _longrope(rope: Fields, context: int) -> RopeScaling:
 
 
 def read_local_and_global(fields: Fields, context: int) -> tuple[float, Rope]:
-    """Gemma 3's two: the base of layers with a window, which are never scaled, and the rope of the others. The older
-    spelling has rope_local_base_freq, and rope_theta and rope_scaling for the others; what is given inside
-    rope_parameters wins, but for rope_scaling, which is laid over full_attention."""
+    """Reads Gemma 3's two ropes. Returns the base of layers with a window, which are never scaled, and the rope of the
+    other layers.
+
+    The older spelling has rope_local_base_freq for the former, and rope_theta and rope_scaling for the latter. What is
+    inside rope_parameters takes precedence, except over rope_scaling, whose values replace those of full_attention.
+    """
     both = fields.inner("rope_parameters")
     local, full = both.inner("sliding_attention"), both.inner("full_attention")
     both.finish()
@@ -179,12 +183,13 @@ def read_local_and_global(fields: Fields, context: int) -> tuple[float, Rope]:
     theta = (full if "rope_theta" in full else fields).number("rope_theta", 1e6)
     local.among("rope_type" if "rope_type" in local else "type", ("default",), "default")
     local.finish()
-    full.among("truncate", (True,), True)  # transformers looks for it elsewhere in this family, in vain
+    full.among("truncate", (True,), True)  # in this family, transformers never finds this field
     scaling, _ = read_scaling(full, context)
     full.finish()
     return local_theta, Rope(theta, scaling)
 
 
 def deepseek_scale(rope: Rope, head_dim: int) -> float:
-    """What DeepSeek multiplies scores by: YaRN's correction of the softmax temperature is in it, not in the angles."""
+    """The factor that DeepSeek multiplies scores by. YaRN's correction of the softmax temperature is in this factor,
+    not in the rotated queries and keys."""
     return head_dim**-0.5 * (_mscale(rope.scaling.factor, rope.mscale_all) ** 2 if rope.mscale_all else 1.0)

@@ -1,7 +1,8 @@
-"""Where each parameter lies in a published file: a table a family, from our path to a tensor's name and a view of it.
+"""Says where each parameter lies in published files. Each family has a table from our parameter's path to a tensor's
+name and a view of the tensor.
 
-A view has the parameter's shape and the tensor's memory, so one function says how to read it (copy from the view) and
-how to write it (assign to the view of a fresh array).
+The view has the parameter's shape and shares the tensor's memory. So one function serves both to read the tensor (copy
+from the view) and to write it (assign to the view of a new array).
 """
 
 from __future__ import annotations
@@ -22,22 +23,24 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """A parameter, as part of a published tensor."""
+    """Describes the published tensor, or the part of one, that holds a parameter."""
 
     name: str
-    """Of the tensor; {layer} and {expert} stand for their index"""
+    """The tensor's name. {layer} and {expert} in it stand for their indices"""
     shape: Callable[[Shape, ModelConfig], Shape]
-    """The tensor's shape, from the parameter's"""
+    """Returns the tensor's shape for the parameter's shape"""
     view: Callable[[np.ndarray, Shape, ModelConfig], np.ndarray]
-    """The parameter as a view of the tensor"""
+    """Takes the tensor and the parameter's shape, and returns the parameter as a view of the tensor"""
     order: Callable[[ModelConfig], np.ndarray] | None = None
-    """Where each entry of the parameter's last axis lies in the view"""
+    """Returns, for each entry of the parameter's last axis, its index in the view; None means that the order is the
+    same"""
     otherwise: Piece | None = None
-    """Where the parameter lies in files that don't have this tensor"""
+    """The piece for files that don't have this tensor"""
 
     @property
     def by_expert(self) -> bool:
-        """One tensor an expert: shape and view are of the parameter without its leading axis."""
+        """Whether each expert has a tensor of its own. Shape and view are then those of the parameter without its
+        leading axis."""
         return "{expert}" in self.name
 
     def order_of(self, config: ModelConfig) -> np.ndarray | None:
@@ -45,12 +48,13 @@ class Piece:
 
 
 Table = dict[str, Piece]
-"""By path: "embedding", "blocks/attention/query/kernel" for a layer's, and "sparse/mlp/up/kernel" for what is other in
-a layer with a mixture of experts."""
+"""The pieces by path: "embedding", "blocks/attention/query/kernel" for any layer, and "sparse/mlp/up/kernel" for what
+differs in a layer with a mixture of experts."""
 
 
 def as_stored(table: Table, names: Collection[str]) -> Table:
-    """The table for files with tensors of these names: of each entry the way in which it is there."""
+    """Returns the table for files that hold tensors of these names. `otherwise` replaces a piece where only its tensor
+    is there."""
     found = {_NUMBER.sub(".#", name) for name in names}
 
     def choose(piece: Piece) -> Piece:
@@ -72,12 +76,13 @@ def plain(name: str) -> Piece:
 
 
 def flat(name: str) -> Piece:
-    """All axes in one."""
+    """A tensor in which all axes of the parameter are joined to one."""
     return Piece(name, lambda shape, _: (math.prod(shape),), lambda raw, shape, _: raw.reshape(shape))
 
 
 def linear(name: str, inputs: int = 1) -> Piece:
-    """torch's [outputs, inputs] for our [*inputs, *outputs]; inputs: how many axes they are."""
+    """A tensor [outputs, inputs], as torch stores a Linear, for a parameter [*inputs, *outputs]. inputs: the number of
+    input axes."""
 
     def tensor_shape(shape: Shape, config: ModelConfig) -> Shape:
         return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
@@ -86,14 +91,16 @@ def linear(name: str, inputs: int = 1) -> Piece:
 
 
 def _transposed(raw: np.ndarray, shape: Shape, inputs: int) -> np.ndarray:
-    """[*inputs, *outputs] as a view of [outputs, inputs]."""
+    """Returns a tensor [outputs, inputs] as a view [*inputs, *outputs]. shape: that of the view. inputs: the number of
+    input axes."""
     outputs = len(shape) - inputs
     axes = (*range(outputs, len(shape)), *range(outputs))
     return raw.reshape(*shape[inputs:], *shape[:inputs]).transpose(axes)
 
 
 def rows(name: str, part: int, sizes: Callable[[ModelConfig], tuple[int, ...]]) -> Piece:
-    """A Linear that is stacked with others: rows `part` of those of `sizes`."""
+    """A Linear whose rows lie in one tensor with those of others. part: its index among them. sizes: returns the number
+    of rows of each."""
 
     def tensor_shape(shape: Shape, config: ModelConfig) -> Shape:
         return (sum(sizes(config)), shape[0])
@@ -106,17 +113,18 @@ def rows(name: str, part: int, sizes: Callable[[ModelConfig], tuple[int, ...]]) 
 
 
 def interleaved(name: str, part: int) -> Piece:
-    """Every other column, from `part` on, of a tensor [..., 2n] that is not transposed."""
+    """Every other column, beginning with column `part`, of a tensor [..., 2n] that is not transposed."""
     return Piece(name, lambda shape, _: (*shape[:-1], 2 * shape[-1]), lambda raw, shape, _: raw[..., part::2])
 
 
 def stacked_linear(name: str) -> Piece:
-    """torch's [experts, outputs, inputs] for our [experts, inputs, outputs]."""
+    """A tensor [experts, outputs, inputs] for a parameter [experts, inputs, outputs]."""
     return Piece(name, lambda shape, _: (shape[0], shape[2], shape[1]), lambda raw, shape, _: raw.transpose(0, 2, 1))
 
 
 def stacked_rows(name: str, part: int) -> Piece:
-    """As stacked_linear, of two whose outputs lie one after the other: the first or the second."""
+    """As stacked_linear, for a tensor that holds the outputs of two parameters one after the other. part: 0 for the
+    first, 1 for the second."""
 
     def view(raw: np.ndarray, shape: Shape, config: ModelConfig) -> np.ndarray:
         return raw[:, part * shape[2] : (part + 1) * shape[2]].transpose(0, 2, 1)
@@ -125,7 +133,8 @@ def stacked_rows(name: str, part: int) -> Piece:
 
 
 def latent_up(part: int) -> Piece:
-    """Keys (0) or values (1) of `kv_b_proj` [heads * (nope + value), rank], where each head's keys come first."""
+    """The keys (part 0) or the values (part 1) of `kv_b_proj` [heads * (nope + value), rank], in which the keys of each
+    head precede its values."""
 
     def tensor_shape(shape: Shape, config: ModelConfig) -> Shape:
         return (config.heads * (config.latent.nope_dim + config.latent.value_dim), config.latent.rank)
@@ -139,7 +148,9 @@ def latent_up(part: int) -> Piece:
 
 
 def pairs_last(piece: Piece, plain_dims: Callable[[ModelConfig], int]) -> Piece:
-    """DeepSeek turns neighbours (2i, 2i + 1); we turn halves. Reordering queries and keys alike changes no score."""
+    """Reorders the part of queries and keys that the rotary embedding turns. DeepSeek turns neighbours (2i, 2i + 1)
+    together, and we turn the two halves. No score changes when queries and keys are reordered alike. plain_dims:
+    returns how many entries before that part are not turned."""
 
     def order(config: ModelConfig) -> np.ndarray:
         first, turned = plain_dims(config), config.latent.rope_dim
@@ -154,7 +165,8 @@ def _or(piece: Piece, otherwise: Piece) -> Piece:
 
 
 def _experts(name: str, gate: str, up: str, down: str) -> dict[str, Piece]:
-    """One tensor an expert and matrix; or, as transformers 5 has them in memory and may write them, one for all."""
+    """The matrices of experts. Files hold one tensor per expert and matrix. Alternatively, they hold one tensor for all
+    experts, which is how transformers 5 has them in memory and may write them."""
     fused = "mlp.experts.gate_up_proj"
     return {
         "mlp/gate/kernel": _or(_layer(f"{name}.{{expert}}.{gate}.weight"), _layer(fused, stacked_rows, part=0)),
@@ -166,7 +178,8 @@ def _experts(name: str, gate: str, up: str, down: str) -> dict[str, Piece]:
 
 
 def _or_experts(name: str, make: Callable[..., Piece], **options: Any) -> Piece:
-    """One tensor for all experts; or one for each, as which they are read where they are kept as codes."""
+    """A piece with one tensor for all experts, or alternatively one per expert, which is what experts that are stored
+    as codes are read as."""
     return _or(
         _layer(f"mlp.experts.{name}", make, **options), _layer(f"mlp.experts.{{expert}}.{name}", make, **options)
     )
@@ -316,4 +329,4 @@ DEEPSEEK_WHOLE_QUERY: Table = {
     **DEEPSEEK,
     **_block({"attention/query/kernel": _deepseek_query("self_attn.q_proj.weight")}),
 }
-"""Where queries are not squeezed."""
+"""The table for models without q_lora_rank, whose queries have no low-rank projection."""

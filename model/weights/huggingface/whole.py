@@ -1,4 +1,4 @@
-"""Which matrices of a published model are integers that our own formats hold exactly, and these integers."""
+"""Finds the matrices of a published model whose integers our own formats hold exactly, and reads these integers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from isthmus.model.weights.quantization import Format
 
 
 class Kept(NamedTuple):
-    """A matrix that stays integers."""
+    """A matrix that keeps the integers of its file."""
 
     name: str
-    """Of the tensor that it is outputs of"""
+    """The name of the tensor that the matrix's outputs are taken from"""
     exact: Exact
     outputs: np.ndarray
-    """Which of the tensor's each of the matrix's is"""
+    """The index of each output of the matrix among the tensor's outputs"""
 
     @property
     def kind(self) -> str:
-        """As a rule of model/weights/quantization.py names it."""
+        """The matrix's format as a rule of model/weights/quantization.py spells it."""
         return Format(self.exact.bits, self.exact.group, rotated=False, scales=self.exact.scales).kind
 
 
 def kept_matrix(files: WeightFiles, name: str, view: View, spec: Spec) -> Kept | None:
-    """What a matrix that is view(a tensor) is made of, where it is outputs of the tensor with all their inputs in
-    order, and integers."""
+    """Returns how a matrix keeps the integers of its file; None where it can't. It can where the tensor holds integers,
+    and the matrix consists of some of the tensor's outputs, each with all inputs in their order. view: makes the matrix
+    from the tensor."""
     held, shape, inputs = files.tensors[name].shape, spec.shape, spec.inputs
-    turned = spec.role is Role.EMBEDDING  # its inputs are its last axis
+    embedding = spec.role is Role.EMBEDDING  # its inputs are its last axis
     axes = next((n for n in range(len(shape) + 1) if math.prod(shape[:n]) == inputs), None)
-    if len(held) != 2 or held[1] != inputs or (axes is None and not turned) or (exact := files.exact(name)) is None:
+    if len(held) != 2 or held[1] != inputs or (axes is None and not embedding) or (exact := files.exact(name)) is None:
         return None
     rows, columns = (_indices(view, held, axis) for axis in range(2))
-    if turned:
+    if embedding:
         outputs, order = rows[..., 0].reshape(-1), columns[(0,) * (len(shape) - 1)]
     else:
         assert axes is not None
@@ -50,23 +51,26 @@ def kept_matrix(files: WeightFiles, name: str, view: View, spec: Spec) -> Kept |
 
 
 def _indices(view: View, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """For each number of the matrix that `view` makes of a tensor of this shape, its index along one of the tensor's
+    axes."""
     indices = np.arange(shape[axis])
     return view(np.broadcast_to(indices[:, None] if axis == 0 else indices, shape))
 
 
-def _turned_by_xla(matrix: np.ndarray) -> jax.Array:
-    """The same; numpy would turn what lies outputs first byte by byte."""
+def _transposed_by_xla(matrix: np.ndarray) -> jax.Array:
+    """Returns `matrix` as a JAX array. Where it lies transposed in memory, XLA transposes it, because numpy would do so
+    byte by byte."""
     return jnp.asarray(matrix) if matrix.flags.c_contiguous else jnp.asarray(np.ascontiguousarray(matrix.T)).T
 
 
 def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
-    """The matrix, split along its outputs where the devices divide them. Raises ConfigError for scales that are not
-    finite."""
+    """Reads the matrix, split along its outputs where their number is a multiple of the size of the mesh's axis tp.
+    Raises ConfigError for scales that are not finite."""
     found = files.integers(kept.name)
     chosen: slice | np.ndarray = kept.outputs
     if np.array_equal(kept.outputs, np.arange(found.values.shape[1])):
         chosen = slice(None)
-    values, scales = (_turned_by_xla(array[:, chosen]) for array in (found.values, found.scales))
+    values, scales = (_transposed_by_xla(array[:, chosen]) for array in (found.values, found.scales))
     made = from_integers(values, scales, kept.exact.bits, kept.exact.group)
     split = "tp" if len(kept.outputs) % mesh.shape["tp"] == 0 else None
     sharding = NamedSharding(mesh, PartitionSpec(None, split))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step
-from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.paged_attention import paged_step
+from isthmus.model.ops.paged_cache import PagedCache, PagedStep
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -167,13 +168,14 @@ def forbid(case: Case) -> None:
 
 
 def run(case: Case, kernel: bool = True) -> Result:
-    cache = Cache(jnp.asarray(case.pages), None if case.scales is None else jnp.asarray(case.scales))
+    cache = PagedCache(jnp.asarray(case.pages), None if case.scales is None else jnp.asarray(case.scales))
     step = PagedStep(case.shape.rows, jnp.asarray(case.tables), jnp.asarray(case.positions))
     k, v = jnp.asarray(case.k), None if case.v is None else jnp.asarray(case.v)
     sinks = None if case.sinks is None else jnp.asarray(case.sinks)
-    first = jnp.int32(case.first)
-    with use_cpu_kernels(kernel):
-        out, cache = paged_step(jnp.asarray(case.q), k, v, cache, first, step, case.shape.scoring, sinks)
+    first, implementation = jnp.int32(case.first), "cpu" if kernel else "reference"
+    out, cache = paged_step(
+        jnp.asarray(case.q), k, v, cache, first, step, case.shape.scoring, sinks, implementation=implementation
+    )
     return Result(np.asarray(out), np.asarray(cache.pages), None if cache.scales is None else np.asarray(cache.scales))
 
 

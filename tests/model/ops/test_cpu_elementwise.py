@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,16 +13,17 @@ import numpy as np
 import pytest
 
 from isthmus.model.config import Activation
-from isthmus.model.ops.backend import use_cpu_kernels
-from isthmus.model.ops.gated import gated
-from isthmus.model.ops.norm import rms_norm
-from isthmus.model.ops.rotary import rotate
+from isthmus.model.ops import gated as gates
+from isthmus.model.ops import norm, rotary
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [np.dtype(np.float32), BFLOAT16]
 SIZES = (1, 3, 7, 8, 15, 16, 17, 64, 100, 768, 2050)
+gated = partial(gates.gated, implementation="cpu")
+rms_norm = partial(norm.rms_norm, implementation="cpu")
+rotate = partial(rotary.rotate, implementation="cpu")
 ROUNDING = {DTYPES[0]: 2e-6, BFLOAT16: 2.0**-8 * 1.001}
 """Relative: of float32, what a sum of 2,050 squares loses in plain C++'s four lanes, 512 additions each; of bfloat16,
 one rounding"""
@@ -29,15 +31,10 @@ one rounding"""
 
 def with_kernels(run: Callable[..., Any], *arguments: Any) -> Any:
     """run(*arguments) in one program, so that nothing but the kernel can have computed it."""
-
-    def traced(*arrays: jax.Array) -> Any:
-        with use_cpu_kernels():
-            return run(*arrays)
-
     arrays = [jnp.asarray(x) for x in arguments]
-    text = str(jax.make_jaxpr(traced)(*arrays))
+    text = str(jax.make_jaxpr(run)(*arrays))
     assert "ffi_call" in text, text
-    return jax.tree.map(np.asarray, jax.jit(traced)(*arrays))
+    return jax.tree.map(np.asarray, jax.jit(run)(*arrays))
 
 
 def random(rng: np.random.Generator, *shape: int, dtype: np.dtype, spread: float = 1.0) -> np.ndarray:

@@ -31,14 +31,15 @@ library.FLAGS = (*library.FLAGS, "-O0")
 print(f"{library._native_name()}-{library._source_key()}.so")
 """
 WITHOUT = """
-import jax
-from jax.sharding import Mesh
-import numpy as np
+from isthmus.model.config import PRESETS
 from isthmus.model.ops.cpu import library
-from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import uses_kernels
-print(library.why_not())
-assert not uses_kernels(EngineConfig(), Mesh(np.array(jax.devices()[:1]), "x"))
+from isthmus.model.ops.kernels import REFERENCES, choose, fallbacks
+from isthmus.model.ops.operation import Setting
+setting = Setting(PRESETS["5m"], "float32", "cpu", page_size=16, cache_dtype="float32")
+assert choose("auto", setting) == REFERENCES
+(line,) = fallbacks(REFERENCES, setting)
+assert line.endswith(library.why_not()), line
+print(line)
 try:
     library.load()
 except library.KernelError as error:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step
-from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.attention import Scoring
 from isthmus.model.ops.cpu import library
 from isthmus.model.ops.cpu.packed import multiply, pack
+from isthmus.model.ops.paged_attention import paged_step
+from isthmus.model.ops.paged_cache import PagedCache, PagedStep
 
 THREADS, CALLS = 8, 60
 
@@ -51,8 +52,8 @@ def attention_task(seed: int) -> Callable[[], np.ndarray]:
 
     @jax.jit
     def program(pages: jax.Array) -> jax.Array:
-        with use_cpu_kernels():
-            return paged_step(q, k, v, Cache(pages), jnp.int32(0), step, Scoring(0.2), None)[0]
+        cache = PagedCache(pages)
+        return paged_step(q, k, v, cache, jnp.int32(0), step, Scoring(0.2), None, implementation="cpu")[0]
 
     return lambda: np.asarray(program(pages))
 

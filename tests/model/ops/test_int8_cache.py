@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from isthmus.model.ops.attention import Cache, PagedStep, Scoring, paged_step, scales_of, spread
-from isthmus.model.ops.backend import use_cpu_kernels
+from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.paged_attention import paged_step
+from isthmus.model.ops.paged_cache import PagedCache, PagedStep, scales_of, spread
 
 BLOCKS = {1: 1, 24: 8, 41: 1, 64: 64, 80: 16, 96: 32, 128: 128, 192: 64, 256: 256, 576: 64}
 """By head_dim: the numbers that are mixed with each other."""
@@ -25,12 +26,12 @@ def attend(kernel: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray | None, cac
     shape = (1 + tokens // PAGE, PAGE, kv_heads * (1 if v is None else 2), head_dim)
     integers = cache == "int8"
     scales = jnp.zeros((*shape[:3], scales_of(head_dim)), jnp.float32) if integers else None
-    pages = Cache(jnp.zeros(shape, jnp.int8 if integers else jnp.float32), scales)
+    pages = PagedCache(jnp.zeros(shape, jnp.int8 if integers else jnp.float32), scales)
     tables = jnp.tile(jnp.arange(1, shape[0], dtype=jnp.int32), (2, 1))
     step = PagedStep(1, tables, jnp.arange(tokens, dtype=jnp.int32))  # its first token alone, then the others
     arrays = (jnp.asarray(q), jnp.asarray(k), None if v is None else jnp.asarray(v))
-    with use_cpu_kernels(kernel):
-        out, _ = paged_step(*arrays, pages, jnp.int32(0), step, Scoring(head_dim**-0.5), None)
+    implementation, scoring = "cpu" if kernel else "reference", Scoring(head_dim**-0.5)
+    out, _ = paged_step(*arrays, pages, jnp.int32(0), step, scoring, None, implementation=implementation)
     return np.asarray(out)
 
 

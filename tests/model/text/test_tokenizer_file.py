@@ -76,7 +76,7 @@ def test_an_id_may_be_higher_than_there_are_tokens(tmp_path: Path) -> None:
     assert tokenizer.encode("a") == [0] and tokenizer.decode([0, 5, 7, 1]) == "a b"
     spec["model"]["vocab"].pop("<|end|>")
     path.write_text(json.dumps(spec))
-    with pytest.raises(ConfigError, match=r"'<\|end\|>' can't have the id 7.* makes it 2"):
+    with pytest.raises(ConfigError, match=r"'<\|end\|>' can't have the id 7.* gets 2"):
         Tokenizer.load(path)
 
 

@@ -26,7 +26,7 @@ from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapte
 from isthmus.model.weights.layout import unstack_params
 from isthmus.model.weights.lora import split
 from isthmus.serve.engine.build import build_executor, open_model
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.model.weights.test_lora import ENGINE, EVERYTHING, LORA, assert_same, some_tokens, zero_b
 from tests.parity.weights import family_tensors
 from tests.serve.engine.harness import Arrival, play
@@ -154,7 +154,7 @@ def test_serving_an_adapter_folder(merge_adapter: bool, tp: int, own: ModelFolde
     model = open_model(tmp_path / "adapter", "float32", merge_adapter=merge_adapter)
     assert bool(model.config.lora.rank) != merge_adapter
     executor = build_executor(model, ENGINE, MeshShape(tp=tp))
-    request = Request("one", [5, 6, 7], SamplingParams(temperature=0), 20)
+    request = Request("one", [5, 6, 7], Sampling(temperature=0), 20)
     play(executor, [Arrival(request)])
     row = next_tokens(config, params, [request.tokens], model.tokenizer.vocab_size)[0]
     assert request.completion == row[2 : len(request.tokens) - 1].tolist()

@@ -247,8 +247,8 @@ def dangling(path: Path) -> Path:
 
 
 NOT_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "GGUF": (gguf, r"model-q4\.gguf: its header goes on behind its end: it is cut short, or damaged"),
-    "a folder of GGUF": (only_gguf, r"model-q4\.gguf: its header goes on behind its end"),
+    "GGUF": (gguf, r"model-q4\.gguf: its header goes on beyond its end: it is cut short, or damaged"),
+    "a folder of GGUF": (only_gguf, r"model-q4\.gguf: its header goes on beyond its end"),
     "a folder of GGUFs": (two_gguf, r"holds several GGUF files: name one of them, as .*/model-q4\.gguf"),
     "a file": (one_file, r"model\.safetensors is a file; name the folder that it is in, .*/m"),
     "a cache": (root_of_the_cache, "is a Hugging Face cache, of several models: name one of them, as Org/Name"),

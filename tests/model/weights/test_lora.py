@@ -27,7 +27,7 @@ from isthmus.model.weights.lora import Merge, split
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, merged, next_tokens, on_host, random_params, relative_error
 
@@ -132,8 +132,8 @@ def test_the_engine_serves_the_adapted_model(tp: int) -> None:
     params = random_params(config, mesh)
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
-    requests = [Request(f"{i}", prompt, SamplingParams(temperature=0), 16) for i, prompt in enumerate(prompts)]
-    executor = Executor(Served(config, ENGINE.resolve(config), 90), params, mesh)
+    requests = [Request(f"{i}", prompt, Sampling(temperature=0), 16) for i, prompt in enumerate(prompts)]
+    executor = Executor(Served(config, ENGINE.resolve(config), 90).with_kernels("auto", mesh), params, mesh)
     executor.warm_up()
     play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
     sequences, single = [request.tokens for request in requests], on_host(params)

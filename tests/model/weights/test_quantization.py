@@ -38,7 +38,7 @@ from isthmus.model.weights.quantization import (
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from isthmus.train.step import packed_attention
 from tests.model.weights.huggingface.folders import write_folder
 from tests.parity.families import load
@@ -46,7 +46,7 @@ from tests.parity.test_portable import PLATFORMS, export_flat
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, random_params
 
-GREEDY = SamplingParams(temperature=0)
+GREEDY = Sampling(temperature=0)
 CONFIG = dataclasses.replace(TINY, dim=64, mlp_dim=96, head_dim=16)
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32).resolve(CONFIG)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from isthmus import Client
 from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
 from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.harness import (
     CHAT_TEMPLATE,
     ENGINE,
+    ApiClient,
     RunningServer,
     idle,
     save_model,
@@ -76,7 +76,7 @@ def chat_server(
 
 
 @pytest.fixture
-def client(server: RunningServer) -> Iterator[Client]:
+def client(server: RunningServer) -> Iterator[ApiClient]:
     """Of the shared server, idle when the test begins and, unless the test broke something, soon after it ends."""
     with server.client() as client:
         wait_for(lambda: idle(client), "an idle server before the test")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from jax.experimental.compilation_cache import compilation_cache
 
-from isthmus import Client
+from isthmus import Client, Completion, generate_request
 from isthmus.model.config import ModelConfig
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params
 from isthmus.model.weights.checkpoint import Checkpoints
+from isthmus.proto import completion_of
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import open_model
@@ -202,8 +203,8 @@ class RunningServer:
         assert self.server.session.engine is not None
         return self.server.session.engine
 
-    def client(self, **options: Any) -> Client:
-        return Client(self.address, **options)
+    def client(self, **options: Any) -> ApiClient:
+        return ApiClient(self.address, **options)
 
     def stop(self) -> None:
         if not self._stopped:
@@ -276,7 +277,7 @@ class ServeProcess:
         self.wait()
 
 
-def idle(client: Client) -> bool:
+def idle(client: ApiClient) -> bool:
     load = client.load()
     return load.running == load.waiting == load.pages_in_use == 0
 
@@ -287,6 +288,30 @@ def check_health(channel: grpc.Channel, service: str = "") -> int:
 
 
 # Calls
+
+
+class ApiClient(Client):
+    """A client of the API as it is on the wire: its errors are gRPC's own, and its streams events."""
+
+    def generate(self, prompt: Any, *, timeout: float | None = None, **options: Any) -> Completion:
+        """options: as generate_request takes."""
+        message = generate_request(prompt, **options)
+        answer = self._inference.Generate(message, timeout=timeout, metadata=self._metadata)
+        return completion_of(answer.started, answer.text, tuple(answer.token_ids), answer.finished)
+
+    def stream(
+        self, prompt: Any, *, timeout: float | None = None, **options: Any
+    ) -> Generator[pb.GenerateStreamResponse, None, None]:
+        """Started, Deltas, Finished, as they come. Closing the iterator cancels the request."""
+        message = pb.GenerateStreamRequest(request=generate_request(prompt, **options))
+        call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
+        try:
+            yield from call
+        finally:
+            call.cancel()
+
+    def _call(self, method: Callable[..., T], request: Any, kind: type[T], timeout: float | None) -> T:
+        return method(request, timeout=timeout, metadata=self._metadata)
 
 
 @dataclass(frozen=True)
@@ -317,7 +342,7 @@ def collect(events: Iterable[pb.GenerateStreamResponse]) -> Streamed:
     return Streamed(values[0], tuple(values[1:-1]), values[-1])
 
 
-def begin(client: Client, **options: Any) -> Any:
+def begin(client: ApiClient, **options: Any) -> Any:
     """A long stream that has given its first tokens."""
     events = client.stream(PROMPT, **{"max_tokens": LONG, "ignore_eos": True, **options})
     assert next(events).WhichOneof("event") == "started"
@@ -325,8 +350,8 @@ def begin(client: Client, **options: Any) -> Any:
     return events
 
 
-def raw_stub(client: Client) -> inference_pb2_grpc.InferenceServiceStub:
-    """For messages that `Client` would not build."""
+def raw_stub(client: ApiClient) -> inference_pb2_grpc.InferenceServiceStub:
+    """For messages that `ApiClient` would not build."""
     return inference_pb2_grpc.InferenceServiceStub(client.channel)
 
 

@@ -52,7 +52,7 @@ def test_what_integers_cost_known_models_is_told(start_server: StartServer, monk
     table = {"int8": {"float32": {"small-1b": float32}, "bfloat16": {"other-1b": bfloat16}}}
     monkeypatch.setattr(costs, "_table", lambda: table)
     text = said(start_server(engine=SMALL, quantize="int8", dtype="float32"))
-    assert "KL 0.0041 ± 0.0002 nats a token" in text and "perplexity +0.30 ± 0.1%" in text and "on small-1b" in text
+    assert "KL 0.0041 ± 0.0002 nats per token" in text and "perplexity +0.30 ± 0.1%" in text and "on small-1b" in text
     assert "other-1b" not in text and "TARGET --quantize int8 measures" in text
 
 
@@ -75,5 +75,5 @@ def test_a_quantized_folder_tells_what_was_measured(start_server: StartServer) -
     finally:
         server.server.session.model = model
         (model.path / FILE).unlink(missing_ok=True)
-    assert "int4: KL 0.05 ± 0.002 nats a token" in text and "perplexity +2.00%" in text and "of prose.txt" in text
+    assert "int4: KL 0.05 ± 0.002 nats per token" in text and "perplexity +2.00%" in text and "of prose.txt" in text
     assert "2026-01-02" in text and "in bfloat16 with a cache in int8" in text

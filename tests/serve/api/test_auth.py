@@ -14,12 +14,11 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from isthmus import Client
 from isthmus.client import bearer
 from isthmus.errors import ConfigError
 from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.conftest import StartServer
-from tests.serve.api.harness import NOT_SERVING, PATIENCE, SERVING, RunningServer, check_health
+from tests.serve.api.harness import NOT_SERVING, PATIENCE, SERVING, ApiClient, RunningServer, check_health
 
 TOKEN = "correct horse battery staple"
 HEALTH = "grpc.health.v1.Health"
@@ -144,7 +143,7 @@ def test_health_needs_no_token(channel: grpc.Channel) -> None:
 
 def test_a_refused_call_costs_the_engine_nothing(guarded: RunningServer) -> None:
     before = guarded.engine.load().counters.prompt_tokens
-    with Client(guarded.address, token="wrong") as client, pytest.raises(grpc.RpcError) as failure:
+    with ApiClient(guarded.address, token="wrong") as client, pytest.raises(grpc.RpcError) as failure:
         client.generate("a", max_tokens=1)
     assert failure.value.code() == grpc.StatusCode.UNAUTHENTICATED
     assert TOKEN not in failure.value.details()

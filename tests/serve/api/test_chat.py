@@ -10,14 +10,17 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.model.text.chat import ChatTemplate
 from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
-from isthmus.serve.api.validation import MAX_ARGUMENTS, MAX_MESSAGES, prompt_ids
+from isthmus.model.weights.folder import GenerationDefaults
+from isthmus.serve.api.mapping import MAX_ARGUMENTS, question_of
+from isthmus.serve.prepare.request import MAX_MESSAGES, Preparation
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     NETWORK,
     PATIENCE,
+    ApiClient,
     RunningServer,
     blamed_fields,
     collect,
@@ -32,7 +35,7 @@ ASKED = f"{END_OF_TEXT}assistant:"
 
 
 @pytest.fixture
-def chat(chat_server: RunningServer) -> Iterator[Client]:
+def chat(chat_server: RunningServer) -> Iterator[ApiClient]:
     with chat_server.client() as client:
         yield client
 
@@ -45,7 +48,7 @@ def ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [token for index, part in enumerate(parts) for token in ([*special, *part] if index else part)]
 
 
-def test_messages_are_the_prompt_that_the_template_writes(chat: Client, tokenizer: Tokenizer) -> None:
+def test_messages_are_the_prompt_that_the_template_writes(chat: ApiClient, tokenizer: Tokenizer) -> None:
     """The model would be asked in another form than it was trained on."""
     prompt = ids(tokenizer, TEXT + ASKED)
     want = chat.generate(prompt, max_tokens=8, temperature=0.0, timeout=PATIENCE)
@@ -56,7 +59,7 @@ def test_messages_are_the_prompt_that_the_template_writes(chat: Client, tokenize
     assert streamed.text == want.text
 
 
-def test_template_arguments_reach_the_template(chat: Client, tokenizer: Tokenizer) -> None:
+def test_template_arguments_reach_the_template(chat: ApiClient, tokenizer: Tokenizer) -> None:
     """enable_thinking and tools would change nothing, and 3 be written as 3.0."""
     for value, text in (
         (True, "True"),
@@ -75,11 +78,12 @@ def test_a_tool_is_written_in_the_order_that_its_keys_were_given_in(tokenizer: T
     """A model sees the schema as text: each process of a client sent another prompt, and none had it cached."""
     schema = {name: {"type": "string", "é": [1.0, {"z": None, "a": True}]} for name in "qwertyuiopasdf"}
     chat = ChatTemplate("{{ tools | tojson }}")
-    message = generate_request(TALK, template_arguments={"tools": [schema]})
-    assert prompt_ids(message, tokenizer, chat, 4096) == tokenizer.encode_chat(json.dumps([schema], ensure_ascii=False))
+    question = question_of(generate_request(TALK, template_arguments={"tools": [schema]}))
+    prompt = Preparation(tokenizer, chat, GenerationDefaults(), 4096).prompt_ids(question.prompt)
+    assert prompt == tokenizer.encode_chat(json.dumps([schema], ensure_ascii=False))
 
 
-def test_a_special_token_in_a_text_is_one_when_asked_for(client: Client, tokenizer: Tokenizer) -> None:
+def test_a_special_token_in_a_text_is_one_when_asked_for(client: ApiClient, tokenizer: Tokenizer) -> None:
     """A conversation written out by hand became 28 tokens instead of 10, and garbage followed; and by default nobody's
     input may end a text."""
     text = f"a{END_OF_TEXT}b"
@@ -96,7 +100,7 @@ def test_a_special_token_in_a_text_is_one_when_asked_for(client: Client, tokeniz
     assert blamed_fields(refused.value) == ["parse_special"]
 
 
-def test_a_conversation_goes_on_from_the_cache(chat: Client) -> None:
+def test_a_conversation_goes_on_from_the_cache(chat: ApiClient) -> None:
     """Every turn would compute the whole conversation again."""
     talk = [*TALK, {"role": "assistant", "content": "a b c " * 40}]
     chat.generate(talk, max_tokens=1, timeout=PATIENCE)
@@ -141,7 +145,7 @@ def argue(text: str) -> Change:
         ),
     ],
 )
-def test_what_is_wrong_with_messages_is_named(change: Change, field: str, said: str, chat: Client) -> None:
+def test_what_is_wrong_with_messages_is_named(change: Change, field: str, said: str, chat: ApiClient) -> None:
     """A program couldn't tell which of its messages to mend."""
     message = generate_request(TALK)
     change(message)
@@ -152,7 +156,7 @@ def test_what_is_wrong_with_messages_is_named(change: Change, field: str, said: 
     assert said in refused.value.details()
 
 
-def test_a_model_without_a_template_says_so(client: Client) -> None:
+def test_a_model_without_a_template_says_so(client: ApiClient) -> None:
     """A base model would be asked in some form that nobody chose."""
     with pytest.raises(grpc.RpcError) as refused:
         client.generate(TALK, timeout=PATIENCE)
@@ -160,7 +164,7 @@ def test_a_model_without_a_template_says_so(client: Client) -> None:
     assert blamed_fields(refused.value) == ["messages"] and "no chat template" in refused.value.details()
 
 
-def test_a_slow_template_holds_nobody_up(chat: Client) -> None:
+def test_a_slow_template_holds_nobody_up(chat: ApiClient) -> None:
     """Every stream of the server would stand still while one request's template runs."""
     message = generate_request(TALK, template_arguments={"style": "endless"})
     slow = [raw_stub(chat).Generate.future(message, timeout=PATIENCE) for _ in range(4)]

@@ -18,7 +18,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params
 from isthmus.serve.api.config import ServeConfig
@@ -34,6 +34,7 @@ from tests.serve.api.harness import (
     NOT_SERVING,
     PATIENCE,
     SERVING,
+    ApiClient,
     RunningServer,
     ServeProcess,
     check_health,
@@ -97,7 +98,7 @@ def test_sigterm_lets_everybody_finish(serve: Callable[..., ServeProcess]) -> No
 
     tokens, streams = 1500, 6
     options = {"max_tokens": tokens, "ignore_eos": True}
-    with Client(address) as client, Client(address) as watcher, ThreadPoolExecutor(streams) as pool:
+    with ApiClient(address) as client, ApiClient(address) as watcher, ThreadPoolExecutor(streams) as pool:
         alone = client.generate(PROMPT, seed=0, **options)
         health = _health_changes(watcher.channel)
         assert next(health) == SERVING
@@ -125,14 +126,14 @@ def test_sigterm_lets_everybody_finish(serve: Callable[..., ServeProcess]) -> No
     assert [len(ids) for ids in drawn] == [tokens] * streams
     assert process.wait() == 0, process.printed
     assert "drained" in process.printed and "Traceback" not in process.printed
-    with Client(address) as client:
+    with ApiClient(address) as client:
         assert _refused(lambda: client.load(timeout=PATIENCE)) == grpc.StatusCode.UNAVAILABLE
 
 
 def test_sigterm_while_it_loads_ends_it(serve: Callable[..., ServeProcess], tmp_path: Path) -> None:
     """Ctrl-C during a long compilation is not a crash."""
     process = serve("--compilation-cache", str(tmp_path / "empty"), "--port", str(port := _free_port()))
-    with Client(f"127.0.0.1:{port}") as client:
+    with ApiClient(f"127.0.0.1:{port}") as client:
         grpc.channel_ready_future(client.channel).result(PATIENCE)
         assert check_health(client.channel) == NOT_SERVING
         process.process.send_signal(signal.SIGTERM)

@@ -16,13 +16,13 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.client import bearer
+from isthmus.errors import InvalidRequest
 from isthmus.model.text.text_stream import TextStream
 from isthmus.serve.api.logs import A_MINUTE, Bounded
 from isthmus.serve.api.server import MAX_REQUEST_BYTES, SERVICES, SPARE_CALLS
 from isthmus.serve.api.wire import MAX_FIELDS, MAX_NUMBERS_BYTES, MAX_TEXT_BYTES, check_wire
-from isthmus.serve.engine.request import InvalidRequest
 from isthmus.v1 import control_pb2, inference_pb2_grpc
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
@@ -31,6 +31,7 @@ from tests.serve.api.harness import (
     LONG,
     PATIENCE,
     PROMPT,
+    ApiClient,
     Held,
     RunningServer,
     begin,
@@ -76,7 +77,7 @@ def refused(call: Callable[..., Any], *arguments: Any, **options: Any) -> grpc.R
 
 @pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
 def test_bytes_that_are_no_message_are_the_callers_fault(
-    data: bytes, client: Client, caplog: pytest.LogCaptureFixture
+    data: bytes, client: ApiClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     """UNKNOWN would say that the server is broken, and a traceback for each fills its disk."""
     with caplog.at_level(logging.DEBUG):
@@ -85,7 +86,7 @@ def test_bytes_that_are_no_message_are_the_callers_fault(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_text_that_is_no_utf8_is_the_callers_fault(client: Client) -> None:
+def test_a_text_that_is_no_utf8_is_the_callers_fault(client: ApiClient) -> None:
     """proto3: a string must be UTF-8."""
     for method, data in ((INFERENCE + "Generate", b"\x12\x02\xff\xfe"), (INFERENCE + "Tokenize", b"\x0a\x02\xff\xfe")):
         error = refused(client.channel.unary_unary(method), data)
@@ -116,7 +117,7 @@ def test_a_stranger_hears_only_that_they_are_one(
 
 
 def test_an_error_of_a_service_is_told_without_its_traceback(
-    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: ApiClient, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One call fails; the log says how, and the caller learns nothing of the inside."""
 
@@ -132,7 +133,7 @@ def test_an_error_of_a_service_is_told_without_its_traceback(
 
 
 def test_text_that_cannot_be_decoded_ends_one_request_alone(
-    client: Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    client: ApiClient, server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A tokenizer that fails at one sequence of ids must not leave its request running for nobody."""
     options = {"max_tokens": 60, "seed": 1, "ignore_eos": True}
@@ -158,7 +159,7 @@ def test_text_that_cannot_be_decoded_ends_one_request_alone(
     wait_for(lambda: idle(client), "the pages of the request that failed")
 
 
-def test_watching_what_is_not_there_leaves_nothing_behind(server: RunningServer, client: Client) -> None:
+def test_watching_what_is_not_there_leaves_nothing_behind(server: RunningServer, client: ApiClient) -> None:
     """Anybody may ask for health, under as many names as they like."""
     known = set(server.server._health._server_watchers)
     stub = health_pb2_grpc.HealthStub(client.channel)
@@ -289,7 +290,7 @@ def test_a_field_that_nobody_knows_is_named_by_its_message() -> None:
     assert error.value.field == "GenerateRequest"
 
 
-def test_above_four_mebibytes_the_field_is_named(client: Client) -> None:
+def test_above_four_mebibytes_the_field_is_named(client: ApiClient) -> None:
     """gRPC's own limit is 4 MiB, and says nothing of what was too long."""
     for size in (MAX_TEXT_BYTES + 1, 3 * MAX_TEXT_BYTES):
         for call in (client.tokenize, lambda text, **options: client.generate(text, **options)):
@@ -300,7 +301,7 @@ def test_above_four_mebibytes_the_field_is_named(client: Client) -> None:
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(error) == ["token_ids"]
 
 
-def test_the_largest_message_is_read_and_one_byte_more_is_not(client: Client) -> None:
+def test_the_largest_message_is_read_and_one_byte_more_is_not(client: ApiClient) -> None:
     call = client.channel.unary_unary(INFERENCE + "Tokenize")
     payload = pb.TokenizeRequest(text="a" * (MAX_REQUEST_BYTES - 5)).SerializeToString()
     assert len(payload) == MAX_REQUEST_BYTES
@@ -321,7 +322,7 @@ def test_the_client_reads_answers_above_four_mebibytes() -> None:
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(Long(), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with Client(f"127.0.0.1:{port}") as client:
+    with ApiClient(f"127.0.0.1:{port}") as client:
         assert client.detokenize([1], timeout=PATIENCE) == text
     server.stop(None)
 
@@ -355,7 +356,7 @@ async def _flood(address: str, ends: list[str]) -> None:
         await asyncio.gather(*(stream(channel) for _ in range(CALLS)))
 
 
-def test_a_flood_of_streams_is_refused_with_a_reason(server: RunningServer, client: Client) -> None:
+def test_a_flood_of_streams_is_refused_with_a_reason(server: RunningServer, client: ApiClient) -> None:
     """CANCELLED, which gRPC says by itself, is what a client takes for its own doing."""
     most = ENGINE.max_sequences + ENGINE.max_waiting
     held, ends = Held(server), list[str]()
@@ -392,19 +393,19 @@ def test_calls_that_never_send_their_message_are_counted_and_given_back(
 # The same id twice
 
 
-def _generate(client: Client, **options: Any) -> Any:
+def _generate(client: ApiClient, **options: Any) -> Any:
     return client.generate(PROMPT, request_id="mine", max_tokens=1, timeout=PATIENCE, **options)
 
 
 @pytest.mark.parametrize("round_", range(20))
-def test_a_retry_after_a_cancel_is_taken(client: Client, round_: int) -> None:
+def test_a_retry_after_a_cancel_is_taken(client: ApiClient, round_: int) -> None:
     """A client that gives up and asks again under its id must not hear that it is still there."""
     begin(client, request_id="mine").close()
     assert _generate(client).token_ids
 
 
 @pytest.mark.parametrize("round_", range(5))
-def test_a_retry_after_a_deadline_is_taken(client: Client, round_: int) -> None:
+def test_a_retry_after_a_deadline_is_taken(client: ApiClient, round_: int) -> None:
     options = {"request_id": "mine", "max_tokens": LONG, "ignore_eos": True}
     error = None
     with pytest.raises(grpc.RpcError) as failure:
@@ -414,14 +415,14 @@ def test_a_retry_after_a_deadline_is_taken(client: Client, round_: int) -> None:
     assert _generate(client).token_ids
 
 
-def test_a_retry_after_the_cancel_call_is_taken(client: Client) -> None:
+def test_a_retry_after_the_cancel_call_is_taken(client: ApiClient) -> None:
     events = begin(client, request_id="mine")
     assert client.cancel(["mine"]) == ["mine"]
     assert _generate(client).token_ids
     assert refused(lambda **_: list(events)).code() == grpc.StatusCode.CANCELLED
 
 
-def test_an_id_in_flight_already_exists(client: Client) -> None:
+def test_an_id_in_flight_already_exists(client: ApiClient) -> None:
     """INVALID_ARGUMENT would say that the id is malformed, and that no retry can help."""
     events = begin(client, request_id="mine")
     message = generate_request(PROMPT, max_tokens=1, request_id="mine")

@@ -12,13 +12,13 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.serve.api.inference import MOST_AT_ONCE
-from isthmus.serve.api.validation import MAX_TOKENS
+from isthmus.serve.prepare.request import MAX_TOKENS
 from isthmus.v1 import control_pb2
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
-from tests.serve.api.harness import LONG, NETWORK, PATIENCE, PROMPT, RunningServer, collect, wait_for
+from tests.serve.api.harness import LONG, NETWORK, PATIENCE, PROMPT, ApiClient, RunningServer, collect, wait_for
 
 HOLD_SECONDS = 0.020
 """The longest that anything may keep the loop or the interpreter"""
@@ -186,7 +186,7 @@ def heartbeat(chat_server: RunningServer) -> Heartbeat:
     return Heartbeat(chat_server)
 
 
-def send(client: Client, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
+def send(client: ApiClient, method: str, data: bytes) -> tuple[grpc.StatusCode, str]:
     """Bytes as they are, so that building and reading messages takes nothing of this process."""
     try:
         client.channel.unary_unary(method)(data, timeout=PATIENCE)
@@ -211,7 +211,7 @@ def test_no_request_holds_up_the_others(case: Any, chat_server: RunningServer, h
     assert min(gaps) < HOLD_SECONDS, f"the loop stood still for {min(gaps) * 1000:.0f} ms"
 
 
-def test_a_client_that_has_not_read_for_long_is_served_in_parts(server: RunningServer, client: Client) -> None:
+def test_a_client_that_has_not_read_for_long_is_served_in_parts(server: RunningServer, client: ApiClient) -> None:
     """Thousands of tokens that are decoded in a row hold up the loop as any other work does."""
     options = {"max_tokens": LONG, "seed": 1, "ignore_eos": True}
     alone = client.generate(PROMPT, **options)

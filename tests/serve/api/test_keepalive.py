@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from isthmus import Client
 from isthmus.serve.api.server import PING_SECONDS
 from tests.serve.api.conftest import StartServer
-from tests.serve.api.harness import LONG, PATIENCE, PROMPT, Held, RunningServer, wait_for
+from tests.serve.api.harness import LONG, PATIENCE, PROMPT, ApiClient, Held, RunningServer, wait_for
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS, PING, GOAWAY = 4, 6, 7
@@ -134,7 +133,7 @@ def test_a_client_that_is_gone_is_noticed(
     monkeypatch.setattr("isthmus.serve.api.server.PING_TIMEOUT_SECONDS", 1.0)
     server = start_server(keepalive_seconds=1.0)
     wire = wire_to(server)
-    client = Client(wire.address)
+    client = ApiClient(wire.address)
     with contextlib.closing(client):
         held = Held(server)
         try:

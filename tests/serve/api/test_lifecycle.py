@@ -12,7 +12,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
@@ -20,6 +20,7 @@ from tests.serve.api.harness import (
     ENGINE,
     LONG,
     PROMPT,
+    ApiClient,
     RunningServer,
     begin,
     collect,
@@ -32,13 +33,13 @@ from tests.serve.api.harness import (
 # Ending a request from outside
 
 
-def _assert_pages_come_back(client: Client, steps_before: int) -> None:
+def _assert_pages_come_back(client: ApiClient, steps_before: int) -> None:
     """Idle, and after `steps_before` at most the step in flight and the one being planned have run."""
     wait_for(lambda: idle(client), "the pages of the request that was ended")
     assert client.load().steps <= steps_before + 2
 
 
-def test_cancel_ends_the_stream_and_frees_its_pages_at_once(client: Client) -> None:
+def test_cancel_ends_the_stream_and_frees_its_pages_at_once(client: ApiClient) -> None:
     events = begin(client, request_id="mine")
     assert client.load().pages_in_use > 0
     assert client.cancel(["unknown", "mine", "mine"]) == ["mine"]
@@ -49,7 +50,7 @@ def test_cancel_ends_the_stream_and_frees_its_pages_at_once(client: Client) -> N
     assert client.cancel(["mine"]) == []
 
 
-def test_cancel_ends_a_unary_call(client: Client) -> None:
+def test_cancel_ends_a_unary_call(client: ApiClient) -> None:
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(client.generate, PROMPT, max_tokens=LONG, ignore_eos=True, request_id="unary")
         wait_for(lambda: client.cancel(["unary"]), "the request in flight")
@@ -59,7 +60,7 @@ def test_cancel_ends_a_unary_call(client: Client) -> None:
     wait_for(lambda: idle(client), "its pages")
 
 
-def test_closing_a_stream_frees_its_pages(client: Client) -> None:
+def test_closing_a_stream_frees_its_pages(client: ApiClient) -> None:
     """Else every browser tab that is closed keeps computing."""
     before = client.load().completion_tokens
     begin(client).close()
@@ -80,7 +81,7 @@ def test_cancelled_twice_before_the_engine_looks(start_server: StartServer) -> N
         assert client.generate(PROMPT, max_tokens=3, ignore_eos=True).finish_reason == "LENGTH"
 
 
-def test_streams_dropped_as_soon_as_they_are_opened_leave_nothing_running(client: Client) -> None:
+def test_streams_dropped_as_soon_as_they_are_opened_leave_nothing_running(client: ApiClient) -> None:
     """A call can end before its first message is out. Else its request runs to the end for nobody."""
     stub, dice = raw_stub(client), random.Random(0)
     message = pb.GenerateStreamRequest(request=generate_request(PROMPT, max_tokens=LONG, ignore_eos=True))
@@ -95,7 +96,7 @@ def test_streams_dropped_as_soon_as_they_are_opened_leave_nothing_running(client
     assert client.load().completion_tokens - before < LONG / 2, "a request went on after its call had ended"
 
 
-def test_a_deadline_ends_the_request(client: Client) -> None:
+def test_a_deadline_ends_the_request(client: ApiClient) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         client.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.2)
     assert failure.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -104,7 +105,7 @@ def test_a_deadline_ends_the_request(client: Client) -> None:
     assert client.load().completion_tokens - before < LONG / 2
 
 
-def test_a_deadline_ends_a_request_that_waits(client: Client) -> None:
+def test_a_deadline_ends_a_request_that_waits(client: ApiClient) -> None:
     running = [begin(client) for _ in range(ENGINE.max_sequences)]
     with pytest.raises(grpc.RpcError) as failure:
         client.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.1)
@@ -144,7 +145,7 @@ def test_overload_refuses_the_newcomer_and_nobody_else(start_server: StartServer
 # Many at once
 
 
-def test_sixty_four_clients_each_get_what_they_get_alone(server: RunningServer, client: Client) -> None:
+def test_sixty_four_clients_each_get_what_they_get_alone(server: RunningServer, client: ApiClient) -> None:
     """Eight run at a time and the others queue; greedy, in float32, no batch may change a token."""
     clients, tokens = 64, 40
     prompts = [f"def function_{i}({', '.join('abcdefgh'[: i % 8])}):" for i in range(clients)]

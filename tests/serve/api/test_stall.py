@@ -12,7 +12,6 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 
-from isthmus import Client
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     ENGINE,
@@ -21,6 +20,7 @@ from tests.serve.api.harness import (
     PATIENCE,
     PROMPT,
     SERVING,
+    ApiClient,
     Held,
     ServeProcess,
     begin,
@@ -116,7 +116,7 @@ def stalling(model_folder: Path, cache_folder: Path) -> Iterator[Callable[..., S
         process.kill()
 
 
-def _hang(client: Client) -> Any:
+def _hang(client: ApiClient) -> Any:
     events = client.stream(PROMPT, max_tokens=2)
     assert next(events).WhichOneof("event") == "started"
     wait_for(lambda: client.load().running == 1, "its first step")  # else a shutdown may still come before it
@@ -126,7 +126,7 @@ def _hang(client: Client) -> Any:
 def test_sigterm_ends_a_server_whose_device_hangs(stalling: Callable[..., ServeProcess]) -> None:
     """The status tells a supervisor that it was no clean end."""
     process = stalling("--drain-seconds", "0")
-    with Client(process.address()) as client:
+    with ApiClient(process.address()) as client:
         events = _hang(client)
         process.process.send_signal(signal.SIGTERM)
         assert refusal(lambda: list(events)).code() == grpc.StatusCode.UNAVAILABLE
@@ -138,7 +138,7 @@ def test_sigterm_ends_a_server_whose_device_hangs(stalling: Callable[..., ServeP
 def test_a_second_signal_ends_it_at_once(stalling: Callable[..., ServeProcess], second: signal.Signals) -> None:
     """Whoever asks twice doesn't want to wait for the hour that calls may still take."""
     process = stalling("--drain-seconds", "3600")
-    with Client(process.address()) as client:
+    with ApiClient(process.address()) as client:
         events = _hang(client)
         process.process.send_signal(signal.SIGTERM)
         wait_for(lambda: check_health(client.channel) == NOT_SERVING, "the first signal")

@@ -11,13 +11,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from isthmus import Client
 from isthmus.benchmarks.load import Target, run_load, server_facts
 from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.client import Client
 from isthmus.errors import ConfigError
 from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.conftest import StartServer
-from tests.serve.api.harness import ISTHMUS, PATIENCE, PROMPT, SERVING, RunningServer, check_health
+from tests.serve.api.harness import ISTHMUS, PATIENCE, PROMPT, SERVING, ApiClient, RunningServer, check_health
 
 TOKEN = "correct horse battery staple"
 
@@ -61,14 +61,14 @@ def encrypted(start_server: StartServer, pair: Pair, token_file: Path) -> Runnin
 
 
 def test_a_client_that_trusts_the_server_talks_to_it(encrypted: RunningServer, pair: Pair) -> None:
-    with Client(encrypted.address, token=TOKEN, tls_ca=pair.cert) as client:
+    with ApiClient(encrypted.address, token=TOKEN, tls_ca=pair.cert) as client:
         assert check_health(client.channel) == SERVING
         assert client.generate(PROMPT, max_tokens=3, ignore_eos=True).token_ids
 
 
-def _clients(encrypted: RunningServer, folder: Path) -> Iterator[Client]:
-    yield Client(encrypted.address, token=TOKEN)
-    yield Client(encrypted.address, token=TOKEN, tls_ca=self_signed(folder, "another").cert)
+def _clients(encrypted: RunningServer, folder: Path) -> Iterator[ApiClient]:
+    yield ApiClient(encrypted.address, token=TOKEN)
+    yield ApiClient(encrypted.address, token=TOKEN, tls_ca=self_signed(folder, "another").cert)
 
 
 def test_plain_text_and_an_unknown_authority_get_nothing(encrypted: RunningServer, folder: Path) -> None:
@@ -89,7 +89,8 @@ def test_the_command_line_talks_tls(encrypted: RunningServer, pair: Pair, token_
 def test_the_benchmark_talks_tls(encrypted: RunningServer, pair: Pair) -> None:
     """A server beyond loopback, which `isthmus bench serve --address` is for, has it."""
     target = Target(encrypted.address, TOKEN, str(pair.cert), timeout=PATIENCE)
-    assert asyncio.run(server_facts(target))["context_length"] == encrypted.engine.config.context_length
+    with Client(encrypted.address, token=TOKEN, tls_ca=pair.cert) as client:
+        assert server_facts(client)["context_length"] == encrypted.engine.config.context_length
     answer = asyncio.run(run_load(target, [PlannedRequest(0.0, [5, 6, 7], 3, 1)]))
     assert [(outcome["error"], outcome["tokens"]) for outcome in answer["outcomes"]] == [(None, 3)]
 
@@ -135,4 +136,4 @@ def test_what_others_asked_is_told_to_nobody(start_server: StartServer) -> None:
 
 def test_credentials_are_given_once() -> None:
     with pytest.raises(ValueError, match="tls_ca"):
-        Client(credentials=grpc.ssl_channel_credentials(), tls_ca="ca.pem")
+        ApiClient(credentials=grpc.ssl_channel_credentials(), tls_ca="ca.pem")

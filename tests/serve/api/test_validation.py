@@ -11,12 +11,13 @@ from typing import Any
 import grpc
 import pytest
 
-from isthmus import Client, generate_request
-from isthmus.serve.api.validation import MAX_REQUEST_ID, MAX_STOP_TOKENS
+from isthmus import generate_request
+from isthmus.serve.prepare.request import MAX_REQUEST_ID, MAX_STOP_TOKENS
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.harness import (
     NETWORK,
     PROMPT,
+    ApiClient,
     begin,
     blamed_fields,
     collect,
@@ -66,7 +67,7 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None], str]] = [
     ("spoil", "field"), [case[1:] for case in BAD_REQUESTS], ids=[case[0] for case in BAD_REQUESTS]
 )
 def test_a_field_that_cannot_work_is_named(
-    client: Client, spoil: Callable[[pb.GenerateRequest], None], field: str
+    client: ApiClient, spoil: Callable[[pb.GenerateRequest], None], field: str
 ) -> None:
     """In both calls. Else a typo costs an afternoon, or a NaN reaches the engine."""
     request = generate_request(PROMPT, max_tokens=2)
@@ -85,7 +86,7 @@ def test_a_field_that_cannot_work_is_named(
     assert idle(client)
 
 
-def test_the_limits_themselves_are_allowed(client: Client) -> None:
+def test_the_limits_themselves_are_allowed(client: ApiClient) -> None:
     request = generate_request(
         PROMPT,
         max_tokens=2,
@@ -101,13 +102,13 @@ def test_the_limits_themselves_are_allowed(client: Client) -> None:
     assert raw_stub(client).Generate(tiny).finished.usage.completion_tokens >= 1
 
 
-def test_a_stream_without_its_request_is_refused(client: Client) -> None:
+def test_a_stream_without_its_request_is_refused(client: ApiClient) -> None:
     with pytest.raises(grpc.RpcError) as failure:
         list(raw_stub(client).GenerateStream(pb.GenerateStreamRequest()))
     assert failure.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(failure.value) == ["prompt"]
 
 
-def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: Client) -> None:
+def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: ApiClient) -> None:
     events = begin(client, request_id="one")
     with pytest.raises(grpc.RpcError) as failure:
         client.generate(PROMPT, max_tokens=1, request_id="one")
@@ -120,7 +121,7 @@ def test_a_request_id_in_flight_is_refused_and_free_again_afterwards(client: Cli
         assert client.generate(PROMPT, max_tokens=1, request_id="one").token_ids
 
 
-def test_cancel_without_ids_is_refused(client: Client) -> None:
+def test_cancel_without_ids_is_refused(client: ApiClient) -> None:
     for ids in ([], ["x"] * 1025):
         with pytest.raises(grpc.RpcError) as failure:
             client.cancel(ids)
@@ -128,7 +129,7 @@ def test_cancel_without_ids_is_refused(client: Client) -> None:
         assert blamed_fields(failure.value) == ["request_ids"]
 
 
-def test_tokenize_and_detokenize_name_what_is_wrong(client: Client) -> None:
+def test_tokenize_and_detokenize_name_what_is_wrong(client: ApiClient) -> None:
     for call, field in (
         (lambda: client.tokenize(""), "text"),
         (lambda: client.detokenize([1, 512]), "token_ids[1]"),
@@ -139,7 +140,7 @@ def test_tokenize_and_detokenize_name_what_is_wrong(client: Client) -> None:
         assert blamed_fields(failure.value) == [field]
 
 
-def _garbage(client: Client) -> None:
+def _garbage(client: ApiClient) -> None:
     for payload in (b"\xff" * 50, b"\x12\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x0f"):
         call = client.channel.unary_unary("/isthmus.v1.InferenceService/Generate")
         with pytest.raises(grpc.RpcError):
@@ -149,7 +150,7 @@ def _garbage(client: Client) -> None:
     assert failure.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_bad_requests_change_nothing_for_the_streams_beside_them(client: Client) -> None:
+def test_bad_requests_change_nothing_for_the_streams_beside_them(client: ApiClient) -> None:
     """Everything above, again and again, while others generate: their tokens are those that they get alone."""
     options: dict[str, Any] = {"max_tokens": 1200, "seed": 5, "ignore_eos": True}
     alone = client.generate(PROMPT, **options).token_ids

@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from isthmus import Client, generate_request
+from isthmus import generate_request
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
@@ -22,6 +22,7 @@ from tests.serve.api.harness import (
     NETWORK,
     PROMPT,
     SERVING,
+    ApiClient,
     RunningServer,
     begin,
     byte_token,
@@ -58,7 +59,7 @@ def scripted(
 
 
 @pytest.fixture
-def script_client(scripted: RunningServer) -> Iterator[Client]:
+def script_client(scripted: RunningServer) -> Iterator[ApiClient]:
     with scripted.client() as client:
         yield client
 
@@ -67,7 +68,7 @@ def script_client(scripted: RunningServer) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_stream_says_what_the_unary_call_says(client: Client, seed: int) -> None:
+def test_a_stream_says_what_the_unary_call_says(client: ApiClient, seed: int) -> None:
     """Else the text that a user sees depends on how they asked for it."""
     streamed = collect(client.stream(PROMPT, max_tokens=60, seed=seed, ignore_eos=True))
     whole = client.generate(PROMPT, max_tokens=60, seed=seed, ignore_eos=True)
@@ -79,25 +80,25 @@ def test_a_stream_says_what_the_unary_call_says(client: Client, seed: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_streamed_text_is_the_text_of_its_tokens(client: Client, seed: int) -> None:
+def test_streamed_text_is_the_text_of_its_tokens(client: ApiClient, seed: int) -> None:
     """Else a character is lost, doubled or broken where two deltas meet."""
     streamed = collect(client.stream(PROMPT, max_tokens=200, seed=seed, ignore_eos=True))
     assert streamed.text == client.detokenize(streamed.token_ids)
 
 
-def test_a_stream_comes_in_pieces(client: Client) -> None:
+def test_a_stream_comes_in_pieces(client: ApiClient) -> None:
     """Else streaming shows nothing until the end."""
     assert len(collect(client.stream(PROMPT, max_tokens=300, ignore_eos=True)).deltas) > 10
 
 
-def test_token_ids_come_only_when_asked_for(client: Client) -> None:
+def test_token_ids_come_only_when_asked_for(client: ApiClient) -> None:
     silent = collect(client.stream(PROMPT, max_tokens=40, seed=1, ignore_eos=True, return_token_ids=False))
     assert silent.token_ids == () and silent.text
     whole = client.generate(PROMPT, max_tokens=40, seed=1, ignore_eos=True, return_token_ids=False)
     assert whole.token_ids == () and whole.text == silent.text
 
 
-def test_text_can_be_turned_off(client: Client) -> None:
+def test_text_can_be_turned_off(client: ApiClient) -> None:
     request = generate_request(PROMPT, max_tokens=40, seed=1, ignore_eos=True)
     request.output.text = False
     streamed = collect(raw_stub(client).GenerateStream(pb.GenerateStreamRequest(request=request)))
@@ -106,20 +107,20 @@ def test_text_can_be_turned_off(client: Client) -> None:
     assert len(streamed.token_ids) == 40 and list(streamed.token_ids) == list(whole.token_ids)
 
 
-def test_a_stream_of_neither_text_nor_ids_still_says_how_it_ended(client: Client) -> None:
+def test_a_stream_of_neither_text_nor_ids_still_says_how_it_ended(client: ApiClient) -> None:
     request = generate_request(PROMPT, max_tokens=40, ignore_eos=True, return_token_ids=False)
     request.output.text = False
     streamed = collect(raw_stub(client).GenerateStream(pb.GenerateStreamRequest(request=request)))
     assert streamed.deltas == () and streamed.finished.usage.completion_tokens == 40
 
 
-def test_a_prompt_of_ids_is_the_prompt_of_its_text(client: Client) -> None:
+def test_a_prompt_of_ids_is_the_prompt_of_its_text(client: ApiClient) -> None:
     options = {"max_tokens": 30, "seed": 7, "ignore_eos": True}
     assert client.generate(PROMPT, **options).text == client.generate(client.tokenize(PROMPT), **options).text
 
 
 @pytest.mark.parametrize("max_tokens", range(1, 2 * len(CHARACTERS.encode()) + 1))
-def test_every_delta_is_whole_characters(script_client: Client, tokenizer: Tokenizer, max_tokens: int) -> None:
+def test_every_delta_is_whole_characters(script_client: ApiClient, tokenizer: Tokenizer, max_tokens: int) -> None:
     """Each token is one byte of a character of several. Else a client sees broken characters while it streams."""
     encoded = CHARACTERS.encode()
     prompt = [byte_token(tokenizer, encoded[-1])]
@@ -137,7 +138,7 @@ def test_every_delta_is_whole_characters(script_client: Client, tokenizer: Token
 # Where a generation ends
 
 
-def test_end_of_text_ends_it_and_is_not_part_of_it(script_client: Client, tokenizer: Tokenizer) -> None:
+def test_end_of_text_ends_it_and_is_not_part_of_it(script_client: ApiClient, tokenizer: Tokenizer) -> None:
     answer = collect(script_client.stream("a", max_tokens=50, temperature=0))
     assert answer.finished.finish_reason == pb.FINISH_REASON_EOS
     assert answer.finished.stop_token_id == tokenizer.eos_id
@@ -145,13 +146,13 @@ def test_end_of_text_ends_it_and_is_not_part_of_it(script_client: Client, tokeni
     assert answer.finished.usage.completion_tokens == 3
 
 
-def test_ignore_eos_goes_on_past_the_end_of_text(script_client: Client) -> None:
+def test_ignore_eos_goes_on_past_the_end_of_text(script_client: ApiClient) -> None:
     answer = script_client.generate("a", max_tokens=8, temperature=0, ignore_eos=True)
     assert answer.finish_reason == "LENGTH" and len(answer.token_ids) == 8
     assert answer.text == "bcdabc", "the end of text itself is never text"
 
 
-def test_a_stop_token_ends_it_and_is_not_part_of_it(script_client: Client, tokenizer: Tokenizer) -> None:
+def test_a_stop_token_ends_it_and_is_not_part_of_it(script_client: ApiClient, tokenizer: Tokenizer) -> None:
     stops = [byte_token(tokenizer, ord(letter)) for letter in "xc"]
     answer = collect(script_client.stream("a", max_tokens=50, temperature=0, stop_token_ids=stops))
     assert answer.finished.finish_reason == pb.FINISH_REASON_STOP_TOKEN
@@ -161,19 +162,19 @@ def test_a_stop_token_ends_it_and_is_not_part_of_it(script_client: Client, token
     assert (whole.text, whole.finish_reason) == ("b", "STOP_TOKEN")
 
 
-def test_a_generation_may_stop_at_its_first_token(script_client: Client, tokenizer: Tokenizer) -> None:
+def test_a_generation_may_stop_at_its_first_token(script_client: ApiClient, tokenizer: Tokenizer) -> None:
     answer = collect(script_client.stream("a", temperature=0, stop_token_ids=[byte_token(tokenizer, ord("b"))]))
     assert answer.finished.finish_reason == pb.FINISH_REASON_STOP_TOKEN
     assert answer.text == "" and answer.token_ids == ()
 
 
-def test_no_stop_token_is_told_where_none_ended_it(script_client: Client) -> None:
+def test_no_stop_token_is_told_where_none_ended_it(script_client: ApiClient) -> None:
     answer = collect(script_client.stream("a", max_tokens=2, temperature=0))
     assert answer.finished.finish_reason == pb.FINISH_REASON_LENGTH
     assert not answer.finished.HasField("stop_token_id") and answer.text == "bc"
 
 
-def test_a_full_context_is_told_from_max_tokens(client: Client) -> None:
+def test_a_full_context_is_told_from_max_tokens(client: ApiClient) -> None:
     prompt = [1 + i % 200 for i in range(NETWORK.context_length - 5)]
     assert client.generate(prompt, max_tokens=4, ignore_eos=True).finish_reason == "LENGTH"
     assert client.generate(prompt, max_tokens=5, ignore_eos=True).finish_reason == "CONTEXT_LENGTH"
@@ -181,19 +182,19 @@ def test_a_full_context_is_told_from_max_tokens(client: Client) -> None:
     assert (default.finish_reason, len(default.token_ids)) == ("CONTEXT_LENGTH", 5)
 
 
-def test_the_longest_prompt_draws_one_token(client: Client) -> None:
+def test_the_longest_prompt_draws_one_token(client: ApiClient) -> None:
     prompt = [1 + i % 200 for i in range(NETWORK.context_length - 1)]
     assert len(client.generate(prompt, ignore_eos=True).token_ids) == 1
 
 
-def test_without_max_tokens_it_is_256(client: Client) -> None:
+def test_without_max_tokens_it_is_256(client: ApiClient) -> None:
     assert len(client.generate(PROMPT, ignore_eos=True).token_ids) == 256
 
 
 # Seeds
 
 
-def test_a_seed_the_server_picked_draws_the_same_again(client: Client) -> None:
+def test_a_seed_the_server_picked_draws_the_same_again(client: ApiClient) -> None:
     """Else a result can't be reproduced unless one thought of it before."""
     first = client.generate(PROMPT, max_tokens=50, ignore_eos=True)
     other = client.generate(PROMPT, max_tokens=50, ignore_eos=True)
@@ -201,7 +202,7 @@ def test_a_seed_the_server_picked_draws_the_same_again(client: Client) -> None:
     assert client.generate(PROMPT, max_tokens=50, ignore_eos=True, seed=first.seed).token_ids == first.token_ids
 
 
-def test_all_64_bits_of_a_seed_count(client: Client) -> None:
+def test_all_64_bits_of_a_seed_count(client: ApiClient) -> None:
     seeds = [0, 1, 1 << 32, 1 << 63, (1 << 64) - 1]
     drawn = [client.generate(PROMPT, max_tokens=30, ignore_eos=True, seed=seed) for seed in seeds]
     assert [completion.seed for completion in drawn] == seeds
@@ -211,12 +212,12 @@ def test_all_64_bits_of_a_seed_count(client: Client) -> None:
 # What the server says of itself
 
 
-def test_reflection_lists_both_services(client: Client) -> None:
+def test_reflection_lists_both_services(client: ApiClient) -> None:
     services = set(ProtoReflectionDescriptorDatabase(client.channel).get_services())
     assert {"isthmus.v1.InferenceService", "isthmus.v1.ControlService", "grpc.health.v1.Health"} <= services
 
 
-def test_health_says_serving(client: Client) -> None:
+def test_health_says_serving(client: ApiClient) -> None:
     for service in ("", "isthmus.v1.InferenceService", "isthmus.v1.ControlService"):
         assert check_health(client.channel, service) == SERVING
 
@@ -240,14 +241,14 @@ def test_while_the_model_loads_it_says_so(start_server: StartServer) -> None:
 
 
 @pytest.mark.parametrize("text", ["a", PROMPT, "naïve 😀 中文\n\t\x00", "<|endoftext|> spelled out"])
-def test_tokenize_and_detokenize_give_the_text_back(client: Client, text: str) -> None:
+def test_tokenize_and_detokenize_give_the_text_back(client: ApiClient, text: str) -> None:
     ids = client.tokenize(text)
     assert client.detokenize(ids) == text
     (end,) = client.model_info().eos_token_ids
     assert ids.count(end) == 1, "spelling out a special token must not make one"
 
 
-def test_model_info_is_true(client: Client, model_folder: Path, tokenizer: Tokenizer) -> None:
+def test_model_info_is_true(client: ApiClient, model_folder: Path, tokenizer: Tokenizer) -> None:
     info = client.model_info()
     assert info.name == model_folder.name
     assert info.vocab_size == tokenizer.vocab_size and list(info.eos_token_ids) == [tokenizer.eos_id]
@@ -257,7 +258,7 @@ def test_model_info_is_true(client: Client, model_folder: Path, tokenizer: Token
     assert info.dtype == "float32"
 
 
-def test_server_info_is_true(client: Client) -> None:
+def test_server_info_is_true(client: ApiClient) -> None:
     info = client.server_info()
     assert info.version == version("isthmus") and info.jax_version == jax.__version__
     assert info.platform == "cpu" and list(info.devices) == ["cpu"]
@@ -267,7 +268,7 @@ def test_server_info_is_true(client: Client) -> None:
     assert info.compile_seconds > 0 and info.warmup_seconds > 0
 
 
-def test_load_counts_what_happened(client: Client) -> None:
+def test_load_counts_what_happened(client: ApiClient) -> None:
     before = client.load()
     prompt = client.tokenize(PROMPT * 4)
     answers = [client.generate(prompt, max_tokens=20, ignore_eos=True, seed=s) for s in range(2)]
@@ -285,7 +286,7 @@ def test_load_counts_what_happened(client: Client) -> None:
     assert not after.draining
 
 
-def test_load_counts_what_runs_and_waits(client: Client) -> None:
+def test_load_counts_what_runs_and_waits(client: ApiClient) -> None:
     streams = [begin(client) for _ in range(ENGINE.max_sequences)]
     waiting = [client.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(2)]
     for events in waiting:
@@ -297,7 +298,7 @@ def test_load_counts_what_runs_and_waits(client: Client) -> None:
         events.close()
 
 
-def test_usage_and_timings_add_up(client: Client) -> None:
+def test_usage_and_timings_add_up(client: ApiClient) -> None:
     finished = collect(client.stream(PROMPT, max_tokens=30, ignore_eos=True)).finished
     times = finished.timings
     queue, first, total = (d.ToNanoseconds() for d in (times.queue, times.time_to_first_token, times.total))

@@ -13,7 +13,7 @@ from tests.support import random_params
 
 @pytest.fixture(scope="module")
 def compiled(mesh: Mesh) -> HookedExecutor:
-    executor = HookedExecutor(SERVED, random_params(CONFIG, mesh), mesh)
+    executor = HookedExecutor(SERVED.with_kernels("auto", mesh), random_params(CONFIG, mesh), mesh)
     executor.warm_up()
     return executor
 

@@ -12,7 +12,7 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched, Served
 from isthmus.serve.engine.plan import StepPlan
-from isthmus.serve.engine.request import Output, Request, SamplingParams
+from isthmus.serve.engine.request import Output, Request, Sampling
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -40,7 +40,7 @@ class HookedExecutor(Executor):
 
 
 def make(name: str, prompt: int = 3, max_tokens: int = 8) -> Request:
-    return Request(name, list(range(1, prompt + 1)), SamplingParams(temperature=0), max_tokens)
+    return Request(name, list(range(1, prompt + 1)), Sampling(temperature=0), max_tokens)
 
 
 class Client:

@@ -16,7 +16,7 @@ import numpy as np
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
-from isthmus.serve.engine.request import FinishReason, Output, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 from isthmus.serve.engine.sampling import BAD_ROW
 from isthmus.serve.engine.scheduler import Scheduler
 
@@ -93,7 +93,7 @@ class Simulation:
         stop_ids: frozenset[int] = frozenset(),
     ) -> Request:
         name = f"r{len(self.live) + len(self.finished)}"
-        request = Request(name, prompt, SamplingParams(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids)
+        request = Request(name, prompt, Sampling(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids)
         self.live[name] = request
         self.scheduler.add(request)
         return request

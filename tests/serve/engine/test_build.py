@@ -17,7 +17,7 @@ from isthmus.serve.engine import build
 from isthmus.serve.engine.build import build_executor, fit_memory, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.request import Request, SamplingParams
+from isthmus.serve.engine.request import Request, Sampling
 from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.engine.harness import Arrival, play
 
@@ -96,9 +96,15 @@ def test_devices_share_the_cache_unless_it_is_latent() -> None:
 
 @pytest.mark.parametrize(
     "kind, kernels, tp",
-    [("none", True, 1), ("int4", True, 1), ("int8", False, 2), ("converted", True, 1), ("converted", False, 2)],
+    [
+        ("none", "auto", 1),
+        ("int4", "auto", 1),
+        ("int8", "reference", 2),
+        ("converted", "auto", 1),
+        ("converted", "reference", 2),
+    ],
 )
-def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: bool, tp: int, tmp_path: Path) -> None:
+def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: str, tp: int, tmp_path: Path) -> None:
     """They are compiled while the parameters are read, made integers and packed one by one: made for anything else, a
     start would fail at its end. It generates what an engine does whose parameters were there first."""
     path = write_folder(tmp_path / "source", "llama3", shards=2)
@@ -109,9 +115,9 @@ def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: bool,
         assert main(["convert", str(path), str(tmp_path / "small"), *flags]) == 0
         path = tmp_path / "small"
     model = open_model(path, "float32", quantize=kind if kind.startswith("int") else "none")
-    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32, kernels=kernels)
+    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32)
     ticks: list[str] = []
-    executor = build_executor(model, engine, MeshShape(tp=tp), ticks.append)
+    executor = build_executor(model, engine, MeshShape(tp=tp), ticks.append, kernels=kernels)
     assert sum("programs" in text for text in ticks) == len(executor.engine.buckets)
     got = completion(executor)
     mesh = build_mesh(MeshShape(tp=tp))
@@ -121,7 +127,7 @@ def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: bool,
 
 
 def completion(executor: Executor) -> list[int]:
-    request = Request("one", [5, 6, 7], SamplingParams(temperature=0), 20)
+    request = Request("one", [5, 6, 7], Sampling(temperature=0), 20)
     play(executor, [Arrival(request)])
     assert executor.recompilations == 0
     return request.completion

@@ -13,17 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import (
-    Draining,
-    DuplicateId,
-    EngineDead,
-    FinishReason,
-    InvalidRequest,
-    Output,
-    QueueFull,
-)
+from isthmus.serve.engine.request import FinishReason, Output
 from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, Client, HookedExecutor, make, play
 from tests.support import random_params
 
@@ -98,7 +91,7 @@ def test_a_finished_name_is_free_again(executor: HookedExecutor) -> None:
     """Ids are the client's; only those in flight are taken."""
     client = Client(executor)
     client.engine.submit(make("name"))
-    with pytest.raises(DuplicateId, match="in flight"):
+    with pytest.raises(DuplicateRequest, match="in flight"):
         client.engine.submit(make("name"))
     client.engine.start()
     client.wait_for_ends(1)
@@ -114,7 +107,7 @@ def test_too_many_waiting_are_refused(executor: HookedExecutor) -> None:
     limit = ENGINE.max_sequences + ENGINE.max_waiting
     for index in range(limit):
         client.engine.submit(make(f"r{index}"))
-    with pytest.raises(QueueFull):
+    with pytest.raises(Overloaded):
         client.engine.submit(make("one more"))
     client.engine.start()
     client.wait_for_ends(limit)
@@ -125,7 +118,7 @@ def test_too_many_waiting_are_refused(executor: HookedExecutor) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "field"),
-    [(0, 1, "prompt"), (32, 1, "prompt"), (3, 0, "stop.max_tokens"), (3, 30, "stop.max_tokens")],
+    [(0, 1, "prompt"), (32, 1, "prompt"), (3, 0, "max_tokens"), (3, 30, "max_tokens")],
 )
 def test_a_request_that_could_never_run_is_refused(
     prompt: int, max_tokens: int, field: str, executor: HookedExecutor
@@ -145,7 +138,7 @@ def test_draining_ends_what_runs_and_takes_nothing_new(executor: HookedExecutor)
     running = make("running", max_tokens=20)
     client.engine.submit(running)
     client.engine.drain()
-    with pytest.raises(Draining):
+    with pytest.raises(Unavailable):
         client.engine.submit(make("late"))
     client.engine.start()
     client.wait_for_ends(1)
@@ -181,17 +174,19 @@ def test_a_dead_engine_tells_everybody_and_takes_nothing_new(
     assert client.ends() == {"a": 1, "b": 1, "c": 1}
     assert {o.finish_reason for o in client.outputs} == {FinishReason.ERROR}
     assert not client.engine.alive and "the engine thread died" in caplog.text
-    with pytest.raises(EngineDead):
+    with pytest.raises(RequestFailed) as refused:
         client.engine.submit(make("d"))
+    assert refused.value.reason == "ENGINE_DEAD" and "the device is gone" in str(refused.value.__cause__)
     client.engine.close()
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
-@pytest.mark.parametrize("kernels", [True, False])
-def test_what_the_cache_held_before_reaches_nobody(kernels: bool, cache_dtype: Any, mesh: Mesh) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_what_the_cache_held_before_reaches_nobody(kernels: str, cache_dtype: Any, mesh: Mesh) -> None:
     """With the CPU's kernels it isn't written before it is used, and memory that a process gets may hold anything."""
-    engine = dataclasses.replace(ENGINE, kernels=kernels, cache_dtype=cache_dtype)
-    executor = Executor(Served(CONFIG, engine, CONFIG.vocab_size), random_params(CONFIG, mesh), mesh)
+    engine = dataclasses.replace(ENGINE, cache_dtype=cache_dtype)
+    served = Served(CONFIG, engine, CONFIG.vocab_size).with_kernels(kernels, mesh)
+    executor = Executor(served, random_params(CONFIG, mesh), mesh)
     executor.warm_up()
     texts = []
     for floating, integer in ((0.0, 0), (float("nan"), 77)):

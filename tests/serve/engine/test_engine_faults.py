@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from isthmus.errors import Overloaded
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import FinishReason, Output, QueueFull, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
 from tests.serve.engine.harness import Arrival, Client, HookedExecutor, make, play
 
 PATIENCE = 60
@@ -37,12 +38,12 @@ def raises(nth: int, damage: Callable[[], object] = lambda: None) -> frozenset[i
 
 
 def broken(**fields: Any) -> Request:
-    return Request(**{"id": "broken", "prompt": [1, 2, 3], "sampling": SamplingParams(), "max_tokens": 8, **fields})
+    return Request(**{"id": "broken", "prompt": [1, 2, 3], "sampling": Sampling(), "max_tokens": 8, **fields})
 
 
 BROKEN: dict[str, Callable[[], Request]] = {
-    "a seed that fits no word": lambda: broken(sampling=SamplingParams(seed=-1)),
-    "top_k that fits no word": lambda: broken(sampling=SamplingParams(top_k=1 << 40)),
+    "a seed that fits no word": lambda: broken(sampling=Sampling(seed=-1)),
+    "top_k that fits no word": lambda: broken(sampling=Sampling(top_k=1 << 40)),
     "no sampling": lambda: broken(sampling=None),
     "a token that fits no word": lambda: broken(prompt=[1, 1 << 40, 3]),
     "such a token past a page": lambda: broken(prompt=[*range(1, 20), 1 << 40]),
@@ -162,7 +163,7 @@ def test_a_cancelled_name_is_free_at_once(executor: HookedExecutor) -> None:
 def test_cancels_do_not_make_room_without_end(executor: HookedExecutor) -> None:
     """While a step is under way, callers who come and go must not fill the memory."""
     engine = Engine(executor, lambda outputs: None)
-    with pytest.raises(QueueFull):
+    with pytest.raises(Overloaded):
         for index in range(1000):
             engine.submit(make(f"r{index}"))
             engine.cancel(f"r{index}")

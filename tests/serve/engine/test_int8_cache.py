@@ -29,12 +29,12 @@ def test_the_bytes_that_are_planned_are_those_that_are_taken(head_dim: int, mesh
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 96])
-@pytest.mark.parametrize("kernels, tp", [(True, 1), (False, 1), (True, 2)])
-def test_its_text_is_the_models(head_dim: int, kernels: bool, tp: int) -> None:
+@pytest.mark.parametrize("kernels, tp", [("auto", 1), ("reference", 1), ("auto", 2)])
+def test_its_text_is_the_models(head_dim: int, kernels: str, tp: int) -> None:
     """Greedy, and each token among the likeliest of the network that has no cache at all."""
     config = dataclasses.replace(CONFIG, head_dim=head_dim, kv_heads=2)
     mesh = build_mesh(MeshShape(tp=tp))
-    served = Served(config, dataclasses.replace(INT8, kernels=kernels), config.vocab_size)
+    served = Served(config, INT8, config.vocab_size).with_kernels(kernels, mesh)
     executor = Executor(served, random_params(config, mesh), mesh)
     executor.warm_up()
     requests = [make(f"{i}", size, 12) for i, size in enumerate((1, 7, 19))]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Request, Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
 
@@ -20,7 +20,7 @@ CONFIG = dataclasses.replace(TINY, layers=1)
 
 def random_arrival(rng: random.Random, index: int) -> Arrival:
     prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(rng.choice([1, 2, rng.randrange(1, 60), 62]))]
-    sampling = SamplingParams(
+    sampling = Sampling(
         temperature=rng.choice([0.0, 0.7, 1.0, 2.0]),
         top_k=rng.choice([0, 0, 1, 5, 1000]),
         top_p=rng.choice([1.0, 1.0, 0.9, 0.1]),
@@ -37,7 +37,8 @@ def random_arrival(rng: random.Random, index: int) -> Arrival:
 def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     """A compilation in serving stops everybody's text for seconds, at a moment that a client chooses."""
     engine = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=30).resolve(CONFIG)
-    executor = Executor(Served(CONFIG, engine, CONFIG.vocab_size), random_params(CONFIG, mesh), mesh)
+    served = Served(CONFIG, engine, CONFIG.vocab_size).with_kernels("auto", mesh)
+    executor = Executor(served, random_params(CONFIG, mesh), mesh)
     executor.warm_up()
     rng = random.Random(0)
     arrivals = [random_arrival(rng, index) for index in range(200)]

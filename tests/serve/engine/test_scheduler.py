@@ -14,7 +14,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import FinishReason, Request, SamplingParams
+from isthmus.serve.engine.request import FinishReason, Request, Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_completion, run_until
 
@@ -270,10 +270,10 @@ def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
     config = EngineConfig(max_sequences=3, context_length=64).resolve(ModelConfig())
     scheduler = Scheduler(config)
     asked = [
-        SamplingParams(0.7, 5, 0.9, 0.05, (1 << 63) + 7),
-        SamplingParams(0.0),
-        SamplingParams(1.5, 1 << 30, 0.1, 1.0, (1 << 64) - 1),
-        SamplingParams(0.3, 2, 1.0, 0.0, 1 << 32),
+        Sampling(0.7, 5, 0.9, 0.05, (1 << 63) + 7),
+        Sampling(0.0),
+        Sampling(1.5, 1 << 30, 0.1, 1.0, (1 << 64) - 1),
+        Sampling(0.3, 2, 1.0, 0.0, 1 << 32),
     ]
     requests = [Request(str(i), [1, 2, 3], sampling, 2 + i % 2) for i, sampling in enumerate(asked)]
     for request in requests:

@@ -1,2 +1,2 @@
-"""Matrices that published folders keep as codes and scales (config.json's `quantization_config`), read as what they
-stand for."""
+"""Reads matrices that published folders store as codes and scales (config.json's `quantization_config`) as the numbers
+that they stand for."""

@@ -1,4 +1,4 @@
-"""What the library compressed-tensors writes: integers and fp8 by a scheme for each group of modules."""
+"""Reads what the library compressed-tensors writes: integers and fp8, with a scheme for each group of modules."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ _STRATEGIES = ("tensor", "channel", "group", "block")
 _IDLE = (
     ".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".k_scale", ".v_scale", ".q_scale",
 )  # fmt: skip
-"""Of activations and the cache, which are not rounded here"""
+"""Suffixes of tensors about activations and the cache, which are not rounded here."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the weights of some modules are kept."""
+    """How the weights of some modules are stored."""
 
     targets: tuple[str, ...]
-    """Names of modules, "re:" and a regular expression over them, or classes"""
+    """Names of modules, regular expressions over these after "re:", or names of classes"""
     bits: int
     kind: Literal["int", "float"]
     symmetric: bool
     strategy: str
     group: int
-    """Of strategy group: inputs that share a scale"""
+    """For the strategy group, the number of inputs that share a scale; otherwise 0"""
     block: tuple[int, ...]
-    """Of strategy block: outputs and inputs that share a scale"""
+    """For the strategy block, the numbers of outputs and inputs that share a scale; otherwise empty"""
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """What shares a scale."""
+        """The numbers of rows and columns that share a scale. shape: that of the matrix."""
         if self.strategy == "tensor":
             return shape[0], shape[1]
         if self.strategy == "block":
@@ -63,13 +63,13 @@ class Scheme:
 
     @property
     def what(self) -> str:
-        many = f"groups of {self.group}" if self.strategy == "group" else f"one scale a {self.strategy}"
+        many = f"groups of {self.group}" if self.strategy == "group" else f"one scale per {self.strategy}"
         return f"compressed-tensors, {'fp8' if self.kind == 'float' else f'int{self.bits}'}, {many}"
 
 
 def compressed_tensors(fields: Fields) -> Find:
-    """The formats pack-quantized, int-quantized, float-quantized and naive-quantized (compressed_tensors,
-    compressors/pack_quantized and compressors/naive_quantized)."""
+    """Reads the settings of the formats pack-quantized, int-quantized, float-quantized and naive-quantized
+    (compressed_tensors, compressors/pack_quantized and compressors/naive_quantized)."""
     for name in ("ignore", "kv_cache_scheme", "global_compression_ratio"):
         fields.raw(name, None)
     fields.among("quantization_status", ("compressed", "frozen", None), None)
@@ -84,7 +84,7 @@ def compressed_tensors(fields: Fields) -> Find:
 
 
 def _scheme(fields: Fields) -> Scheme | None:
-    """None for one that leaves weights as they are."""
+    """Reads the scheme of a group of modules; None for a group whose weights are plain numbers."""
     for name in ("input_activations", "output_activations"):
         fields.raw(name, None)
     fields.among("format", (*_FORMATS, None), None)
@@ -120,8 +120,9 @@ def _scheme(fields: Fields) -> Scheme | None:
 
 
 def _scheme_of(files: TensorFiles, module: str, schemes: list[Scheme]) -> Scheme:
-    """The one that names a module best: by its name, by a pattern, by its class (compressed_tensors, utils/match.py:
-    match_targets). What has codes is a Linear, or the embedding."""
+    """Returns the scheme that names a module best: by its name, then by a pattern, then by its class
+    (compressed_tensors, utils/match.py: match_targets). A module with codes is a Linear or the embedding. Raises
+    ConfigError where no scheme does."""
     kind = "Embedding" if module.endswith("embed_tokens") else "Linear"
     tests = (
         lambda target: target == module,
@@ -131,8 +132,8 @@ def _scheme_of(files: TensorFiles, module: str, schemes: list[Scheme]) -> Scheme
     found = (scheme for test in tests for scheme in schemes if any(test(target) for target in scheme.targets))
     scheme = next(found, None)
     if scheme is None:
-        raise ConfigError(f"{files.folder}: {module} is quantized, and config.json's quantization_config.config_groups "
-                          "says of no group that it is in it")  # fmt: skip
+        raise ConfigError(f"{files.folder}: {module} is quantized, and no group in config.json's "
+                          "quantization_config.config_groups names it")  # fmt: skip
     return scheme
 
 
@@ -149,7 +150,7 @@ def _find(files: TensorFiles, schemes: list[Scheme]) -> Found:
 
 
 def _whole(files: TensorFiles, module: str, scheme: Scheme) -> Coded:
-    """Where each number has a byte of its own."""
+    """A matrix in which each number has a byte of its own."""
     name = f"{module}.weight"
     stored = wanted(files, name, name, ("int8" if scheme.kind == "int" else "float8_e4m3fn",))
     scale = _scale(files, module, name, stored.shape, scheme)
@@ -163,6 +164,7 @@ def _whole(files: TensorFiles, module: str, scheme: Scheme) -> Coded:
 
 
 def _packed(files: TensorFiles, module: str, scheme: Scheme) -> Coded:
+    """A matrix whose integers are packed in words."""
     name = f"{module}.weight_packed"
     words = wanted(files, name, name, ("int32",))
     if scheme.kind != "int":
@@ -177,7 +179,8 @@ def _packed(files: TensorFiles, module: str, scheme: Scheme) -> Coded:
 
 
 def _scale(files: TensorFiles, module: str, owner: str, shape: tuple[int, ...], scheme: Scheme) -> str:
-    """The name of the scales, whose shape is checked."""
+    """Returns the name of a matrix's scales. Raises ConfigError where they are missing or have another shape than the
+    scheme gives them."""
     name = f"{module}.weight_scale"
     stored = wanted(files, name, owner, SCALES)
     tiled = _tiles(two_axes(files, owner, shape), scheme)
@@ -186,6 +189,7 @@ def _scale(files: TensorFiles, module: str, owner: str, shape: tuple[int, ...], 
 
 
 def _tiles(shape: tuple[int, ...], scheme: Scheme) -> tuple[int, int]:
+    """The numbers of tiles down and across the matrix."""
     down, across = (math.ceil(size / part) for size, part in zip(shape, scheme.tile(shape), strict=True))
     return down, across
 
@@ -228,12 +232,12 @@ def _integers(
 
 
 def _in_bytes(files: TensorFiles, name: str, bits: int) -> Numbers:
-    """Integers with a sign, a byte each."""
+    """Integers with a sign, one per byte."""
     return Numbers(1, 1, lambda raw: _in_range(files, name, raw, bits))
 
 
 def _in_range(files: TensorFiles, name: str, integers: np.ndarray, bits: int) -> np.ndarray:
-    """The same integers. Raises ConfigError where they are more than fit in so many bits."""
+    """Returns the same integers. Raises ConfigError where one doesn't fit into so many bits."""
     half = 1 << (bits - 1)
     if bits < 8 and integers.size and not (integers.min() >= -half and integers.max() < half):
         raise ConfigError(f"{files.folder}: {name} holds integers outside {-half}..{half - 1}, which {bits} bits are; "
@@ -242,7 +246,8 @@ def _in_range(files: TensorFiles, name: str, integers: np.ndarray, bits: int) ->
 
 
 def _check_zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: int) -> None:
-    """They are kept a byte each, or in words one below the other."""
+    """Raises ConfigError where zeros have another shape than the scales give them. They are stored one per byte, or in
+    words one below the other."""
     stored = wanted(files, name, name, ("int32", "int8"))
     in_words = (math.ceil(tiled[0] * bits / 32), tiled[1])
     if stored.dtype == np.int32:
@@ -252,7 +257,8 @@ def _check_zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: in
 
 
 def _zeros(files: TensorFiles, name: str, tiled: tuple[int, int], bits: int, half: int) -> np.ndarray | int:
-    """float32 of the shape of the scales. half: what codes and zeros that have no sign are too large by."""
+    """Returns the zeros, float32 in the shape of the scales. half: the number that was added to codes and zeros that
+    are stored without a sign."""
     array = files.array(name)
     if array.dtype == np.int8:
         return (_in_range(files, name, array, bits).reshape(tiled) + np.float32(half)).astype(np.float32)

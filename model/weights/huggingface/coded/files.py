@@ -1,4 +1,5 @@
-"""A folder's tensors, those that are kept as codes under the names that they have where they are kept plainly."""
+"""The tensors of a folder. A matrix that is stored as codes has the name that it has where it is stored as plain
+numbers."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from isthmus.model.weights.huggingface.files import DTYPES, Exact, Integers, Ten
 
 
 class CodedFiles(WeightFiles):
-    """As TensorFiles; what is kept as codes is decoded as it is read."""
+    """As TensorFiles, except that tensors stored as codes are decoded when they are read."""
 
     says = "config.json"
 
     def __init__(self, folder: Path, method: Method) -> None:
-        """Raises ConfigError for damaged files, and matrices that lack a part or whose parts don't go together."""
+        """Raises ConfigError for damaged files, and for matrices that lack a part or whose parts don't fit together."""
         self._raw = TensorFiles(folder, codes=True)
         self.folder = folder
         found = method.find(self._raw)
@@ -33,7 +34,7 @@ class CodedFiles(WeightFiles):
         plain = {name: stored for name, stored in self._raw.tensors.items() if name not in taken.union(found.idle)}
         for name, stored in plain.items():
             if name in self.coded:
-                raise ConfigError(f"{folder}: {name} is there, and {self.coded[name].parts[0]} as well, in its place")
+                raise ConfigError(f"{folder}: {name} is there although {self.coded[name].parts[0]} takes its place")
             if stored.dtype not in map(np.dtype, DTYPES.values()):
                 raise ConfigError(
                     f"{folder}: {name} is stored as {stored.dtype.name}, and quant_method={method.name!r} of "
@@ -79,7 +80,7 @@ class CodedFiles(WeightFiles):
         grid = coded.grid()
         assert exact is not None and grid.centred is not None
         values, scales = grid.integers(), grid.scales_by_group()
-        values = values if coded.turned else values.T
+        values = values if coded.transposed else values.T
         groups = np.arange(0, len(values), exact.group) // max(grid.centred.group, 1)
         narrow = scales[groups].astype(DTYPES["F16" if exact.scales == "float16" else "BF16"])
         return Integers(np.ascontiguousarray(values), narrow)
@@ -92,13 +93,14 @@ class CodedFiles(WeightFiles):
         return f"quantization_config: {', '.join(said)}"
 
     def means_nothing(self, name: str) -> bool:
-        """AutoGPTQ gives every Linear a bias, of zeros where the model has none."""
+        """Whether a tensor is a bias of zeros. AutoGPTQ gives every Linear a bias, which is zero where the model has
+        none."""
         module = name.removesuffix(".bias")
         return module != name and f"{module}.weight" in self.coded and not self._raw.array(name).any()
 
 
 def _scale_dtype(scales: np.ndarray) -> Literal["bfloat16", "float16"] | None:
-    """The one that holds all of them exactly."""
+    """The dtype that holds all scales exactly; None where neither does."""
     if np.array_equal(scales.astype(ml_dtypes.bfloat16).astype(np.float32), scales):
         return "bfloat16"
     with np.errstate(over="ignore"):
@@ -107,5 +109,5 @@ def _scale_dtype(scales: np.ndarray) -> Literal["bfloat16", "float16"] | None:
 
 
 def open_tensors(folder: Path, method: Method | None) -> WeightFiles:
-    """A published folder's tensors. Raises ConfigError."""
+    """Opens the tensors of a published folder. method: None where all are plain numbers. Raises ConfigError."""
     return TensorFiles(folder) if method is None else CodedFiles(folder, method)

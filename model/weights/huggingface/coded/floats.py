@@ -1,4 +1,4 @@
-"""Floats of 8 and 4 bits with scales: DeepSeek's fp8 blocks, fp8 with one scale a matrix, gpt-oss's mxfp4."""
+"""Floats of 8 and 4 bits with scales: DeepSeek's fp8 in blocks, fp8 with one scale per matrix, and gpt-oss's mxfp4."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import TensorFiles
 
 SCALES = ("float32", "bfloat16", "float16", "float8_e8m0fnu", "uint8")
-"""What scales are kept in; the last two are exponents"""
+"""The dtypes that scales may have. The last two are exponents."""
 _ACTIVATIONS = (".activation_scale", ".input_scale")
-"""Of what a product's other side would be rounded to, which it isn't here"""
+"""Suffixes of the scales of activations, which are not rounded here."""
 
 
 def fp8(fields: Fields) -> Find:
-    """A Linear's `weight` in float8_e4m3fn, and `weight_scale_inv` or `weight_scale`, which it is multiplied by: one
-    for each tile of `weight_block_size` (DeepSeek-V3, inference/kernel.py: weight_dequant_kernel), one a row, or one
-    for all."""
+    """Reads the settings of fp8: a Linear's `weight` in float8_e4m3fn is multiplied by `weight_scale_inv` or
+    `weight_scale`. There is one scale for each tile of `weight_block_size` (DeepSeek-V3, inference/kernel.py:
+    weight_dequant_kernel), one for each row, or one for all."""
     for name in ("modules_to_not_convert", "modules_to_convert", "ignored_layers", "ignore", "kv_cache_scheme"):
         fields.raw(name, None)
     fields.among("activation_scheme", ("dynamic", "static", None), "dynamic")
@@ -60,12 +60,13 @@ def _fp8(files: TensorFiles, name: str, tile: tuple[int, ...]) -> list[Coded]:
     tiled = _tile(files, scale, shape, tile)
     down, across = (math.ceil(size / part) for size, part in zip(shape, tiled, strict=True))
     fits_tiles(files, scale, stored, (down, across), f"tiles of {list(tiled)} make it")
-    what = f"fp8, a scale for {_tile_name(shape, tiled)}"
+    what = f"fp8, one scale per {_tile_name(shape, tiled)}"
     return [tiles(files, name, (name, scale), shape, what, scale, tiled)]
 
 
 def _tile(files: TensorFiles, scale: str, shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, int]:
-    """What shares a scale."""
+    """The numbers of rows and columns that share a scale. Raises ConfigError where the scales have no shape that says
+    so."""
     scales = files.tensors[scale].shape
     if math.prod(scales) == 1:
         return shape[0], shape[1]
@@ -79,8 +80,8 @@ def _tile(files: TensorFiles, scale: str, shape: tuple[int, ...], tile: tuple[in
 
 def _tile_name(shape: tuple[int, ...], tile: tuple[int, int]) -> str:
     if tile == shape:
-        return "a matrix"
-    return "a row" if tile == (1, shape[1]) else f"a tile of {tile[0]} x {tile[1]}"
+        return "matrix"
+    return "row" if tile == (1, shape[1]) else f"tile of {tile[0]} x {tile[1]}"
 
 
 def tiles(
@@ -103,9 +104,9 @@ def tiles(
 
 
 def mxfp4(fields: Fields) -> Find:
-    """gpt-oss's experts: `*_blocks` uint8[experts, outputs, groups, 16] of two e2m1 a byte, `*_scales` uint8[experts,
-    outputs, groups] of exponents (OCP Microscaling Formats 1.0; transformers, integrations/mxfp4.py:
-    convert_moe_packed_tensors). Each expert is a tensor [inputs, outputs] of its own."""
+    """Reads the settings of gpt-oss's experts: `*_blocks` uint8[experts, outputs, groups, 16] of two e2m1 per byte, and
+    `*_scales` uint8[experts, outputs, groups] of exponents (OCP Microscaling Formats 1.0; transformers,
+    integrations/mxfp4.py: convert_moe_packed_tensors). Each expert becomes a tensor [inputs, outputs] of its own."""
     fields.raw("modules_to_not_convert", None)
     fields.among("dequantize", (False, True), False)
     return _find_mxfp4
@@ -134,6 +135,6 @@ def _mxfp4(files: TensorFiles, name: str) -> list[Coded]:
 
         size = (blocks.nbytes + scales.nbytes) // experts
         what = "mxfp4, 4 bits in groups of 32"
-        return Coded(f"{head}.{index}.{tail}", (groups * 32, outputs), parts, size, what, grid, turned=True)
+        return Coded(f"{head}.{index}.{tail}", (groups * 32, outputs), parts, size, what, grid, transposed=True)
 
     return [expert(index) for index in range(experts)]

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: whole numbers with zeros and scales for groups of inputs, [inputs, outputs]."""
+"""GPTQ and AWQ: integers [inputs, outputs] with zeros and scales for groups of inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from isthmus.model.weights.huggingface.files import TensorFiles
 
 _BITS = (2, 3, 4, 8)
 _SCALES = ("float16", "bfloat16", "float32")
-_HOW = {  # what GPTQModel, AutoGPTQ and AutoAWQ note of how they found the numbers, which changes none of them
+_HOW = {  # what GPTQModel, AutoGPTQ and AutoAWQ write about how they quantized; decoding doesn't depend on it
     "gptq": (
         "damp_percent", "static_groups", "true_sequential", "model_name_or_path", "model_file_base_name", "meta",
         "lm_head", "desc_act", "sym", "act_group_aware", "dynamic", "tokenizer", "dataset", "backend", "model_seqlen",
@@ -44,8 +44,9 @@ _HOW = {  # what GPTQModel, AutoGPTQ and AutoAWQ note of how they found the numb
 
 
 def gptq(fields: Fields) -> Find:
-    """`qweight, qzeros, scales, g_idx` of each Linear, as GPTQModel and AutoGPTQ write them. The format "gptq" keeps
-    zeros less one (GPTQModel, utils/model.py: convert_gptq_v1_to_v2_format_module), "gptq_v2" as they are."""
+    """Reads the settings of GPTQ, with `qweight, qzeros, scales, g_idx` for each Linear, as GPTQModel and AutoGPTQ
+    write them. The format "gptq" stores zeros less one (GPTQModel, utils/model.py:
+    convert_gptq_v1_to_v2_format_module), and "gptq_v2" stores them as they are."""
     for name in _HOW["gptq"]:
         fields.raw(name, None)
     bits = fields.among("bits", _BITS)
@@ -54,14 +55,14 @@ def gptq(fields: Fields) -> Find:
     fields.among("is_marlin_format", (None, False), None)
     fields.among("pack_dtype", (None, "int32"), None)
     group = _group_size(fields)
-    mixed = bool(fields.raw("dynamic", None))  # other bits and groups for some, which their shapes say
+    mixed = bool(fields.raw("dynamic", None))  # some modules have other bits and groups, which follow from their shapes
     less_one = (kind or named or "gptq") == "gptq"
     return partial(_find_gptq, bits=None if mixed else bits, group=None if mixed else group, less_one=less_one)
 
 
 def awq(fields: Fields) -> Find:
-    """`qweight, qzeros, scales` of each Linear, as AutoAWQ's version "gemm" writes them
-    (awq/modules/linear/gemm.py: WQLinear_GEMM)."""
+    """Reads the settings of AWQ, with `qweight, qzeros, scales` for each Linear, as AutoAWQ's version "gemm" writes
+    them (awq/modules/linear/gemm.py: WQLinear_GEMM)."""
     for name in _HOW["awq"]:
         fields.raw(name, None)
     fields.among("bits", (4,))
@@ -74,7 +75,7 @@ def awq(fields: Fields) -> Find:
 
 
 def _group_size(fields: Fields) -> int:
-    """-1 is all inputs."""
+    """Reads the number of inputs that share a scale; -1 means all of them."""
     size = fields.integer("group_size", 128, low=-1)
     if not size:
         raise fields.error("group_size", "must be a whole number, at least 1, or -1 for all inputs")
@@ -108,7 +109,8 @@ def _gptq(files: TensorFiles, module: str, said: int | None, size: int | None, l
 
     def grid() -> InputsFirst:
         array = files.array(f"{module}.qzeros")
-        if less_one and 32 % bits == 0:  # where a zero is 0, one less than it has borrowed from its neighbour
+        if less_one and 32 % bits == 0:
+            # A zero of 0, less one, has borrowed from its neighbour. Adding to whole words pays that back.
             ones = np.uint32(sum(1 << at for at in range(0, 32, bits)))
             array = (array.view(np.uint32) + ones).view(np.int32)
         found = unpack_rows(np.ascontiguousarray(array.T), bits).T[:, :outputs]
@@ -157,7 +159,7 @@ def _awq(files: TensorFiles, module: str, size: int) -> Coded:
 def _parts(
     files: TensorFiles, module: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[str, ...]]:
-    """Shapes of qweight, qzeros and scales, all of two axes, and their names."""
+    """Returns the shapes of qweight, qzeros and scales, which all have two axes, and the names of these tensors."""
     owner = f"{module}.qweight"
     kinds = {"qweight": ("int32",), "qzeros": ("int32",), "scales": _SCALES}
     names = tuple(f"{module}.{part}" for part in kinds)
@@ -172,7 +174,8 @@ def _fits(files: TensorFiles, name: str, shape: tuple[int, int], why: str) -> No
 
 
 def _group(files: TensorFiles, module: str, inputs: int, groups: int, size: int | None) -> int:
-    """The inputs that share a scale. size: as config.json says it; None is not known, and as many as fit evenly."""
+    """Returns the number of inputs that share a scale. size: the number in config.json; None means unknown, and inputs
+    are divided evenly. Raises ConfigError where the groups don't fit."""
     group = inputs // max(1, groups) if size is None else size
     group = inputs if group < 0 else group
     if not group or math.ceil(inputs / group) != groups:
@@ -184,6 +187,7 @@ def _group(files: TensorFiles, module: str, inputs: int, groups: int, size: int 
 
 
 def _one_for_all(zeros: np.ndarray) -> np.ndarray | int:
+    """Returns one int where all zeros are equal, and else all of them as float32."""
     first = int(zeros.flat[0]) if zeros.size else 0
     return first if (zeros == first).all() else zeros.astype(np.float32)
 
@@ -203,6 +207,6 @@ def _coded(
         sum(files.tensors[name].nbytes for name in parts),
         what,
         grid,
-        turned=True,
+        transposed=True,
         dtype=plain_dtype(files.tensors[f"{module}.scales"].dtype),
     )

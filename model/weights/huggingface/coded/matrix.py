@@ -1,4 +1,4 @@
-"""A matrix that a folder keeps as codes and scales: its numbers, a block at a time."""
+"""A matrix that a folder stores as codes and scales, which is decoded block by block."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from isthmus.model.weights.huggingface.coded.numbers import Numbers, exponents, 
 from isthmus.model.weights.huggingface.files import Stored, TensorFiles, View
 
 BLOCK = 1 << 16
-"""Numbers that are decoded at a time: float32 of them stay in a core's own cache."""
+"""How many numbers are decoded at a time. As float32, they fit into a core's own cache."""
 
 Box = tuple[slice, slice]
 
 
 class Centred(NamedTuple):
-    """What integers without zeros of their own are alike in."""
+    """The form of a matrix of integers whose zero is the same for all, in the middle of the integers' range."""
 
     bits: int
     group: int
-    """Inputs that share a scale"""
+    """The number of inputs that share a scale"""
     whole: bool
-    """Whether that's all of them"""
+    """Whether all inputs share a scale"""
 
 
 class Grid(ABC):
-    """Numbers in rows, as they lie in memory."""
+    """Codes with their zeros and scales, in rows and columns as they lie in memory."""
 
     shape: tuple[int, int]
     zero: np.ndarray | int
-    """What is taken from each code; 0 where codes have a sign"""
+    """The number that is subtracted from each code; 0 where codes have a sign"""
 
     @property
     @abstractmethod
     def step(self) -> tuple[int, int]:
-        """Rows and columns that come together: blocks begin at multiples of them."""
+        """The numbers of rows and columns that are decoded together. Blocks begin at multiples of them."""
 
     @abstractmethod
     def codes(self, rows: slice, columns: slice) -> np.ndarray:
-        """Small integers or float32 [rows, columns], before the zero is taken from them."""
+        """Returns small integers or float32 [rows, columns], before the zeros are subtracted."""
 
     @abstractmethod
     def shift(self, block: np.ndarray, rows: slice, columns: slice) -> None:
-        """Takes the zeros from a block's codes, in place."""
+        """Subtracts the zeros from a block of codes, in place."""
 
     @abstractmethod
     def scale(self, block: np.ndarray, rows: slice, columns: slice) -> None:
@@ -57,15 +57,16 @@ class Grid(ABC):
     @property
     @abstractmethod
     def centred(self) -> Centred | None:
-        """Where each number is a small integer times the scale of its output's group of inputs; None is not so."""
+        """The form of the matrix where each number is a small integer times the scale of its output and group of
+        inputs; None for any other matrix."""
 
     @abstractmethod
     def scales_by_group(self) -> np.ndarray:
-        """float32[groups, outputs], where it is so."""
+        """The scales as float32[groups, outputs], for a matrix for which `centred` isn't None."""
 
     def decode(self, box: Box, dtype: np.dtype) -> np.ndarray:
-        """[rows, columns] in `dtype`, rounded to the nearest from float32, filled where `box` says; elsewhere it holds
-        anything, in memory that nobody touched."""
+        """Returns [rows, columns] in `dtype`, rounded to the nearest from float32. Only the part in `box` is decoded.
+        The rest is memory that nothing has written to."""
         out = np.empty(self.shape, dtype)
         (top, bottom), (left, right) = (
             _aligned(part, step, size) for part, step, size in zip(box, self.step, self.shape, strict=True)
@@ -81,7 +82,7 @@ class Grid(ABC):
         return out
 
     def integers(self) -> np.ndarray:
-        """All codes less their zeros, int8[rows, columns]; for those that fit."""
+        """Returns all codes minus their zeros, int8[rows, columns]. They must fit into int8."""
         out = np.empty(self.shape, np.int8)
         whole = slice(0, self.shape[1])
         count = max(1, BLOCK // max(1, self.shape[1]) // self.step[0]) * self.step[0]
@@ -94,12 +95,13 @@ class Grid(ABC):
 
 
 def _aligned(part: slice, step: int, size: int) -> tuple[int, int]:
+    """The beginning and the end of `part`, moved outwards to multiples of `step` within `size`."""
     return part.start // step * step, min(math.ceil(part.stop / step) * step, size)
 
 
 @dataclass(frozen=True)
 class OutputsFirst(Grid):
-    """[outputs, inputs], as torch keeps a Linear, with one scale for every tile of it."""
+    """A matrix [outputs, inputs], as torch stores a Linear, with one scale for each of its tiles."""
 
     raw: np.ndarray
     numbers: Numbers
@@ -107,10 +109,11 @@ class OutputsFirst(Grid):
     scales: np.ndarray
     """float32[tiles down, tiles across]"""
     tile: tuple[int, int]
+    """The numbers of rows and columns that share a scale"""
     zero: np.ndarray | int = 0
-    """float32 of the shape of the scales, or one for all"""
+    """float32 in the shape of the scales, or one number for all"""
     bits: int = 0
-    """Of integers; 0 is floats"""
+    """The bits of integers; 0 means that codes are floats"""
 
     @property
     def centred(self) -> Centred | None:
@@ -155,19 +158,19 @@ class OutputsFirst(Grid):
 
 @dataclass(frozen=True)
 class InputsFirst(Grid):
-    """[inputs, outputs], with scales and zeros for groups of inputs."""
+    """A matrix [inputs, outputs] with scales and zeros for groups of inputs."""
 
     raw: np.ndarray
     shape: tuple[int, int]
     scales: np.ndarray
     """float32[groups, outputs]"""
     group_of: np.ndarray
-    """Of each input"""
+    """The index of the group of each input"""
     zero: np.ndarray | int
-    """float32[groups, outputs], or one for all"""
+    """float32[groups, outputs], or one number for all"""
     bits: int
     numbers: Numbers | None = None
-    """How they lie along a row; None where they lie one below the other"""
+    """How codes are packed along a row; None where they are packed one below the other"""
 
     @property
     def centred(self) -> Centred | None:
@@ -203,34 +206,35 @@ class InputsFirst(Grid):
 
 @dataclass(frozen=True)
 class Coded:
-    """A tensor that isn't in the files by its name, and can be made of others that are."""
+    """A tensor that the files hold not under its own name, but as other tensors from which it is made."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
-    """The names of the tensors that it's made of"""
+    """The names of these other tensors"""
     nbytes: int
-    """Of those"""
+    """The size of these in bytes"""
     what: str
-    """The kind, for people: "GPTQ, 4 bits in groups of 128" """
+    """The kind in words, such as "GPTQ, 4 bits in groups of 128" """
     grid: Callable[[], Grid]
-    """Reads the scales. Raises ConfigError naming the tensor that holds what can't be"""
-    turned: bool = False
-    """Whether the grid is the tensor's transpose"""
+    """Reads the scales. Raises ConfigError naming a tensor with values that are not allowed"""
+    transposed: bool = False
+    """Whether the grid is the transpose of the tensor"""
     dtype: np.dtype = field(default=np.dtype("bfloat16"))
-    """That it's written in where it is written plainly"""
+    """The dtype of the tensor where it is written as plain numbers"""
 
     def read(self, view: View, dtype: np.dtype) -> np.ndarray:
-        """view(the tensor) in `dtype`, of which no more is decoded than the rows and columns in it."""
+        """Returns view(the tensor) in `dtype`. Only the rows and columns that the view holds are decoded."""
         grid = self.grid()
         box = tuple(_span(view, self.shape, axis) for axis in range(2))
-        if self.turned:
+        if self.transposed:
             return view(grid.decode((box[1], box[0]), dtype).T)
         return view(grid.decode((box[0], box[1]), dtype))
 
 
 def _span(view: View, shape: tuple[int, ...], axis: int) -> slice:
-    """The indices along an axis that a view holds: what it makes of a tensor of them, which takes no memory."""
+    """The range of indices along an axis that a view holds. It is read from the view of a tensor of indices, which
+    takes no memory."""
     indices = np.arange(shape[axis])
     seen = view(np.broadcast_to(np.expand_dims(indices, tuple(i for i in range(len(shape)) if i != axis)), shape))
     seen = seen[tuple(slice(None) if stride else slice(0, 1) for stride in seen.strides)]
@@ -243,20 +247,20 @@ class Found:
 
     coded: list[Coded]
     idle: Collection[str] = ()
-    """Tensors that are no part of a weight, such as the scales of activations"""
+    """The names of tensors that are no part of a weight, such as the scales of activations"""
 
 
 Find = Callable[[TensorFiles], Found]
-"""What a method is made into by its settings."""
+"""Finds a folder's matrices by a method and its settings."""
 
 
 def plain_dtype(scales: np.dtype) -> np.dtype:
-    """What a model was published in before, by the scales of its codes."""
+    """The dtype that a model was published in before it was quantized, as the dtype of its scales suggests."""
     return scales if scales == np.float16 else np.dtype("bfloat16")
 
 
 def scales_of(files: TensorFiles, name: str, index: int | None = None) -> np.ndarray:
-    """A tensor of scales, or a slice of it, as float32. Raises ConfigError where one is not a number."""
+    """Returns a tensor of scales, or a slice of it, as float32. Raises ConfigError where a scale is not finite."""
     array = files.array(name)
     array = array if index is None else array[index]
     scales = exponents(array) if array.dtype.itemsize == 1 else array.astype(np.float32)
@@ -266,7 +270,8 @@ def scales_of(files: TensorFiles, name: str, index: int | None = None) -> np.nda
 
 
 def wanted(files: TensorFiles, name: str, owner: str, kinds: Collection[str]) -> Stored:
-    """A tensor of a matrix. Raises ConfigError where it is missing, or its numbers are of none of the kinds."""
+    """Returns a tensor that is part of a matrix. owner: the matrix, named in the error. Raises ConfigError where the
+    tensor is missing, or its dtype is none of `kinds`."""
     if name not in files.tensors:
         raise ConfigError(f"{files.folder}: the tensor {name} is missing, which belongs to {owner}")
     stored = files.tensors[name]
@@ -276,19 +281,21 @@ def wanted(files: TensorFiles, name: str, owner: str, kinds: Collection[str]) ->
 
 
 def fits(files: TensorFiles, name: str, stored: Stored, shape: tuple[int, ...], why: str) -> None:
-    """Raises ConfigError where a tensor has another shape than the others of its matrix give it."""
+    """Raises ConfigError where a tensor has another shape than the other parts of its matrix give it. why: words that
+    precede the right shape in the error."""
     if stored.shape != shape:
         raise ConfigError(f"{files.folder}: {name} has the shape {list(stored.shape)}, and {why} {list(shape)}")
 
 
 def fits_tiles(files: TensorFiles, name: str, stored: Stored, tiled: tuple[int, int], why: str) -> None:
-    """As `fits`, for a number for each tile [down, across]: those along one axis are kept in many shapes."""
+    """As `fits`, for a tensor with one number for each tile [down, across]. Where tiles lie along one axis only, axes
+    of size 1 may be there or not, because files differ in this."""
     if 1 not in tiled or [size for size in stored.shape if size != 1] != [size for size in tiled if size != 1]:
         fits(files, name, stored, tiled, why)
 
 
 def two_axes(files: TensorFiles, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape of a matrix. Raises ConfigError for another one, and a matrix without rows or columns."""
+    """Returns the shape of a matrix. Raises ConfigError for a tensor that hasn't two axes, or is empty."""
     if len(shape) != 2 or min(shape) < 1:
         empty = ", none of them empty" if len(shape) == 2 else ""
         raise ConfigError(f"{files.folder}: {name} has the shape {list(shape)}, and two axes are expected{empty}")
@@ -296,8 +303,8 @@ def two_axes(files: TensorFiles, name: str, shape: tuple[int, ...]) -> tuple[int
 
 
 def group_of(files: TensorFiles, name: str, inputs: int, group: int, groups: int) -> np.ndarray:
-    """The group of each input: one after the other, unless a tensor of that name has them in another order. Raises
-    ConfigError for a group that isn't there."""
+    """Returns the group of each input. Groups lie one after the other, unless there is a tensor `name` that gives
+    another order. Raises ConfigError for a group that doesn't exist."""
     if name not in files.tensors:
         return np.arange(inputs) // group
     found = files.array(name).astype(np.int64)

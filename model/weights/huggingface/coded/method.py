@@ -1,4 +1,5 @@
-"""What config.json's `quantization_config` says: the method by which a folder's matrices were made codes and scales."""
+"""Reads config.json's `quantization_config`, which names the method by which a folder's matrices were made into codes
+and scales."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from isthmus.model.weights.huggingface.coded.matrix import Find
 from isthmus.model.weights.huggingface.fields import Fields
 
 FIELD = "quantization_config"
-"""Of config.json"""
+"""The field of config.json."""
 
 METHODS: dict[str, Callable[[Fields], Find]] = {
     "gptq": gptq,
@@ -21,20 +22,20 @@ METHODS: dict[str, Callable[[Fields], Find]] = {
     "mxfp4": mxfp4,
     "compressed-tensors": compressed_tensors,
 }
-"""By `quant_method`."""
+"""The methods by `quant_method`. Each takes its settings and returns the function that finds its matrices."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a folder's matrices are kept."""
+    """How a folder's matrices are stored."""
 
     name: str
     find: Find
 
 
 def read_method(fields: Fields) -> Method | None:
-    """None where config.json speaks of no codes. Raises ConfigError for a method that isn't known, and a setting of one
-    that is and that wouldn't be honoured."""
+    """Reads the method; None where config.json names none. Raises ConfigError for an unknown method, or for a setting
+    that isn't supported."""
     if fields.raw(FIELD, None) is None:
         return None
     inner = fields.inner(FIELD)

@@ -1,4 +1,4 @@
-"""Small numbers as they lie in published tensors, taken apart along the last or the first axis."""
+"""Decodes small numbers that are packed in published tensors along the last or the first axis."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from dataclasses import dataclass
 import numpy as np
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-"""What the codes of e2m1 without a sign stand for (OCP Microscaling Formats 1.0, table 5)"""
+"""The numbers that the codes of e2m1 without their sign stand for (OCP Microscaling Formats 1.0, table 5)."""
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A way to keep numbers in an array: so many in so many of its items, along its last axis."""
+    """A way to pack numbers along the last axis of an array: `items` of its items hold `values` numbers."""
 
     values: int
     items: int
     decode: Callable[[np.ndarray], np.ndarray]
-    """[..., items * n] to [..., values * n], small integers or float32"""
+    """Decodes [..., items * n] to [..., values * n], small integers or float32"""
 
     def held(self, items: int) -> int:
-        """How many numbers are in so many items."""
+        """How many numbers so many items hold."""
         return items * self.values // self.items
 
     def items_for(self, values: int) -> int:
+        """How many items so many numbers take."""
         return math.ceil(values * self.items / self.values)
 
 
 def packed(bits: int) -> Numbers:
-    """Unsigned numbers one after the other from the lowest bit of each int32 on, across words where 32 isn't a multiple
-    of `bits`."""
+    """Unsigned numbers that follow one another from the lowest bit of each int32. They run across words where 32 isn't
+    a multiple of `bits`."""
     if bits == 4:
         return Numbers(8, 1, lambda raw: _nibbles(_contiguous(raw).view(np.uint8)))
     if bits == 8:
@@ -40,34 +41,35 @@ def packed(bits: int) -> Numbers:
 
 
 def awq_words() -> Numbers:
-    """AutoAWQ's order: from the lowest, a word's numbers of 4 bits are those of columns 0, 2, 4, 6, 1, 3, 5, 7
-    (awq/utils/packing_utils.py: AWQ_ORDER)."""
+    """Numbers of 4 bits in AutoAWQ's order: from the lowest bits on, a word holds those of columns 0, 2, 4, 6, 1, 3, 5,
+    7 (awq/utils/packing_utils.py: AWQ_ORDER)."""
     return Numbers(8, 1, lambda raw: _awq_nibbles(_contiguous(raw).view(np.uint32)))
 
 
 def float8() -> Numbers:
-    """float8_e4m3fn."""
+    """Numbers in float8_e4m3fn, one per byte."""
     return Numbers(1, 1, lambda raw: _float8(raw.view(np.uint8)))
 
 
 def float4() -> Numbers:
-    """e2m1, two in a byte of uint8, the even one in its low half."""
+    """Numbers in e2m1, two in each byte of uint8, the even one in the low half."""
     pairs = np.concatenate([FP4, -FP4])
     table = np.stack([np.tile(pairs, 16), np.repeat(pairs, 16)], axis=1).view(np.uint64)[:, 0]
     return Numbers(2, 1, lambda raw: table[raw].view(np.float32))
 
 
 def exponents(codes: np.ndarray) -> np.ndarray:
-    """What scales of e8m0 stand for, as float32: powers of two; 255 is NaN (OCP Microscaling Formats 1.0, 5.4.1)."""
+    """The numbers that scales in e8m0 stand for, as float32. They are powers of two; 255 is NaN (OCP Microscaling
+    Formats 1.0, 5.4.1)."""
     codes = codes.view(np.uint8).astype(np.int32)
     return np.where(codes == 255, np.float32(np.nan), np.ldexp(np.float32(1), np.minimum(codes, 254) - 127))
 
 
 def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
-    """int32[words, columns] that hold unsigned numbers one below the other, to int32[numbers, columns]. What fills up
-    the last words comes as well."""
+    """Unpacks int32[words, columns], in which unsigned numbers lie one below the other, to int32[numbers, columns]. The
+    padding in the last words is returned as well."""
     values, items = _unit(bits)
-    if cut := -len(words) % items:  # the last ones don't fill their words, and the rest of these is left out
+    if cut := -len(words) % items:  # the last numbers don't fill a unit, whose missing words are padded
         words = np.pad(words, ((0, cut), (0, 0)))
     units = words.view(np.uint32).reshape(-1, items, words.shape[1])
     found = np.empty((len(units), values, words.shape[1]), np.uint32)
@@ -81,7 +83,7 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _unit(bits: int) -> tuple[int, int]:
-    """The fewest numbers that fill whole words, and how many words."""
+    """Returns the fewest numbers that fill whole words, and the number of these words."""
     common = math.gcd(bits, 32)
     return 32 // common, bits // common
 
@@ -96,7 +98,7 @@ def _contiguous(raw: np.ndarray) -> np.ndarray:
 
 
 def _nibbles(raw: np.ndarray) -> np.ndarray:
-    """Each byte's low half, then its high one."""
+    """Splits each byte into its low half and, after it, its high half."""
     pairs = raw.astype(np.uint16)
     pairs |= pairs << np.uint16(4)
     pairs &= np.uint16(0x0F0F)
@@ -111,14 +113,14 @@ def _awq_nibbles(words: np.ndarray) -> np.ndarray:
 
 
 def _spread(words: np.ndarray) -> np.ndarray:
-    """The four halves of bytes in the low 16 bits, one in every other byte."""
+    """Puts the four numbers of 4 bits in the low 16 bits into every other byte."""
     words = (words | words << np.uint64(24)) & np.uint64(0x000000FF000000FF)
     return (words | words << np.uint64(12)) & np.uint64(0x000F000F000F000F)
 
 
 def _float8(codes: np.ndarray) -> np.ndarray:
-    """By their bits put into a float32's place, which makes them 2^-120 of what they are: a tenth of the time of a
-    conversion number by number."""
+    """Decodes float8_e4m3fn by moving its bits to their places in a float32, which makes a number 2^-120 of what it is.
+    This takes a tenth of the time of a conversion number by number."""
     bits = codes.view(np.int8).astype(np.int32)
     bits <<= 20
     bits &= np.int32(-0x78100000)  # sign, and the 7 bits below it at float32's exponent and mantissa

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from isthmus.serve.engine.request import Draining, QueueFull
+from isthmus.errors import Overloaded, Unavailable
 
 T = TypeVar("T")
 
@@ -32,8 +32,8 @@ class Workers:
     async def run(self, size: int, work: Callable[..., T], *args: Any, always: bool = False) -> T:
         """work(*args), on a thread unless `size`, in bytes, is short; always: on a thread.
 
-        What still waits is dropped when the caller is cancelled. Raises what `work` does, QueueFull where too much
-        waits already, and Draining once closed.
+        What still waits is dropped when the caller is cancelled. Raises what `work` does, Overloaded where too much
+        waits already, and Unavailable once closed.
         """
         if size <= SHORT and not always:
             return work(*args)
@@ -43,16 +43,16 @@ class Workers:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and task is not None and not task.cancelling():
-                raise Draining("the server is shutting down") from None
+                raise Unavailable("the engine is shutting down") from None
             raise
 
     def _submit(self, size: int, work: Callable[..., T], *args: Any) -> Future[T]:
         with self._lock:
             if self._closed:
-                raise Draining("the server is shutting down")
+                raise Unavailable("the engine is shutting down")
             # One of any size is taken when there is no other.
             if self._held_calls and (self._held_calls >= self._calls or self._held_size + size > self._size):
-                raise QueueFull(f"{self._held_calls} texts of {self._held_size} bytes wait to be tokenized already")
+                raise Overloaded(f"{self._held_calls} texts of {self._held_size} bytes wait to be tokenized already")
             self._held_calls, self._held_size = self._held_calls + 1, self._held_size + size
 
         def free(_: Future[T]) -> None:
@@ -69,7 +69,7 @@ class Workers:
         return self._held_calls
 
     def close(self) -> None:
-        """What waits ends with Draining; what runs goes on."""
+        """What waits ends with Unavailable; what runs goes on."""
         with self._lock:
             self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)

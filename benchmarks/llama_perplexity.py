@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from isthmus.benchmarks.child import BenchError
+from isthmus.benchmarks.processes import BenchError
 from isthmus.errors import ConfigError
 from isthmus.quality.divergence import Divergence
 
 MAGIC = b"_logits_"
-HEADER = len(MAGIC) + 12
+HEADER = np.dtype([("magic", "S8"), ("n_ctx", "<u4"), ("vocab", "<i4"), ("windows", "<i4")])
 
 
 @dataclass(frozen=True)
@@ -39,54 +40,47 @@ class BaseLogits:
         """Raises ConfigError for what is no such file, or only a part of one."""
         try:
             with path.open("rb") as file:
-                header = file.read(HEADER)
+                data = file.read(HEADER.itemsize)
             size = path.stat().st_size
         except OSError as error:
             raise ConfigError(f"base: {path} can't be read: {error.strerror}") from None
-        if len(header) < HEADER or not header.startswith(MAGIC):
+        if len(data) < HEADER.itemsize or not data.startswith(MAGIC):
             raise ConfigError(f"base: {path} is no file of llama-perplexity's --kl-divergence-base")
-        n_ctx, vocab, windows = map(int, np.frombuffer(header, "<i4", 3, len(MAGIC)))
+        _, n_ctx, vocab, windows = np.frombuffer(data, HEADER)[0].item()
         found = cls(path, n_ctx, vocab, windows)
-        if min(n_ctx - 3, vocab, windows) < 1 or size != found._start + windows * found.predicted * found._words * 2:
+        rows = windows * found.predicted * found._row.itemsize
+        if min(n_ctx - 3, vocab, windows) < 1 or size != found._start + rows:
             raise ConfigError(f"base: {path} was not written to its end; write it again")
         return found
 
     @property
-    def first(self) -> int:
-        """The first position of a window whose next token is predicted."""
-        return self.n_ctx // 2
-
-    @property
     def predicted(self) -> int:
-        """Tokens of a window that are predicted."""
-        return self.n_ctx - 1 - self.first
+        """Tokens of a window that are predicted: those after the first half and one more."""
+        return self.n_ctx - 1 - self.n_ctx // 2
 
     @property
-    def _words(self) -> int:
-        return 4 + self.vocab + self.vocab % 2
+    def _row(self) -> np.dtype:
+        """A token's distribution."""
+        return np.dtype([("scale", "<f4"), ("least", "<f4"), ("q", "<u2", max(0, self.vocab + self.vocab % 2))])
 
     @property
     def _start(self) -> int:
-        return HEADER + 4 * self.windows * self.n_ctx
+        """Where the distributions begin."""
+        return HEADER.itemsize + 4 * self.windows * self.n_ctx
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """int32[windows, n_ctx], as the text has them: a model that wants a text to begin with a token of its own gets
         that in the place of each window's first."""
-        flat = np.fromfile(self.path, "<i4", self.windows * self.n_ctx, offset=HEADER)
+        flat = np.fromfile(self.path, "<i4", self.windows * self.n_ctx, offset=HEADER.itemsize)
         return flat.reshape(self.windows, self.n_ctx)
 
-    def targets(self, window: int) -> np.ndarray:
-        """int32[predicted]: the tokens that are."""
-        return self.tokens[window, self.first + 1 :]
-
-    def log_probabilities(self, window: int) -> np.ndarray:
-        """float32[predicted, vocab]."""
-        count = self.predicted * self._words
-        flat = np.fromfile(self.path, "<u2", count, offset=self._start + window * count * 2)
-        words = flat.reshape(self.predicted, self._words)
-        scale, least = np.ascontiguousarray(words[:, :4]).view("<f4").T
-        return words[:, 4 : 4 + self.vocab] * scale[:, None] + least[:, None]
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """float32[predicted, vocab] of log-probabilities for each window."""
+        size = self.predicted * self._row.itemsize
+        for window in range(self.windows):
+            rows = np.fromfile(self.path, self._row, self.predicted, offset=self._start + window * size)
+            yield rows["q"][:, : self.vocab] * rows["scale"][:, None] + rows["least"][:, None]
 
 
 TRIES = 3
@@ -102,7 +96,7 @@ def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n
 
 
 def divergence(llama: Path, model: Path, base: BaseLogits, threads: int) -> Divergence:
-    """Of a GGUF file, as llama.cpp runs it by default. Raises BenchError."""
+    """How far a GGUF file's predictions are from the base's, as llama.cpp runs it by default. Raises BenchError."""
     arguments = ["--kl-divergence", "--kl-divergence-base", str(base.path)]
     for left in reversed(range(TRIES)):
         output = _run(llama, model, base.n_ctx, threads, arguments)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from isthmus.serve.api.workers import SHORT, THREADS, Workers
-from isthmus.serve.engine.request import Draining, QueueFull
+from isthmus.errors import Overloaded, Unavailable
+from isthmus.serve.prepare.workers import SHORT, THREADS, Workers
 
 PATIENCE = 60
 
@@ -72,7 +72,7 @@ def test_too_much_waiting_is_refused(limits: dict[str, int], jobs: list[Job]) ->
     async def main() -> None:
         workers = Workers(**limits)
         tasks = await _fill(workers, jobs[: THREADS + 2], SHORT + 1)
-        with pytest.raises(QueueFull):
+        with pytest.raises(Overloaded):
             await workers.run(SHORT + 1, jobs[-1])
         assert await workers.run(SHORT, lambda: "short") == "short", "short ones don't wait"
         for job in jobs:
@@ -106,8 +106,8 @@ def test_closing_ends_what_waits(jobs: list[Job]) -> None:
             job.go.set()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert ends[:THREADS] == ["done"] * THREADS
-        assert {type(end) for end in ends[THREADS:]} == {Draining}
-        with pytest.raises(Draining):
+        assert {type(end) for end in ends[THREADS:]} == {Unavailable}
+        with pytest.raises(Unavailable):
             await workers.run(SHORT + 1, jobs[0])
 
     asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Parts of a benchmark in processes of their own, which share no interpreter lock: JSON lines in, JSON lines out."""
+"""Processes that a benchmark starts: children that answer questions (protocol.py), and what a process costs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import grpc
 
 from isthmus.model.process.cleaning import cleaning
 
@@ -23,7 +20,7 @@ class BenchError(RuntimeError):
 
 
 class Child:
-    """A process that answers questions. What it prints goes to `log`."""
+    """A process that answers questions, as protocol.py says. What it prints goes to `log`."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._log = log
@@ -35,13 +32,11 @@ class Child:
         self._guard.enter_context(cleaning(self._process.kill))
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
-        """Calls the child's handler of that name and waits. Raises BenchError when it fails or has died."""
+        """Calls the child's method of that name and waits. Raises BenchError when it fails or has died."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died: the empty answer says so
             self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died: the empty answer says so
         line = self._process.stdout.readline()
         if not line:
             raise BenchError(f"a process of the benchmark died on {do!r}:\n{tail(self._log)}")
@@ -51,12 +46,8 @@ class Child:
         return answer
 
     def cpu_seconds(self) -> float:
-        """Of processor time that it has taken, all threads together and children that ended; 0 when it has died."""
-        try:
-            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return 0.0
-        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+        """Processor time it has taken, all threads together and children that ended; 0 when it has died."""
+        return cpu_seconds(self._process.pid)
 
     def close(self) -> None:
         """Ends it: by the end of its input, else by a signal."""
@@ -88,26 +79,27 @@ def stop(process: subprocess.Popen, seconds: float = 30.0, number: int | None = 
         process.wait()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, grpc.RpcError):
-        return f"{error.code().name}: {error.details()}"
-    return f"{type(error).__name__}: {error}"
-
-
 def tail(log: Path, size: int = 2000) -> str:
+    """The last `size` characters of a file."""
     return log.read_text(errors="replace")[-size:]
 
 
-def answer(handlers: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """The child's side: answers until its input ends. Whatever else prints goes to standard error."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        fields = json.loads(line)
-        try:
-            reply = handlers[fields.pop("do")](**fields)
-        except Exception as error:
-            traceback.print_exc()
-            reply = {"error": _reason(error)}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and its children that ended; 0 when it is gone. Linux's /proc tells."""
+    fields = _stat(Path(f"/proc/{pid}/stat"))
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def session_cpu_seconds(session: int) -> float:
+    """Processor time of all processes of a session, and of their children that ended and were waited for."""
+    found = (fields for path in Path("/proc").glob("[0-9]*/stat") if (fields := _stat(path)))
+    ticks = sum(sum(map(int, fields[11:15])) for fields in found if int(fields[3]) == session)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _stat(path: Path) -> list[str]:
+    """The fields of /proc/PID/stat after the command's name; none when the process is gone."""
+    try:
+        return path.read_text().rpartition(")")[2].split()
+    except OSError:
+        return []

@@ -1,0 +1,249 @@
+"""The one driver of an engine: it submits requests without a server and watches what each step gave. Also a process of
+its own (`python -m isthmus.benchmarks.engine`), which answers the questions of protocol.py and a few more."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+import uvloop
+
+from isthmus.benchmarks.machine import describe, measure_limits
+from isthmus.benchmarks.models import preset, write_model
+from isthmus.benchmarks.protocol import Inference, answer, cores
+from isthmus.benchmarks.stacks import Sizes
+from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.device.hardware import default_dtype
+from isthmus.model.device.memory import keep_heap
+from isthmus.model.ops.cpu.packed import Packed
+from isthmus.model.ops.linear import unpacked
+from isthmus.model.parameter import Dtype
+from isthmus.model.sharding import MeshShape
+from isthmus.serve.api.config import ServeConfig
+from isthmus.serve.api.server import Server
+from isthmus.serve.engine.build import build_engine, open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.engine import Engine, Sink, StepTimes
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
+
+FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """What the engine gave at once, as its sink saw it."""
+
+    at: float
+    """time.perf_counter()"""
+    cpu: float
+    """Processor time of the engine's thread until now, in seconds"""
+    times: StepTimes
+    """Where that thread's time went until now"""
+    drawn: int
+    """Tokens of the requests that are watched"""
+    begun: int
+    """How many of those have had a token until now"""
+    ended: int
+    """How many of those have ended until now"""
+
+
+class Driver:
+    """An engine without a server, which does one thing at a time."""
+
+    def __init__(self, build: Callable[[Sink], Engine]) -> None:
+        """build: makes the engine, not started yet, with the sink that it is given."""
+        self.engine = build(self._take)
+        self._started = False
+        self._questions = 0
+        self._watch((), lambda seen: True)
+
+    def _watch(self, requests: Sequence[Request], enough: Callable[[list[SeenStep]], bool]) -> None:
+        self._own, self._enough = set(requests), enough
+        self._waiting: deque[Request] = deque()
+        self._seen: list[SeenStep] = []
+        self._begun: set[Request] = set()
+        self._ended = 0
+        self._error: str | None = None
+        self._done = threading.Event()
+
+    def _take(self, outputs: list[Output]) -> None:
+        """On the engine's thread. The last run's requests are heard to be cancelled in this one's time."""
+        outputs = [output for output in outputs if output.request in self._own]
+        if not outputs or self._done.is_set():
+            return
+        now, drawn = time.perf_counter(), [output.request for output in outputs if output.token is not None]
+        if any(output.finish_reason in FAILED for output in outputs):
+            self._error = "a request failed"
+        for _ in (output for output in outputs if output.finish_reason is not None):
+            self._ended += 1
+            if self._waiting:
+                self.engine.submit(self._waiting.popleft())
+        self._begun.update(drawn)
+        times = dataclasses.replace(self.engine.times)
+        step = SeenStep(now, time.thread_time(), times, len(drawn), len(self._begun), self._ended)
+        self._seen.append(step)
+        if self._error or self._enough(self._seen):
+            self._done.set()
+
+    def run(
+        self, requests: Sequence[Request], streams: int, enough: Callable[[list[SeenStep]], bool]
+    ) -> list[SeenStep]:
+        """Runs requests, `streams` of them in flight, until what was seen is enough; cancels what is left then. Nothing
+        is in flight afterwards. Raises RuntimeError when the engine died or a request failed."""
+        self._watch(requests, enough)
+        self._waiting.extend(requests[streams:])
+        for request in requests[:streams]:
+            self.engine.submit(request)
+        if not self._started:  # only now, so that its first step admits them all
+            self._started = True
+            self.engine.start()
+        while not self._done.wait(0.1):
+            if not self.engine.alive:
+                raise RuntimeError(f"the engine died: {self.engine.error}")
+        for request in requests:
+            self.engine.cancel(request)
+        while self.engine.in_flight:
+            time.sleep(0.001)
+        if self._error:
+            raise RuntimeError(self._error)
+        return self._seen
+
+    def steps(self, prompts: list[list[int]], steps: int, longest: int) -> list[float]:
+        """When every prompt had its first token, and when each of `steps` steps after that was known. Greedy, past any
+        end of text; longest: tokens that a request may get. Raises RuntimeError, also for a step that drew less than a
+        token of each."""
+        requests = self.requests([PlannedRequest(0.0, prompt, longest, 0) for prompt in prompts], 0.0)
+        count = len(requests)
+
+        def enough(seen: list[SeenStep]) -> bool:
+            short = len(seen) > 1 and seen[-2].begun == count and seen[-1].drawn < count
+            return short or (len(seen) > steps and seen[-1 - steps].begun == count)
+
+        seen = self.run(requests, count, enough)
+        if steps and min(step.drawn for step in seen[-steps:]) < count:
+            raise RuntimeError(f"a step drew less than a token of each of {count} sequences")
+        return [step.at for step in seen[-1 - steps :]]
+
+    def requests(self, planned: Sequence[PlannedRequest], temperature: float) -> list[Request]:
+        """Requests whose ids were never used before."""
+        self._questions += 1
+        return [
+            Request(f"q{self._questions}-{i}", p.prompt, Sampling(temperature=temperature, seed=p.seed), p.max_tokens)
+            for i, p in enumerate(planned)
+        ]
+
+    def closed_loop(self, planned: Sequence[PlannedRequest], streams: int, temperature: float) -> dict[str, Any]:
+        """Runs the requests, `streams` of them in flight. Answers the seconds to the last one's end, and all tokens."""
+        requests = self.requests(planned, temperature)
+        start = time.perf_counter()
+        seen = self.run(requests, streams, lambda seen: seen[-1].ended == len(requests))
+        return {"seconds": seen[-1].at - start, "tokens": sum(step.drawn for step in seen)}
+
+
+class EngineProcess(Inference):
+    """What the process may be asked. `load` or `serve` comes before the questions for tokens."""
+
+    def __init__(self) -> None:
+        self._driver: Driver | None = None
+        self._stopping: list[Callable[[], object]] = []
+
+    @property
+    def driver(self) -> Driver:
+        assert self._driver is not None, "nothing is loaded"
+        return self._driver
+
+    def machine(self, dtype: str | None, devices: int) -> dict[str, Any]:
+        """The machine and its limits, while nothing runs on it."""
+        limits = measure_limits(dtype or default_dtype(), devices)
+        return {"machine": dataclasses.asdict(describe()), "limits": dataclasses.asdict(limits)}
+
+    def write(self, folder: str, name: str, vocab_size: int) -> dict[str, Any]:
+        """Writes a model folder of random weights."""
+        write_model(Path(folder), preset(name, vocab_size))
+        return {}
+
+    def load(
+        self, model: str, dtype: Dtype, max_sequences: int, context: int, quantize: str = "none"
+    ) -> dict[str, Any]:
+        """Loads and compiles, without the prefix cache. quantize: as serving takes it."""
+        start = time.perf_counter()
+        enable_compilation_cache()
+        folder = open_model(Path(model), dtype, quantize=quantize)
+        self.limits = max_sequences, context
+        config = EngineConfig(
+            max_sequences=max_sequences,
+            context_length=context,
+            pages=Sizes(max_sequences, context).pages,
+            max_waiting=4096,
+            prefix_cache=False,
+        )
+        self._driver = Driver(lambda sink: build_engine(folder, config, MeshShape(), sink))
+        return {
+            "version": f"isthmus, jax {jax.__version__}",
+            "seconds": time.perf_counter() - start,
+            "threads": len(cores()),
+            "weight_bytes": weight_bytes_read(self.driver.engine, folder.config.tie_embeddings),
+        }
+
+    def serve(self, flags: list[str]) -> dict[str, Any]:
+        """Serves as `isthmus serve FLAGS` would, in a thread, and drives an engine of its own over the same compiled
+        programs and the same memory: only one of the two may have requests at a time."""
+        config = tyro.cli(ServeConfig, args=flags)
+        enable_compilation_cache(config.compilation_cache)
+        model = open_model(config.model, config.dtype)
+        loop = uvloop.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+
+        async def start() -> Server:
+            server = Server(config, model)
+            await server.start()
+            await server.load()
+            return server
+
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result()
+        assert server.session.engine is not None
+        executor = server.session.engine.executor
+        self._driver = Driver(lambda sink: Engine(executor, sink))
+        self._stopping.append(lambda: asyncio.run_coroutine_threadsafe(server.stop(), loop).result())
+        return {"port": server.port}
+
+    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
+        return self.driver.steps(tokens, steps, self.limits[1] - len(tokens[0]) if steps else 1)
+
+    def closed(self, requests: list[dict[str, Any]], streams: int, temperature: float = 0.0) -> dict[str, Any]:
+        """Runs requests as a server gets them, `streams` in flight."""
+        return self.driver.closed_loop([PlannedRequest(**request) for request in requests], streams, temperature)
+
+    def close(self) -> None:
+        if self._driver is not None:
+            self._driver.engine.close()
+        for stop in self._stopping:
+            stop()
+
+
+def weight_bytes_read(engine: Engine, tied: bool) -> int:
+    """Bytes of weights that a step reads: an embedding that is not the head is only looked up."""
+    params = engine.executor.params
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    embedding = unpacked(params)["embedding"]
+    looked_up = sum(leaf.nbytes for leaf in jax.tree.leaves(embedding))
+    if isinstance(embedding, Packed):
+        looked_up //= embedding.lines.shape[0]  # it is one of a stack
+    return size if tied else size - looked_up
+
+
+if __name__ == "__main__":
+    keep_heap()  # as the command `isthmus` does, and so `isthmus serve`
+    process = EngineProcess()
+    answer(process)
+    process.close()

@@ -1,0 +1,78 @@
+"""How a benchmark's processes are asked: JSON lines in, JSON lines out. benchmarks/processes.py asks.
+
+A question names a method and its arguments, {"do": "decode", "tokens": [[5, 6]], "steps": 8}; the answer is what the
+method returns, or {"error": why it raised}. Each inference engine, ours and the peers, is a class with these methods:
+
+- `load(model, dtype, max_sequences, context)`: makes ready for up to `max_sequences` sequences of up to `context`
+  tokens, prompt and answer together. Answers {"version": the engine's, "seconds": how long loading took, "threads": how
+  many compute}.
+- `prefill(tokens)`: computes the prompts, lists of token ids, and one token each. Answers {"seconds"}.
+- `decode(tokens, steps)`: computes the prompts and then `steps` more tokens of each, all sequences together, greedily
+  and past any end of text. Answers {"seconds"} of those steps alone: len(tokens) * steps tokens.
+
+Nothing of a prompt is kept from one question to the next. Peers run in environments of their own, where the project is
+not installed, and find this file by a link beside them: it needs the standard library only.
+"""
+
+import json
+import os
+import sys
+import time
+import traceback
+
+
+def cores() -> list[int]:
+    """The processor's cores this process may run on."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def check(tokens: list[list[int]], new: int, max_sequences: int, context: int) -> int:
+    """The prompts' length. Raises ValueError unless they are equally long and fit into what was loaded."""
+    lengths = {len(prompt) for prompt in tokens}
+    if len(lengths) != 1 or min(lengths) < 1:
+        raise ValueError(f"tokens: {sorted(lengths)} long; prompts must be equally long, at least 1")
+    if len(tokens) > max_sequences:
+        raise ValueError(f"tokens: {len(tokens)} sequences, loaded for max_sequences={max_sequences}")
+    length = lengths.pop()
+    if length + new > context:
+        raise ValueError(f"tokens: {length} + {new} new ones exceed context={context}")
+    return length
+
+
+class Inference:
+    """A peer that knows when each step of a batch ended: `prefill` and `decode` follow from that."""
+
+    limits: tuple[int, int]
+    """max_sequences and context, as loaded"""
+
+    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
+        """When every sequence had its first token, and when each of `steps` steps after that was known, by
+        time.perf_counter. The prompts fit, with as many tokens more."""
+        raise NotImplementedError
+
+    def prefill(self, tokens: list[list[int]]) -> dict:
+        start = time.perf_counter()
+        return {"seconds": self._checked_times(tokens, 0)[0] - start}
+
+    def decode(self, tokens: list[list[int]], steps: int) -> dict:
+        times = self._checked_times(tokens, steps)
+        return {"seconds": times[-1] - times[0]}
+
+    def _checked_times(self, tokens: list[list[int]], steps: int) -> list[float]:
+        check(tokens, 1 + steps, *self.limits)
+        return self.times(tokens, steps)
+
+
+def answer(peer: object) -> None:
+    """Answers until the input ends. Whatever else prints to standard output goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        fields = json.loads(line)
+        try:
+            reply = getattr(peer, fields.pop("do"))(**fields)
+        except Exception as error:
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()

@@ -1,0 +1,168 @@
+"""Steps on the executor alone, and what the engine adds to them: plans that fill a bucket as a busy engine would, how
+long they take, and the host work of an engine, measured on its own thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isthmus.benchmarks.engine import Driver, SeenStep
+from isthmus.benchmarks.figures import median
+from isthmus.benchmarks.roofline import StepWork
+from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
+
+PROMPT_TOKENS = 16
+BARE_REPEATS = 20
+
+
+def with_room(engine: EngineConfig, depth: int) -> EngineConfig:
+    """`engine` (resolved) with pages for every row at `depth` and a step's prompts, and a queue for as many as rows."""
+    rows = engine.max_sequences * -(-depth // engine.page_size)
+    prompts = engine.prefill_tokens // engine.page_size
+    waiting = max(engine.max_waiting, engine.max_sequences)
+    return dataclasses.replace(engine, pages=max(engine.pages, 1 + rows + prompts), max_waiting=waiting)
+
+
+def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, temperature: float) -> StepPlan:
+    """The step that does `work`. Every sequence has pages of its own, so that nothing is read from a cache by luck."""
+    packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
+    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+    arrays.positions[:] = PADDING
+    arrays.sample_slot[:] = engine.max_sequences
+    arrays.temperature.view(np.float32)[:] = temperature
+    arrays.top_p.view(np.float32)[:] = 1.0
+    arrays.seed_low[:] = np.arange(bucket.samples)
+    first_page = _decode_rows(engine, arrays, work)
+    _prompts(engine, bucket, arrays, work, first_page)
+    return StepPlan(bucket, packed, scheduled_tokens=work.tokens)
+
+
+def _decode_rows(engine: EngineConfig, arrays: PlanArrays, work: StepWork) -> int:
+    """Fills the single tokens; returns the first page that is left."""
+    pages = -(-work.depth // engine.page_size)
+    rows = np.arange(work.rows)
+    arrays.tokens[: work.rows] = FROM_DEVICE
+    arrays.positions[: work.rows] = work.depth - 1
+    for array in (arrays.row_slot, arrays.sample_token, arrays.sample_slot):
+        array[: work.rows] = rows
+    arrays.tables[: work.rows, :pages] = 1 + rows[:, None] * pages + np.arange(pages)
+    return 1 + work.rows * pages
+
+
+def _prompts(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, work: StepWork, first_page: int) -> None:
+    """Fills the blocks; the last block of a prompt draws, for nobody (`last_token` has a place for that)."""
+    row, token = bucket.rows, bucket.rows
+    for tokens in work.prompts:
+        pages, blocks = tokens // engine.page_size, tokens // bucket.block_size
+        arrays.positions[token : token + tokens] = np.arange(tokens)
+        arrays.tables[row : row + blocks, :pages] = first_page + np.arange(pages)
+        first_page, row, token = first_page + pages, row + blocks, token + tokens
+        arrays.sample_token[row - 1] = token - 1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One plan's times when it is run again and again, in seconds."""
+
+    intervals: np.ndarray
+    """Between one result and the next"""
+    launches: np.ndarray
+    """How long each call took that launched a step"""
+    inline: bool
+    """Most launches only returned once the step had run: XLA does so with tiny programs on CPU"""
+
+
+def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> Timing:
+    """Runs `plan` with one step launched ahead, as the engine does."""
+    clock = time.perf_counter
+    inline = []
+    for _ in range(warmup):
+        launched = executor.launch(plan)
+        inline.append(bool(launched.drawn.is_ready()))  # type: ignore[attr-defined]
+        launched.read()
+    ahead = executor.launch(plan)
+    launches, results = [], []
+    for _ in range(repeats + 1):
+        start = clock()
+        following = executor.launch(plan)
+        launches.append(clock() - start)
+        ahead.read()
+        results.append(clock())
+        ahead = following
+    ahead.read()
+    return Timing(np.diff(results), np.asarray(launches[1:]), sum(inline) * 2 > len(inline))
+
+
+def measure_overhead(executor: Executor, tokens: int, temperature: float) -> dict[str, Any]:
+    """Decodes `tokens` tokens (at most what the context holds) of max_sequences sequences through a real engine, all at
+    once. Every time is a step's, in seconds.
+
+    step_seconds: wall time in the engine. bare_seconds: the same step on the executor alone, at the mean position, the
+    median of before and after. wait_seconds: the engine's thread waits for the device. cpu_seconds: processor time of
+    that thread. host_share: (plan + launch + commit + deliver) / step, all that the host does, though most of it
+    overlaps with the device; when a launch is `inline`, that is it only returns once the step has run, as XLA does with
+    tiny programs on CPU, it holds the device's time as well and is left out. cpu_share: cpu_seconds / step_seconds.
+    slowdown: step_seconds / bare_seconds - 1, what doesn't overlap, and on CPU what the host takes from the device's
+    cores.
+    """
+    config = executor.engine
+    prompt = min(PROMPT_TOKENS, config.context_length // 4)
+    tokens = min(tokens, config.context_length - prompt)
+    depth = prompt + tokens // 2
+    before, inline = _bare_steps(executor, depth, temperature)
+    seen = _run_engine(executor, prompt, tokens, temperature)
+    after, _ = _bare_steps(executor, depth, temperature)
+    return _figures(seen, config.max_sequences, median([*before, *after]), inline)
+
+
+def _bare_steps(executor: Executor, depth: int, temperature: float) -> tuple[list[float], bool]:
+    config = executor.engine
+    bucket = config.bucket(config.max_sequences, 0)
+    plan = build_plan(config, bucket, StepWork(bucket.rows, depth, ()), temperature)
+    timing = time_plan(executor, plan, 3, BARE_REPEATS)
+    return timing.intervals.tolist(), timing.inline
+
+
+def _run_engine(executor: Executor, prompt: int, tokens: int, temperature: float) -> list[SeenStep]:
+    count = executor.engine.max_sequences
+    prompts = np.random.default_rng(0).integers(0, executor.model.vocab_size, (count, prompt)).tolist()
+    planned = [PlannedRequest(0.0, ids, tokens, seed) for seed, ids in enumerate(prompts)]
+    driver = Driver(lambda sink: Engine(executor, sink))
+    try:
+        return driver.run(driver.requests(planned, temperature), count, lambda seen: seen[-1].ended == count)
+    finally:
+        driver.engine.close()
+
+
+def _figures(seen: list[SeenStep], sequences: int, bare: float, inline: bool) -> dict[str, Any]:
+    """The figures of the steps from when every sequence has three tokens to the first that ends a sequence."""
+    drawn = np.cumsum([step.drawn for step in seen])
+    begin = seen[int(np.argmax(drawn >= 3 * sequences))]
+    end = next(step for step in seen if step.ended and step.at > begin.at)
+    steps = max(1, end.times.steps - begin.times.steps)
+    step, cpu = (end.at - begin.at) / steps, (end.cpu - begin.cpu) / steps
+    parts = {
+        name: (getattr(end.times, name) - getattr(begin.times, name)) / steps
+        for name in ("plan", "launch", "wait", "commit", "deliver")
+    }
+    host = sum(parts.values()) - parts["wait"] - (parts["launch"] if inline else 0.0)
+    return {
+        "sequences": sequences,
+        "steps": steps,
+        "step_seconds": step,
+        "bare_seconds": bare,
+        **{f"{name}_seconds": seconds for name, seconds in parts.items()},
+        "cpu_seconds": cpu,
+        "host_share": host / step,
+        "cpu_share": cpu / step,
+        "slowdown": step / bare - 1,
+        "inline": inline,
+    }

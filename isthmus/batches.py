@@ -1,0 +1,141 @@
+"""Lists of questions: asked so many at once, answered in order, each failing alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from isthmus.errors import RETRY_SECONDS, Overloaded, RequestError
+from isthmus.types import Completion, Question
+
+Outcome = Completion | RequestError
+Tick = Callable[[int], None]
+"""Told how many more have ended; negative where some are asked again"""
+
+
+class Pending(Protocol):
+    """A question that is being answered."""
+
+    def result(self) -> Completion:
+        """Waits for the completion. Raises RequestError."""
+
+    def cancel(self) -> None:
+        """Ends it, unless it has ended."""
+
+    def then(self, call: Callable[[], object]) -> None:
+        """call() once it has ended, on another thread, or at once; it must return quickly."""
+
+
+def ask_all(
+    begin: Callable[[Question], Pending], questions: Sequence[Question], at_once: int, tick: Tick
+) -> list[Outcome]:
+    """What becomes of each. One that there was no room for is asked again as long as others get through."""
+    outcomes: dict[int, Outcome] = {}
+    todo = list(range(len(questions)))
+    while todo:
+        found = _ask_once(begin, [questions[index] for index in todo], at_once, tick)
+        outcomes.update(zip(todo, found, strict=True))
+        todo, seconds = _to_repeat(outcomes, todo)
+        tick(-len(todo))
+        time.sleep(seconds)
+    return [outcomes[index] for index in range(len(questions))]
+
+
+def _to_repeat(outcomes: Mapping[int, Outcome], asked: Sequence[int]) -> tuple[list[int], float]:
+    """Which of those that were asked to ask again, and after how many seconds. None where not one got through."""
+    refused = {index: outcome for index in asked if isinstance(outcome := outcomes[index], Overloaded)}
+    if len(refused) == len(asked):
+        return [], 0.0
+    return [*refused], max((error.retry_after or RETRY_SECONDS for error in refused.values()), default=0.0)
+
+
+def _ask_once(
+    begin: Callable[[Question], Pending], questions: Sequence[Question], at_once: int, tick: Tick
+) -> list[Outcome]:
+    room = threading.Semaphore(at_once)
+    asked: list[Pending | RequestError] = []
+
+    def ended() -> None:
+        room.release()
+        tick(1)
+
+    try:
+        for question in questions:
+            room.acquire()
+            try:
+                asked.append(pending := begin(question))
+            except RequestError as error:
+                asked.append(error)
+                ended()
+            else:
+                pending.then(ended)
+        return [_outcome(each) for each in asked]
+    except BaseException:  # such as Ctrl-C: nobody waits for the others any more
+        for each in asked:
+            if not isinstance(each, RequestError):
+                each.cancel()
+        raise
+
+
+def _outcome(pending: Pending | RequestError) -> Outcome:
+    if isinstance(pending, RequestError):
+        return pending
+    try:
+        return pending.result()
+    except RequestError as error:
+        return error
+
+
+async def ask_all_async(
+    ask: Callable[[Question], Awaitable[Completion]], questions: Sequence[Question], at_once: int, tick: Tick
+) -> list[Outcome]:
+    """As `ask_all`. Cancelled, it cancels all."""
+    outcomes: dict[int, Outcome] = {}
+    todo = list(range(len(questions)))
+    while todo:
+        found = await _ask_once_async(ask, [questions[index] for index in todo], at_once, tick)
+        outcomes.update(zip(todo, found, strict=True))
+        todo, seconds = _to_repeat(outcomes, todo)
+        tick(-len(todo))
+        await asyncio.sleep(seconds)
+    return [outcomes[index] for index in range(len(questions))]
+
+
+async def _ask_once_async(
+    ask: Callable[[Question], Awaitable[Completion]], questions: Sequence[Question], at_once: int, tick: Tick
+) -> list[Outcome]:
+    room = asyncio.Semaphore(at_once)
+
+    async def one(question: Question) -> Outcome:
+        async with room:
+            try:
+                return await ask(question)
+            except RequestError as error:
+                return error
+            finally:
+                tick(1)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(question)) for question in questions]
+    return [task.result() for task in tasks]
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, progress: bool | None) -> Iterator[Tick]:
+    """Yields what moves the bar on standard error. progress: None is whether that is a terminal."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda more: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=console.is_terminal) as bar:
+        task = bar.add_task("generating", total=total)
+        yield lambda more: bar.advance(task, more)

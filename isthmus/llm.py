@@ -1,0 +1,307 @@
+"""A model in this process: the engine that serves, called from Python. No subprocess, no signal handlers; any thread
+and any event loop may call it."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import queue
+import sys
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import jax
+
+from isthmus.errors import ConfigError, DeadlineExceeded, RequestFailed, Unavailable
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.sharding import MeshShape
+from isthmus.model.weights.folder import ModelFolder
+from isthmus.model.weights.hub import FolderOptions
+from isthmus.protocol import AsyncModel, Model
+from isthmus.serve.engine.build import build_engine, open_model
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.engine import Engine
+from isthmus.serve.engine.request import Request
+from isthmus.serve.prepare.answer import Answer
+from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, ThreadEnd, ThreadStream, deliver
+from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
+from isthmus.serve.prepare.workers import Workers
+from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt
+
+T = TypeVar("T")
+Dtype = Literal["auto", "float32", "bfloat16"]
+Quantize = Literal["none", "int8", "int6", "int5", "int4"]
+
+CLOSE_SECONDS = 60.0
+"""What a step that is under way has to end in when the model is closed"""
+MOST_AT_ONCE = 512
+"""Tokens that are decoded in a row on an event loop: about 3 ms"""
+
+logger = logging.getLogger("isthmus")
+
+
+class LLM(Model):
+    """A model folder's engine, compiled and running. `close` it, or use it in a with statement.
+
+    Lists run as many at once as the engine has room for. After `close` every call raises Unavailable. Once the engine
+    has ended on an error of the device, calls raise RequestFailed of the reason ENGINE_DEAD, with that error as cause.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: Dtype = "auto",
+        quantize: Quantize = "none",
+        mesh: MeshShape | None = None,
+        kernels: str = "auto",
+        engine: EngineConfig | None = None,
+        merge_adapter: bool = False,
+        base: str | os.PathLike[str] | None = None,
+        ignore_field: Sequence[str] = (),
+        download: bool = False,
+        compilation_cache: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        """path: a model folder, of ours or as Hugging Face publishes it, an adapter's, a GGUF file, or a name like
+        Org/Name in the local Hugging Face cache. dtype: of weights, activations and KV cache; auto is bfloat16, and
+        float32 on CPU. quantize: keep matrices as integers, made while loading. mesh: the devices to split it over; by
+        default one. kernels: "auto", "reference", or a kernel's name, as `isthmus serve --kernels`. engine: its sizes.
+        merge_adapter: add an adapter to the weights once. base: the folder of the model that an adapter adapts.
+        ignore_field: fields of a published config.json to go on without. download: fetch a name that the cache hasn't.
+        compilation_cache: where compiled programs are kept; by default where JAX was told to keep them, or in
+        ~/.cache/isthmus/xla. progress: whether to show how loading goes; None shows it if standard error is a terminal.
+
+        Raises ConfigError, naming the setting, and CheckpointError for a folder whose weights can't be read.
+        """
+        _check("dtype", dtype, get_args(Dtype))
+        _check("quantize", quantize, get_args(Quantize))
+        _keep_programs(compilation_cache)
+        options = FolderOptions(None if base is None else Path(base), tuple(ignore_field), download)
+        self._model = open_model(Path(path), dtype, merge_adapter=merge_adapter, quantize=quantize, options=options)
+        for remark in self._model.remarks:
+            logger.warning("%s", remark)
+        self._engine = _load(self._model, engine or EngineConfig(), mesh or MeshShape(), kernels, progress)
+        self._preparation = Preparation.of(self._model, self._engine.config.context_length)
+        self._workers = Workers()
+        self._closing = weakref.finalize(self, _close, self._engine, self._workers)
+        self._closing.atexit = False
+        atexit.register(self._closing)  # before JAX's own, which was registered earlier
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self._engine.config.context_length
+
+    @property
+    def at_once(self) -> int:
+        """The engine has room for all of them to run, and for as many to wait, so that none is ever idle for want of
+        one."""
+        return self._engine.config.max_sequences + min(
+            self._engine.config.max_sequences, self._engine.config.max_waiting
+        )
+
+    @cached_property
+    def aio(self) -> AsyncLLM:
+        """The same model for asyncio, on whatever loops it is called from."""
+        return AsyncLLM(self)
+
+    def begin(self, question: Question, timeout: float | None = None) -> _Begun:
+        return _Begun(self, self._submitted(self._preparation.request(question), ThreadEnd()), timeout)
+
+    def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
+        deadline = _deadline(timeout)
+        outputs = ThreadStream()
+        request = self._submitted(self._preparation.request(question), outputs)
+        answer, ended = Answer(self._model.tokenizer, request), False
+        try:
+            while not ended:
+                delta = answer.take([outputs.get(_left(deadline))])
+                ended = delta.completion is not None
+                if ended or delta.text or delta.token_ids:
+                    yield delta
+        except queue.Empty:
+            raise _too_late(timeout) from None
+        finally:
+            self._engine.cancel(request)
+
+    def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
+        self._check_open()
+        return tokenized(self._model.tokenizer, text, parse_special=parse_special)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        self._check_open()
+        return detokenized(self._model.tokenizer, token_ids)
+
+    def close(self) -> None:
+        """Ends what is under way, as Unavailable, and frees the device's memory. The second time it does nothing.
+
+        Raises RequestFailed where a step doesn't end: the memory stays taken.
+        """
+        atexit.unregister(self._closing)
+        self._closing()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if not self._closing.alive:
+            raise Unavailable("this model was closed", None)
+
+    def _submitted(self, request: Request, receiver: ThreadEnd | ThreadStream | LoopEnd | LoopStream) -> Request:
+        self._check_open()
+        request.handle = receiver
+        self._engine.submit(request)
+        return request
+
+
+class _Begun:
+    """A request in the engine."""
+
+    def __init__(self, llm: LLM, request: Request, timeout: float | None) -> None:
+        self._llm, self._request, self._timeout = llm, request, timeout
+        self._deadline = _deadline(timeout)
+        self._end: ThreadEnd = request.handle
+
+    def result(self) -> Completion:
+        try:
+            if not self._end.wait(_left(self._deadline)):
+                raise _too_late(self._timeout)
+        finally:  # who stops waiting, by Ctrl-C say, doesn't want it any more
+            self.cancel()
+        return Answer(self._llm._model.tokenizer, self._request).whole()
+
+    def cancel(self) -> None:
+        self._llm._engine.cancel(self._request)
+
+    def then(self, call: Callable[[], object]) -> None:
+        self._end.then(call)
+
+
+class AsyncLLM(AsyncModel):
+    """An LLM for asyncio. Closing is the LLM's."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+
+    @property
+    def at_once(self) -> int:
+        return self._llm.at_once
+
+    async def ask(self, question: Question, timeout: float | None = None) -> Completion:
+        llm = self._llm
+        try:
+            async with asyncio.timeout(timeout):
+                request = await self._prepared(question)
+                end = LoopEnd()
+                llm._submitted(request, end)
+                try:
+                    await end.ended
+                finally:
+                    llm._engine.cancel(request)
+        except TimeoutError:
+            raise _too_late(timeout) from None
+        answer = Answer(llm._model.tokenizer, request)
+        return await llm._workers.run(4 * len(request.completion), answer.whole)
+
+    async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
+        llm, deadline = self._llm, _deadline(timeout)
+        request = await self._prepared(question)
+        outputs = LoopStream()
+        llm._submitted(request, outputs)
+        answer, ended = Answer(llm._model.tokenizer, request), False
+        try:
+            while not ended:
+                try:
+                    async with asyncio.timeout(_left(deadline)):
+                        some = await outputs.some(MOST_AT_ONCE)
+                except TimeoutError:
+                    raise _too_late(timeout) from None
+                delta = answer.take(some)
+                ended = delta.completion is not None
+                if ended or delta.text or delta.token_ids:
+                    yield delta
+        finally:
+            llm._engine.cancel(request)
+
+    async def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
+        work = partial(self._llm.tokenize, text, parse_special=parse_special)
+        return await self._run(len(text), work)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await self._run(len(token_ids), partial(self._llm.detokenize, token_ids))
+
+    async def _prepared(self, question: Question) -> Request:
+        prompt = question.prompt
+        template = isinstance(prompt, Conversation)  # a program: it may take a second over a short text
+        size = len(prompt.text) if isinstance(prompt, TextPrompt) else 0
+        size = len(prompt.ids) if isinstance(prompt, TokenPrompt) else size
+        return await self._run(size, partial(self._llm._preparation.request, question), always=template)
+
+    async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
+        self._llm._check_open()
+        return await self._llm._workers.run(size, work, always=always)
+
+
+def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def _keep_programs(folder: str | os.PathLike[str] | None) -> None:
+    """Where somebody has told JAX where to keep programs, that stays."""
+    if folder is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    if warning := enable_compilation_cache(None if folder is None else Path(folder)):
+        logger.warning("%s", warning)
+
+
+def _load(model: ModelFolder, engine: EngineConfig, mesh: MeshShape, kernels: str, progress: bool | None) -> Engine:
+    with _shown(progress) as show:
+        model.tokenizer.prepare()
+        built = build_engine(model, engine, mesh, deliver, show, kernels=kernels)
+    built.start()
+    return built
+
+
+@contextmanager
+def _shown(progress: bool | None) -> Iterator[Callable[[str], None]]:
+    """Yields what is told how loading goes."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    from isthmus.model.process.progress import working
+
+    with working(Console(stderr=True, soft_wrap=True), "loading") as show:
+        yield show
+
+
+def _close(engine: Engine, workers: Workers) -> None:
+    workers.close()
+    if not engine.close(CLOSE_SECONDS):
+        raise RequestFailed(f"the step under way hasn't ended in {CLOSE_SECONDS:g} s: its memory stays taken")
+    engine.executor.free()
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _too_late(timeout: float | None) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the request hasn't ended in {timeout} s")

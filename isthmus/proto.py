@@ -1,0 +1,181 @@
+"""Between the library's own types and the messages and statuses of isthmus.v1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TypeVar, cast
+
+import grpc
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from isthmus.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DuplicateRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    RequestFailed,
+    Unauthenticated,
+    Unavailable,
+)
+from isthmus.types import Completion, Conversation, FinishReason, Question, SamplingParams, TextPrompt, check_turn
+from isthmus.v1 import inference_pb2
+
+T = TypeVar("T")
+
+API_FIELDS = {
+    "messages": "messages.messages",
+    "chat_template": "messages",
+    "template_arguments": "messages.template_arguments_json",
+    **{name: f"sampling.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
+    "max_tokens": "stop.max_tokens",
+    "stop_token_ids": "stop.token_ids",
+}
+"""What a GenerateRequest calls the library's arguments; those that aren't here are called alike, but for `prompt`"""
+PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
+"""What it calls `prompt`, by the kind of it"""
+_ARGUMENTS = {theirs: ours for ours, theirs in API_FIELDS.items()} | {"text": "prompt", "token_ids.ids": "prompt"}
+_DETAILS = "grpc-status-details-bin"
+
+
+def rename(field: str, names: Mapping[str, str]) -> str:
+    """A field such as `prompt[2]` or `messages[1].role`, whose first part is called otherwise."""
+    for name in sorted(names, key=len, reverse=True):
+        if field == name or field.startswith((f"{name}[", f"{name}.")):
+            return names[name] + field[len(name) :]
+    return field
+
+
+# Questions and answers
+
+
+def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.GenerateRequest:
+    """token_ids: whether the answer is to have them. Raises InvalidRequest for what the message can't hold."""
+    message = inference_pb2.GenerateRequest(request_id=question.request_id)
+    match question.prompt:
+        case TextPrompt(text, parse_special):
+            fitting("prompt", lambda: setattr(message, "text", text))
+            message.parse_special = parse_special
+        case Conversation(messages, arguments):
+            turns = [check_turn(index, turn) for index, turn in enumerate(messages)]
+            fitting("messages", lambda: message.messages.messages.extend(inference_pb2.ChatMessage(**t) for t in turns))
+            message.messages.SetInParent()
+            if arguments:
+                message.messages.template_arguments_json = _json(arguments)
+        case prompt:
+            message.token_ids.SetInParent()
+            fitting("prompt", lambda: message.token_ids.ids.extend(prompt.ids))
+    _set_sampling(message, question.sampling)
+    message.output.token_ids = token_ids
+    return message
+
+
+def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingParams) -> None:
+    for name in ("temperature", "top_p", "top_k", "min_p", "seed"):
+        if (value := getattr(sampling, name)) is not None:
+            fitting(name, partial(setattr, message.sampling, name, value))
+    if sampling.max_tokens is not None:
+        fitting("max_tokens", lambda: setattr(message.stop, "max_tokens", sampling.max_tokens))
+    fitting("stop_token_ids", lambda: message.stop.token_ids.extend(sampling.stop_token_ids))
+    message.stop.ignore_eos = sampling.ignore_eos
+
+
+def fitting(field: str, put: Callable[[], T]) -> T:
+    """put() a value into a message. Raises InvalidRequest where it doesn't fit."""
+    try:
+        return put()
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(field, str(error)) from None
+
+
+def _json(arguments: Mapping[str, object]) -> str:
+    try:
+        return json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest("template_arguments", f"can't be sent as JSON: {error}") from None
+
+
+def completion_of(
+    started: inference_pb2.Started, text: str, token_ids: tuple[int, ...], finished: inference_pb2.Finished
+) -> Completion:
+    """What a call gave, put together."""
+    usage, times = finished.usage, finished.timings
+    return Completion(
+        text=text,
+        token_ids=token_ids,
+        finish_reason=FinishReason(finish_reason_name(finished.finish_reason)),
+        stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
+        seed=started.seed,
+        prompt_tokens=usage.prompt_tokens,
+        cached_prompt_tokens=usage.cached_prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        recomputed_tokens=usage.recomputed_tokens,
+        preemptions=times.preemptions,
+        queue_seconds=_seconds(times.queue),
+        time_to_first_token=_seconds(times.time_to_first_token),
+        total_seconds=_seconds(times.total),
+    )
+
+
+def finish_reason_name(reason: int) -> str:
+    """As FinishReason calls it."""
+    return str(inference_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_"))
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+# Errors
+
+
+def error_of(call: grpc.RpcError, *, generating: bool = True) -> RequestError:
+    """What the status of a call that failed says. generating: whether the call's fields are a GenerateRequest's."""
+    code, message, status = call.code(), call.details() or "", _status(call)
+    violations = _detail(status, error_details_pb2.BadRequest).field_violations
+    field = violations[0].field if violations else ""
+    if generating:
+        field = rename(field, _ARGUMENTS)
+    if violations:
+        message = violations[0].description
+    retry = _detail(status, error_details_pb2.RetryInfo)
+    after = _seconds(retry.retry_delay) if retry.HasField("retry_delay") else None
+    match code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(field, message)
+        case grpc.StatusCode.ALREADY_EXISTS:
+            return DuplicateRequest(field, message)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in message:  # gRPC's own limit of a message
+            return InvalidRequest("", message)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Overloaded(message, after)
+        case grpc.StatusCode.UNAVAILABLE:
+            return Unavailable(message, after)
+        case grpc.StatusCode.INTERNAL:
+            return RequestFailed(message, _detail(status, error_details_pb2.ErrorInfo).reason)
+        case _:
+            return _PLAIN.get(code.name, RequestError)(message)
+
+
+_PLAIN = {kind.code: kind for kind in (Cancelled, DeadlineExceeded, Unauthenticated)}
+
+
+def _status(call: grpc.RpcError) -> status_pb2.Status:
+    """With the google.rpc details that came with a call, if any did."""
+    for key, value in cast(Iterable[tuple[str, bytes]], call.trailing_metadata() or ()):
+        if key == _DETAILS:
+            return status_pb2.Status.FromString(value)
+    return status_pb2.Status()
+
+
+def _detail(status: status_pb2.Status, kind: type[T]) -> T:
+    """The detail of this kind; an empty one where there is none."""
+    found = kind()
+    for detail in status.details:
+        if detail.Unpack(found):
+            break
+    return found

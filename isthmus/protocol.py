@@ -1,0 +1,378 @@
+"""What a model can be asked, wherever it runs: `LLM` and `Client` are Models, `LLM.aio` and
+`AsyncClient` are AsyncModels.
+
+One prompt gives one completion, a list gives a list in its order. An item that fails is its own error and no other's:
+when all have ended, BatchError is raised, whose `results` has what became of each; with return_errors=True the list has
+the error in its place instead.
+
+A subclass has `generate`, `chat` and `stream` from here; it brings what they stand on, `begin` (or `ask`) and `follow`.
+"""
+
+from __future__ import annotations
+
+import numbers
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from typing import Literal, Protocol, TypeVar, Unpack, cast, overload
+
+from isthmus.batches import Outcome, Pending, ask_all, ask_all_async, progress_bar
+from isthmus.errors import BatchError, InvalidRequest, RequestError
+from isthmus.types import (
+    Completion,
+    Conversation,
+    Delta,
+    Messages,
+    Prompt,
+    Question,
+    SamplingOptions,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+)
+
+P = TypeVar("P", bound=Prompt)
+C = TypeVar("C", bound=Messages)
+
+
+class CallOptions(SamplingOptions, total=False):
+    """Keywords of a call. Those of SamplingParams change `sampling` for this call."""
+
+    timeout: float | None
+    """Seconds until DeadlineExceeded, for each item of a list; None is no limit"""
+    progress: bool | None
+    """Whether to show how far a list is; None is where standard error is a terminal"""
+
+
+class GenerateOptions(CallOptions, total=False):
+    """Keywords of `generate`."""
+
+    parse_special: bool
+    """Whether a special token spelt out in a text is that token; otherwise it is text"""
+
+
+class ChatOptions(CallOptions, total=False):
+    """Keywords of `chat`."""
+
+    template_arguments: Mapping[str, object]
+    """Variables of the chat template, as {"enable_thinking": False}, which reach it in this order"""
+
+
+class StreamOptions(SamplingOptions, total=False):
+    """Keywords of `stream`, as above."""
+
+    timeout: float | None
+    parse_special: bool
+    template_arguments: Mapping[str, object]
+
+
+class Model(Protocol):
+    """The synchronous form. Safe to use from several threads."""
+
+    @overload
+    def generate(
+        self,
+        prompt: list[P],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[P],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion | RequestError]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+    def generate(
+        self,
+        prompt: Prompt | list[P],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: bool = False,
+        parse_special: bool = False,
+        timeout: float | None = None,
+        progress: bool | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion] | list[Outcome]:
+        """Goes on from a text or token ids. Raises RequestError."""
+        if (prompts := _prompts(prompt)) is None:
+            return self.begin(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout).result()
+        questions = [to_question(one, sampling, options, parse_special) for one in prompts]
+        return self._all(questions, timeout, progress, return_errors)
+
+    @overload
+    def chat(
+        self,
+        messages: list[C],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[False] = False,
+        **options: Unpack[ChatOptions],
+    ) -> list[Completion]: ...
+    @overload
+    def chat(
+        self,
+        messages: list[C],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[True],
+        **options: Unpack[ChatOptions],
+    ) -> list[Completion | RequestError]: ...
+    @overload
+    def chat(
+        self, messages: Messages, sampling: SamplingParams | None = None, **options: Unpack[ChatOptions]
+    ) -> Completion: ...
+    def chat(
+        self,
+        messages: Messages | list[C],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: bool = False,
+        template_arguments: Mapping[str, object] | None = None,
+        timeout: float | None = None,
+        progress: bool | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion] | list[Outcome]:
+        """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
+        if (talks := _conversations(messages)) is None:
+            talk = cast(Messages, messages)
+            return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
+        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in talks]
+        return self._all(questions, timeout, progress, return_errors)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[StreamOptions],
+    ) -> Generator[Delta, None, None]:
+        """The same as it comes, for a text, token ids or a conversation; the last delta has the completion. Closing the
+        generator ends the request. Raises RequestError, also between deltas."""
+        asked, timeout = streamed(prompt, sampling, options)
+        return self.follow(asked, timeout)
+
+    @abstractmethod
+    def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The token ids of a text, with what the tokenizer puts before it. Raises RequestError."""
+
+    @abstractmethod
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens. Raises RequestError."""
+
+    @abstractmethod
+    def begin(self, question: Question, timeout: float | None = None) -> Pending:
+        """Asks, and doesn't wait. Raises RequestError for what can be refused at once."""
+
+    @abstractmethod
+    def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
+        """As `stream`."""
+
+    @property
+    @abstractmethod
+    def at_once(self) -> int:
+        """Most items of a list that are asked at once."""
+
+    def _all(
+        self, questions: Sequence[Question], timeout: float | None, progress: bool | None, return_errors: bool
+    ) -> list[Completion] | list[Outcome]:
+        with progress_bar(len(questions), progress) as tick:
+            outcomes = ask_all(lambda one: self.begin(one, timeout), questions, self.at_once, tick)
+        return outcomes if return_errors else _completions(outcomes)
+
+
+class AsyncModel(Protocol):
+    """The same for asyncio. Cancelling the task that waits ends the request."""
+
+    @overload
+    async def generate(
+        self,
+        prompt: list[P],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[False] = False,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion]: ...
+    @overload
+    async def generate(
+        self,
+        prompt: list[P],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[True],
+        **options: Unpack[GenerateOptions],
+    ) -> list[Completion | RequestError]: ...
+    @overload
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion: ...
+    async def generate(
+        self,
+        prompt: Prompt | list[P],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: bool = False,
+        parse_special: bool = False,
+        timeout: float | None = None,
+        progress: bool | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion] | list[Outcome]:
+        """Goes on from a text or token ids. Raises RequestError."""
+        if (prompts := _prompts(prompt)) is None:
+            return await self.ask(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout)
+        questions = [to_question(one, sampling, options, parse_special) for one in prompts]
+        return await self._all(questions, timeout, progress, return_errors)
+
+    @overload
+    async def chat(
+        self,
+        messages: list[C],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[False] = False,
+        **options: Unpack[ChatOptions],
+    ) -> list[Completion]: ...
+    @overload
+    async def chat(
+        self,
+        messages: list[C],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: Literal[True],
+        **options: Unpack[ChatOptions],
+    ) -> list[Completion | RequestError]: ...
+    @overload
+    async def chat(
+        self, messages: Messages, sampling: SamplingParams | None = None, **options: Unpack[ChatOptions]
+    ) -> Completion: ...
+    async def chat(
+        self,
+        messages: Messages | list[C],
+        sampling: SamplingParams | None = None,
+        *,
+        return_errors: bool = False,
+        template_arguments: Mapping[str, object] | None = None,
+        timeout: float | None = None,
+        progress: bool | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion | list[Completion] | list[Outcome]:
+        """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
+        if (talks := _conversations(messages)) is None:
+            talk = cast(Messages, messages)
+            return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
+        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in talks]
+        return await self._all(questions, timeout, progress, return_errors)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        sampling: SamplingParams | None = None,
+        **options: Unpack[StreamOptions],
+    ) -> AsyncGenerator[Delta, None]:
+        """The same as it comes, for a text, token ids or a conversation; the last delta has the completion. Closing the
+        generator ends the request. Raises RequestError, also between deltas."""
+        asked, timeout = streamed(prompt, sampling, options)
+        return self.follow(asked, timeout)
+
+    @abstractmethod
+    async def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """The token ids of a text, with what the tokenizer puts before it. Raises RequestError."""
+
+    @abstractmethod
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens. Raises RequestError."""
+
+    @abstractmethod
+    async def ask(self, question: Question, timeout: float | None = None) -> Completion:
+        """Waits for the completion. Raises RequestError."""
+
+    @abstractmethod
+    def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
+        """As `stream`."""
+
+    @property
+    @abstractmethod
+    def at_once(self) -> int:
+        """Most items of a list that are asked at once."""
+
+    async def _all(
+        self, questions: Sequence[Question], timeout: float | None, progress: bool | None, return_errors: bool
+    ) -> list[Completion] | list[Outcome]:
+        with progress_bar(len(questions), progress) as tick:
+            outcomes = await ask_all_async(lambda one: self.ask(one, timeout), questions, self.at_once, tick)
+        return outcomes if return_errors else _completions(outcomes)
+
+
+# From arguments to questions
+
+
+def to_question(
+    prompt: Prompt | Messages,
+    sampling: SamplingParams | None,
+    options: SamplingOptions,
+    parse_special: bool = False,
+    arguments: Mapping[str, object] | None = None,
+) -> Question:
+    """What the arguments of a call ask for. Raises TypeError for an option that there isn't, and InvalidRequest for one
+    that doesn't go with the prompt."""
+    asked = (sampling or SamplingParams()).replace(**options)
+    if isinstance(prompt, str):
+        kind: TextPrompt | TokenPrompt | Conversation = TextPrompt(prompt, parse_special)
+    elif _is_conversation(prompt):
+        kind = Conversation(cast(Messages, prompt), arguments or {})
+    else:
+        kind = TokenPrompt(cast(Sequence[int], prompt))
+    if parse_special and not isinstance(kind, TextPrompt):
+        raise InvalidRequest("parse_special", "is for a text: elsewhere a special token is always one")
+    if arguments is not None and not isinstance(kind, Conversation):
+        raise InvalidRequest("template_arguments", "are for messages")
+    return Question(kind, asked)
+
+
+def streamed(
+    prompt: Prompt | Messages, sampling: SamplingParams | None, options: StreamOptions
+) -> tuple[Question, float | None]:
+    """The question and the timeout of a stream."""
+    rest = dict(options)
+    timeout, parsed = rest.pop("timeout", None), rest.pop("parse_special", False)
+    arguments = rest.pop("template_arguments", None)
+    asked = to_question(
+        prompt,
+        sampling,
+        cast(SamplingOptions, rest),
+        cast(bool, parsed),
+        cast("Mapping[str, object] | None", arguments),
+    )
+    return asked, cast("float | None", timeout)
+
+
+def _is_conversation(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _prompts(prompt: Prompt | list[P]) -> list[P] | None:
+    """A list of prompts; None is a single one. A list of numbers is token ids."""
+    if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], numbers.Integral)):
+        return cast("list[P]", prompt)
+    return None
+
+
+def _conversations(messages: Messages | list[C]) -> list[C] | None:
+    """A list of conversations; None is a single one."""
+    if isinstance(messages, list) and not _is_conversation(messages):
+        return cast("list[C]", messages)
+    return None
+
+
+def _completions(outcomes: list[Outcome]) -> list[Completion]:
+    """Raises BatchError where one failed."""
+    completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+    if len(completions) < len(outcomes):
+        raise BatchError(outcomes)
+    return completions

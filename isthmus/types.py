@@ -1,0 +1,165 @@
+"""What is asked of a model and what it answers, the same for LLM, Client and AsyncClient: frozen, plain, without jax.
+
+An option that is added later is a field of SamplingParams with a default that leaves everything as it was, and a key of
+SamplingOptions; what it brings back is a field of Completion and Delta with a default. All are made by keyword.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypedDict, Unpack
+
+from isthmus.errors import InvalidRequest
+
+Prompt = str | Sequence[int]
+"""A text, or its token ids"""
+Message = Mapping[str, str]
+"""One turn of a conversation: {"role": …, "content": …}"""
+Messages = Sequence[Message]
+"""A conversation, in order"""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keywords of a call."""
+
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    max_tokens: int | None
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn and when that ends. None leaves it to what the model's makers recommend in
+    generation_config.json, and where they recommend nothing to the default said here."""
+
+    temperature: float | None = None
+    """0 is greedy; by default 1"""
+    top_p: float | None = None
+    """Keeps the smallest set of tokens whose probabilities sum to at least this; in (0, 1], by default 1: off"""
+    top_k: int | None = None
+    """Keeps the k likeliest tokens; by default 0, which is off"""
+    min_p: float | None = None
+    """Keeps tokens at least this fraction as likely as the likeliest; in [0, 1], by default 0, which is off"""
+    seed: int | None = None
+    """64 bits that fix the draws; by default another each time, which Completion.seed tells"""
+    max_tokens: int | None = None
+    """By default 256, or what is left of the context if that is less"""
+    stop_token_ids: Sequence[int] = ()
+    """Drawing one of these ends the text, and is not part of it"""
+    ignore_eos: bool = False
+    """Whether to go on past the end-of-sequence token"""
+
+    def replace(self, **options: Unpack[SamplingOptions]) -> SamplingParams:
+        """The same with these fields changed."""
+        return dataclasses.replace(self, **options) if options else self
+
+
+class FinishReason(StrEnum):
+    """Why a text ended."""
+
+    EOS = "EOS"
+    """The end-of-sequence token"""
+    STOP_TOKEN = "STOP_TOKEN"
+    """One of stop_token_ids"""
+    LENGTH = "LENGTH"
+    """max_tokens"""
+    CONTEXT_LENGTH = "CONTEXT_LENGTH"
+    """The model's context is full"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A finished generation."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Without the token that ended the sequence"""
+    finish_reason: FinishReason
+    stop_token_id: int | None = None
+    """The token that ended the sequence, with EOS and STOP_TOKEN"""
+    seed: int
+    """Draws the same tokens again"""
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    """Tokens of the prompt read from the prefix cache; 0 of a server that runs without --report-cached-tokens"""
+    completion_tokens: int
+    """Tokens drawn, the one that ended the sequence included"""
+    recomputed_tokens: int = 0
+    """Tokens computed again after a preemption"""
+    preemptions: int = 0
+    queue_seconds: float = 0.0
+    """From the request's arrival at the engine until it was admitted"""
+    time_to_first_token: float
+    """Seconds, as the engine measured it"""
+    total_seconds: float = 0.0
+    """From arrival to end, as the engine measured it"""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is new in a stream. Texts are whole characters; put together they are the completion's."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    completion: Completion | None = None
+    """The whole, with the last delta"""
+
+
+# What a front end asks
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """A text to go on from."""
+
+    text: str
+    parse_special: bool = False
+    """Whether a special token spelt out in it is that token; otherwise it is text"""
+
+
+@dataclass(frozen=True)
+class TokenPrompt:
+    """The token ids of a text to go on from."""
+
+    ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages to answer, written as the model's chat template writes them."""
+
+    messages: Messages
+    template_arguments: Mapping[str, object] = field(default_factory=dict)
+    """Variables of the template, as {"enable_thinking": False}, which reach it in this order"""
+
+
+def check_turn(index: int, turn: Message) -> dict[str, str]:
+    """A turn with role and content. Raises InvalidRequest for an empty role, and for keys that turns don't have."""
+    where = f"messages[{index}]"
+    if unknown := sorted(turn.keys() - {"role", "content"}):
+        raise InvalidRequest(where, f"has the key {unknown[0]!r}; a message has role and content")
+    checked = {"role": turn.get("role", ""), "content": turn.get("content", "")}
+    for key, value in checked.items():
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{where}.{key}", f"must be a string, not {type(value).__name__}")
+    if not checked["role"]:
+        raise InvalidRequest(f"{where}.role", "must not be empty")
+    return checked
+
+
+@dataclass(frozen=True)
+class Question:
+    """All that is asked for one completion."""
+
+    prompt: TextPrompt | TokenPrompt | Conversation
+    sampling: SamplingParams = SamplingParams()
+    request_id: str = ""
+    """Its name in logs, and for cancelling it; empty makes one"""

@@ -1,0 +1,13 @@
+"""What all of the CPU's kernels have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from isthmus.model.ops.cpu import library
+from isthmus.model.ops.operation import Function, Kernel, Setting
+
+
+def cpu_kernel(run: Function, refuses: Callable[[Setting], str | None] = lambda setting: None) -> Kernel[Function]:
+    """The table's entry of a C++ kernel: without a gradient, on one device, where the library could be compiled."""
+    return Kernel("cpu", ("cpu",), run, refuses=refuses, missing=lambda: library.why_not())

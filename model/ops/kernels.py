@@ -1,0 +1,85 @@
+"""Which implementation each operation of a network takes. It is chosen once, when an engine or a trainer is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.errors import ConfigError
+from isthmus.model.ops.attention import ATTENTION
+from isthmus.model.ops.gated import GATED
+from isthmus.model.ops.grouped_matmul import GROUPED_MATMUL
+from isthmus.model.ops.linear import LINEAR
+from isthmus.model.ops.norm import NORM
+from isthmus.model.ops.operation import AUTO, REFERENCE, Operation, Setting
+from isthmus.model.ops.paged_attention import PAGED_ATTENTION
+from isthmus.model.ops.rotary import ROTARY
+
+OPERATIONS: tuple[Operation[Any], ...] = (
+    LINEAR,
+    ATTENTION,
+    PAGED_ATTENTION,
+    NORM,
+    ROTARY,
+    GATED,
+    GROUPED_MATMUL,
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The name of the implementation that each operation takes."""
+
+    linear: str = REFERENCE
+    """Products with matrices: model/ops/linear.py"""
+    attention: str = REFERENCE
+    """Attention over whole sequences, as in training: model/ops/attention.py"""
+    paged_attention: str = REFERENCE
+    """Attention over the paged cache, as in serving: model/ops/paged_attention.py"""
+    norm: str = REFERENCE
+    rotary: str = REFERENCE
+    gated: str = REFERENCE
+    """The hidden layer of a gated MLP: model/ops/gated.py"""
+    grouped_matmul: str = REFERENCE
+    """Products with the experts' matrices: model/ops/grouped_matmul.py"""
+
+    @property
+    def packs_weights(self) -> bool:
+        """Whether matrices are to be laid out for the CPU's kernel (`isthmus.model.weights.packing`)."""
+        return self.linear == "cpu"
+
+
+REFERENCES = Kernels()
+"""The reference of every operation: what runs everywhere and has a gradient."""
+
+
+def choose(wish: str, setting: Setting) -> Kernels:
+    """The implementations that `wish` ("auto", "reference" or the name of kernels) gives. Raises ConfigError where it
+    names none of the operations' kernels, or one that can't run there."""
+    used = _used(setting)
+    names = [AUTO, REFERENCE, *dict.fromkeys(kernel.name for each in OPERATIONS for kernel in each.kernels)]
+    if wish not in names:
+        raise ConfigError(f"kernels={wish} must be one of {', '.join(names)}")
+    return Kernels(**{operation.name: operation.choose(wish, setting) for operation in used})
+
+
+def announcement(kernels: Kernels, setting: Setting) -> str:
+    """A line that says which implementation each operation of this work takes, as in "kernels: cpu" where they are one,
+    or "kernels: linear cpu, norm reference"."""
+    taken = {operation.name: getattr(kernels, operation.name) for operation in _used(setting)}
+    one, *others = dict.fromkeys(taken.values())
+    return f"kernels: {', '.join(f'{name} {taken[name]}' for name in taken) if others else one}"
+
+
+def fallbacks(kernels: Kernels, setting: Setting) -> list[str]:
+    """For each reason why operations take the reference where their platform has kernels, a line that names them."""
+    operations: dict[tuple[str, str], list[str]] = {}
+    for operation in _used(setting):
+        if getattr(kernels, operation.name) == REFERENCE:
+            for refusal in operation.refusals(setting).items():
+                operations.setdefault(refusal, []).append(operation.name)
+    return [f"without the {name} kernels of {', '.join(of)}: {why}" for (name, why), of in operations.items()]
+
+
+def _used(setting: Setting) -> list[Operation[Any]]:
+    return [operation for operation in OPERATIONS if operation.is_used(setting)]

@@ -1,0 +1,104 @@
+"""From the engine's outputs to text, deltas and the completion, once for every front end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from isthmus.errors import Cancelled, RequestError, RequestFailed, Unavailable
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.serve.engine.request import FinishReason as Ending
+from isthmus.serve.engine.request import Output, Request
+from isthmus.types import Completion, Delta, FinishReason
+
+_REASONS = {
+    Ending.EOS: FinishReason.EOS,
+    Ending.STOP_TOKEN: FinishReason.STOP_TOKEN,
+    Ending.LENGTH: FinishReason.LENGTH,
+    Ending.CONTEXT_LENGTH: FinishReason.CONTEXT_LENGTH,
+}
+
+
+class Answer:
+    """The text of one request as its outputs come."""
+
+    def __init__(self, tokenizer: Tokenizer, request: Request, *, with_text: bool = True) -> None:
+        """with_text: whether tokens are decoded; else all texts are empty."""
+        self._request = request
+        self._stream = tokenizer.stream(request.prompt) if with_text else None
+        self._texts: list[str] = []
+
+    def take(self, outputs: Sequence[Output]) -> Delta:
+        """What `outputs`, at least one and in order, add; the completion is with the last. Raises RequestError where
+        the request ended without a result."""
+        end = outputs[-1].finish_reason
+        if end is not None and end not in _REASONS:
+            raise error_of(self._request)
+        ids = [output.token for output in outputs if output.token is not None]
+        if end in (Ending.EOS, Ending.STOP_TOKEN):
+            ids.pop()
+        text = self._decoded(ids, last=end is not None)
+        return Delta(text, tuple(ids), None if end is None else self._completion())
+
+    def whole(self) -> Completion:
+        """The completion of a request that has ended, none of whose outputs was taken. Raises RequestError as `take`
+        does."""
+        if self._request.finish_reason not in _REASONS:
+            raise error_of(self._request)
+        self._decoded(text_ids(self._request), last=True)
+        return self._completion()
+
+    def _decoded(self, ids: list[int], *, last: bool) -> str:
+        if self._stream is None:
+            return ""
+        text = self._stream.push(ids)
+        if last:
+            text += self._stream.flush()
+        self._texts.append(text)
+        return text
+
+    def _completion(self) -> Completion:
+        return completion_of(self._request, "".join(self._texts))
+
+
+def text_ids(request: Request) -> list[int]:
+    """What was drawn, without the token that ended the sequence."""
+    drawn = request.completion
+    return drawn if request.stop_token is None else drawn[:-1]
+
+
+def completion_of(request: Request, text: str) -> Completion:
+    """request: has ended with a result."""
+    assert request.finish_reason is not None and request.finished_at is not None
+    first = request.first_token_at or request.finished_at
+    return Completion(
+        text=text,
+        token_ids=tuple(text_ids(request)),
+        finish_reason=_REASONS[request.finish_reason],
+        stop_token_id=request.stop_token,
+        seed=request.sampling.seed,
+        prompt_tokens=len(request.prompt),
+        cached_prompt_tokens=request.cached_tokens,
+        completion_tokens=len(request.completion),
+        recomputed_tokens=request.recomputed_tokens,
+        preemptions=request.preemptions,
+        queue_seconds=(request.admitted_at or first) - request.arrival,
+        time_to_first_token=first - request.arrival,
+        total_seconds=request.finished_at - request.arrival,
+    )
+
+
+def error_of(request: Request) -> RequestError:
+    """Why a request that has ended has no result."""
+    if request.finish_reason is Ending.CANCELLED:
+        return Cancelled("the request was cancelled")
+    if request.finish_reason is Ending.CLOSED:
+        return Unavailable("the engine was shut down before the request was done")
+    match request.failure:
+        case None:
+            return RequestFailed("the model gave logits that are not finite for this request", "NON_FINITE_LOGITS")
+        case RequestFailed() as ours:  # shared by all that the engine left behind: each gets one of its own
+            failed, cause = RequestFailed(ours.message, ours.reason), ours.__cause__
+        case cause:
+            failed = RequestFailed("the engine failed at this request; its log says how", "REQUEST_FAILED")
+    failed.__cause__ = cause
+    return failed

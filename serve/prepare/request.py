@@ -1,0 +1,203 @@
+"""From what a person asks to the engine's Request: every check, in one place that every front end shares. Errors name
+the argument in the library's words (isthmus/types.py); a front end with other words turns them into its own."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from isthmus.errors import InvalidRequest
+from isthmus.model.text.chat import ChatError, ChatTemplate
+from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
+from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
+from isthmus.serve.engine.request import Request, Sampling
+from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt, check_turn
+
+T = TypeVar("T", int, float)
+
+DEFAULT_MAX_TOKENS = 256
+MAX_REQUEST_ID = 128
+"""Characters"""
+MAX_STOP_TOKENS = 64
+MAX_TEMPERATURE = 100.0
+MAX_MESSAGES = 1024
+MAX_TOKENS = 1 << 18
+"""Tokens of a text that is tokenized or detokenized for its own sake: more would hold up everybody's streams while they
+become a list"""
+MAX_CHARACTERS = 4_000_000
+"""Characters of a text that is detokenized whole"""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a model's tokenizer, template and context make of questions. Safe to share between threads; long texts, and
+    messages, take a while."""
+
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None
+    """The model's template for messages, if it has one"""
+    recommended: GenerationDefaults
+    """How to sample what a question leaves open"""
+    context_length: int
+
+    @classmethod
+    def of(cls, model: ModelFolder, context_length: int) -> Preparation:
+        """context_length: the engine's, in tokens."""
+        return cls(model.tokenizer, model.chat, model.generation, context_length)
+
+    def request(self, question: Question) -> Request:
+        """The engine's request. Raises InvalidRequest; the engine checks what depends on it alone."""
+        prompt = self.prompt_ids(question.prompt)
+        asked = question.sampling
+        left = self.context_length - len(prompt)
+        return Request(
+            id=_request_id(question.request_id),
+            prompt=prompt,
+            stop_ids=self._stop_ids(asked),
+            sampling=_sampling(asked, self.recommended),
+            max_tokens=asked.max_tokens if asked.max_tokens is not None else min(DEFAULT_MAX_TOKENS, left),
+            eos_ids=frozenset() if asked.ignore_eos else self.tokenizer.eos_ids,
+        )
+
+    def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
+        """Tokens of the prompt. Raises InvalidRequest, for a text that can't fit into the context before it is
+        encoded."""
+        match prompt:
+            case Conversation():
+                text = self._rendered(prompt)
+                return self._encoded("messages", text, self.tokenizer.encode_chat)
+            case TextPrompt():
+                encode = partial(self.tokenizer.encode, parse_special=prompt.parse_special)
+                return self._encoded("prompt", check_text("prompt", prompt.text), encode)
+            case TokenPrompt():
+                return self._given(prompt.ids)
+
+    def _given(self, ids: Sequence[int]) -> list[int]:
+        if not len(ids):
+            raise InvalidRequest("prompt", "must not be empty")
+        if len(ids) >= self.context_length:
+            raise self._too_long("prompt", len(ids))
+        return check_token_ids("prompt", ids, self.tokenizer.vocab_size).tolist()
+
+    def _encoded(self, field: str, text: str, encode: Callable[[str, int], list[int]]) -> list[int]:
+        most = self.tokenizer.most_characters(self.context_length)
+        if len(text) > most:
+            raise InvalidRequest(
+                field, f"has {len(text)} characters; a context of {self.context_length} takes at most {most}"
+            )
+        try:
+            ids = encode(text, self.context_length - 1)
+        except TooManyTokens as error:
+            raise self._too_long(field, error.counted) from None
+        except TextError as error:
+            raise InvalidRequest(field, str(error)) from None
+        if max(ids, default=0) >= self.tokenizer.vocab_size:
+            raise InvalidRequest(field, f"spells the token {max(ids)}, which the model has no embedding for")
+        return ids
+
+    def _too_long(self, field: str, tokens: int | str) -> InvalidRequest:
+        return InvalidRequest(
+            field, f"has {tokens} tokens; the context of {self.context_length} needs room for one more"
+        )
+
+    def _rendered(self, conversation: Conversation) -> str:
+        """The conversation as the model's template writes it. Raises InvalidRequest."""
+        if self.chat is None:
+            raise InvalidRequest("chat_template", "this model has no chat template: give text or token_ids")
+        if not 1 <= len(conversation.messages) <= MAX_MESSAGES:
+            raise InvalidRequest("messages", f"has {len(conversation.messages)}; give 1 to {MAX_MESSAGES}")
+        turns = [check_turn(index, turn) for index, turn in enumerate(conversation.messages)]
+        try:
+            text = self.chat.render(turns, arguments=conversation.template_arguments)
+        except ChatError as error:
+            raise InvalidRequest("chat_template", str(error)) from None
+        if not text:
+            raise InvalidRequest("chat_template", "the chat template writes nothing for them")
+        return text
+
+    def _stop_ids(self, asked: SamplingParams) -> frozenset[int]:
+        given = asked.stop_token_ids
+        if len(given) > MAX_STOP_TOKENS:
+            raise InvalidRequest("stop_token_ids", f"has {len(given)} ids; at most {MAX_STOP_TOKENS}")
+        return frozenset(check_token_ids("stop_token_ids", given, self.tokenizer.vocab_size).tolist())
+
+
+def tokenized(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
+    """The ids of a text for its own sake. Raises InvalidRequest."""
+    try:
+        return tokenizer.encode(check_text("text", text), MAX_TOKENS, parse_special=parse_special)
+    except TooManyTokens as error:
+        raise InvalidRequest("text", f"{error} are told at once: split it") from None
+    except TextError as error:
+        raise InvalidRequest("text", str(error)) from None
+
+
+def detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """The text of ids for its own sake. Raises InvalidRequest."""
+    if len(ids) > MAX_TOKENS:
+        raise InvalidRequest("token_ids", f"has {len(ids)} ids; at most {MAX_TOKENS} are taken at once")
+    checked = check_token_ids("token_ids", ids, tokenizer.vocab_size)
+    if (characters := tokenizer.spelt_characters(checked)) > MAX_CHARACTERS:
+        raise InvalidRequest(
+            "token_ids", f"spell up to {characters} characters; at most {MAX_CHARACTERS} are told at once"
+        )
+    return tokenizer.decode(checked.tolist())
+
+
+def check_text(field: str, text: str) -> str:
+    """Raises InvalidRequest for an empty text."""
+    if not text:
+        raise InvalidRequest(field, "must not be empty")
+    return text
+
+
+def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """int64[len(ids)]. Raises InvalidRequest naming the first id that the tokenizer doesn't have."""
+    try:
+        values = np.array(ids, np.int64)
+    except (OverflowError, TypeError, ValueError):
+        raise InvalidRequest(field, "must hold whole numbers below 2^63") from None
+    wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
+    if wrong.size:
+        token = values[wrong[0]]
+        raise InvalidRequest(f"{field}[{wrong[0]}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
+    return values
+
+
+def _request_id(given: str) -> str:
+    if len(given) > MAX_REQUEST_ID or not given.isprintable():
+        raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
+    return given or secrets.token_hex(8)
+
+
+def _sampling(asked: SamplingParams, recommended: GenerationDefaults) -> Sampling:
+    top_k = _first(asked.top_k, recommended.top_k, 0)
+    return Sampling(
+        temperature=_within("temperature", _first(asked.temperature, recommended.temperature, 1.0), 0, MAX_TEMPERATURE),
+        top_k=_whole("top_k", top_k, 31),
+        top_p=_within("top_p", _first(asked.top_p, recommended.top_p, 1.0), 0, 1, open_low=True),
+        min_p=_within("min_p", _first(asked.min_p, recommended.min_p, 0.0), 0, 1),
+        seed=_whole("seed", asked.seed, 64) if asked.seed is not None else secrets.randbits(63),
+    )
+
+
+def _first(asked: T | None, recommended: T | None, default: T) -> T:
+    return asked if asked is not None else recommended if recommended is not None else default
+
+
+def _whole(field: str, value: int, bits: int) -> int:
+    if not 0 <= value < 1 << bits:
+        raise InvalidRequest(field, f"must be below 2^{bits}, not {value}" if value > 0 else f"must not be {value}")
+    return value
+
+
+def _within(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise InvalidRequest(field, f"must be a number in {'(' if open_low else '['}{low:g}, {high:g}], not {value}")
+    return value

@@ -1,0 +1,175 @@
+"""What goes wrong between a client and a server is an error of ours, which says what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from google.rpc import code_pb2, error_details_pb2
+from grpc_status import rpc_status
+
+from isthmus import (
+    AsyncClient,
+    Cancelled,
+    Client,
+    DuplicateRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    RequestFailed,
+    Unauthenticated,
+    Unavailable,
+)
+from isthmus.proto import API_FIELDS, PROMPT_FIELDS, rename
+from isthmus.serve.api.errors import invalid, plain, status_of
+from isthmus.types import SamplingParams
+from isthmus.v1 import inference_pb2 as pb
+from tests.serve.api.conftest import StartServer
+from tests.serve.api.harness import PATIENCE, PROMPT, RunningServer, wait_for
+
+
+class Answering(grpc.GenericRpcHandler):
+    """A server that ends every call with the next of these; the last one for ever."""
+
+    def __init__(self, *ends: Callable[[grpc.ServicerContext], bytes]) -> None:
+        self._ends = list(ends)
+
+    def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def end(request: bytes, context: grpc.ServicerContext) -> bytes:
+            return (self._ends.pop(0) if len(self._ends) > 1 else self._ends[0])(context)
+
+        return grpc.unary_unary_rpc_method_handler(end)
+
+
+def refuse(error: RequestError) -> Callable[[grpc.ServicerContext], bytes]:
+    def end(context: grpc.ServicerContext) -> bytes:
+        context.abort_with_status(rpc_status.to_status(status_of(error)))
+        raise AssertionError
+
+    return end
+
+
+def answer(context: grpc.ServicerContext) -> bytes:
+    return pb.GenerateResponse(text="b", finished=pb.Finished(finish_reason=pb.FINISH_REASON_EOS)).SerializeToString()
+
+
+@contextmanager
+def answering(*ends: Callable[[grpc.ServicerContext], bytes]) -> Iterator[str]:
+    """The address of a server that does."""
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Answering(*ends)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequest("seed", "must be below 2^64"),
+        DuplicateRequest("request_id", "is in flight already"),
+        Overloaded("256 requests wait", 2.5),
+        Unavailable("the model is still loading", 1.0),
+        Cancelled("the request was cancelled"),
+        RequestFailed("the engine has ended on an error", "ENGINE_DEAD"),
+        Unauthenticated("authorization: a valid bearer token is needed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_travels_as_it_is(error: RequestError) -> None:
+    """A program must see from the client what it would see from a model in its own process."""
+    with answering(refuse(error)) as address, Client(address) as client:
+        with pytest.raises(RequestError) as refused:
+            client.generate("a", timeout=PATIENCE)
+        assert type(refused.value) is type(error) and vars(refused.value) == vars(error)
+        assert isinstance(refused.value.__cause__, grpc.RpcError)
+
+        async def work() -> None:
+            async with AsyncClient(address) as other:
+                await other.generate("a", timeout=PATIENCE)
+
+        with pytest.raises(type(error)) as again:
+            asyncio.run(work())
+        assert vars(again.value) == vars(error)
+    assert vars(pickle.loads(pickle.dumps(error))) == vars(error), "it crosses processes, too"
+
+
+def test_every_field_of_a_request_has_its_name_back() -> None:
+    """`sampling.temperature` is no argument that a Python program gave."""
+    for ours, theirs in API_FIELDS.items():
+        with answering(_blames(theirs)) as address, Client(address) as client:
+            with pytest.raises(InvalidRequest) as refused:
+                client.generate("a", timeout=PATIENCE)
+            assert refused.value.field == ours
+    assert rename("prompt[3]", {"prompt": PROMPT_FIELDS["token_ids"]}) == "token_ids.ids[3]"
+    assert rename("messages[1].role", API_FIELDS) == "messages.messages[1].role"
+
+
+def _blames(field: str) -> Callable[[grpc.ServicerContext], bytes]:
+    def end(context: grpc.ServicerContext) -> bytes:
+        context.abort_with_status(rpc_status.to_status(invalid(field, "is wrong")))
+        raise AssertionError
+
+    return end
+
+
+def test_a_status_that_is_none_of_ours_keeps_its_words() -> None:
+    """A proxy in between says things of its own."""
+
+    def end(context: grpc.ServicerContext) -> bytes:
+        status = plain(code_pb2.OUT_OF_RANGE, "no such place", error_details_pb2.ErrorInfo(reason="ELSEWHERE"))
+        context.abort_with_status(rpc_status.to_status(status))
+        raise AssertionError
+
+    with answering(end) as address, Client(address) as client, pytest.raises(RequestError, match="no such place"):
+        client.generate("a", timeout=PATIENCE)
+
+
+def test_no_server_is_unavailable() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(Unavailable) as refused:
+        client.generate("a", timeout=PATIENCE)
+    assert refused.value.retry_after is None
+
+
+def test_a_message_that_is_too_large_is_the_requests_fault(server: RunningServer) -> None:
+    """Asked again later it would be as large."""
+    with Client(server.address) as client, pytest.raises(InvalidRequest, match="larger than max"):
+        client.generate("x" * (17 << 20))
+
+
+def test_who_has_no_token_is_told(start_server: StartServer, tmp_path: object) -> None:
+    from pathlib import Path
+
+    token = Path(str(tmp_path)) / "token"
+    token.write_text("secret")
+    guarded = start_server(auth_token_file=token, load=False)
+    with Client(guarded.address, token="wrong") as client, pytest.raises(Unauthenticated):
+        client.generate("a", timeout=PATIENCE)
+    with Client(guarded.address, token="secret") as client, pytest.raises(Unavailable, match="still loading"):
+        client.generate("a", timeout=PATIENCE)
+
+
+def test_a_list_goes_on_when_there_is_room_again() -> None:
+    """A list longer than a server's queue would come back full of holes."""
+    full = refuse(Overloaded("256 requests wait", 0.01))
+    with answering(answer, full, full, answer) as address, Client(address, at_once=1) as client:
+        assert [one.text for one in client.generate(["a"] * 4, timeout=PATIENCE)] == ["b"] * 4
+    with answering(full) as address, Client(address) as client:
+        failed = client.generate(["a"] * 4, timeout=PATIENCE, return_errors=True)
+    assert [type(each) for each in failed] == [Overloaded] * 4, "a server that takes nothing is not asked for ever"
+
+
+def test_what_is_cancelled_by_somebody_else_says_so(server: RunningServer) -> None:
+    with Client(server.address) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.generate, PROMPT, SamplingParams(max_tokens=4000, ignore_eos=True))
+        (name,) = wait_for(lambda: list(server.engine._live), "the request")
+        assert client.cancel([name]) == [name]
+        with pytest.raises(Cancelled):
+            waiting.result(PATIENCE)

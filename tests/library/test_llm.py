@@ -1,0 +1,284 @@
+"""A model in this process says what a server says, from any thread, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from isthmus import (
+    LLM,
+    BatchError,
+    Client,
+    ConfigError,
+    DeadlineExceeded,
+    EngineConfig,
+    InvalidRequest,
+    Model,
+    RequestFailed,
+    SamplingParams,
+    Unavailable,
+)
+from tests.library.conftest import OpenModel
+from tests.serve.api.harness import LONG, PATIENCE, PROMPT, RunningServer, wait_for
+
+DRAWN = SamplingParams(max_tokens=24, seed=5)
+TALK = [{"role": "user", "content": "import ünïcode"}]
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[Client]:
+    with Client(server.address) as client:
+        yield client
+
+
+def mixed_prompts(count: int) -> list[str]:
+    """From one character to a dozen blocks."""
+    return [f"# {index}\n" + "x = y\n" * (index * index % 60) for index in range(count)]
+
+
+def test_a_hundred_prompts_give_the_servers_tokens(llm: LLM, client: Client) -> None:
+    """Moving a script from a server into a process would change its results."""
+    prompts = mixed_prompts(100)
+    ours, theirs = llm.generate(prompts, DRAWN), client.generate(prompts, DRAWN)
+    assert [(one.text, one.token_ids, one.finish_reason, one.seed) for one in ours] == [
+        (one.text, one.token_ids, one.finish_reason, one.seed) for one in theirs
+    ]
+    assert [one.prompt_tokens for one in ours] == [len(llm.tokenize(prompt)) for prompt in prompts]
+    assert len({one.text for one in ours}) > 90, "the model repeats itself, and an order would not show"
+
+
+def test_a_stream_is_the_completion_in_pieces(llm: LLM, client: Client) -> None:
+    """The text would depend on how it was asked for."""
+    whole = llm.generate(PROMPT, DRAWN)
+    for model in (llm, client):
+        deltas = list(model.stream(PROMPT, DRAWN))
+        assert "".join(delta.text for delta in deltas) == whole.text and len(deltas) > 5
+        assert tuple(token for delta in deltas for token in delta.token_ids) == whole.token_ids
+        assert [delta.completion is None for delta in deltas] == [True] * (len(deltas) - 1) + [False]
+        last = deltas[-1].completion
+        assert last is not None and (last.text, last.token_ids, last.seed) == (whole.text, whole.token_ids, whole.seed)
+
+
+def test_keywords_change_the_sampling_of_one_call(llm: LLM) -> None:
+    """They would be taken silently and do nothing, as misspelt ones would."""
+    assert llm.generate(PROMPT, DRAWN, max_tokens=3).token_ids == llm.generate(PROMPT, DRAWN).token_ids[:3]
+    with pytest.raises(TypeError, match="max_token"):
+        llm.generate(PROMPT, max_token=3)  # type: ignore[call-overload]
+
+
+def test_token_ids_are_a_prompt_and_a_list_of_them_many(llm: LLM) -> None:
+    ids = llm.tokenize(PROMPT)
+    one = llm.generate(ids, DRAWN)
+    assert one.token_ids == llm.generate(PROMPT, DRAWN).token_ids
+    assert [each.token_ids for each in llm.generate([ids, ids], DRAWN)] == [one.token_ids] * 2
+    assert llm.generate([]) == []
+
+
+def test_an_item_that_fails_costs_no_other(llm: LLM, client: Client) -> None:
+    """An hour's batch would be lost to one empty line."""
+    prompts = ["a", "", "b", "word " * 200_000]
+    for model in (llm, client):
+        found = model.generate(prompts, DRAWN, return_errors=True)
+        assert [isinstance(each, InvalidRequest) for each in found] == [False, True, False, True]
+        with pytest.raises(BatchError, match="2 of 4 failed, first the one at 1: prompt: must not be empty") as failed:
+            model.generate(prompts, DRAWN)
+        assert set(failed.value.errors) == {1, 3}
+        good = failed.value.results[0]
+        assert not isinstance(good, Exception) and good.token_ids == model.generate("a", DRAWN).token_ids
+
+
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    ("", {}, "prompt"),
+    ([1, 2, 512], {}, "prompt[2]"),
+    ([1, -2], {}, "prompt"),
+    ("a", {"temperature": float("nan")}, "temperature"),
+    ("a", {"top_p": 0.0}, "top_p"),
+    ("a", {"top_k": -1}, "top_k"),
+    ("a", {"seed": 1 << 64}, "seed"),
+    ("a", {"max_tokens": 0}, "max_tokens"),
+    ("a", {"max_tokens": 1 << 20}, "max_tokens"),
+    ("a", {"stop_token_ids": [1, 512]}, "stop_token_ids[1]"),
+    ([1], {"parse_special": True}, "parse_special"),
+    ("word " * 200_000, {}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(
+    "prompt, options, field", BAD, ids=[f"{field} {index}" for index, (*_, field) in enumerate(BAD)]
+)
+def test_what_can_not_work_is_the_same_error_everywhere(
+    prompt: Any, options: dict[str, Any], field: str, llm: LLM, client: Client
+) -> None:
+    """Who handles errors would have to know where the model runs."""
+    for model in (llm, client):
+        for call in (model.generate, lambda p, model=model, **o: list(model.stream(p, **o))):
+            with pytest.raises(InvalidRequest) as refused:
+                call(prompt, **options)
+            assert refused.value.field.split("[")[0] == field.split("[")[0]
+            assert len(field.split("[")) == 1 or refused.value.field == field
+
+
+def test_a_conversation_is_answered_alike(chat_server: RunningServer, open_model: OpenModel) -> None:
+    with Client(chat_server.address) as client, open_model(chat_server.config.model) as llm:
+        models: list[Model] = [llm, client]
+        answers = [model.chat(TALK, DRAWN, template_arguments={"style": "brief"}) for model in models]
+        assert answers[0].token_ids == answers[1].token_ids
+        assert answers[0].prompt_tokens == answers[1].prompt_tokens > llm.chat(TALK, DRAWN).prompt_tokens
+        for model in models:
+            assert [each.token_ids for each in model.chat([TALK, TALK], DRAWN)] == [
+                model.chat(TALK, DRAWN).token_ids
+            ] * 2
+            *_, last = model.stream(TALK, DRAWN)
+            assert last.completion is not None and last.completion.token_ids == model.chat(TALK, DRAWN).token_ids
+            with pytest.raises(InvalidRequest) as refused:
+                model.chat([{"role": "critic", "content": "a"}])
+            assert refused.value.field == "chat_template" and "no critics here" in refused.value.message
+            with pytest.raises(InvalidRequest) as unknown:
+                model.chat([{"role": "user", "contents": "a"}])
+            assert unknown.value.field == "messages[0]"
+
+
+def test_a_model_without_a_template_says_so(llm: LLM, client: Client) -> None:
+    for model in (llm, client):
+        with pytest.raises(InvalidRequest, match="no chat template"):
+            model.chat(TALK)
+
+
+@pytest.mark.parametrize("text", ["a", "naïve 😀 中文\n\t", "<|endoftext|> spelt out"])
+def test_tokens_are_those_of_the_server(text: str, llm: LLM, client: Client) -> None:
+    for parsed in (False, True):
+        ids = llm.tokenize(text, parse_special=parsed)
+        assert ids == client.tokenize(text, parse_special=parsed)
+        assert llm.detokenize(ids) == client.detokenize(ids)
+    for model in (llm, client):
+        with pytest.raises(InvalidRequest, match="text: must not be empty"):
+            model.tokenize("")
+        with pytest.raises(InvalidRequest, match="token_ids"):
+            model.detokenize([-1])
+
+
+def test_leaving_a_stream_ends_its_request(llm: LLM) -> None:
+    """It would be computed to its end for nobody."""
+    for delta in llm.stream(PROMPT, max_tokens=LONG, ignore_eos=True):
+        assert delta.completion is None
+        break
+    wait_for(lambda: llm._engine.in_flight == 0, "the end of the request")
+
+
+def test_a_timeout_ends_the_request(llm: LLM, client: Client) -> None:
+    for model in (llm, client):
+        with pytest.raises(DeadlineExceeded):
+            model.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.05)
+        with pytest.raises(DeadlineExceeded):
+            list(model.stream(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.05))
+        failed = model.generate([PROMPT] * 2, max_tokens=LONG, ignore_eos=True, timeout=0.05, return_errors=True)
+        assert [type(each) for each in failed] == [DeadlineExceeded] * 2
+    wait_for(lambda: llm._engine.in_flight == 0, "the end of the requests")
+
+
+def test_several_threads_call_at_once(llm: LLM) -> None:
+    """A web server has many threads, and they would wait for each other or get each other's answers."""
+    prompts = mixed_prompts(24)
+    alone = [llm.generate(prompt, DRAWN).token_ids for prompt in prompts]
+
+    def work(index: int) -> tuple[int, ...]:
+        if index % 3 == 0:
+            return llm.generate([prompts[index]], DRAWN)[0].token_ids
+        if index % 3 == 1:
+            return tuple(token for delta in llm.stream(prompts[index], DRAWN) for token in delta.token_ids)
+        return llm.generate(prompts[index], DRAWN).token_ids
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(len(prompts)))) == alone
+
+
+def test_it_opens_off_the_main_thread_and_leaves_signals_alone(open_model: OpenModel) -> None:
+    """In a web server or a notebook the signals are somebody else's, and Ctrl-C must go on to raise."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    texts: list[str] = []
+
+    def work() -> None:
+        with open_model() as llm:
+            texts.append(llm.generate(PROMPT, DRAWN).text)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(3 * PATIENCE)
+    assert texts and texts[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
+    """Evaluating a dozen checkpoints in one process would fill the device with the first."""
+
+    def held() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    before, taken = held(), []
+    for kernels in (True, False):
+        with open_model(engine=EngineConfig(max_sequences=1, prefill_tokens=32, kernels=kernels)) as llm:
+            assert llm.generate(PROMPT, DRAWN).text
+            taken.append(held() - before)
+        assert held() == before
+    assert min(taken) > 1e6, "the model was not even there"
+
+
+def test_a_model_that_was_closed_says_so(open_model: OpenModel) -> None:
+    """The engine is gone: a call would hang, or end on an error of the device."""
+    llm = open_model()
+    stream = llm.stream(PROMPT, max_tokens=LONG, ignore_eos=True)
+    next(stream)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(llm.generate, [PROMPT] * 3, max_tokens=LONG, ignore_eos=True, return_errors=True)
+        wait_for(lambda: llm._engine.in_flight == 4, "the requests")
+        llm.close()
+        assert [type(each) for each in waiting.result(PATIENCE)] == [Unavailable] * 3
+    with pytest.raises(Unavailable, match="shut down before"):
+        list(stream)
+    llm.close()
+    for call in (llm.generate, llm.tokenize, lambda text: next(llm.stream(text))):
+        with pytest.raises(Unavailable, match="closed"):
+            call("a")
+
+
+def test_an_engine_that_dies_tells_why(open_model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the device fails, nobody may wait for ever, and the reason must be found."""
+    llm = open_model()
+
+    def fail(plan: object) -> None:
+        raise jax.errors.JaxRuntimeError("the device is gone")
+
+    monkeypatch.setattr(llm._engine.executor, "launch", fail)
+    for _ in range(2):  # while it dies, and afterwards
+        with pytest.raises(RequestFailed) as failed:
+            llm.generate(PROMPT)
+        assert failed.value.reason == "ENGINE_DEAD" and "the device is gone" in str(failed.value.__cause__)
+    llm.close()
+
+
+def test_progress_is_for_a_terminal(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log full of bars, or an hour without a sign."""
+    llm.generate(["a"] * 3, DRAWN)
+    assert capsys.readouterr().err == ""
+    llm.generate(["a"] * 3, DRAWN, progress=True)
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_what_serve_takes_it_takes(open_model: OpenModel, tmp_path: Path) -> None:
+    plain = open_model()
+    with plain, open_model(quantize="int8", engine=EngineConfig(max_sequences=2, context_length=64)) as small:
+        assert (plain.context_length, small.context_length) == (4096, 64)
+        assert small._model.quantize and not plain._model.quantize
+        assert len(small.generate("a", ignore_eos=True).token_ids) < 64
+    for options in ({"dtype": "float16"}, {"quantize": "int3"}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            open_model(**options)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        open_model(tmp_path)

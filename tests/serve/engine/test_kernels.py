@@ -1,0 +1,53 @@
+"""The kernels that were chosen for an engine are those that its steps call."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+from jax.sharding import Mesh
+
+from isthmus.errors import ConfigError
+from isthmus.model.execution import Execution
+from isthmus.model.sharding import MeshShape, build_mesh
+from isthmus.serve.engine.executor import Served, abstract_like, lower_step
+from tests.serve.engine.harness import CONFIG, ENGINE
+from tests.support import packed_params, random_params
+
+SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
+CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product"}
+
+
+def calls(served: Served, mesh: Mesh) -> set[str]:
+    """The kernels of the CPU that a step of an engine calls."""
+    params = random_params(CONFIG, mesh)
+    if served.execution.kernels.packs_weights:
+        params = packed_params(CONFIG, params)
+    text = lower_step(served, ENGINE.buckets[-1], mesh, abstract_like(params)).as_text()
+    return set(re.findall(r"@isthmus_(\w+)", text))
+
+
+def test_the_choice_reaches_every_operation(mesh: Mesh) -> None:
+    """An operation that doesn't hear of it would be slow without a word, or have bits of its own."""
+    packed_params(CONFIG, random_params(CONFIG, mesh))  # skips where there are no kernels
+    assert calls(SERVED.with_kernels("cpu", mesh), mesh) == CALLS
+    assert calls(SERVED.with_kernels("reference", mesh), mesh) == set()
+    assert calls(SERVED, mesh) == set(), "nothing is chosen where nobody chose"
+
+
+@pytest.mark.parametrize("name, call", [("norm", "rms_norm"), ("rotary", "rotate_pairs"), ("gated", "gated_product")])
+def test_each_operation_heeds_its_own(name: str, call: str, mesh: Mesh) -> None:
+    """Where a kernel of one operation can't run, the others still do."""
+    packed_params(CONFIG, random_params(CONFIG, mesh))
+    kernels = dataclasses.replace(SERVED.with_kernels("cpu", mesh).execution.kernels, **{name: "reference"})
+    served = dataclasses.replace(SERVED, execution=Execution(kernels=kernels))
+    assert calls(served, mesh) == CALLS - {call}
+
+
+def test_an_engine_of_two_devices_refuses_kernels_for_one() -> None:
+    """It would otherwise be slower than what was asked for, and nobody would know."""
+    mesh = build_mesh(MeshShape(tp=2))
+    assert SERVED.with_kernels("auto", mesh) == SERVED
+    with pytest.raises(ConfigError, match="kernels=cpu can't compute linear: it runs on one device, and there are 2"):
+        SERVED.with_kernels("cpu", mesh)

@@ -1,0 +1,111 @@
+"""What is asked becomes the engine's request: what it leaves open is as the model's makers recommend, and what can't
+work is refused by name, for every front end alike."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isthmus.errors import InvalidRequest
+from isthmus.model.text.chat import ChatTemplate
+from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.weights.folder import GenerationDefaults
+from isthmus.serve.prepare.request import MAX_MESSAGES, MAX_STOP_TOKENS, Preparation, detokenized, tokenized
+from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
+from tests.model.weights.huggingface.folders import write_tokenizer
+
+RECOMMENDED = GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
+A = TextPrompt("a")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    write_tokenizer(tmp_path)
+    return Tokenizer.load(tmp_path / "tokenizer.json")
+
+
+@pytest.fixture
+def preparation(tokenizer: Tokenizer) -> Preparation:
+    chat = ChatTemplate("{% for m in messages %}{{ m.role ~ m.content }}{% endfor %}{{ shout | upper }}")
+    return Preparation(tokenizer, chat, RECOMMENDED, 64)
+
+
+def test_recommended_sampling_fills_what_is_absent(preparation: Preparation, tokenizer: Tokenizer) -> None:
+    """A reasoning model at temperature 1 without top_k talks nonsense, and nobody knows why."""
+    plain = preparation.request(Question(A)).sampling
+    assert (plain.temperature, plain.top_p, plain.top_k, plain.min_p) == (0.6, 0.95, 20, 0.0)
+    asked = preparation.request(Question(A, SamplingParams(temperature=0.0, top_k=0))).sampling
+    assert (asked.temperature, asked.top_p, asked.top_k) == (0.0, 0.95, 0)
+    nothing = Preparation(tokenizer, None, GenerationDefaults(), 64).request(Question(A)).sampling
+    assert (nothing.temperature, nothing.top_p, nothing.top_k) == (1.0, 1.0, 0)
+
+
+def test_a_token_without_an_embedding_is_refused(preparation: Preparation, tokenizer: Tokenizer) -> None:
+    """Gemma 3's tokenizer spells one more token than the model has: it would read another token's row."""
+    (top,) = tokenizer.encode("a")
+    tokenizer.vocab_size = top
+    with pytest.raises(InvalidRequest, match=f"spells the token {top}"):
+        preparation.request(Question(A))
+
+
+def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
+    """Without max_tokens a text must end somewhere, and fit."""
+    assert preparation.request(Question(TokenPrompt([1] * 60))).max_tokens == 4
+    assert preparation.request(Question(A)).max_tokens == 63
+    assert preparation.request(Question(A, SamplingParams(max_tokens=7))).max_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "prompt, sampling, field",
+    [
+        (TextPrompt(""), {}, "prompt"),
+        (TextPrompt("a" * 1000), {}, "prompt"),
+        (TokenPrompt([]), {}, "prompt"),
+        (TokenPrompt([1] * 64), {}, "prompt"),
+        (TokenPrompt([1, 2, 90]), {}, "prompt[2]"),
+        (TokenPrompt([1, -1]), {}, "prompt[1]"),
+        (TokenPrompt([1 << 70]), {}, "prompt"),
+        (Conversation([]), {}, "messages"),
+        (Conversation([{"role": "user"}] * (MAX_MESSAGES + 1)), {}, "messages"),
+        (Conversation([{"role": "user"}, {"content": "a"}]), {}, "messages[1].role"),
+        (Conversation([{"role": "user", "contents": "a"}]), {}, "messages[0]"),
+        (Conversation([{"role": "user", "content": 3}]), {}, "messages[0].content"),
+        (Conversation([{"role": "user"}], {"shout": object()}), {}, "chat_template"),
+        (A, {"temperature": math.nan}, "temperature"),
+        (A, {"temperature": -1}, "temperature"),
+        (A, {"top_p": 0.0}, "top_p"),
+        (A, {"min_p": 1.5}, "min_p"),
+        (A, {"top_k": -1}, "top_k"),
+        (A, {"top_k": 1 << 31}, "top_k"),
+        (A, {"seed": -1}, "seed"),
+        (A, {"seed": 1 << 64}, "seed"),
+        (A, {"stop_token_ids": [0, 90]}, "stop_token_ids[1]"),
+        (A, {"stop_token_ids": [0] * (MAX_STOP_TOKENS + 1)}, "stop_token_ids"),
+    ],
+)
+def test_what_can_not_work_is_named(preparation: Preparation, prompt: Any, sampling: Any, field: str) -> None:
+    """A typo costs an afternoon, or a number that fits no word ends the engine."""
+    with pytest.raises(InvalidRequest) as refused:
+        preparation.request(Question(prompt, SamplingParams(**sampling)))
+    assert refused.value.field == field
+
+
+def test_a_model_without_a_template_says_so(tokenizer: Tokenizer) -> None:
+    """A base model would be asked in some form that nobody chose."""
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        Preparation(tokenizer, None, RECOMMENDED, 64).request(Question(Conversation([{"role": "user"}])))
+
+
+def test_a_text_for_its_own_sake(tokenizer: Tokenizer) -> None:
+    """Both directions name what is wrong."""
+    assert detokenized(tokenizer, tokenized(tokenizer, "abc")) == "abc"
+    for call, field in (
+        (lambda: tokenized(tokenizer, ""), "text"),
+        (lambda: detokenized(tokenizer, [1, -2]), "token_ids[1]"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            call()
+        assert refused.value.field == field
