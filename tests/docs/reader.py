@@ -20,7 +20,7 @@ from isthmus.model.text.tokenizer import END_OF_TEXT
 from tests.docs.pages import Block, statements
 from tests.serve.api.harness import CHAT_TEMPLATE, save_model, train_tokenizer, varied_params
 
-PATIENCE = 240.0
+PATIENCE = 600.0
 """Seconds that anything may take before a test calls it stuck."""
 PORT = "50051"
 """The port that pages use, as it is the default; each reader has one of their own instead."""
