@@ -61,8 +61,9 @@ def main(text: Path, out: Path, steps: int = 200, shape: str = "") -> None:
         data = batches(np.array(tokenizer.encode(corpus), np.int32), seed=0)
         for number, batch in zip(range(1, steps + 1), data, strict=False):
             params, state, value = step(params, state, jax.device_put(batch, named_sharding(mesh, "batch", None)))
+            value.block_until_ready()
             if number % 20 == 0 or number == steps:
-                print(f"step {number}: {float(value):.3f} nats a token")
+                print(f"step {number}: {value:.3f} nats a token")
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.json")
     tokenizer.save(out / "tokenizer.json")
