@@ -14,7 +14,7 @@ from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, Receiver, Thread
 
 
 def output(receiver: Receiver, *, last: bool = False) -> Output:
-    request = Request("r", [1], Sampling(), 8, handle=receiver)
+    request = Request("r", [1], Sampling(), 8, reply_to=receiver)
     return Output(request, 5, FinishReason.LENGTH if last else None)
 
 
