@@ -57,66 +57,75 @@ class SeenStep:
     """How many of those have ended until now"""
 
 
+class _Watch:
+    """One run of requests, as the engine's thread sees it. Its state is its own, because the run before may hear of its
+    cancelled requests in this one's time."""
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[Request], streams: int, enough: Callable[[list[SeenStep]], bool]
+    ) -> None:
+        self._engine, self._own, self._enough = engine, set(requests), enough
+        self._waiting = deque(requests[streams:])
+        self._begun: set[Request] = set()
+        self._ended = 0
+        self.seen: list[SeenStep] = []
+        self.error: str | None = None
+        self.done = threading.Event()
+
+    def take(self, outputs: list[Output]) -> None:
+        """Notes a step; submits a waiting request for each that ended."""
+        now = time.perf_counter()
+        outputs = [output for output in outputs if output.request in self._own]
+        if not outputs or self.done.is_set():
+            return
+        drawn = [output.request for output in outputs if output.token is not None]
+        ended = [output.finish_reason for output in outputs if output.finish_reason is not None]
+        for _ in ended[: len(self._waiting)]:
+            self._engine.submit(self._waiting.popleft())
+        self._begun.update(drawn)
+        self._ended += len(ended)
+        times = dataclasses.replace(self._engine.times)
+        self.seen.append(SeenStep(now, time.thread_time(), times, len(drawn), len(self._begun), self._ended))
+        if any(reason in FAILED for reason in ended):
+            self.error = "a request failed"
+        if self.error or self._enough(self.seen):
+            self.done.set()
+
+
 class Driver:
     """An engine without a server, which does one thing at a time."""
 
     def __init__(self, build: Callable[[Sink], Engine]) -> None:
         """build: makes the engine, not started yet, with the sink that it is given."""
         self.engine = build(self._take)
-        self._started = False
+        self._watch: _Watch | None = None
         self._questions = 0
-        self._watch((), lambda seen: True)
-
-    def _watch(self, requests: Sequence[Request], enough: Callable[[list[SeenStep]], bool]) -> None:
-        self._own, self._enough = set(requests), enough
-        self._waiting: deque[Request] = deque()
-        self._seen: list[SeenStep] = []
-        self._begun: set[Request] = set()
-        self._ended = 0
-        self._error: str | None = None
-        self._done = threading.Event()
 
     def _take(self, outputs: list[Output]) -> None:
-        """On the engine's thread. The last run's requests are heard to be cancelled in this one's time."""
-        outputs = [output for output in outputs if output.request in self._own]
-        if not outputs or self._done.is_set():
-            return
-        now, drawn = time.perf_counter(), [output.request for output in outputs if output.token is not None]
-        if any(output.finish_reason in FAILED for output in outputs):
-            self._error = "a request failed"
-        for _ in (output for output in outputs if output.finish_reason is not None):
-            self._ended += 1
-            if self._waiting:
-                self.engine.submit(self._waiting.popleft())
-        self._begun.update(drawn)
-        times = dataclasses.replace(self.engine.times)
-        step = SeenStep(now, time.thread_time(), times, len(drawn), len(self._begun), self._ended)
-        self._seen.append(step)
-        if self._error or self._enough(self._seen):
-            self._done.set()
+        if (watch := self._watch) is not None:
+            watch.take(outputs)
 
     def run(
         self, requests: Sequence[Request], streams: int, enough: Callable[[list[SeenStep]], bool]
     ) -> list[SeenStep]:
         """Runs requests, `streams` of them in flight, until what was seen is enough; cancels what is left then. Nothing
         is in flight afterwards. Raises RuntimeError when the engine died or a request failed."""
-        self._watch(requests, enough)
-        self._waiting.extend(requests[streams:])
+        first, self._watch = self._watch is None, _Watch(self.engine, requests, streams, enough)
+        watch = self._watch
         for request in requests[:streams]:
             self.engine.submit(request)
-        if not self._started:  # only now, so that its first step admits them all
-            self._started = True
+        if first:  # only now, so that the engine's first step admits them all
             self.engine.start()
-        while not self._done.wait(0.1):
+        while not watch.done.wait(0.1):
             if not self.engine.alive:
                 raise RuntimeError(f"the engine died: {self.engine.error}")
         for request in requests:
             self.engine.cancel(request)
         while self.engine.in_flight:
             time.sleep(0.001)
-        if self._error:
-            raise RuntimeError(self._error)
-        return self._seen
+        if watch.error:
+            raise RuntimeError(watch.error)
+        return watch.seen
 
     def steps(self, prompts: list[list[int]], steps: int, longest: int) -> list[float]:
         """When every prompt had its first token, and when each of `steps` steps after that was known. Greedy, past any

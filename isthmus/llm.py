@@ -160,7 +160,7 @@ class LLM(Model):
 
     def _submitted(self, request: Request, receiver: ThreadEnd | ThreadStream | LoopEnd | LoopStream) -> Request:
         self._check_open()
-        request.handle = receiver
+        request.reply_to = receiver
         self._engine.submit(request)
         return request
 
@@ -171,7 +171,7 @@ class _Begun:
     def __init__(self, llm: LLM, request: Request, timeout: float | None) -> None:
         self._llm, self._request, self._timeout = llm, request, timeout
         self._deadline = _deadline(timeout)
-        self._end: ThreadEnd = request.handle
+        self._end: ThreadEnd = request.reply_to
 
     def result(self) -> Completion:
         try:

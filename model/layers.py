@@ -159,7 +159,7 @@ class Attention(nnx.Module):
         self.sinks = parameter(rngs, (config.heads,), ("heads",), Role.VECTOR) if config.attention_sinks else None
         self.scale = config.attention_scale or config.head_dim**-0.5
         self.soft_cap = config.attention_soft_cap
-        self.whole, self.kernels = config.qk_norm == "projection", kernels
+        self.norms_projection, self.kernels = config.qk_norm == "projection", kernels
 
     @staticmethod
     def _norm(config: ModelConfig, heads: int, kernels: Kernels, rngs: nnx.Rngs) -> RMSNorm | None:
@@ -172,7 +172,7 @@ class Attention(nnx.Module):
     def _normalize(self, norm: RMSNorm | None, x: jax.Array) -> jax.Array:
         if norm is None:
             return x
-        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.whole else norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.norms_projection else norm(x)
 
     def __call__(
         self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache

@@ -19,20 +19,20 @@ Angles = dict[str, tuple[jax.Array, jax.Array]]
 """For each LayerKind.rope that occurs: cos, and sin negated in its first half, float32[..., 1, rotated dimensions]"""
 
 
-def rotary_angles(config: ModelConfig, positions: jax.Array, long: jax.Array | None = None) -> Angles:
+def rotary_angles(config: ModelConfig, positions: jax.Array, uses_long_rope: jax.Array | None = None) -> Angles:
     """The angles of tokens at int32 positions [...].
 
-    long: bool[...], whether each token is part of a sequence of more than rope_scaling.original_context tokens; None
-    means that no token is. Only longrope reads it.
+    uses_long_rope: bool[...], whether each token is part of a sequence of more than rope_scaling.original_context
+    tokens; None means that no token is. Only longrope reads it.
     """
     angles: Angles = {}
     for kind in sorted({kind.rope for kind in config.layer_kinds} - {"none"}):
         scaling = config.rope_scaling if kind == "global" else RopeScaling()
         theta = config.rope_theta if kind == "global" else config.local_rope_theta
         frequency = jnp.asarray(frequencies(theta, config.rotated, scaling, "short"))
-        if scaling.kind == "longrope" and long is not None:
+        if scaling.kind == "longrope" and uses_long_rope is not None:
             stretched = jnp.asarray(frequencies(theta, config.rotated, scaling, "long"))
-            frequency = jnp.where(long[..., None, None], stretched, frequency)
+            frequency = jnp.where(uses_long_rope[..., None, None], stretched, frequency)
         angle = positions[..., None, None].astype(jnp.float32) * frequency
         cos, sin = (part * jnp.float32(scaling.attention_factor) for part in (jnp.cos(angle), jnp.sin(angle)))
         angles[kind] = (jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))

@@ -59,13 +59,13 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         attend: Attend,
         cache: Cache,
-        long: jax.Array | None = None,
+        uses_long_rope: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns the hidden states before the head, [..., dim], and the cache as `attend` left it.
 
-        tokens, positions: int32[...]. long: as in `rotary_angles`.
+        tokens, positions: int32[...]. uses_long_rope: as in `rotary_angles`.
         """
-        hidden, cache, _ = self.run(tokens, positions, attend, cache, long)
+        hidden, cache, _ = self.run(tokens, positions, attend, cache, uses_long_rope)
         return hidden, cache
 
     def run(
@@ -74,7 +74,7 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         attend: Attend,
         cache: Cache,
-        long: jax.Array | None = None,
+        uses_long_rope: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """As a call, and also returns how many tokens each expert got, float32[sparse layers, experts]."""
         config = self.config
@@ -82,7 +82,7 @@ class Transformer(nnx.Module):
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, self.execution.dtype).astype(STREAM)
         x = shard(x, "residual")
-        x, cache, loads = self._run_blocks(x, rotary_angles(config, positions, long), attend, cache)
+        x, cache, loads = self._run_blocks(x, rotary_angles(config, positions, uses_long_rope), attend, cache)
         return self.norm(x), cache, jnp.concatenate(loads)
 
     def _run_blocks(

@@ -79,8 +79,8 @@ def loss_sum(config: ModelConfig, execution: Execution, params: Params, batch: B
     and the experts' load, float32[sparse layers, experts]."""
     model = bind(config, execution, params)
     attend = packed_attention(batch.segments, execution.kernels.attention)
-    long = long_sequences(config, batch)
-    hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, long)
+    uses_long_rope = long_sequences(config, batch)
+    hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, uses_long_rope)
     losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
     return (losses * batch.weights).sum(), load
 

@@ -22,18 +22,19 @@ RUN = 32
 class Quantized:
     """A matrix [inputs, outputs] whose numbers are small integers times a scale.
 
-    Of each output, every `group` inputs share a scale; the last group may be shorter. If `rotated`, the integers are
-    those of the matrix with each `block` of its inputs turned by a Hadamard matrix: outliers are spread over the block,
-    so that the scale fits all of it, and so are those of the activations that are multiplied by it (as QuaRot does with
-    whole rows: Ashkboos et al. 2024, arXiv 2404.00456).
+    In the column of an output, every `group` inputs share a scale; the last group may be shorter. If `rotated`, the
+    integers are those of the matrix with each `block` of its inputs turned by a Hadamard matrix: outliers are spread
+    over the block, so that the scale fits all of it, and so are those of the activations that are multiplied by it (as
+    QuaRot does with whole rows: Ashkboos et al. 2024, arXiv 2404.00456).
     """
 
     values: jax.Array
     """uint8[runs * 4 * bits, outputs]: for every 32 inputs, the last of them filled up with zeros, 4 * bits rows.
 
-    An integer is kept with 2^(bits - 1) added. Of 8 bits, a row is an input. Of fewer, 16 rows hold the low four bits:
-    row 4 * a + b has input 8 * a + b in its low half and input 8 * a + b + 4 in its high half. The other rows hold the
-    bits above: of input 4 * c + d, bit c of row d (5 bits), or two bits from 2 * (c % 4) of row 4 * (c // 4) + d (6).
+    An integer is kept with 2^(bits - 1) added. With 8 bits, a row is an input. With fewer, 16 rows hold the low four
+    bits: row 4 * a + b has input 8 * a + b in its low half and input 8 * a + b + 4 in its high half. The other rows
+    hold the bits above: those of input 4 * c + d are bit c of row d (5 bits), or the two bits from 2 * (c % 4) of row
+    4 * (c // 4) + d (6 bits).
     """
     scales: jax.Array
     """bfloat16 or float16[groups, outputs]"""
@@ -90,7 +91,7 @@ def runs_of(inputs: int, group: int, *, rotated: bool) -> int:
 def shapes(
     bits: Bits, group: int, inputs: int, outputs: int, *, rotated: bool
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of a Quantized's values and scales."""
+    """The shapes of a Quantized's values and scales."""
     rows = runs_of(inputs, group, rotated=rotated) * 4 * bits
     return (rows, outputs), (math.ceil(inputs / group), outputs)
 
@@ -131,7 +132,7 @@ def from_integers(integers: jax.Array, scales: jax.Array, bits: Bits, group: int
 
 
 def as_bytes(integers: jax.Array, bits: Bits) -> jax.Array:
-    """The inverse of _integers."""
+    """uint8[runs * 4 * bits, outputs], as `Quantized.values`, of int8[padded inputs, outputs]."""
     outputs = integers.shape[1]
     numbers = (integers.astype(jnp.int16) + 2 ** (bits - 1)).astype(jnp.uint8)
     if bits != 8:

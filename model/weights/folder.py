@@ -30,8 +30,8 @@ from isthmus.model.weights.huggingface.coded.files import open_tensors
 from isthmus.model.weights.huggingface.families import Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
-from isthmus.model.weights.huggingface.load import PublishedSource, check_size, whole_matrices
-from isthmus.model.weights.huggingface.whole import Kept
+from isthmus.model.weights.huggingface.integers import Kept
+from isthmus.model.weights.huggingface.load import PublishedSource, check_size, integer_matrices
 from isthmus.model.weights.load import OnProgress, Source, Transform, load_params
 from isthmus.model.weights.lora import Adapter, AdapterSource, Merge
 from isthmus.model.weights.quantization import Quantize, formats, rules_for
@@ -71,7 +71,7 @@ class ModelFolder:
     quantize: tuple[str, ...] = ()
     """The rules by which matrices are quantized when they are loaded. Matrices that are already integers are not
     affected"""
-    whole: Mapping[str, Kept] = field(default_factory=dict)
+    kept_integers: Mapping[str, Kept] = field(default_factory=dict)
     """The matrices of a published folder that keep the integers of its files. `quantize` has rules for them as well"""
     execution: Execution = DEFAULT_EXECUTION
     """How the model is to be computed, which the folder doesn't say"""
@@ -107,7 +107,7 @@ class ModelFolder:
     def remarks(self) -> tuple[str, ...]:
         """What the user should be told: the warnings, and how matrices that are not stored as plain numbers are
         handled."""
-        whole = {kept.name for kept in self.whole.values()}
+        whole = {kept.name for kept in self.kept_integers.values()}
         said = None if self.weights is None else self.weights.described(whole)
         return self.warnings if said is None else (*self.warnings, f"{self.source}: {said}")
 
@@ -117,12 +117,12 @@ class ModelFolder:
         if self.family is None or self.weights is None or self.adapter is not None:
             return dataclasses.replace(self, quantize=rules)
         wanted = formats(self.config, rules)
-        found = whole_matrices(self.weights, self.family, self.config)
-        whole = {
-            path: kept for path, kept in found.items() if path not in wanted or wanted[path].bits >= kept.exact.bits
+        found = integer_matrices(self.weights, self.family, self.config)
+        kept = {
+            path: each for path, each in found.items() if path not in wanted or wanted[path].bits >= each.exact.bits
         }
-        kinds = rules_for({path: kept.kind for path, kept in whole.items()})
-        return dataclasses.replace(self, quantize=(*kinds, *rules), whole=whole)
+        kinds = rules_for({path: each.kind for path, each in kept.items()})
+        return dataclasses.replace(self, quantize=(*kinds, *rules), kept_integers=kept)
 
     def with_config(self, **changes: Any) -> ModelFolder:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
@@ -171,7 +171,7 @@ class ModelFolder:
         config = dataclasses.replace(self.config, lora=LoraConfig()) if self.factors is not None else self.config
         if self.family is None or self.weights is None:
             return CheckpointSource(self.path, config, mesh)
-        return PublishedSource(self.weights, self.family, config, mesh, self.whole)
+        return PublishedSource(self.weights, self.family, config, mesh, self.kept_integers)
 
 
 def open_folder(path: Path, options: FolderOptions | None = None) -> ModelFolder:

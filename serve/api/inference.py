@@ -70,7 +70,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _submitted(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Request]:
-        """The request in the engine; its handle is a LoopStream. A call that ends before its request cancels it."""
+        """The request in the engine; its reply_to is a LoopStream. A call that ends before its request cancels it."""
         engine = await self._session.ready_engine(context)
         preparation = Preparation.of(self._session.model, engine.config.context_length)
         program = message.HasField("messages")  # a chat template: it may take a second over a short text
@@ -91,7 +91,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _deltas(self, message: pb.GenerateRequest, ours: Request) -> AsyncIterator[Delta]:
         """What the engine gives, several steps at once when the client is slow."""
         with_text = message.output.text if message.output.HasField("text") else True
-        answer, outputs = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.handle
+        answer, outputs = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.reply_to
         assert isinstance(outputs, LoopStream)
         ended = False
         while not ended:

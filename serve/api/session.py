@@ -47,10 +47,10 @@ class Session:
         return self.engine
 
     def submit(self, request: Request) -> None:
-        """Hands a request to the engine, which must be ready; its outputs come through its handle. Called on the loop.
-        Raises RequestError where it isn't taken."""
+        """Hands a request to the engine, which must be ready; its outputs come through its reply_to. Called on the
+        loop. Raises RequestError where it isn't taken."""
         assert self.engine is not None
-        request.handle = LoopStream()
+        request.reply_to = LoopStream()
         if self.stalled:
             raise Unavailable(f"the engine's step has taken {self.engine.busy_seconds:.0f} s and hasn't ended")
         self.engine.submit(request)

@@ -113,8 +113,8 @@ def forward(
     # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
     tokens = jnp.where(arrays.positions < 0, model.config.vocab_size, arrays.tokens)
     attend = paged_attention(engine, bucket, arrays, model.execution.kernels.paged_attention)
-    long = arrays.long[sequence_of_token(bucket)] > 0
-    return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+    uses_long_rope = arrays.uses_long_rope[sequence_of_token(bucket)] > 0
+    return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, uses_long_rope)
 
 
 def engine_step(

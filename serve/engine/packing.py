@@ -103,7 +103,7 @@ class Packer:
         arrays.positions[:count] = [work.start for work in singles]
         arrays.row_slot[:count] = slots
         arrays.tables[:count] = self.tables[slots]
-        arrays.long[:count] = [request.long for request in requests]
+        arrays.uses_long_rope[:count] = [request.uses_long_rope for request in requests]
         return [(row, row, work.request) for row, work in enumerate(singles) if work.draws]
 
     def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:
@@ -114,7 +114,7 @@ class Packer:
             arrays.tokens[first : first + count] = work.request.tokens[start : start + count]
             arrays.positions[first : first + count] = np.arange(start, start + count)
             arrays.tables[rows + block] = self.tables[work.request.slot]
-            arrays.long[rows + block] = work.request.long
+            arrays.uses_long_rope[rows + block] = work.request.uses_long_rope
             block, last = block + 1, first + count - 1
         return block, last
 
@@ -128,4 +128,4 @@ class Packer:
         for part, words in zip(arrays[SAMPLING], self.sampling[slots].T, strict=True):
             part[rows] = words
         for _, _, request in draws:
-            request.unread += 1
+            request.tokens_in_flight += 1

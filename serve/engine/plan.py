@@ -29,7 +29,7 @@ class PlanArrays(NamedTuple):
     """int32[tokens]: in its sequence, or PADDING"""
     tables: Any
     """int32[rows + blocks, pages a sequence]: the pages of the sequence that a row or block belongs to"""
-    long: Any
+    uses_long_rope: Any
     """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
     sample_token: Any
     """int32[samples]: index on the token axis of the last known token"""

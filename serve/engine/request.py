@@ -43,18 +43,18 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     """Without any it goes on past the end of the text"""
-    handle: Any = None
-    """The front end's own"""
+    reply_to: Any = None
+    """Who its outputs are for; the engine leaves it alone"""
     arrival: float = field(default_factory=time.perf_counter)
 
     tokens: list[int] = field(init=False)
     """Prompt and what was drawn, as far as the host knows"""
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
-    unread: int = field(default=0, init=False)
+    tokens_in_flight: int = field(default=0, init=False)
     """Tokens drawn by launched steps and not read yet: at most 1, and 2 between a plan and the commit before it"""
-    long: bool = field(default=False, init=False)
-    """Computed with the frequencies of a sequence past the model's rope_switch"""
+    uses_long_rope: bool = field(default=False, init=False)
+    """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
     slot: int = field(default=-1, init=False)
     pages: list[int] = field(default_factory=list, init=False)
     registered: int = field(default=0, init=False)
@@ -77,7 +77,7 @@ class Request:
     @property
     def length(self) -> int:
         """Tokens of the sequence, the one not read yet included."""
-        return len(self.tokens) + self.unread
+        return len(self.tokens) + self.tokens_in_flight
 
     @property
     def completion(self) -> list[int]:

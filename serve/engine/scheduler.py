@@ -119,7 +119,7 @@ class Scheduler:
         count = self._next_count(request, step)
         if count == 0:
             return None
-        if self._is_long(request) != request.long:
+        if self._is_long(request) != request.uses_long_rope:
             return request  # what it has computed turned by the short frequencies
         if not self._grow(request, request.computed + count):
             return self.running[-1]  # the newest: perhaps this one
@@ -129,7 +129,7 @@ class Scheduler:
     def _next_count(self, request: Request, step: Step) -> int:
         """Tokens that the step has room to compute for `request`."""
         missing = request.length - request.computed
-        if missing == 0 or (request.unread and not request.may_grow):
+        if missing == 0 or (request.tokens_in_flight and not request.may_grow):
             return 0
         if missing == 1 and request.computed >= len(request.prompt):
             return 1
@@ -170,9 +170,9 @@ class Scheduler:
         return 0 < self._rope_switch < request.length
 
     def _choose_frequencies(self, request: Request) -> None:
-        long = self._is_long(request)
-        if long != request.long:
-            request.long, request.page_keys = long, []
+        uses_long_rope = self._is_long(request)
+        if uses_long_rope != request.uses_long_rope:
+            request.uses_long_rope, request.page_keys = uses_long_rope, []
 
     def _cached_pages(self, request: Request) -> list[int]:
         """Pages of the request's longest cached prefix, on the block grid and short of its last token."""
@@ -188,7 +188,7 @@ class Scheduler:
         """Keys of all full pages of known tokens."""
         size = self.config.page_size
         for page in range(len(request.page_keys), len(request.tokens) // size):
-            parent = request.page_keys[-1] if request.page_keys else b"long" if request.long else b""
+            parent = request.page_keys[-1] if request.page_keys else b"long" if request.uses_long_rope else b""
             request.page_keys.append(page_key(parent, request.tokens[page * size : (page + 1) * size]))
 
     def _start(self, request: Request, hit: list[int], words: np.ndarray) -> None:
@@ -258,7 +258,7 @@ class Scheduler:
         for row, request in plan.samples:
             if request.finish_reason is not None:  # it ended while the step ran
                 continue
-            request.unread -= 1
+            request.tokens_in_flight -= 1
             try:
                 outputs.append(self._take(request, int(drawn[row])))
             except Exception as error:
@@ -314,7 +314,7 @@ class Scheduler:
         self.check_holders()
         for request in self.running:
             assert request.finish_reason is None and request.slot >= 0
-            assert request.computed <= request.length and 0 <= request.unread <= 1
+            assert request.computed <= request.length and 0 <= request.tokens_in_flight <= 1
             assert len(request.pages) >= self._pages_for(request.computed), f"{request.id} computes without pages"
         for request in self.waiting:
             assert not request.pages and request.slot < 0 and request.computed == 0

@@ -89,5 +89,5 @@ def _plan(bucket: Bucket, engine: EngineConfig, tokens: np.ndarray, rope_switch:
     arrays.tokens[prompt] = tokens
     arrays.positions[prompt] = np.arange(len(tokens))
     arrays.tables[bucket.rows :] = 1 + np.arange(engine.pages_per_sequence)
-    arrays.long[bucket.rows :] = 0 < rope_switch < len(tokens)
+    arrays.uses_long_rope[bucket.rows :] = 0 < rope_switch < len(tokens)
     return packed

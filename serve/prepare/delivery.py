@@ -1,5 +1,5 @@
 """How outputs travel from the engine's thread to whoever waits for them: on a thread of its own, or on an event loop,
-which is woken once a step. A request's `handle` is one of these receivers, and the engine's sink is `deliver`."""
+which is woken once a step. A request's `reply_to` is one of these receivers, and the engine's sink is `deliver`."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def deliver(outputs: list[Output]) -> None:
     """Called on the engine's thread with what a step gave; one wake-up a step of each loop that has a part in it."""
     batches: dict[asyncio.AbstractEventLoop, list[Output]] = {}
     for output in outputs:
-        receiver: Receiver = output.request.handle
+        receiver: Receiver = output.request.reply_to
         if output.finish_reason is None and not receiver.streams:
             continue
         if receiver.loop is None:
@@ -121,4 +121,4 @@ def deliver(outputs: list[Output]) -> None:
 
 def _put(outputs: list[Output]) -> None:
     for output in outputs:
-        output.request.handle.put_nowait(output)
+        output.request.reply_to.put_nowait(output)

@@ -213,6 +213,8 @@ def test_the_settings_of_a_run_come_back_as_they_were(tmp_path: Path, interrupte
         (["--mesh", "tp=2"], "mesh"),
         (["--mesh", "dp=8"], "dp"),
         (["--preset", "900b"], "preset"),
+        (["--kernels", "cpu"], "kernels=cpu can't compute linear: it has no gradient"),
+        (["--kernels", "fast"], "kernels=fast"),
         (["/nowhere/at/all.txt"], "/nowhere/at/all.txt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -222,8 +222,8 @@ def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
         return sum(array.nbytes for array in jax.live_arrays())
 
     before, taken = held(), []
-    for kernels in (True, False):
-        with open_model(engine=EngineConfig(max_sequences=1, prefill_tokens=32, kernels=kernels)) as llm:
+    for kernels in ("auto", "reference"):
+        with open_model(engine=EngineConfig(max_sequences=1, prefill_tokens=32), kernels=kernels) as llm:
             assert llm.generate(PROMPT, DRAWN).text
             taken.append(held() - before)
         assert held() == before

@@ -53,8 +53,8 @@ def batch_of(tokens: Any, lengths: Any) -> Batch:
 def _logits(config: ModelConfig) -> Any:
     def run(params: Params, batch: Batch) -> jax.Array:
         model = bind(config, Execution(scan_layers=any(map(is_stacked, params))), params)
-        attend, long = packed_attention(batch.segments), long_sequences(config, batch)
-        hidden, _ = model(batch.tokens, batch.positions, attend, None, long)
+        attend, uses_long_rope = packed_attention(batch.segments), long_sequences(config, batch)
+        hidden, _ = model(batch.tokens, batch.positions, attend, None, uses_long_rope)
         return model.logits(hidden)
 
     return jax.jit(run)
@@ -99,7 +99,7 @@ def run_logged(
 ) -> Iterator[tuple]:
     """Runs `requests` through scheduler and paged attention; yields (request, position, logits) of every sample.
 
-    What is drawn is the next of the tokens in request.handle, as long as there are any, and the likeliest after that.
+    What is drawn is the next of the tokens in request.reply_to, as long as there are any, and the likeliest after that.
     """
     engine = engine_for(config)
     params = packed_params(config, params) if kernels == "auto" else params
@@ -108,9 +108,9 @@ def run_logged(
     def step(bucket: Bucket, params: Params, cache: PagedCache, packed: jax.Array) -> tuple[PagedCache, jax.Array]:
         arrays = split_plan(packed, bucket, engine.pages_per_sequence)
         model = bind(config, served.execution, params)
-        long = arrays.long[sequence_of_token(bucket)] > 0
+        uses_long_rope = arrays.uses_long_rope[sequence_of_token(bucket)] > 0
         attend = paged_attention(engine, bucket, arrays, served.execution.kernels.paged_attention)
-        hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, long)
+        hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, uses_long_rope)
         return cache, model.logits(hidden[arrays.sample_token])
 
     programs = {bucket: jax.jit(partial(step, bucket), donate_argnums=1) for bucket in engine.buckets}
@@ -127,8 +127,8 @@ def run_logged(
         drawn = rows.argmax(axis=1)
         for row, request in plan.samples:
             yield request, len(request.tokens) - 1, rows[row]
-            if len(request.tokens) < len(request.handle):
-                drawn[row] = request.handle[len(request.tokens)]
+            if len(request.tokens) < len(request.reply_to):
+                drawn[row] = request.reply_to[len(request.tokens)]
         scheduler.commit(plan, drawn)
         scheduler.check()
     assert scheduler.idle and scheduler.counters.preemptions > 0
@@ -147,16 +147,16 @@ def test_the_engine_computes_what_transformers_does(family: str, kernels: str, m
     for row, length in enumerate(want["lengths"]):
         tokens = want["tokens"][row, :length].tolist()
         for prompt in sorted({1, max(1, length // 3), max(1, length - 2)}):
-            requests.append(Request(f"{row}.{prompt}", tokens[:prompt], GREEDY, length - prompt + 1, handle=tokens))
+            requests.append(Request(f"{row}.{prompt}", tokens[:prompt], GREEDY, length - prompt + 1, reply_to=tokens))
     texts = [
-        Request(f"text {row}", want["prompts"][row, :length].tolist(), GREEDY, 64, handle=())
+        Request(f"text {row}", want["prompts"][row, :length].tolist(), GREEDY, 64, reply_to=())
         for row, length in enumerate(want["prompt_lengths"])
     ]
     seen: dict[str, dict[int, np.ndarray]] = {request.id: {} for request in requests + texts}
     for request, position, logits in run_logged(config, params, mesh, requests + texts, kernels):
         seen[request.id][position] = logits
     for request in requests:
-        row, length = int(request.id.split(".")[0]), len(request.handle)
+        row, length = int(request.id.split(".")[0]), len(request.reply_to)
         # While a sequence grows over longrope's switch it turns as a short one; transformers' row is whole, and long.
         at = [position for position in seen[request.id] if same_rope(config, position, length)]
         got = np.stack([seen[request.id][position] for position in at])

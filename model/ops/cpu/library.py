@@ -45,10 +45,10 @@ HANDLERS = (
     "rotate_pairs",
     "gated_product",
 )
-"""What the library exports, each the target "isthmus_NAME" of jax.ffi"""
+"""What the library exports; each is the target "isthmus_NAME" of jax.ffi."""
 COMPILERS = ("c++", "g++", "clang++")
 COMPILER_BYTES = 500 << 20
-"""Of memory that one compiler takes (measured: g++ 12, linear.cc: 476 MB)"""
+"""Bytes of memory that one compiler takes (measured: g++ 12, linear.cc: 476 MB)."""
 _NO_COMPILER = f"there is no C++ compiler ({', '.join(COMPILERS)}): install one, such as g++"
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
 
@@ -175,7 +175,7 @@ def load() -> Library:
 
 @cache
 def why_not() -> str | None:
-    """Why this process computes without the kernels; None: it has them."""
+    """Why this process can't have the kernels; None where it has them."""
     try:
         load()
     except KernelError as error:
@@ -205,7 +205,8 @@ def _build_somewhere() -> Library:
 
 
 def function(name: str) -> Any:
-    """One of ctypes', which is called from Python, and lets other threads go on. Raises KernelError."""
+    """A function of the library that is called from Python, through ctypes, and lets other threads go on. Raises
+    KernelError."""
     return getattr(_register(load()), name)
 
 
@@ -227,7 +228,7 @@ def find_compiler() -> str | None:
 
 @cache
 def _source_key() -> str:
-    """Of what a library is made from, but for the CPU and the compiler: they are this machine's."""
+    """A hash of what a library is made from, apart from the CPU and the compiler, which are this machine's."""
     key = hashlib.sha256(repr((FLAGS, jaxlib.__version__, platform.system(), platform.machine())).encode())
     for source in sorted((*SOURCES.glob("*.cc"), *SOURCES.glob("*.h"))):
         key.update(source.read_bytes())
@@ -236,8 +237,8 @@ def _source_key() -> str:
 
 @cache
 def _native_name() -> str:
-    """ "native" with keys of this CPU's abilities and of the compiler; without one, whatever made the library will
-    do."""
+    """ "native" with hashes of this CPU's abilities and of the compiler's version. Without a compiler the second is
+    left out: a library will do whichever compiler made it."""
     compiler = find_compiler()
     if compiler is None:
         return f"native_{_key(_cpu())}"
@@ -250,7 +251,7 @@ def _key(text: str) -> str:
 
 
 def _cpu() -> str:
-    """Model and abilities of the CPU."""
+    """The CPU's model and abilities, as Linux tells them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

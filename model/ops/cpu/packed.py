@@ -36,7 +36,7 @@ class Packed:
     lines: jax.Array
     """uint8[matrices, panels, lines, 64]"""
     scales: jax.Array | None
-    """Of integers: bfloat16 or float16[matrices, panels, groups, 16]"""
+    """What integers are multiplied by, bfloat16 or float16[matrices, panels, groups, 16]; None of other kinds"""
     index: jax.Array | None
     """int32[]: its place in the stack; None is the whole stack"""
     kind: Kind = field(metadata={"static": True})
@@ -44,13 +44,13 @@ class Packed:
     outputs: int = field(metadata={"static": True})
     group: int = field(default=0, metadata={"static": True})
     rotated: bool = field(default=False, metadata={"static": True})
-    """Of integers, as in Quantized"""
+    """Whether integers are turned, as in Quantized"""
     names: tuple[str, ...] = field(default=(), metadata={"static": True})
     """The names of the matrices, where this is a whole stack among a network's parameters"""
 
     @property
     def layout(self) -> tuple[str, int, int, bool]:
-        """What weights have in common that one call can multiply."""
+        """What weights must have in common for one call to multiply by them."""
         return (self.kind, self.lines.shape[2], self.group, self.rotated)
 
     def __getitem__(self, index: int) -> Packed:
@@ -82,8 +82,8 @@ def multiply(x: jax.Array, weights: Sequence[Packed], dtype: jax.typing.DTypeLik
 
     dtype: float32 or bfloat16, of the results, which are computed in float32.
 
-    A row's result depends on that row alone. Against integers, x is rounded to int8, by as many numbers of
-    a row as the weights' `block`.
+    A row's result depends on that row alone. Where the weights are integers, x is rounded to int8: as many numbers of a
+    row share a scale as `block_of` the weights' group says.
     """
     kind = weights[0].kind
     assert len({weight.layout for weight in weights}) == 1, [weight.layout for weight in weights]

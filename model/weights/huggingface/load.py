@@ -22,8 +22,8 @@ from isthmus.model.ops.linear import Weight
 from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights.huggingface.families import Family
 from isthmus.model.weights.huggingface.files import WeightFiles
+from isthmus.model.weights.huggingface.integers import Kept, kept_matrix, read_integers
 from isthmus.model.weights.huggingface.tensors import Piece, Table, as_stored
-from isthmus.model.weights.huggingface.whole import Kept, kept_matrix, read_whole
 from isthmus.model.weights.load import Read
 
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -82,8 +82,8 @@ class PublishedSource:
     family: Family
     config: ModelConfig
     mesh: Mesh
-    whole: Mapping[str, Kept] = field(default_factory=dict)
-    """The matrices that keep the integers of the files, as `whole_matrices` returns them"""
+    kept_integers: Mapping[str, Kept] = field(default_factory=dict)
+    """The matrices that keep the integers of the files, as `integer_matrices` returns them"""
 
     @property
     def nbytes(self) -> int:
@@ -105,8 +105,8 @@ class PublishedSource:
         for name in names:
             self.files.advise(name, mmap.MADV_WILLNEED)
         weight: Weight
-        if path in self.whole:
-            weight = read_whole(self.files, self.whole[path], self.mesh)
+        if path in self.kept_integers:
+            weight = read_integers(self.files, self.kept_integers[path], self.mesh)
         else:
             weight = _place(self.files, self.config, parts, leaf)
         for name in names:
@@ -114,7 +114,7 @@ class PublishedSource:
         return {path: weight}
 
 
-def whole_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[str, Kept]:
+def integer_matrices(files: WeightFiles, family: Family, config: ModelConfig) -> dict[str, Kept]:
     """The matrices that are published as integers and that one of our formats holds exactly, by their paths in the
     unstacked layout. Raises ConfigError."""
     found: dict[str, Kept] = {}

@@ -39,6 +39,15 @@ def test_a_context_that_was_cut_is(start_server: StartServer, monkeypatch: pytes
     assert MEMORY in text and "of the model's 4096 tokens" in text
 
 
+def test_the_kernels_that_run_are_told(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server without a compiler is several times slower than it could be, and its reference is said to be slow only
+    where kernels were wanted."""
+    text = said(start_server(engine=SMALL, kernels="reference"))
+    assert "kernels: reference\n" in text and "slower than it could be" not in text
+    text = said(start_server(engine=SMALL))
+    assert "kernels: cpu\n" in text or ("kernels: reference\n" in text and "slower than it could be, without" in text)
+
+
 def test_integers_made_while_loading_are_said_to_cost(start_server: StartServer) -> None:
     """And where it is measured how much: nothing here knows."""
     text = said(start_server(engine=SMALL, quantize="int8"))

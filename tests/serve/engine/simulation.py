@@ -266,7 +266,7 @@ class Simulation:
             if row not in rows:
                 assert arrays.sample_slot[row] == nobody, "a draw that nobody asked for is kept"
         for row, request in plan.samples:
-            assert arrays.sample_slot[row] == request.slot and request.unread in (1, 2)
+            assert arrays.sample_slot[row] == request.slot and request.tokens_in_flight in (1, 2)
             assert arrays.positions[arrays.sample_token[row]] == request.computed - 1 == request.length - 2
 
 

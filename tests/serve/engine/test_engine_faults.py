@@ -118,7 +118,7 @@ def test_closing_reads_the_step_in_flight(nth: int, executor: HookedExecutor) ->
     assert len(told) == sum(len(request.completion) for request in requests)
     # A step has room for one prompt: the first draws from the first step on, the second from the second.
     assert [len(request.completion) for request in requests] == [nth, nth - 1]
-    assert all(request.unread == 0 and request.finish_reason is FinishReason.CLOSED for request in requests)
+    assert all(request.tokens_in_flight == 0 and request.finish_reason is FinishReason.CLOSED for request in requests)
     assert client.ends() == {"a": 1, "b": 1}
 
 

@@ -134,7 +134,7 @@ def test_what_our_formats_hold_stays_integers(name: str, tp: int, tmp_path: Path
         want = gguf.dequantize(gguf.quantize(tensors[f"{stored}.weight"], kind), kind).T
         np.testing.assert_array_equal(held[path], want, err_msg=path)
     assert len(held) == 9
-    assert len(open_model(folder.source, "float32", quantize="int4").whole) == FEWER_BITS[name]
+    assert len(open_model(folder.source, "float32", quantize="int4").kept_integers) == FEWER_BITS[name]
 
 
 def wide_llama() -> tuple[dict[str, np.ndarray], dict[str, int]]:

@@ -47,7 +47,7 @@ def test_what_our_formats_hold_stays_integers(case: str, tp: int, tmp_path: Path
     mesh = build_mesh(MeshShape(tp=tp))
     folder, plain = write_coded(tmp_path / "model", "llama3", kind)
     model = served(folder)
-    assert len(model.whole) == count
+    assert len(model.kept_integers) == count
     said = f"{count} matrices stay integers" if count else "14 are turned back into floats as they are read"
     assert said in model.remarks[-1]
     params, wanted = model.load_params(mesh), loaded(write_plain(tmp_path / "plain", folder, plain), mesh)
@@ -74,7 +74,7 @@ def test_integers_that_are_served_fit_in_their_bits(mesh: Mesh, tmp_path: Path) 
     tensors[name] = np.full_like(tensors[name], 100)
     write_tensors(folder, tensors)
     model = served(folder)
-    assert model.whole
+    assert model.kept_integers
     with pytest.raises(ConfigError, match=rf"{name} holds integers outside -8\.\.7, .*damaged"):
         model.load_params(mesh)
 
@@ -84,10 +84,10 @@ def test_fused_and_reordered_matrices_stay_integers(mesh: Mesh, tmp_path: Path) 
     for family in ("phi3", "deepseek_v3"):
         folder, plain = write_coded(tmp_path / family, family, compressed(8, "channel", packed=False))
         model = served(folder)
-        assert len(model.whole) >= 8
+        assert len(model.kept_integers) >= 8
         other = loaded(write_plain(tmp_path / f"{family} plain", folder, plain), mesh)
         params = model.load_params(mesh)
-        for path in model.whole:
+        for path in model.kept_integers:
             assert isinstance(params[path], Quantized)
             expected = matrices(model.config)[path].as_matrix(other[path])
             np.testing.assert_array_equal(params[path].dequantize(), expected)
@@ -96,11 +96,13 @@ def test_fused_and_reordered_matrices_stay_integers(mesh: Mesh, tmp_path: Path) 
 def test_fewer_bits_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
     """--quantize never adds bits to what is integers already, and takes some from it."""
     folder, _ = write_coded(tmp_path / "int8", "llama3", compressed(8, "channel", packed=False))
-    assert len(served(folder, "int8").whole) == 14
-    assert len(served(folder, "int4").whole) == 0
+    assert len(served(folder, "int8").kept_integers) == 14
+    assert len(served(folder, "int4").kept_integers) == 0
     folder, _ = write_coded(tmp_path / "int4", "llama3", compressed(4, "group", group=32))
     for scheme in ("int8", "int4"):
         model = served(folder, scheme)
         chosen = formats(model.config, model.quantize)
-        assert len(model.whole) == 14 and {chosen[path] for path in model.whole} == {Format(4, 32, rotated=False)}
+        assert len(model.kept_integers) == 14 and {chosen[path] for path in model.kept_integers} == {
+            Format(4, 32, rotated=False)
+        }
         assert chosen["embedding"] == Format(8, 32)

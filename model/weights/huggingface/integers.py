@@ -63,7 +63,7 @@ def _transposed_by_xla(matrix: np.ndarray) -> jax.Array:
     return jnp.asarray(matrix) if matrix.flags.c_contiguous else jnp.asarray(np.ascontiguousarray(matrix.T)).T
 
 
-def read_whole(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
+def read_integers(files: WeightFiles, kept: Kept, mesh: Mesh) -> Quantized:
     """Reads the matrix, split along its outputs where their number is a multiple of the size of the mesh's axis tp.
     Raises ConfigError for scales that are not finite."""
     found = files.integers(kept.name)
