@@ -19,6 +19,7 @@ from isthmus.commands.main import main
 from isthmus.model.text.tokenizer import END_OF_TEXT
 from tests.docs.pages import Block, statements
 from tests.serve.api.harness import CHAT_TEMPLATE, save_model, train_tokenizer, varied_params
+from tests.support import narrowest_dtype
 
 PATIENCE = 600.0
 """Seconds that anything may take before a test calls it stuck."""
@@ -116,7 +117,8 @@ class Reader:
         return self._folder / "serve.log"
 
     def _typed(self, code: str) -> str:
-        for pattern, replacement in REPLACEMENTS:
+        """The code with what a test has no time for, what this jax can't compute in, and the port replaced."""
+        for pattern, replacement in (*REPLACEMENTS, ("dtype bfloat16", f"dtype {narrowest_dtype()}")):
             code = re.sub(pattern, replacement, code)
         return code.replace(PORT, str(self._port))
 
