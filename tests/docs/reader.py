@@ -36,7 +36,6 @@ REPLACEMENTS = (
     (r"--init (\S+)", r"--init \1 --steps 3 --batch 4 --text.seq 64"),
     (r"--steps \d\d+", "--steps 3"),
     (r"(isthmus train .*--mesh)", rf"{EIGHT_DEVICES} \1"),
-    (r"(--mesh \S+) --batch 64", r"\1 --batch 16"),
     (r"steps=\d+, batch=\d+", "steps=2, batch=1"),
     (r"(isthmus convert .*--quantize \S+)", r"\1 --windows 2 --calibration 2 --force"),
     (r"isthmus serve", "isthmus serve --port 50051 --engine.max-sequences 2 --engine.prefill-tokens 32"),
