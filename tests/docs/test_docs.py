@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tyro
-from _pytest.mark import ParameterSet
 
 from isthmus.commands.main import COMMANDS, main
 from tests.docs.pages import (
@@ -41,9 +40,8 @@ SLOW = ("docs/fine-tuning.md", "docs/many-devices.md", "docs/quantizing.md")
 OF_OTHER_PROGRAMS = {"--http2-prior-knowledge", "--protocol", "--local-dir"}
 
 
-def pages_that_run() -> list[ParameterSet]:
-    found = [page for page in pages() if any(block.language in RUN and not block.not_run for block in blocks(page))]
-    return [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in found]
+def runs(block: Block) -> bool:
+    return block.language in RUN and not block.not_run
 
 
 def all_blocks() -> list[Block]:
@@ -102,15 +100,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", pages_that_run())
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+        for page in pages()
+        if any(map(runs, blocks(page)))
+    ],
+)
 def test_a_page_does_what_it_says(page: str, files: Path, tmp_path: Path) -> None:
     """A reader who types a page from its first block to its last must meet no error."""
     (tmp_path / "programs").mkdir()
     folder = copy_of(files, tmp_path / "reader", MADE_BY_PAGE.get(page, ()))
     with reader(folder, tmp_path / "programs") as one:
-        for block in blocks(page):
-            if block.language in RUN and not block.not_run:
-                one.run(block)
+        for block in filter(runs, blocks(page)):
+            one.run(block)
 
 
 @pytest.mark.parametrize("block", [block for block in all_blocks() if block.language in ("sh", "dockerfile")], ids=str)
@@ -122,6 +126,7 @@ def test_commands_have_options_that_exist(block: Block) -> None:
 
 
 def test_make_targets_exist() -> None:
+    """The first thing that a newcomer types is make."""
     known = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
     for block in all_blocks():
         if block.language == "sh":
@@ -136,6 +141,7 @@ def test_options_named_in_the_text_exist(page: str, known_options: set[str]) -> 
 
 @pytest.mark.parametrize("page", pages())
 def test_links_lead_to_files(page: str) -> None:
+    """A reader follows them."""
     for target in relative_links(page):
         assert ((REPOSITORY / page).parent / target).exists(), f"{page} links to {target}"
 
