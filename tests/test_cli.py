@@ -180,8 +180,8 @@ def test_every_command_that_is_listed_exists() -> None:
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["serve", "--model", "m", "--tp", "0"], "tp=0 must be at least 1"),
-        (["serve", "--model", "m", "--ep", "-1"], "ep=-1 must be at least 1"),
+        (["serve", "--model", "m", "--mesh", "tp=0"], "needs a whole number of devices, at least 1"),
+        (["serve", "--model", "m", "--mesh", "dp=2"], "serving has tp and ep"),
         (["serve", "--model", "m", "--drain-seconds", "nan"], "drain_seconds=nan must be"),
         (["demo", "--max-tokens", "0"], "max_tokens=0 must be at least 1"),
         (["demo", "--temperature", "nan"], "temperature=nan must be"),

@@ -20,6 +20,7 @@ from isthmus.model.config import MixtureConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.experts import Mixture, balanced
 from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.ops.kernels import REFERENCES
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, partition_spec, use_mesh
 from isthmus.model.transformer import Params, abstract_params, bind, by_path
 from isthmus.model.weights.layout import stack_params, unstack_params
@@ -104,7 +105,7 @@ def test_a_mixture_is_each_tokens_own_experts(mesh: Mesh) -> None:
     whole = on_host(random_params(SPARSE, mesh))
     params = {path.removeprefix(prefix): array for path, array in whole.items() if path.startswith(prefix)}
     with nnx.use_eager_sharding(False):
-        module = Mixture(SPARSE, nnx.Rngs(0))
+        module = Mixture(SPARSE, REFERENCES, nnx.Rngs(0))
     graph, state = nnx.split(module)
     for path, leaf in by_path(state).items():
         leaf.set_value(jnp.asarray(params[path]))
