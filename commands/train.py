@@ -172,6 +172,6 @@ def _say_done(report: Report, out: Path, console: Console) -> None:
     except OSError as error:
         curve = f"   no loss curve ({error.strerror})"
     console.print(
-        f"done: held-out loss {report.heldout_loss:.3f} nats a token{bits}; {speed}{report.seconds:.0f} s\n"
+        f"done: held-out loss {report.heldout_loss:.3f} nats per token{bits}; {speed}{report.seconds:.0f} s\n"
         f"model: {out}{curve}   serve it: isthmus serve --model {out}"
     )

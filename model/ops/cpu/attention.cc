@@ -1,4 +1,4 @@
-// Attention over the paged cache, which it reads in place: what model/ops/attention.py's `paged_step` says, for one layer.
+// Attention over the paged cache, which it reads in place: `paged_step` of model/ops/paged_attention.py for one layer.
 //
 // First the step's keys and values go to their pages, then every (sequence, key head) is a task, or where there are many
 // sequences, every one of them with all of its heads, which lie side by side: the queries pass over the keys kChunk at a
