@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
-from isthmus.benchmarks.figures import listed, median, number, paragraphs, table
+from isthmus.benchmarks.figures import listed, median, number, paragraphs, table, table_of
 from isthmus.benchmarks.machine import Machine, describe
 from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record, results_folder
@@ -318,24 +319,23 @@ def label(cell: str) -> str:
 def show_ratios(record: Record, qualities: Qualities) -> str:
     """The table of Isthmus' ratio to the fastest peer."""
 
-    def lost(found: dict[str, float], row: dict[str, Any]) -> str:
-        return " / ".join(number(found.get(row[side]), 2) for side in ("ours", "peer"))
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tok/s": lambda row: label(row["cell"]),
+        "weights": lambda row: row["class"],
+        "Isthmus": lambda row: number(row["rate"], 4),
+        "fastest peer": lambda row: row["peer"],
+        "its tok/s": lambda row: number(row["peer_rate"], 4),
+        "ratio": lambda row: f"{row['ratio']:.2f}",
+        "repetitions'": lambda row: f"{row['low']:.2f} to {row['high']:.2f} of {row['repeats']}",
+    }
+    for model, lost in qualities.items():
+        columns[f"KL, {model}: ours / its"] = partial(_lost, lost)
+    return table_of(record.figures["compared"], columns)
 
-    rows = [
-        [
-            label(row["cell"]),
-            row["class"],
-            number(row["rate"], 4),
-            row["peer"],
-            number(row["peer_rate"], 4),
-            f"{row['ratio']:.2f}",
-            f"{row['low']:.2f} to {row['high']:.2f} of {row['repeats']}",
-            *(lost(found, row) for found in qualities.values()),
-        ]
-        for row in record.figures["compared"]
-    ]
-    head = ["tok/s", "weights", "Isthmus", "fastest peer", "its tok/s", "ratio", "repetitions'"]
-    return table([*head, *(f"KL, {model}: ours / its" for model in qualities)], rows)
+
+def _lost(lost: dict[str, float], row: dict[str, Any]) -> str:
+    """KL divergences of both sides of a ratio."""
+    return " / ".join(number(lost.get(row[side]), 2) for side in ("ours", "peer"))
 
 
 def show_rates(runs: Sequence[Run], qualities: Qualities) -> str:

@@ -30,10 +30,8 @@ def plot_steps(record: Record) -> Figure:
     measured = axes.bar([i - 0.2 for i in at], [row["seconds"] * 1e3 for row in buckets], 0.4, color=MEASURED)
     axes.bar([i + 0.2 for i in at], [row["limit_seconds"] * 1e3 for row in buckets], 0.4, color=LIMIT)
     axes.bar_label(measured, [f"{row['limit_share']:.0%}" for row in buckets], fontsize=8)
-    axes.set_yscale("log")
+    axes.set(yscale="log", xlabel="decoding rows + blocks of prompt", ylabel="ms a step")
     axes.set_xticks(list(at), [bucket_label(row, "+") for row in buckets])
-    axes.set_xlabel("decoding rows + blocks of prompt")
-    axes.set_ylabel("ms a step")
     axes.legend(["measured, and its share of the limit", "limit of memory and arithmetic"], frameon=False)
     axes.set_title(_title(record), fontsize=10)
     return figure
@@ -49,9 +47,7 @@ def plot_rates(record: Record) -> Figure | None:
         for percentile, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
             points = [(row["rate"], row[name][percentile]) for row in rows if row[name][percentile] is not None]
             axes.plot([x for x, _ in points], [y * factor for _, y in points], style, marker="o", color=MEASURED)
-        axes.set_yscale("log")
-        axes.set_xlabel("requests a second")
-        axes.set_ylabel(label)
+        axes.set(yscale="log", xlabel="requests a second", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].legend(["p50", "p90", "p99"], frameon=False)
     figure.suptitle(_title(record), fontsize=10)
@@ -96,9 +92,7 @@ def plot_quality(record: Record) -> Figure:
         for x, row in zip(at, rows, strict=True):
             name = row["name"].partition("-")[2]
             axes.annotate(name, (x, row["kl"]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
-    axes.set_yscale("log")
-    axes.set_xlabel("weights, MB")
-    axes.set_ylabel("KL divergence from float32, nats a token")
+    axes.set(yscale="log", xlabel="weights, MB", ylabel="KL divergence from float32, nats a token")
     axes.grid(alpha=0.3, which="both")
     axes.margins(x=0.12)
     axes.legend(frameon=False)

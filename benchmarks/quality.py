@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
-from isthmus.benchmarks.figures import listed, number, paragraphs, table
+from isthmus.benchmarks.figures import listed, number, paragraphs, table_of
 from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, write_base
 from isthmus.benchmarks.machine import describe
 from isthmus.benchmarks.processes import BenchError
@@ -234,17 +234,15 @@ def _merged(record: Record, folder: Path) -> Record:
 def show(record: Record, _: Qualities) -> str:
     figures, rows = record.figures, record.figures["rows"]
     count = figures["windows"] * (figures["n_ctx"] - 1 - figures["n_ctx"] // 2)
-    cells = [
-        [
-            row["name"],
-            f"{row['bytes'] / 1e6:,.1f}",
-            number(row["kl"]),
-            number(row["kl_error"], 2),
-            f"{row['top1']:.1%}",
-            f"{row['ratio'] - 1:+.2%}",
-        ]
-        for row in sorted(rows, key=lambda row: row["bytes"])
-    ]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "": lambda row: row["name"],
+        "MB": lambda row: f"{row['bytes'] / 1e6:,.1f}",
+        "KL": lambda row: number(row["kl"]),
+        "±": lambda row: number(row["kl_error"], 2),
+        "top-1": lambda row: f"{row['top1']:.1%}",
+        "perplexity": lambda row: f"{row['ratio'] - 1:+.2%}",
+    }
+    cells = table_of(sorted(rows, key=lambda row: row["bytes"]), columns)
     text = (
         f"KL divergence from llama.cpp's float32 predictions, nats a token, over {count:,} tokens: the second halves "
         f"of {figures['windows']} windows of {figures['n_ctx']}; its standard error; the share of tokens with the same "
@@ -257,7 +255,7 @@ def show(record: Record, _: Qualities) -> str:
         if row.get("tensors")
     ]
     named = ["What llama.cpp's names mean for this model's sizes, tensors by type:", listed(tensors)] if tensors else []
-    return paragraphs(text, table(("", "MB", "KL", "±", "top-1", "perplexity"), cells), *named)
+    return paragraphs(text, cells, *named)
 
 
 def known(records: Sequence[Record]) -> Qualities:

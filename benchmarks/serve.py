@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
-from isthmus.benchmarks.figures import median, number, paragraphs, percent, percentiles, table
+from isthmus.benchmarks.figures import median, number, paragraphs, percent, percentiles, table_of
 from isthmus.benchmarks.load import Target, as_json, ask_load, load_figures, server_counters, server_facts
 from isthmus.benchmarks.machine import Machine, describe
 from isthmus.benchmarks.processes import BenchError, Child, module
@@ -241,18 +241,17 @@ def show(record: Record, _: Qualities) -> str:
         f"arrivals; prompts of {prompt:.0f} and completions of {output:.0f} tokens in the mean, lognormal, before the "
         f"context of {facts['context_length']} cuts them. p50 / p90 / p99."
     )
-    head = ["requests/s", "tok/s", "failed", "TTFT, ms", "ITL, ms", "TPOT, ms", "E2E, s"]
-    rows = [
-        [
-            f"{row['rate']:g}",
-            number(row["output_tokens_per_second"]),
-            str(row["requests"] - row["completed"]),
-            *(percentiles(row[name], 1e3) for name in ("ttft", "itl", "tpot")),
-            percentiles(row["e2e"], 1),
-        ]
-        for row in figures["rates"]
-    ]
-    return paragraphs(text, table(head, rows) if rows else "", _comparison(figures["compare"]))
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "requests/s": lambda row: f"{row['rate']:g}",
+        "tok/s": lambda row: number(row["output_tokens_per_second"]),
+        "failed": lambda row: str(row["requests"] - row["completed"]),
+        "TTFT, ms": lambda row: percentiles(row["ttft"], 1e3),
+        "ITL, ms": lambda row: percentiles(row["itl"], 1e3),
+        "TPOT, ms": lambda row: percentiles(row["tpot"], 1e3),
+        "E2E, s": lambda row: percentiles(row["e2e"], 1),
+    }
+    rates = table_of(figures["rates"], columns) if figures["rates"] else ""
+    return paragraphs(text, rates, _comparison(figures["compare"]))
 
 
 def _comparison(compared: dict[str, Any] | None) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
-from isthmus.benchmarks.figures import bucket_label, median, number, paragraphs, percent, table
+from isthmus.benchmarks.figures import bucket_label, median, number, paragraphs, percent, table_of
 from isthmus.benchmarks.machine import better, describe, measure_limits
 from isthmus.benchmarks.models import preset
 from isthmus.benchmarks.record import Record
@@ -142,25 +143,21 @@ def run(bench: StepBench, console: Console) -> Record:
 
 def show(record: Record, _: Qualities) -> str:
     figures = record.figures
-    rows = [
-        [
-            bucket_label(row, " + "),
-            str(row["tokens"]),
-            number(row["seconds"] * 1e3),
-            number(row["limit_seconds"] * 1e3),
-            percent(row["limit_share"]),
-            row["bound"],
-            number(row["tokens_per_second"]),
-        ]
-        for row in figures["buckets"]
-    ]
-    head = ["rows + prompt", "tokens", "ms", "limit, ms", "of the limit", "bound by", "tok/s"]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "rows + prompt": lambda row: bucket_label(row, " + "),
+        "tokens": lambda row: str(row["tokens"]),
+        "ms": lambda row: number(row["seconds"] * 1e3),
+        "limit, ms": lambda row: number(row["limit_seconds"] * 1e3),
+        "of the limit": lambda row: percent(row["limit_share"]),
+        "bound by": lambda row: row["bound"],
+        "tok/s": lambda row: number(row["tokens_per_second"]),
+    }
     text = (
         f"{figures['parameters'] / 1e6:.1f}M parameters, {record.config['model']['dtype']}; rows decode at "
         f"{figures['depth']} positions. Limit: weights read once, KV cache read and written, FLOPs, at the machine's "
         f"bandwidth and peak."
     )
-    return paragraphs(text, table(head, rows), _overhead(figures["overhead"]))
+    return paragraphs(text, table_of(figures["buckets"], columns), _overhead(figures["overhead"]))
 
 
 def _overhead(over: dict[str, Any] | None) -> str:

@@ -13,13 +13,16 @@ import numpy as np
 import optax
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape, build_mesh, named_sharding, use_mesh
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.transformer import Params, bind, init_params
+from isthmus.model.transformer import Params, bind
 from isthmus.model.weights.checkpoint import Checkpoints
+from isthmus.model.weights.random import init_params
 from isthmus.train.step import packed_attention
 
 BATCH, SEQ = 8, 64
+EXECUTION = Execution(scan_layers=True)  # one body for all layers, whose parameters lie stacked, as in a checkpoint
 
 
 def batches(tokens: np.ndarray, seed: int) -> Iterator[np.ndarray]:
@@ -34,17 +37,16 @@ def loss(config: ModelConfig, params: Params, batch: jax.Array) -> jax.Array:
     """Mean nats a token of int32[BATCH, SEQ + 1]."""
     tokens, targets = batch[:, :-1], batch[:, 1:]
     positions = jax.numpy.broadcast_to(jax.numpy.arange(SEQ), tokens.shape)
-    model = bind(config, params)
+    model = bind(config, EXECUTION, params)
     hidden, _ = model(tokens, positions, packed_attention(jax.numpy.zeros_like(tokens)), None)
     return optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), targets).mean()
 
 
-def main(text: Path, out: Path, steps: int = 200, shape: str = "") -> None:
+def main(text: Path, out: Path, steps: int, shape: str) -> None:
     corpus = text.read_text()
     tokenizer = Tokenizer.train([corpus], vocab_size=512)
     config = ModelConfig(
-        vocab_size=512, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=128, context_length=256,
-        scan_layers=True,
+        vocab_size=512, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=128, context_length=256
     )  # fmt: skip
     mesh = build_mesh(MeshShape.parse(shape))
     optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, steps // 10 + 1, steps))
@@ -56,13 +58,14 @@ def main(text: Path, out: Path, steps: int = 200, shape: str = "") -> None:
         return optax.apply_updates(params, updates), state, value
 
     with use_mesh(mesh):  # every parameter is born in its shard, and the optimizer's state beside it
-        params = init_params(config, seed=0, mesh=mesh)
+        params = init_params(config, seed=0, mesh=mesh, stacked=True)
         state = jax.jit(optimizer.init)(params)
         data = batches(np.array(tokenizer.encode(corpus), np.int32), seed=0)
         for number, batch in zip(range(1, steps + 1), data, strict=False):
             params, state, value = step(params, state, jax.device_put(batch, named_sharding(mesh, "batch", None)))
+            value.block_until_ready()
             if number % 20 == 0 or number == steps:
-                print(f"step {number}: {float(value):.3f} nats a token")
+                print(f"step {number}: {value:.3f} nats a token")
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.json")
     tokenizer.save(out / "tokenizer.json")
@@ -72,4 +75,5 @@ def main(text: Path, out: Path, steps: int = 200, shape: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *(int(word) for word in sys.argv[3:4]), *sys.argv[4:5])
+    words = dict(enumerate(sys.argv))
+    main(Path(words[1]), Path(words[2]), int(words.get(3, 200)), words.get(4, ""))

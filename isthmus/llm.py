@@ -102,11 +102,9 @@ class LLM(Model):
 
     @property
     def at_once(self) -> int:
-        """The engine has room for all of them to run, and for as many to wait, so that none is ever idle for want of
-        one."""
-        return self._engine.config.max_sequences + min(
-            self._engine.config.max_sequences, self._engine.config.max_waiting
-        )
+        """As many as the engine runs, and as many again that wait, so that no place in it is ever empty."""
+        engine = self._engine.config
+        return engine.max_sequences + min(engine.max_sequences, engine.max_waiting)
 
     @cached_property
     def aio(self) -> AsyncLLM:

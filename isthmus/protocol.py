@@ -142,9 +142,9 @@ class Model(Protocol):
     ) -> Completion | list[Completion] | list[Outcome]:
         """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
         if (talks := _conversations(messages)) is None:
-            talk = cast(Messages, messages)
+            talk = _talk(messages)
             return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
-        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in talks]
+        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in map(_talk, talks)]
         return self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -264,9 +264,9 @@ class AsyncModel(Protocol):
     ) -> Completion | list[Completion] | list[Outcome]:
         """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
         if (talks := _conversations(messages)) is None:
-            talk = cast(Messages, messages)
+            talk = _talk(messages)
             return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
-        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in talks]
+        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in map(_talk, talks)]
         return await self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -326,6 +326,8 @@ def to_question(
         kind: TextPrompt | TokenPrompt | Conversation = TextPrompt(prompt, parse_special)
     elif _is_conversation(prompt):
         kind = Conversation(cast(Messages, prompt), arguments or {})
+    elif isinstance(prompt, Mapping):
+        raise TypeError("a message is no prompt: chat takes conversations")
     else:
         kind = TokenPrompt(cast(Sequence[int], prompt))
     if parse_special and not isinstance(kind, TextPrompt):
@@ -368,6 +370,13 @@ def _conversations(messages: Messages | list[C]) -> list[C] | None:
     if isinstance(messages, list) and not _is_conversation(messages):
         return cast("list[C]", messages)
     return None
+
+
+def _talk(messages: object) -> Messages:
+    """Raises TypeError for what isn't a conversation."""
+    if not _is_conversation(messages):
+        raise TypeError(f"a conversation is a list of messages with role and content, not {type(messages).__name__}")
+    return cast(Messages, messages)
 
 
 def _completions(outcomes: list[Outcome]) -> list[Completion]:

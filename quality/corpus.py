@@ -1,8 +1,8 @@
 """A text that every machine has: Python's language reference, as pydoc shows it, and the docstrings of its library.
 
-Its documents, a topic or a module each, fall into two disjoint halves: `calibration`, to choose a quantized model's
-scales by, and `evaluation`, to measure it on. Which half is told by the document's name, and a paragraph that two
-documents share belongs to the first alone. The text is the same wherever the version of Python is.
+Each document is a topic or a module. They are divided into two disjoint halves: `calibration`, on which a quantized
+model's scales are chosen, and `evaluation`, on which it is measured. A document's name decides its half. A paragraph
+that two documents share belongs to the first alone. The text is the same for the same version of Python.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ Half = Literal["calibration", "evaluation"]
 HALVES: tuple[Half, ...] = get_args(Half)
 
 LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
-"""Modules and folders that are no prose, or not everywhere"""
+"""Modules and folders that aren't prose, or aren't installed everywhere"""
 
 DOCUMENT_CHARACTERS = 3000
-"""The most that is taken of a document, in whole paragraphs but the first, so that none weighs much"""
+"""Most characters that are taken of a document, in whole paragraphs; a longer first paragraph is taken all the same"""
 
 SHORT = 60
-"""Characters of a paragraph that is left out: headings, signatures, code of a line"""
+"""Paragraphs of fewer characters are left out: headings, signatures, single lines of code"""
 
 
 def text(half: Half, size: int = 240_000) -> str:
-    """About `size` characters, at least 40,000 tokens of any tokenizer that was made for English."""
+    """About `size` characters; by default they make at least 40,000 tokens with any tokenizer made for English."""
     parts: list[str] = []
     taken = 0
     for name, document in sorted(_distinct().items(), key=lambda item: _digest(item[0])):
@@ -45,7 +45,7 @@ def text(half: Half, size: int = 240_000) -> str:
 
 
 def write(folder: Path) -> dict[Half, Path]:
-    """FOLDER/calibration.txt and FOLDER/evaluation.txt; the folder is made."""
+    """Writes FOLDER/calibration.txt and FOLDER/evaluation.txt, and makes the folder if it doesn't exist."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {half: folder / f"{half}.txt" for half in HALVES}
     for half, path in paths.items():
@@ -59,7 +59,7 @@ def _digest(name: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _distinct() -> dict[str, str]:
-    """By name, documents of paragraphs that none before them has; those of which nothing is left are none."""
+    """Documents by name, without paragraphs that an earlier one has, and without documents of which nothing is left."""
     seen: set[str] = set()
     found = {}
     for name, document in _documents():
@@ -90,7 +90,7 @@ def _documents() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """In the order of the source."""
+    """The docstrings in a file of Python source."""
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             found = ast.get_docstring(node, clean=False)

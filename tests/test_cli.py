@@ -266,6 +266,16 @@ def test_chat_that_the_template_refuses_says_why(
     assert "five messages are too many" in capsys.readouterr().err
 
 
+def test_generate_takes_what_serve_takes(chat_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a server is to run could not be tried without one."""
+    words = ["--temperature", "0", "--max-tokens", "6", "--quantize", "int8", "--dtype", "float32"]
+    engine = ["--engine.context-length", "64", "--engine.max-sequences", "1", "--engine.prefill-tokens", "32"]
+    assert main(["generate", "abc", "--model", str(chat_folder), *words, *engine]) == 0
+    assert capsys.readouterr().out.startswith("abc")
+    assert main(["generate", "a b c " * 60, "--model", str(chat_folder), *words, *engine]) == 2
+    assert "context of 64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -274,6 +284,9 @@ def test_chat_that_the_template_refuses_says_why(
         (["--chat", "--parse-special"], "is for a prompt"),
         (["a", "--address", "127.0.0.1"], "address='127.0.0.1' must be HOST:PORT"),
         (["a", "--download"], "--base, --ignore-field and --download are for --model"),
+        (["a", "--quantize", "int8"], "--quantize is for --model"),
+        (["a", "--merge-adapter"], "--merge-adapter is for --model"),
+        (["a", "--engine.context-length", "64"], "--engine is for --model"),
         (["a", "--address", ""], "address=''"),
         (["a", "--address", "http://127.0.0.1:50051"], "HOST:PORT"),
         (["a", "--max-tokens", "-5"], "max_tokens=-5 must be"),

@@ -18,7 +18,7 @@ if __name__ != "isthmus.train":
 
 class _Train(ModuleType):
     def __call__(self, config: TrainConfig, console: Console | None = None) -> Report:
-        """As isthmus.train.loop.train."""
+        """Does what isthmus.train.loop.train does."""
         from isthmus.train import loop
 
         return loop.train(config, console)

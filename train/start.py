@@ -61,7 +61,7 @@ def open_start(config: TrainConfig) -> ModelFolder | None:
 
 
 def with_kernels(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """The same with the kernels that its wish for them gives on these devices. Raises ConfigError."""
+    """`config` with the kernels that its `kernels` setting means on these devices. Raises ConfigError."""
     execution, device = config.execution, mesh.devices.flat[0]
     setting = Setting(
         config.model,

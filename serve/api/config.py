@@ -31,7 +31,7 @@ class ServeConfig:
         default_factory=FolderOptions
     )
     merge_adapter: bool = False
-    """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
+    """Add an adapter to the model's weights once, instead of computing it in every step"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
     """Keep matrices as integers, made when they are loaded; `isthmus convert --quantize` also says what it costs"""
     host: str = "127.0.0.1"
@@ -48,7 +48,7 @@ class ServeConfig:
     """Listen beyond loopback without a token, or without TLS: whoever reaches the port may use it, and whoever is on
     the way may read all, the token too"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
+    """The dtype of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
     kernels: str = "auto"
     """What computes: auto takes this machine's own kernels wherever they can run; reference takes none; the name of
     kernels, such as cpu, takes those, or ends where they can't run"""

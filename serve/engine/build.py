@@ -30,8 +30,8 @@ from isthmus.serve.engine.engine import Engine, Sink
 from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_like, compile_steps
 
 PROGRAM_BYTES = 300 << 20
-"""Of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured with
-135M parameters, float32: 270 MB). It counts where a container has little."""
+"""Bytes of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured
+with 135M parameters, float32: 270 MB). It counts where a container has little."""
 
 
 def open_model(

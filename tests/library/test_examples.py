@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from isthmus import LLM
-from tests.serve.api.harness import RunningServer
+from isthmus import LLM, EngineConfig
+from tests.serve.api.harness import RunningServer, compilation_cache_in
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, *words: object, home: Path) -> str:
-    """What the example prints. home: keeps its compiled programs."""
+def run(name: str, *words: object, programs: Path) -> str:
+    """What the example prints. programs: where compiled ones are kept."""
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *map(str, words)],
-        env={**os.environ, "HOME": str(home), "JAX_COMPILATION_CACHE_DIR": str(home / "programs")},
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(programs)},
         capture_output=True,
         text=True,
         timeout=500,
@@ -30,30 +30,31 @@ def run(name: str, *words: object, home: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
 
 
-def test_llm(model_folder: Path, home: Path) -> None:
-    lines = run("llm.py", model_folder, home=home)
+def test_llm(model_folder: Path, programs: Path) -> None:
+    lines = run("llm.py", model_folder, programs=programs)
     assert len(re.findall(r"\(LENGTH, 24 tokens\)|\(EOS, \d+ tokens\)", lines)) == 4
     assert "'': prompt: must not be empty" in lines
 
 
-def test_async_streams(model_folder: Path, home: Path) -> None:
-    assert run("async_streams.py", model_folder, home=home).count("first token after") == 4
+def test_async_streams(model_folder: Path, programs: Path) -> None:
+    assert run("async_streams.py", model_folder, programs=programs).count("first token after") == 4
 
 
-def test_client(server: RunningServer, home: Path) -> None:
-    assert "temperature is refused: must be a number" in run("client.py", server.address, home=home)
+def test_client(server: RunningServer, programs: Path) -> None:
+    assert "temperature is refused: must be a number" in run("client.py", server.address, programs=programs)
 
 
-def test_train_pjit(tmp_path: Path, home: Path) -> None:
+def test_train_pjit(tmp_path: Path, programs: Path) -> None:
     """It learns, over a mesh, and what it leaves can be served."""
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
-    said = run("train_pjit.py", text, tmp_path / "out", 60, "dp=2,fsdp=2,tp=2", home=home)
+    said = run("train_pjit.py", text, tmp_path / "out", 60, "dp=2,fsdp=2,tp=2", programs=programs)
     losses = [float(value) for value in re.findall(r": ([\d.]+) nats", said)]
     assert losses[-1] < 1 < losses[0] or losses[-1] < losses[0] / 2
-    with LLM(tmp_path / "out", progress=False, compilation_cache=home / "programs") as llm:
+    small = EngineConfig(max_sequences=1, prefill_tokens=32)
+    with compilation_cache_in(programs), LLM(tmp_path / "out", engine=small, progress=False) as llm:
         assert "lazy dog" in llm.generate("the quick brown fox jumps over the ", max_tokens=24, temperature=0).text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from collections.abc import Iterator
@@ -143,6 +144,25 @@ def test_a_conversation_is_answered_alike(chat_server: RunningServer, open_model
             with pytest.raises(InvalidRequest) as unknown:
                 model.chat([{"role": "user", "contents": "a"}])
             assert unknown.value.field == "messages[0]"
+
+
+def test_a_conversation_is_no_prompt_and_a_prompt_no_conversation(llm: LLM) -> None:
+    """Without its template a model would be asked in a form that it doesn't know."""
+    with pytest.raises(TypeError, match="chat takes conversations"):
+        llm.generate(TALK)  # type: ignore[call-overload]
+    for wrong in ("hello", ["hello"]):
+        with pytest.raises(TypeError, match="a conversation is a list of messages"):
+            llm.chat(wrong)  # type: ignore[call-overload]
+
+
+def test_it_works_under_a_running_loop(llm: LLM) -> None:
+    """As in a notebook, whose cells run on one."""
+
+    async def cell() -> tuple[int, ...]:
+        assert llm.generate(["a", "b"], DRAWN)
+        return tuple(token for delta in llm.stream(PROMPT, DRAWN) for token in delta.token_ids)
+
+    assert asyncio.run(cell()) == llm.generate(PROMPT, DRAWN).token_ids
 
 
 def test_a_model_without_a_template_says_so(llm: LLM, client: Client) -> None:

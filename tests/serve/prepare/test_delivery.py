@@ -1,0 +1,73 @@
+"""Outputs reach whoever waits for them, and an event loop is woken once a step, however many requests it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
+from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, Receiver, ThreadEnd, ThreadStream, deliver
+
+
+def output(receiver: Receiver, *, last: bool = False) -> Output:
+    request = Request("r", [1], Sampling(), 8, reply_to=receiver)
+    return Output(request, 5, FinishReason.LENGTH if last else None)
+
+
+def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wake-up a token would cost more than the token. Who waits for an end is not woken before it."""
+
+    async def work() -> None:
+        loop, woken = asyncio.get_running_loop(), 0
+        schedule = loop.call_soon_threadsafe
+
+        def count(call: Callable[..., object], *args: Any) -> Any:
+            nonlocal woken
+            woken += 1
+            return schedule(call, *args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        streams, ends = [LoopStream() for _ in range(3)], [LoopEnd() for _ in range(3)]
+        first = [output(receiver) for receiver in (*streams, *ends)]
+        last = [output(receiver, last=True) for receiver in (*streams, *ends)]
+        deliver([output(end) for end in ends])
+        assert woken == 0
+        deliver(first)
+        deliver(last)
+        assert woken == 2
+        for end in ends:
+            await end.ended
+        for index, stream in enumerate(streams):
+            assert await stream.some(8) == [first[index], last[index]]
+        monkeypatch.undo()
+
+    asyncio.run(work())
+
+
+def test_threads_get_theirs() -> None:
+    stream, end, called = ThreadStream(), ThreadEnd(), threading.Event()
+    end.then(called.set)
+    step = [output(stream), output(end)]
+    deliver(step)
+    assert stream.get(0) is step[0] and not end.wait(0) and not called.is_set()
+    deliver([output(end, last=True)])
+    assert end.wait(0) and called.is_set()
+    called.clear()
+    end.then(called.set)
+    assert called.is_set(), "who asks too late would wait for ever"
+
+
+def test_a_loop_that_is_closed_holds_nobody_up() -> None:
+    """One client's loop may end while others wait."""
+
+    async def make() -> LoopStream:
+        return LoopStream()
+
+    gone, stream = asyncio.run(make()), ThreadStream()
+    step = [output(gone), output(stream)]
+    deliver(step)
+    assert stream.get(0) is step[1]
