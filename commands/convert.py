@@ -12,8 +12,9 @@ from isthmus.model.weights.checkpoint import CheckpointError
 from isthmus.quality.convert import ConvertConfig, convert
 from isthmus.quality.gate import QualityError
 
-HELP = """Converts a model folder between Hugging Face's layout and ours. Unless they are quantized, weights come out bit for bit
-as they went in.
+HELP = """Converts a model folder between Hugging Face's layout and ours.
+
+Unless they are quantized, weights come out bit for bit as they went in.
 
 examples:
   isthmus convert runs/mine exported               # a trained model, for transformers and all who read its layout
