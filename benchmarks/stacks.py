@@ -96,7 +96,7 @@ class Sizes:
 
     @property
     def pages(self) -> int:
-        """Of our cache: room for each sequence's whole context, and the null page."""
+        """How many pages our cache has: room for the whole context of each sequence, and the null page."""
         return 1 + self.sequences * -(-self.context // EngineConfig.page_size)
 
 

@@ -70,7 +70,7 @@ class DemoConfig:
     """Where the model, its loss curve and its checkpoints go; an earlier demo's is replaced"""
     steps: int = 440
     max_tokens: int = 48
-    """Of each completion"""
+    """The most tokens of each completion"""
     temperature: float = 0.6
 
     def validate(self) -> None:

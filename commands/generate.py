@@ -47,7 +47,7 @@ class GenerateConfig:
     prompt: Annotated[str | None, tyro.conf.Positional] = None
     """The text to go on from, or the first message of a chat; - reads standard input"""
     address: str = "127.0.0.1:50051"
-    """Of a running server"""
+    """HOST:PORT of a running server, which is asked where no --model is given"""
     auth_token_file: Path | None = None
     tls_ca: Path | None = None
     """The server runs with --tls-cert: the certificate, in PEM, of who signed its, or its own if that is self-signed"""
@@ -57,11 +57,11 @@ class GenerateConfig:
         default_factory=FolderOptions
     )
     merge_adapter: bool = False
-    """Of an adapter's folder: add it to the model's weights once, instead of computing it in every step"""
+    """With an adapter as --model: add it to the weights once, instead of computing it in every step"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
-    """Of --model: keep matrices as integers, made when they are loaded"""
+    """Keep the matrices of --model as integers, which are made when they are loaded"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of --model's weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
+    """Dtype of the weights, activations and KV cache of --model; auto is bfloat16, and float32 on CPU"""
     mesh: str = ""
     """Devices to split --model over, as in isthmus serve"""
     kernels: str = "auto"
@@ -69,7 +69,7 @@ class GenerateConfig:
     compilation_cache: Path | None = None
     """Where compiled programs are kept; default ~/.cache/isthmus/xla"""
     engine: EngineConfig = field(default_factory=lambda: ALONE)
-    """Of --model"""
+    """Sizes of the engine that runs --model"""
     chat: bool = False
     """Talk, with the model's chat template"""
     system: str | None = None

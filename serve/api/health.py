@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2
 
 
 class Health(health.aio.HealthServicer):
-    """Of these services, and of no other: the library's own keeps every name that it is asked to watch."""
+    """Health of these services and no others: the library's own servicer keeps every name that it is asked to watch."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()

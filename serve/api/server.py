@@ -48,7 +48,7 @@ CANCEL_GRACE_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
 """What the engine has for its last step, then"""
 MAX_REQUEST_BYTES = 16 << 20
-"""Of a message; fields have limits of their own, and errors that name them"""
+"""The most bytes that a message may take; fields have limits of their own, and errors that name them"""
 SPARE_CALLS = 64
 """Calls of InferenceService beyond the requests that the engine takes"""
 OTHER_CALLS = 1024

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from isthmus.errors import InvalidRequest
 
 MAX_TEXT_BYTES = 4 << 20
-"""Of one field, of a repeated one together"""
+"""The most bytes that a field may take; for a repeated field, that all its values may take together"""
 MAX_NUMBERS_BYTES = 2 << 20
 """As MAX_TEXT_BYTES, of numbers in a row: each is parsed by itself"""
 MAX_FIELDS = 1 << 15
