@@ -158,7 +158,8 @@ def test_merging_keeps_dtype_and_sharding(stacked: bool, mesh: Mesh) -> None:
     want = {path: (leaf.dtype, leaf.sharding) for path, leaf in split(config, params)[0].items()}
     got = merged(config, params)[1]
     assert {path: (leaf.dtype, leaf.sharding) for path, leaf in got.items()} == want
-    assert_same(got, merged(config, alone)[1])
+    # How XLA adds up may depend on the layout; where it does, a number comes out a step of bfloat16 apart.
+    assert relative_error(on_host(got), on_host(merged(config, alone)[1])) <= 0.004
     assert relative_error(got, merged(config, exact)[1]) <= 0.01
 
 
