@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,9 +22,10 @@ from isthmus.model.block import Block
 from isthmus.model.config import LatentConfig, LoraConfig, MixtureConfig, ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION
 from isthmus.model.layers import Linear
+from isthmus.model.ops.rounding import narrowed
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params, abstract_params
-from isthmus.model.weights.layout import stack_params, unstack_params
+from isthmus.model.weights.layout import is_stacked, stack_params, unstack_params
 from isthmus.model.weights.lora import Merge, split
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
@@ -145,6 +148,17 @@ def test_the_engine_serves_the_adapted_model(tp: int) -> None:
         assert request.completion != other[part].tolist(), "the adapter decides nothing"
 
 
+def merged_inside(config: ModelConfig, params: Params) -> Params:
+    """As `tests.support.merged`, by a plain sum within a program that somebody else compiles."""
+    base, adapters = split(config, params)
+    for path in [path for path in base if path.removesuffix("kernel") + "lora_a" in adapters]:
+        a, b = (adapters[path.removesuffix("kernel") + factor] for factor in ("lora_a", "lora_b"))
+        product = partial(jnp.tensordot, axes=1, precision="highest")
+        added = config.lora.scale * (jax.vmap(product) if is_stacked(path) else product)(a, b)
+        base[path] = narrowed(base[path].astype(jnp.float32) + added, base[path].dtype)
+    return base
+
+
 @pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "scanned"])
 def test_merging_keeps_dtype_and_sharding(stacked: bool, mesh: Mesh) -> None:
     """A merged model that lands on one device, or in float32, may not fit where the model did."""
@@ -156,8 +170,10 @@ def test_merging_keeps_dtype_and_sharding(stacked: bool, mesh: Mesh) -> None:
     exact = random_params(config, build_mesh(MeshShape(fsdp=2, tp=2)), stacked=stacked)
     params, alone = narrow(exact), narrow(random_params(config, mesh, stacked=stacked))
     want = {path: (leaf.dtype, leaf.sharding) for path, leaf in split(config, params)[0].items()}
+    inside = on_host(jax.jit(lambda params: merged_inside(config, params))(params))
     got = merged(config, params)[1]
     assert {path: (leaf.dtype, leaf.sharding) for path, leaf in got.items()} == want
+    assert_same(got, inside)
     # How XLA adds up may depend on the layout; where it does, a number comes out a step of bfloat16 apart.
     assert relative_error(on_host(got), on_host(merged(config, alone)[1])) <= 0.004
     assert relative_error(got, merged(config, exact)[1]) <= 0.01
