@@ -79,9 +79,16 @@ class Spec:
         """`array`, which holds this matrix, as [inputs, outputs]."""
         return array.T if self.role is Role.EMBEDDING else array.reshape(self.inputs, -1)
 
-    def stacked(self, layers: int) -> Spec:
-        """The same parameter for several layers, in one array with a leading axis of layers."""
-        return Spec((layers, *self.shape), ("layers", *self.axes), self.role, self.inputs)
+    @property
+    def layer(self) -> Spec:
+        """The parameter of one layer, where this is that of a stack with a leading axis of layers."""
+        assert self.axes[0] == "layers", self.axes
+        return Spec(self.shape[1:], self.axes[1:], self.role, self.inputs)
+
+
+class NoNumbers(nnx.Rngs):
+    """Stands for random numbers where only the shapes of parameters are wanted. Tracing the initializers, which
+    nnx.eval_shape does, takes a millisecond for each parameter."""
 
 
 def parameter(
@@ -94,4 +101,9 @@ def parameter(
     initializer: Callable = NORMAL,
 ) -> nnx.Param:
     """A float32 parameter that carries its logical axes, its role and, if it is a matrix, its inputs (see `Spec`)."""
-    return nnx.Param(initializer(rngs.params(), shape, jnp.float32), out_sharding=axes, role=role, inputs=inputs)
+    value = (
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        if isinstance(rngs, NoNumbers)
+        else initializer(rngs.params(), shape, jnp.float32)
+    )
+    return nnx.Param(value, out_sharding=axes, role=role, inputs=inputs)

@@ -27,7 +27,7 @@ from isthmus.model.config import LayerKind, ModelConfig
 from isthmus.model.execution import Execution
 from isthmus.model.layers import STREAM, Attend, Cache, RMSNorm
 from isthmus.model.ops.linear import linear, lookup, unembed, unpacked
-from isthmus.model.parameter import Role, Spec, parameter
+from isthmus.model.parameter import NoNumbers, Role, Spec, parameter
 from isthmus.model.rotary import Angles, rotary_angles
 from isthmus.model.sharding import named_sharding, shard
 
@@ -193,7 +193,9 @@ def _period(kinds: list[LayerKind]) -> int:
 @lru_cache(maxsize=32)
 def _abstract(config: ModelConfig, execution: Execution) -> tuple[Any, Any]:
     with nnx.use_eager_sharding(False):
-        return nnx.split(nnx.eval_shape(lambda: Transformer(config, execution, nnx.Rngs(0))))
+        if execution.scan_layers:  # the stacks come out of a transformation, which traces
+            return nnx.split(nnx.eval_shape(lambda: Transformer(config, execution, nnx.Rngs(0))))
+        return nnx.split(Transformer(config, execution, NoNumbers()))
 
 
 def by_path(state: Any) -> dict[str, Any]:
@@ -213,13 +215,27 @@ def bind(config: ModelConfig, execution: Execution, params: Params) -> Transform
 @lru_cache(maxsize=64)
 def parameter_specs(config: ModelConfig, *, stacked: bool = False) -> Mapping[str, Spec]:
     """The description of every parameter of a network, by its path in the unstacked or the stacked layout."""
-    _, state = _abstract(config, Execution(scan_layers=stacked))
+    return MappingProxyType(_stacked_specs(config) if stacked else _unstacked(config, _stacked_specs(config)))
+
+
+def _stacked_specs(config: ModelConfig) -> dict[str, Spec]:
+    _, state = _abstract(config, Execution(scan_layers=True))
 
     def spec(variable: nnx.Param) -> Spec:
         told = variable.get_metadata()
         return Spec(variable.get_value().shape, tuple(told["out_sharding"]), told["role"], told["inputs"])
 
-    return MappingProxyType({path: spec(variable) for path, variable in by_path(state).items()})
+    return {path: spec(variable) for path, variable in by_path(state).items()}
+
+
+def _unstacked(config: ModelConfig, stacked: Mapping[str, Spec]) -> dict[str, Spec]:
+    """The specs of each layer, from those of the runs: building the stacked network takes equally long at any depth."""
+    found: dict[str, Spec] = {}
+    for run in runs(config):
+        prefix = f"blocks/{run_name(run)}/"
+        layer = {path.removeprefix(prefix): spec.layer for path, spec in stacked.items() if path.startswith(prefix)}
+        found.update({f"blocks/{index}/{path}": spec for index in run for path, spec in layer.items()})
+    return found | {path: spec for path, spec in stacked.items() if not path.startswith("blocks/")}
 
 
 def abstract_params(

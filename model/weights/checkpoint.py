@@ -299,8 +299,8 @@ def _layers(array: jax.Array, leaves: Sequence[jax.ShapeDtypeStruct]) -> Sequenc
 @lru_cache(maxsize=64)
 def _program(stacked: bool, dtype: np.dtype, shardings: tuple[Sharding, ...]) -> Callable[[jax.Array], Any]:
     def convert(array: jax.Array) -> list[jax.Array]:
-        layers = [array[index] for index in range(len(shardings))] if stacked else [array]
-        return [narrowed(layer, dtype) for layer in layers]
+        narrow = partial(narrowed, dtype=dtype)
+        return list(jax.vmap(narrow)(array)) if stacked else [narrow(array)]
 
     return jax.jit(convert, out_shardings=list(shardings))
 
