@@ -1,6 +1,6 @@
 """Generates the Python code of protos/ into isthmus/: run by the package's build, and by `make protos`.
 
-Generated code is never committed: protobuf refuses at import what an older or newer generator made.
+Generated code is never committed, because protobuf refuses at import what a newer or much older generator made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def generate() -> list[Path]:
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[misc,valid-type]
-    """Hatchling calls this before it collects a wheel's files, editable ones too."""
+    """Hatchling calls this before it collects a wheel's files, also for an editable installation."""
 
     def initialize(self, version: str, build_data: dict) -> None:
         generate()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Qualities = dict[str, dict[str, float]]
-"""KL divergence by model and stack, in nats a token, as `isthmus bench quality` measured it"""
+"""KL divergence by model and stack, in nats per token, as `isthmus bench quality` measured it"""
 
 Tick = Callable[[], None]
 """A function to call once for each part of the work that is done"""
@@ -27,17 +27,17 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Bench:
-    """What every benchmark is told. The command line is generated from its subclasses."""
+    """Settings that every benchmark has. The command line is generated from its subclasses."""
 
     out: Path | None = None
-    """Folder of the results, PLATFORM-KIND-SUBJECT.json; default ./benchmarks/results if it exists, else
-    ./bench-results"""
+    """Folder of the results, PLATFORM-KIND-SUBJECT.json; by default benchmarks/results if it exists, else
+    bench-results"""
 
     def validate(self) -> None:
-        """Raises ConfigError naming the field."""
+        """Raises ConfigError for a setting that can't be used, and names the field."""
 
     def check_least(self, **least: int) -> None:
-        """Raises ConfigError for the first of these fields that is less than that."""
+        """Raises ConfigError for the first of these fields that is less than the number given for it."""
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {bound}")
@@ -61,12 +61,12 @@ class Case(Generic[B]):
     """The heading of its results in the report"""
     bench: type[B]
     run: Callable[[B, Console], Record]
-    """Measures. Raises ConfigError, BenchError"""
+    """Measures and returns the record. Raises ConfigError, BenchError"""
     show: Callable[[Record, Qualities], str]
-    """The result in Markdown. The second argument is {} where nothing else was measured"""
+    """Returns the result in Markdown. The second argument is {} where no qualities were measured"""
     plot: Callable[[Record], Figure | None] | None = None
     notes: Callable[[Record], str] = lambda record: ""
-    """More in Markdown, which only the terminal shows after a run"""
+    """Returns more Markdown, which is shown on the terminal after a run, but not in the report"""
 
     def section(self, record: Record, qualities: Qualities) -> str:
         """The result and the machine that it was measured on, in Markdown."""
@@ -75,7 +75,8 @@ class Case(Generic[B]):
 
 @contextlib.contextmanager
 def progress_bar(console: Console, text: str, total: int) -> Iterator[Tick]:
-    """Yields a function to call once for each of `total` parts done; a line at the end where there is no terminal."""
+    """Yields a function to call once for each of `total` parts done. Shows progress; without a terminal, only at the
+    end."""
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(text, total=total)

@@ -1,7 +1,8 @@
-"""Comparing stacks: how one run measures them in turns, what several runs add up to, and how that is shown.
+"""Compares stacks: one run measures them in turns, several runs make a result, and the result is shown as tables.
 
-A result holds runs, under "pieces". Each has both sides in it, and no ratio crosses two of them. A run holds `rates`,
-tokens a second by cell, stack and repetition: {"decode8": {"llama-q8_0": [...]}}. A cell is one thing to measure.
+A result holds its runs under "pieces". A ratio is always between two stacks of the same run. A run holds `rates`,
+tokens per second by cell, stack and repetition: {"decode8": {"llama-q8_0": [...]}}. A cell is one thing to measure,
+such as decoding 8 sequences.
 """
 
 from __future__ import annotations
@@ -29,46 +30,46 @@ from isthmus.model.process.cleaning import temporary_folder
 from isthmus.model.weights.folder import open_folder
 
 PAUSE_SECONDS = 0.3
-"""Between turns, until the worker threads of the last one sleep"""
+"""Pause between two turns, in which the worker threads of the stack that ran last go to sleep"""
 SPINS = 0.05
-"""A waiting process that takes more of a core than this disturbs the others"""
+"""Share of a core. A process that takes more than this while it waits is reported, because it disturbs the others"""
 
 Run = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ComparisonBench(Bench):
-    """What every comparison of stacks is told."""
+    """Settings that every comparison of stacks has."""
 
     model: Path = Path("models/125m")
-    """A published folder; llama.cpp's files lie beside it, as make_gguf.py writes them"""
+    """A model folder in Hugging Face's layout; llama.cpp's files lie beside it, where make_gguf.py writes them"""
     seed: int = 0
-    """What prompts, and lengths and arrivals of requests, are drawn from"""
+    """Seed of the prompts, and of the lengths and arrival times of requests"""
     installed: Installed = field(default_factory=Installed)
     merge: bool = False
-    """Add to the result's file what was measured before, on this machine; else replace it"""
+    """Add the run to those in the result's file, which must be of this machine; otherwise the file is replaced"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""
         if not (self.model / "config.json").is_file():
-            raise ConfigError(f"model: {self.model} is not a published model's folder; make_models.py writes two")
+            raise ConfigError(f"model: {self.model} has no config.json; benchmarks/peers/make_models.py makes two")
 
     def start(self, stack: Stack, config: ModelConfig, sizes: Sizes) -> Start:
         return Start(stack, self.model.resolve(), config, sizes, self.installed)
 
 
 class Idle:
-    """What a process takes of the processor while it isn't asked anything."""
+    """Measures how much processor time a process takes while it isn't asked anything."""
 
     def __init__(self, cpu_seconds: Callable[[], float]) -> None:
-        """cpu_seconds: processor time that it has taken until now."""
+        """cpu_seconds: returns the processor time that the process has taken until now."""
         self._cpu_seconds = cpu_seconds
         self._busy = self._busy_cpu = 0.0
         self._begun = time.perf_counter(), cpu_seconds()
 
     @contextmanager
     def asked(self) -> Iterator[None]:
-        """It is asked something meanwhile."""
+        """Marks the time in which the process is asked something, which doesn't count."""
         start, cpu = time.perf_counter(), self._cpu_seconds()
         try:
             yield
@@ -77,7 +78,7 @@ class Idle:
             self._busy_cpu += self._cpu_seconds() - cpu
 
     def share(self) -> float | None:
-        """In cores; None when it was always asked, or has died."""
+        """Processor time per second of waiting, in cores; None when the process never waited, or has died."""
         start, cpu = self._begun
         idle = time.perf_counter() - start - self._busy
         used = self._cpu_seconds() - cpu - self._busy_cpu
@@ -88,12 +89,12 @@ class Side(Protocol):
     """A stack that is ready to be measured."""
 
     facts: dict[str, Any]
-    """What the result says of it: `version` and the `seconds` it took to start, at least"""
+    """What the result says about the stack: at least its `version`, and the `seconds` that it took to start"""
     idle: Idle
 
 
 class Turns:
-    """One run while it is measured. A side that fails in a cell is left out there, and what it said is kept."""
+    """One run while it is measured. A side that fails in a cell isn't measured there again, and its error is kept."""
 
     def __init__(self, cells: Sequence[str], console: Console, tick: Tick) -> None:
         self._cells, self._console, self._tick = cells, console, tick
@@ -102,7 +103,7 @@ class Turns:
         self.rates: dict[str, dict[str, list[float]]] = {cell: {} for cell in cells}
 
     def start(self, stack: Stack, start: Callable[[], Side]) -> None:
-        """Adds the side that start() makes, if it does."""
+        """Adds the side that start() returns. If it raises BenchError, the stack is left out, and the error is kept."""
         with self._kept(stack.name, "load"):
             side = self._sides[stack.name] = start()
             self._console.print(
@@ -110,7 +111,8 @@ class Turns:
             )
 
     def each(self, where: str, do: Callable[[str, Any], None], turn: int = 0) -> None:
-        """do(name, side) for every side that has not failed there, in the turn's order; it may raise BenchError."""
+        """Calls do(name, side), which may raise BenchError, for every side that has not failed at `where`, a cell or a
+        stage such as "warm-up", in the turn's order."""
         for name in rotated(list(self._sides), turn):
             if where in self.errors.get(name, {}):
                 self._tick()
@@ -119,8 +121,8 @@ class Turns:
                 do(name, self._sides[name])
 
     def repeat(self, turns: int, measure: Callable[[str, int, str, Any], float], after: Tick = lambda: None) -> None:
-        """measure(cell, turn, name, side) gives tokens a second, for every cell and side in each turn; after() ends a
-        turn."""
+        """Measures every cell on every side in each turn. measure(cell, turn, name, side) returns tokens per second;
+        after() is called at the end of a turn."""
         for turn in range(turns):
             for cell in self._cells:
 
@@ -151,9 +153,9 @@ class Turns:
             self._console.print(text, highlight=False)
 
     def figures(self, machine: Machine, limits: list[dict[str, float]]) -> Run:
-        """limits: the machine's, before and after. Raises BenchError when nothing was measured."""
+        """The run's figures. limits: the machine's, at each measurement. Raises BenchError if every stack failed."""
         if not any(self.rates.values()):
-            raise BenchError("every stack failed; see above")
+            raise BenchError("every stack failed, with the errors printed above")
         return {
             **{name: getattr(machine, name) for name in ("date", "commit", "load")},
             "limits": limits,
@@ -164,8 +166,8 @@ class Turns:
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The order of a turn: each begins one further, and every second one goes backwards, so that nobody always runs
-    after the same other."""
+    """Returns the order of the stacks in a turn. It begins one stack later in each turn, and every second turn is
+    reversed, so that no stack always runs after the same other one."""
     start = turn % len(names) if names else 0
     order = [*names[start:], *names[:start]]
     return order[::-1] if turn % 2 else order
@@ -173,16 +175,16 @@ def rotated(names: Sequence[str], turn: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Session:
-    """What one run has while it measures."""
+    """What a run needs while it measures."""
 
     turns: Turns
     stacks: list[Stack]
     config: ModelConfig
-    """The model's"""
+    """The model's configuration"""
     children: ExitStack
     """Ends every process that the run started"""
     folder: Path
-    """For logs; it is gone afterwards"""
+    """A temporary folder for logs"""
     machine: Machine
 
 
@@ -195,8 +197,8 @@ def run_comparison(
     console: Console,
     measure: Callable[[Session], Run],
 ) -> Record:
-    """Measures and returns the record, merged if asked to. amount: what the progress bar counts to. Raises ConfigError,
-    BenchError."""
+    """Measures and returns the record, added to the result's file if --merge is set. amount: what the progress bar
+    counts to. Raises ConfigError, BenchError."""
     machine = describe()
     config = open_folder(bench.model).config
     with (
@@ -209,14 +211,15 @@ def run_comparison(
     return merged(record, results_folder(bench.out)) if bench.merge else record
 
 
-# what several runs add up to
+# several runs, combined
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row for each cell and class that Isthmus and a peer of the class had in one run.
+    """Returns a row for each cell and class in which Isthmus and a peer were measured in one run; of several such runs
+    the newest counts.
 
-    For each peer the newest run with both counts. `ratio` is of medians, `low` and `high` are the extremes of a
-    repetition's own; the row's peer is the one that Isthmus does worst against.
+    `ratio` is that of the medians; `low` and `high` are the lowest and the highest ratio of a single repetition. A row
+    has the peer to which Isthmus has the lowest ratio; `pairs` has all.
     """
     rows = []
     for cell in cells(runs):
@@ -235,7 +238,7 @@ def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def cells(runs: Sequence[Run]) -> list[str]:
-    """Every run's cells, in the order they came."""
+    """The cells of all runs, in the order in which they first appear."""
     return list(dict.fromkeys(cell for run in runs for cell in run["rates"]))
 
 
@@ -259,7 +262,7 @@ def _newest_pair(runs: Sequence[Run], cell: str, ours: str, theirs: str) -> dict
 
 
 def newest(runs: Sequence[Run], key: str = "rates") -> dict[str, dict[str, Any]]:
-    """What the newest run with a value for it says, by cell and stack; stacks in the order of the table."""
+    """By cell and stack, in the order of STACKS: the value under `key` of the newest run that has one."""
     found: dict[str, dict[str, Any]] = {}
     for cell in cells(runs):
         values: dict[str, Any] = {}
@@ -270,7 +273,7 @@ def newest(runs: Sequence[Run], key: str = "rates") -> dict[str, dict[str, Any]]
 
 
 def errors(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
-    """(stack, where, message) of what failed and has not worked in a later run."""
+    """Returns (stack, where, message) for each failure, unless a later run succeeded there."""
     left: dict[tuple[str, str], str] = {}
     for run in runs:
         for name in run["stacks"]:
@@ -284,10 +287,7 @@ def errors(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
 
 
 def merged(record: Record, folder: Path) -> Record:
-    """`record`, its run added to those of the file that it would replace.
-
-    Raises ConfigError when that file is of another machine.
-    """
+    """Returns `record` with the runs of the file it would replace. Raises ConfigError if they are another machine's."""
     before = record.predecessor(folder)
     if before is None:
         return record
@@ -299,15 +299,15 @@ def merged(record: Record, folder: Path) -> Record:
 
 
 def with_comparison(runs: list[Run]) -> dict[str, Any]:
-    """The figures of a record."""
+    """Returns the figures of a record with these runs."""
     return {"pieces": runs, "compared": compare(runs)}
 
 
-# how it is shown
+# the result as tables
 
 
 def label(cell: str) -> str:
-    """A cell in words."""
+    """Describes a cell in words."""
     words = {"prefill": "prompt of {} tokens", "decode": "decode, {} sequences", "closed": "{} streams"}
     words["rate"] = "{} requests/s"
     for prefix, text in words.items():
@@ -317,29 +317,29 @@ def label(cell: str) -> str:
 
 
 def show_ratios(record: Record, qualities: Qualities) -> str:
-    """The table of Isthmus' ratio to the fastest peer."""
+    """The table of Isthmus' ratios, each to the fastest peer of the class."""
 
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "tok/s": lambda row: label(row["cell"]),
         "weights": lambda row: row["class"],
         "Isthmus": lambda row: number(row["rate"], 4),
         "fastest peer": lambda row: row["peer"],
-        "its tok/s": lambda row: number(row["peer_rate"], 4),
+        "peer's tok/s": lambda row: number(row["peer_rate"], 4),
         "ratio": lambda row: f"{row['ratio']:.2f}",
-        "repetitions'": lambda row: f"{row['low']:.2f} to {row['high']:.2f} of {row['repeats']}",
+        "range over repetitions": lambda row: f"{row['low']:.2f} to {row['high']:.2f} of {row['repeats']}",
     }
     for model, lost in qualities.items():
-        columns[f"KL, {model}: ours / its"] = partial(_lost, lost)
+        columns[f"KL, {model}: ours / peer's"] = partial(_lost, lost)
     return table_of(record.figures["compared"], columns)
 
 
 def _lost(lost: dict[str, float], row: dict[str, Any]) -> str:
-    """KL divergences of both sides of a ratio."""
+    """The KL divergences of Isthmus and of the row's peer, as text."""
     return " / ".join(number(lost.get(row[side]), 2) for side in ("ours", "peer"))
 
 
 def show_rates(runs: Sequence[Run], qualities: Qualities) -> str:
-    """The table of every stack's median."""
+    """The table of every stack's median rate in each cell."""
     found = newest(runs)
     rows = [
         [
@@ -354,7 +354,7 @@ def show_rates(runs: Sequence[Run], qualities: Qualities) -> str:
 
 
 def show_conditions(runs: Sequence[Run]) -> str:
-    """What ran, under which conditions, and what did not."""
+    """The versions that ran, the machine's limits meanwhile, and what failed."""
     versions = {re.sub(r", [^ ]*\.gguf", "", facts["version"]) for run in runs for facts in run["stacks"].values()}
     limits = [side for run in runs for side in run["limits"]]
     bandwidth, flops = (
@@ -362,15 +362,16 @@ def show_conditions(runs: Sequence[Run]) -> str:
         for key in ("bandwidth", "flops")
     )
     text = (
-        f"Measured in runs with both sides in each ({len(runs)}), while the machine gave {bandwidth} GB/s, and "
-        f"{flops} GFLOP/s of a matrix product. {'; '.join(sorted(versions))}."
+        f"Measured in {len(runs)} {'run' if len(runs) == 1 else 'runs'}, with both sides of each ratio in the same "
+        f"run, while the machine reached {bandwidth} GB/s, and {flops} GFLOP/s in a matrix product. "
+        f"{'; '.join(sorted(versions))}."
     )
     failed = [f"{name}, {where}: `{message.splitlines()[0][:200]}`" for name, where, message in errors(runs)]
-    return paragraphs(text, *(["Did not run:", listed(failed)] if failed else []))
+    return paragraphs(text, *(["These failed:", listed(failed)] if failed else []))
 
 
 def spinning(record: Record) -> str:
-    """Which stacks of the last run took the processor while they waited."""
+    """A list of the stacks in the last run that took processor time while they waited."""
     stacks = record.figures["pieces"][-1]["stacks"].items()
     shares = {name: share for name, facts in stacks if (share := facts.get("waiting_share") or 0.0) > SPINS}
     return listed(

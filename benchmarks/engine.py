@@ -1,5 +1,5 @@
-"""The one driver of an engine: it submits requests without a server and watches what each step gave. Also a process of
-its own (`python -m isthmus.benchmarks.engine`), which answers the questions of protocol.py and a few more."""
+"""Drives an engine without a server: submits requests, and notes what each step returned. As a process of its own
+(`python -m isthmus.benchmarks.engine`) it answers the questions of protocol.py and a few more."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
 
 @dataclass(frozen=True)
 class SeenStep:
-    """What the engine gave at once, as its sink saw it."""
+    """What the engine delivered to its sink in one call."""
 
     at: float
     """time.perf_counter()"""
     cpu: float
     """Processor time of the engine's thread until now, in seconds"""
     times: StepTimes
-    """Where that thread's time went until now"""
+    """How that thread has spent its time until now"""
     drawn: int
-    """Tokens of the requests that are watched"""
+    """How many tokens the watched requests got"""
     begun: int
-    """How many of those have had a token until now"""
+    """How many watched requests have got a token until now"""
     ended: int
-    """How many of those have ended until now"""
+    """How many watched requests have ended until now"""
 
 
 class _Watch:
-    """One run of requests, as the engine's thread sees it. Its state is its own, because the run before may hear of its
-    cancelled requests in this one's time."""
+    """One run of requests, as the engine's thread sees it. Each run has a watch of its own, because the engine may
+    report the cancelled requests of a run when the next one has begun."""
 
     def __init__(
         self, engine: Engine, requests: Sequence[Request], streams: int, enough: Callable[[list[SeenStep]], bool]
@@ -73,7 +73,7 @@ class _Watch:
         self.done = threading.Event()
 
     def take(self, outputs: list[Output]) -> None:
-        """Notes a step; submits a waiting request for each that ended."""
+        """Notes a step, and submits a waiting request for each one that ended."""
         now = time.perf_counter()
         outputs = [output for output in outputs if output.request in self._own]
         if not outputs or self.done.is_set():
@@ -93,10 +93,10 @@ class _Watch:
 
 
 class Driver:
-    """An engine without a server, which does one thing at a time."""
+    """Runs requests on an engine without a server, one run after the other."""
 
     def __init__(self, build: Callable[[Sink], Engine]) -> None:
-        """build: makes the engine, not started yet, with the sink that it is given."""
+        """build: makes an engine with the given sink, and doesn't start it."""
         self.engine = build(self._take)
         self._watch: _Watch | None = None
         self._questions = 0
@@ -108,8 +108,8 @@ class Driver:
     def run(
         self, requests: Sequence[Request], streams: int, enough: Callable[[list[SeenStep]], bool]
     ) -> list[SeenStep]:
-        """Runs requests, `streams` of them in flight, until what was seen is enough; cancels what is left then. Nothing
-        is in flight afterwards. Raises RuntimeError when the engine died or a request failed."""
+        """Runs requests, `streams` at a time, until enough(steps) is true of the steps seen, and cancels the rest.
+        Nothing is in flight afterwards. Raises RuntimeError when the engine died or a request failed."""
         first, self._watch = self._watch is None, _Watch(self.engine, requests, streams, enough)
         watch = self._watch
         for request in requests[:streams]:
@@ -128,9 +128,9 @@ class Driver:
         return watch.seen
 
     def steps(self, prompts: list[list[int]], steps: int, longest: int) -> list[float]:
-        """When every prompt had its first token, and when each of `steps` steps after that was known. Greedy, past any
-        end of text; longest: tokens that a request may get. Raises RuntimeError, also for a step that drew less than a
-        token of each."""
+        """Returns 1 + `steps` times by time.perf_counter: when every prompt had its first token, and when each of the
+        next `steps` steps was done. Tokens are drawn greedily, past any end of text. longest: the most tokens of a
+        request. Raises RuntimeError, also for a step that drew less than a token of each sequence."""
         requests = self.requests([PlannedRequest(0.0, prompt, longest, 0) for prompt in prompts], 0.0)
         count = len(requests)
 
@@ -144,7 +144,7 @@ class Driver:
         return [step.at for step in seen[-1 - steps :]]
 
     def requests(self, planned: Sequence[PlannedRequest], temperature: float) -> list[Request]:
-        """Requests whose ids were never used before."""
+        """Returns requests with ids that were never used before."""
         self._questions += 1
         return [
             Request(f"q{self._questions}-{i}", p.prompt, Sampling(temperature=temperature, seed=p.seed), p.max_tokens)
@@ -152,7 +152,7 @@ class Driver:
         ]
 
     def closed_loop(self, planned: Sequence[PlannedRequest], streams: int, temperature: float) -> dict[str, Any]:
-        """Runs the requests, `streams` of them in flight. Answers the seconds to the last one's end, and all tokens."""
+        """Runs the requests, `streams` at a time. Returns the `seconds` until the last one's end, and all `tokens`."""
         requests = self.requests(planned, temperature)
         start = time.perf_counter()
         seen = self.run(requests, streams, lambda seen: seen[-1].ended == len(requests))
@@ -160,7 +160,7 @@ class Driver:
 
 
 class EngineProcess(Inference):
-    """What the process may be asked. `load` or `serve` comes before the questions for tokens."""
+    """The questions that the process answers. `load` or `serve` comes before those for tokens."""
 
     def __init__(self) -> None:
         self._driver: Driver | None = None
@@ -172,19 +172,19 @@ class EngineProcess(Inference):
         return self._driver
 
     def machine(self, dtype: str | None, devices: int) -> dict[str, Any]:
-        """The machine and its limits, while nothing runs on it."""
+        """Describes the machine and measures its limits; nothing else should run meanwhile."""
         limits = measure_limits(dtype or default_dtype(), devices)
         return {"machine": dataclasses.asdict(describe()), "limits": dataclasses.asdict(limits)}
 
     def write(self, folder: str, name: str, vocab_size: int) -> dict[str, Any]:
-        """Writes a model folder of random weights."""
+        """Writes a model folder with random weights."""
         write_model(Path(folder), preset(name, vocab_size))
         return {}
 
     def load(
         self, model: str, dtype: Dtype, max_sequences: int, context: int, quantize: str = "none"
     ) -> dict[str, Any]:
-        """Loads and compiles, without the prefix cache. quantize: as serving takes it."""
+        """Loads and compiles a model, without a prefix cache. quantize: as for `isthmus serve --quantize`."""
         start = time.perf_counter()
         enable_compilation_cache()
         folder = open_model(Path(model), dtype, quantize=quantize)
@@ -205,8 +205,8 @@ class EngineProcess(Inference):
         }
 
     def serve(self, flags: list[str]) -> dict[str, Any]:
-        """Serves as `isthmus serve FLAGS` would, in a thread, and drives an engine of its own over the same compiled
-        programs and the same memory: only one of the two may have requests at a time."""
+        """Starts a server in a thread, as `isthmus serve FLAGS` would, and an engine that shares its compiled programs
+        and its memory. Only one of the two may have requests at a time."""
         config = tyro.cli(ServeConfig, args=flags)
         enable_compilation_cache(config.compilation_cache)
         model = open_model(config.model, config.dtype)
@@ -230,7 +230,7 @@ class EngineProcess(Inference):
         return self.driver.steps(tokens, steps, self.limits[1] - len(tokens[0]) if steps else 1)
 
     def closed(self, requests: list[dict[str, Any]], streams: int, temperature: float = 0.0) -> dict[str, Any]:
-        """Runs requests as a server gets them, `streams` in flight."""
+        """Runs requests, given as the fields of PlannedRequest, `streams` at a time."""
         return self.driver.closed_loop([PlannedRequest(**request) for request in requests], streams, temperature)
 
     def close(self) -> None:
@@ -241,18 +241,18 @@ class EngineProcess(Inference):
 
 
 def weight_bytes_read(engine: Engine, tied: bool) -> int:
-    """Bytes of weights that a step reads: an embedding that is not the head is only looked up."""
+    """Bytes of weights that a step reads; an embedding that is not the head is only looked up, and doesn't count."""
     params = engine.executor.params
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     embedding = unpacked(params)["embedding"]
     looked_up = sum(leaf.nbytes for leaf in jax.tree.leaves(embedding))
     if isinstance(embedding, Packed):
-        looked_up //= embedding.lines.shape[0]  # it is one of a stack
+        looked_up //= embedding.lines.shape[0]  # the embedding is one of the stack's matrices
     return size if tied else size - looked_up
 
 
 if __name__ == "__main__":
-    keep_heap()  # as the command `isthmus` does, and so `isthmus serve`
+    keep_heap()  # as the command `isthmus` does
     process = EngineProcess()
     answer(process)
     process.close()

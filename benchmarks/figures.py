@@ -1,4 +1,4 @@
-"""Figures of samples, and figures as text: the Markdown of a result's section in the report and on a terminal."""
+"""Statistics of samples, and figures as text: the Markdown of a result in the report and on a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`digits` significant ones, no exponent; a dash for None and NaN."""
+    """A number as text, with at least `digits` significant digits if it has as many; a dash for None and NaN."""
     if value is None or math.isnan(value):
         return "-"
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
@@ -38,12 +38,12 @@ def percent(value: float | None) -> str:
 def percentiles(
     summary: Mapping[str, float | None], factor: float, names: Sequence[str] = ("p50", "p90", "p99")
 ) -> str:
-    """These percentiles of what summarize gives, times `factor`."""
+    """The named percentiles of a summary by `summarize`, times `factor`, as text."""
     return " / ".join(number(None if (value := summary[name]) is None else value * factor) for name in names)
 
 
 def bucket_label(row: dict[str, int], sign: str) -> str:
-    """A bucket's rows, and its blocks of prompt if it has any, after `sign`."""
+    """A bucket as text: its rows and, after `sign`, its blocks of prompt if it has any."""
     return f"{row['rows']}{sign}{row['blocks']}x{row['block_size']}" if row["blocks"] else str(row["rows"])
 
 
@@ -54,12 +54,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Any], str]]) -> str:
-    """A table with a line for each row; columns: what each says of a row, by its head."""
+    """A Markdown table with a line for each row. columns: by heading, what returns the text of a row's cell."""
     return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
 
 def listed(lines: Sequence[str]) -> str:
-    """A list of points."""
+    """A Markdown list."""
     return "\n".join(f"- {line}" for line in lines)
 
 

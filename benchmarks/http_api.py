@@ -1,6 +1,6 @@
-"""The HTTP servers of other engines: how each is asked for a completion and read, as data, and a client that streams.
+"""The HTTP servers of other engines: how each is asked for a completion and how it answers, and a client that streams.
 
-All are sent token ids and complete greedily, past any end of text and without a prefix cache.
+Every server is sent token ids, and completes greedily, past any end of text and without a prefix cache.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class HttpApi:
-    """One server's dialect."""
+    """How one kind of server is asked for a completion."""
 
     path: str
-    """What a completion is POSTed to"""
+    """The path to which a request for a completion is POSTed"""
     body: Callable[[PlannedRequest, str], Json]
-    """The JSON that asks for a request of the model of that name"""
+    """Returns the JSON of a request to the model of that name"""
     tokens: Callable[[Json], tuple[int, int | None]]
-    """How many tokens a server-sent event carries, and how many the whole completion has where the event says so"""
+    """Returns how many tokens an event carries, and how many the whole completion has, or None if it doesn't say"""
     version: tuple[str, str]
     """The path that tells the software's version, and the field of its JSON"""
 
 
 def _llama_body(planned: PlannedRequest, model: str) -> Json:
-    """llama-server's own completion; one sampler that leaves a single token is the cheapest greedy."""
+    """A request to llama-server's own API. One sampler that leaves a single token is its cheapest way to be greedy."""
     body = {"prompt": planned.prompt, "n_predict": planned.max_tokens, "top_k": 1, "samplers": ["top_k"]}
     return {**body, "ignore_eos": True, "stream": True, "cache_prompt": False, "return_tokens": True}
 
 
 def _llama_tokens(event: Json) -> tuple[int, int | None]:
-    """Text that is no whole character yet is held back, and its tokens are never listed: the last event counts all."""
+    """llama-server holds back incomplete characters and never lists their tokens; the last event counts all tokens."""
     return len(event.get("tokens") or ()), event.get("tokens_predicted") if event.get("stop") else None
 
 
@@ -60,11 +60,11 @@ APIS = {
 
 
 class HttpError(RuntimeError):
-    """An answer that is no success, or none of HTTP."""
+    """The server answered with an error, or not with HTTP."""
 
 
 def get(address: str, path: str) -> bytes | None:
-    """The body of a GET's answer, if that is a success; blocks for at most 5 s."""
+    """The body of the answer to a GET; None without success, also when the server says nothing for 5 s."""
     connection = http.client.HTTPConnection(address, timeout=5)
     try:
         connection.request("GET", path)
@@ -79,8 +79,8 @@ def get(address: str, path: str) -> bytes | None:
 async def completion(
     api: HttpApi, address: str, model: str, planned: PlannedRequest, timeout: float
 ) -> AsyncIterator[tuple[int, int | None]]:
-    """What `api.tokens` says of each event of a streamed completion. Raises HttpError, OSError, ValueError, EOFError,
-    and TimeoutError after `timeout` seconds."""
+    """Yields what `api.tokens` says of each event of a streamed completion. Raises HttpError, OSError, ValueError,
+    EOFError, and TimeoutError after `timeout` seconds."""
     async with asyncio.timeout(timeout), aclosing(post(address, api.path, api.body(planned, model))) as lines:
         async for line in lines:
             data = line.removeprefix(b"data:").strip()
@@ -93,7 +93,7 @@ async def completion(
 
 
 async def post(address: str, path: str, body: Json) -> AsyncGenerator[bytes, None]:
-    """The lines of the answer to a POST of JSON, as they come. Raises HttpError, OSError."""
+    """Yields the lines of the answer to a POST of JSON, as they come. Raises HttpError, OSError."""
     host, port = address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -117,13 +117,13 @@ async def post(address: str, path: str, body: Json) -> AsyncGenerator[bytes, Non
 
 
 async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The parts of an answer in HTTP's chunked encoding."""
+    """Yields the parts of an answer in HTTP's chunked encoding."""
     while size := int((await reader.readline()).split(b";")[0], 16):
         yield await reader.readexactly(size)
         await reader.readexactly(2)
 
 
 async def _unframed(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The parts of an answer that ends with the connection."""
+    """Yields the parts of an answer that ends with the connection."""
     while part := await reader.read(1 << 16):
         yield part

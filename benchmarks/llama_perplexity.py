@@ -1,10 +1,11 @@
-"""llama.cpp's llama-perplexity: a model's predictions of a text in a file, and how far a quantized one's are from them.
+"""Runs llama.cpp's llama-perplexity, which writes a model's predictions of a text to a file, and measures how far those
+of a quantized model are from them.
 
-The file (`--kl-divergence-base`, read off tools/perplexity/perplexity.cpp of llama.cpp 0c1e57098), little-endian:
-"_logits_", uint32 n_ctx, int32 vocabulary, int32 windows, int32[windows, n_ctx] tokens; then for each window, and in it
-for each token but the last from n_ctx / 2 on, the distribution of the token after it: float32 scale, float32 least, and
-uint16[vocabulary, made even] q, log-probabilities being scale * q + least. What is 16 nats or more below the likeliest
-token is 0.
+The file (`--kl-divergence-base`, as tools/perplexity/perplexity.cpp of llama.cpp 0c1e57098 writes it) is little-endian:
+"_logits_", uint32 n_ctx, int32 vocabulary, int32 windows, int32[windows, n_ctx] tokens. Then, for each token of each
+window from n_ctx / 2 on, except the window's last, it has the distribution of the token that follows: float32 scale,
+float32 least, and uint16[vocabulary, rounded up to an even number] q, where the log-probabilities are scale * q +
+least. Tokens 16 nats or more below the likeliest have q = 0.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HEADER = np.dtype([("magic", "S8"), ("n_ctx", "<u4"), ("vocab", "<i4"), ("window
 
 @dataclass(frozen=True)
 class BaseLogits:
-    """Such a file, read where it lies."""
+    """A file of predictions, which are read from it when they are needed."""
 
     path: Path
     n_ctx: int
@@ -37,7 +38,7 @@ class BaseLogits:
 
     @classmethod
     def open(cls, path: Path) -> BaseLogits:
-        """Raises ConfigError for what is no such file, or only a part of one."""
+        """Reads the header. Raises ConfigError for another kind of file, or for one that isn't complete."""
         try:
             with path.open("rb") as file:
                 data = file.read(HEADER.itemsize)
@@ -45,7 +46,7 @@ class BaseLogits:
         except OSError as error:
             raise ConfigError(f"base: {path} can't be read: {error.strerror}") from None
         if len(data) < HEADER.itemsize or not data.startswith(MAGIC):
-            raise ConfigError(f"base: {path} is no file of llama-perplexity's --kl-divergence-base")
+            raise ConfigError(f"base: {path} is not a file that llama-perplexity --kl-divergence-base makes")
         _, n_ctx, vocab, windows = np.frombuffer(data, HEADER)[0].item()
         found = cls(path, n_ctx, vocab, windows)
         rows = windows * found.predicted * found._row.itemsize
@@ -55,28 +56,28 @@ class BaseLogits:
 
     @property
     def predicted(self) -> int:
-        """Tokens of a window that are predicted: those after the first half and one more."""
+        """How many tokens of a window are predicted: all after the first one of the second half."""
         return self.n_ctx - 1 - self.n_ctx // 2
 
     @property
     def _row(self) -> np.dtype:
-        """A token's distribution."""
+        """The dtype of a token's distribution in the file."""
         return np.dtype([("scale", "<f4"), ("least", "<f4"), ("q", "<u2", max(0, self.vocab + self.vocab % 2))])
 
     @property
     def _start(self) -> int:
-        """Where the distributions begin."""
+        """The byte at which the distributions begin."""
         return HEADER.itemsize + 4 * self.windows * self.n_ctx
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """int32[windows, n_ctx], as the text has them: a model that wants a text to begin with a token of its own gets
-        that in the place of each window's first."""
+        """int32[windows, n_ctx], as they are in the text. llama.cpp gives the model another first token in each window,
+        if its texts begin with a token of their own."""
         flat = np.fromfile(self.path, "<i4", self.windows * self.n_ctx, offset=HEADER.itemsize)
         return flat.reshape(self.windows, self.n_ctx)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """float32[predicted, vocab] of log-probabilities for each window."""
+        """Yields float32[predicted, vocab], the log-probabilities of a window."""
         size = self.predicted * self._row.itemsize
         for window in range(self.windows):
             rows = np.fromfile(self.path, self._row, self.predicted, offset=self._start + window * size)
@@ -84,11 +85,12 @@ class BaseLogits:
 
 
 TRIES = 3
-"""llama-perplexity prints from a thread that its end doesn't wait for: now and then the last lines are lost"""
+"""How often llama-perplexity is run until its output is whole: it doesn't wait for its printing thread at its end"""
 
 
 def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n_ctx: int, threads: int) -> None:
-    """Writes the predictions of a GGUF file of a text, with a float32 cache. Raises BenchError."""
+    """Writes a GGUF file's predictions of a text, with a float32 cache. llama: the folder that `make peers-llama`
+    makes. Raises BenchError."""
     partial = path.with_name(path.name + ".partial")
     arguments = ["-f", str(text), "--chunks", str(windows), "-ctk", "f32", "-ctv", "f32"]
     _run(llama, model, n_ctx, threads, [*arguments, "--kl-divergence-base", str(partial)])
@@ -96,7 +98,7 @@ def write_base(llama: Path, model: Path, text: Path, path: Path, windows: int, n
 
 
 def divergence(llama: Path, model: Path, base: BaseLogits, threads: int) -> Divergence:
-    """How far a GGUF file's predictions are from the base's, as llama.cpp runs it by default. Raises BenchError."""
+    """How far a GGUF file's predictions, by llama.cpp with its defaults, are from the base's. Raises BenchError."""
     arguments = ["--kl-divergence", "--kl-divergence-base", str(base.path)]
     for left in reversed(range(TRIES)):
         output = _run(llama, model, base.n_ctx, threads, arguments)
@@ -121,7 +123,7 @@ def _run(llama: Path, model: Path, n_ctx: int, threads: int, arguments: list[str
 
 
 def parse(output: str, tokens: int) -> Divergence:
-    """What llama-perplexity --kl-divergence says at its end. Raises BenchError when it doesn't."""
+    """The figures that llama-perplexity --kl-divergence prints last. Raises BenchError when they are missing."""
 
     def figures(name: str) -> tuple[float, float]:
         found = re.search(rf"^{re.escape(name)}\s*:\s*(\S+) ± +([^\s%]+)", output, re.MULTILINE)

@@ -1,9 +1,9 @@
-"""The load generator, a process of its own (`python -m isthmus.benchmarks.load`): it sends requests to a server when
+"""The load generator, a process of its own (`python -m isthmus.benchmarks.load`). It sends requests to a server when
 they are due, over gRPC to ours and over HTTP to others (http_api.py).
 
-Open loop: a request is sent at its time whatever became of the ones before, and its latencies count from that time, not
-from when the generator got round to it, so that a server that stalls can't hide it. Closed loop: so many requests are
-in flight, and latencies count from the sending.
+In an open loop a request is sent at its time, whether or not earlier ones have ended. Its latencies count from that
+time, even if it was sent later, so that a server that stalls can't hide it. In a closed loop a fixed number of requests
+is in flight, and latencies count from the sending.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ CONNECT_SECONDS = 30.0
 
 Stream = Callable[[PlannedRequest], AsyncIterator[tuple[int, int | None]]]
 """Sends a request. Yields for each message of the answer how many tokens it carries, and how many the whole completion
-has where the message says so"""
+has, or None where the message doesn't say"""
 
 
 @dataclass
 class Outcome:
-    """One request as its client saw it; seconds since it was due, unless said otherwise."""
+    """One request as its client saw it. Times are in seconds since it was due, unless they say otherwise."""
 
     due: float
-    """Since the start"""
+    """When it was due, in seconds since the start"""
     lag: float = 0.0
     """How late it was sent"""
     first: float | None = None
@@ -50,7 +50,7 @@ class Outcome:
     """When the stream ended"""
     tokens: int = 0
     messages: int = 0
-    """How many carried tokens: fewer than tokens when the server put several into one"""
+    """How many messages carried tokens: fewer than `tokens` when the server put several into one"""
     gaps: list[float] = field(default_factory=list)
     """Seconds between one message with tokens and the next"""
     error: str | None = None
@@ -66,18 +66,18 @@ class Target:
     tls_ca: str | None = None
     """A file with the certificate to trust, as isthmus.Client takes it"""
     temperature: float = 1.0
-    """Ours only: the others are greedy"""
+    """Temperature for a server of ours; the others are asked to be greedy"""
     timeout: float = 600.0
     """Deadline of a request, in seconds"""
     engine: str = "isthmus"
-    """Whose server it is, as stacks.py names it"""
+    """The server's engine, by its name in stacks.py"""
     model: str = ""
-    """What a request must call the model; ours needs no name"""
+    """The model's name in a request; a server of ours needs none"""
 
 
 @contextlib.asynccontextmanager
 async def _opened(target: Target) -> AsyncIterator[Stream]:
-    """How requests are sent to the target meanwhile."""
+    """Connects to the target, and yields the function that sends a request to it."""
     if target.engine != "isthmus":
         yield lambda planned: completion(APIS[target.engine], target.address, target.model, planned, target.timeout)
         return
@@ -112,8 +112,8 @@ def _grpc_stream(
 
 
 async def send(stream: Stream, planned: PlannedRequest, start: float) -> Outcome:
-    """Waits until the request is due, `planned.at` seconds after `start`, and reads its stream to the end. A completion
-    that is not as long as asked has failed."""
+    """Waits until the request is due, `planned.at` seconds after `start`, sends it, and reads its stream to the end. A
+    completion that has not as many tokens as asked for has failed."""
     outcome, due = Outcome(planned.at), start + planned.at
     messages = stream(planned)
     await asyncio.sleep(max(0.0, due - time.perf_counter()))
@@ -164,8 +164,8 @@ async def closed_loop(stream: Stream, planned: list[PlannedRequest], streams: in
 
 
 async def run_load(target: Target, planned: list[PlannedRequest], streams: int = 0) -> dict[str, Any]:
-    """Sends them all. streams: a closed loop's; 0 is an open loop. Answers the outcomes, the seconds from the first due
-    time to the last end, and cpu_seconds, what this process took of the processor meanwhile."""
+    """Sends all requests. streams: how many a closed loop keeps in flight; 0 is an open loop. Returns `outcomes`,
+    `seconds` from the first due time to the last end, and `cpu_seconds`, this process's processor time meanwhile."""
     async with _opened(target) as stream:
         cpu = time.process_time()
         outcomes = await (closed_loop(stream, planned, streams) if streams else open_loop(stream, planned))
@@ -176,7 +176,7 @@ async def run_load(target: Target, planned: list[PlannedRequest], streams: int =
 
 
 def server_facts(client: Client) -> dict[str, Any]:
-    """What a benchmark needs to know of one of our servers."""
+    """What a benchmark needs to know about one of our servers."""
     model, server = client.model_info(timeout=30), client.server_info(timeout=30)
     names = ("name", "parameters", "vocab_size", "context_length", "dtype")
     return {
@@ -195,26 +195,26 @@ def server_counters(client: Client) -> dict[str, Any]:
 
 
 class LoadGenerator:
-    """The process's side: what it may be asked."""
+    """The question that the load generator's process answers."""
 
     def load(self, target: dict[str, Any], requests: list[dict[str, Any]], streams: int) -> dict[str, Any]:
-        """target: the fields of Target. requests: those of PlannedRequest."""
+        """Runs run_load. target: the fields of Target. requests: those of PlannedRequest."""
         return uvloop.run(run_load(Target(**target), [PlannedRequest(**request) for request in requests], streams))
 
 
 def ask_load(child: Child, target: Target, planned: list[PlannedRequest], streams: int = 0) -> dict[str, Any]:
-    """What run_load answers in the load generator's process. Raises BenchError."""
+    """Returns what run_load returns in the load generator's process. Raises BenchError."""
     return child.ask("load", target=asdict(target), requests=as_json(planned), streams=streams)
 
 
 def as_json(planned: list[PlannedRequest]) -> list[dict[str, Any]]:
-    """Requests as a question carries them."""
+    """Requests as JSON, to be sent to a process."""
     return [asdict(request) for request in planned]
 
 
 def load_figures(*answers: dict[str, Any]) -> dict[str, Any]:
-    """Throughput, latencies and failures of what the load generator saw, in all of these answers of run_load together.
-    Failed requests count as failures only."""
+    """Throughput, latencies and failures in all results of run_load. Failed requests count as failures, and in
+    send_lag."""
     outcomes = [outcome for answer in answers for outcome in answer["outcomes"]]
     seconds, cpu = (sum(answer[name] for answer in answers) for name in ("seconds", "cpu_seconds"))
     whole = [o for o in outcomes if o["error"] is None]

@@ -17,12 +17,12 @@ from isthmus.model.device.hardware import Limits
 from isthmus.model.process.resources import usable_cpus
 
 VECTORS = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
-"""What Linux calls the vector instructions that make the difference, best first"""
+"""Vector instructions that make a difference in speed, by Linux's names, best first"""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Describes a run for whoever reads its figures later."""
+    """What a run was measured on, for those who read its figures later."""
 
     platform: str
     """JAX's name of the backend: cpu, gpu or tpu"""
@@ -32,21 +32,21 @@ class Machine:
     cores: int
     """Host cores that this process may use"""
     memory_bytes: int
-    """The host's"""
+    """Memory of the host"""
     operating_system: str
     python: str
     jax: str
     commit: str
-    """The working folder's; '+' means uncommitted changes, empty is no git"""
+    """Commit of the working folder; '+' means uncommitted changes, empty means no git"""
     date: str
     """UTC, ISO 8601"""
     load: float
-    """Processes that wanted a core over the minute before the run: well above 0 means that others took part"""
+    """Processes that wanted a core, averaged over the minute before the run; well above 0 means that others ran, too"""
 
 
 def describe(kind: str = "", devices: Sequence[str] = ()) -> Machine:
-    """This machine now. kind, devices: the platform and the devices' names as a server tells them, whose machine this
-    is; without them, those of JAX in this process."""
+    """Describes this machine. kind, devices: the platform and the devices' names, as a server on this machine tells
+    them; by default, those of JAX in this process."""
     if not kind:
         kind, devices = jax.default_backend(), [device.device_kind for device in jax.devices()]
     return Machine(
@@ -65,7 +65,8 @@ def describe(kind: str = "", devices: Sequence[str] = ()) -> Machine:
 
 
 def cpu_name() -> str:
-    """The model name that Linux knows and its widest vectors, which cloud names don't tell; else what Python knows."""
+    """The processor's name and its widest vectors, as Linux knows them, because clouds use one name for several
+    processors; on other systems, the name that Python knows."""
     try:
         return name_of(Path("/proc/cpuinfo").read_text().splitlines())
     except OSError:
@@ -101,11 +102,12 @@ def measure_limits(dtype: str, devices: int = 1) -> Limits:
 
 
 def better(first: Limits, second: Limits) -> Limits:
-    """The higher of each: another process can only make a limit look lower than it is."""
+    """The higher of both limits. Another process can only make a limit look lower than it is."""
     return Limits(max(first.flops, second.flops), max(first.bandwidth, second.bandwidth), first.source)
 
 
 def limits_of_any_dtype() -> dict[str, float]:
-    """bandwidth, bytes/s; flops, FLOP/s of a matrix product in the faster of float32 and bfloat16."""
+    """The machine's limits, measured now: `bandwidth`, bytes/s, and `flops`, FLOP/s of a matrix product in the faster
+    of float32 and bfloat16."""
     limits = [measure_limits(dtype) for dtype in ("float32", "bfloat16")]
     return {"bandwidth": max(x.bandwidth for x in limits), "flops": max(x.flops for x in limits)}

@@ -1,4 +1,4 @@
-"""Models of random weights: the speed of a step doesn't depend on what was learnt."""
+"""Models with random weights: the speed of a step doesn't depend on what was learnt."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from isthmus.model.weights.checkpoint import Checkpoints
 from isthmus.model.weights.random import init_params
 
 DEFAULT_VOCAB = 32000
-"""For presets that leave the vocabulary to the tokenizer"""
+"""Vocabulary of presets that leave it to the tokenizer"""
 
 SAMPLE_BYTES = 8 << 20
 """How much of Python's own source a tokenizer is trained on"""
 
 
 def preset(name: str, vocab_size: int) -> ModelConfig:
-    """A preset with its vocabulary settled; vocab_size 0 keeps the preset's. Raises ConfigError."""
+    """A preset with a vocabulary of `vocab_size`; 0 is the preset's own, or DEFAULT_VOCAB. Raises ConfigError."""
     if name not in PRESETS:
         raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
     config = PRESETS[name]
@@ -47,7 +47,7 @@ def write_model(folder: Path, config: ModelConfig) -> None:
 
 
 def _pad_vocabulary(path: Path, size: int) -> None:
-    """Adds tokens that no text gives until there are `size`, so that every row of the head can be drawn."""
+    """Adds tokens that occur in no text until there are `size`, so that every row of the head can be drawn."""
     fields = json.loads(path.read_text())
     vocab = fields["model"]["vocab"]
     taken = len(vocab)

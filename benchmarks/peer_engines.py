@@ -28,34 +28,34 @@ from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 
 MAX_SEQUENCES = 32
-"""How many every engine is loaded for, as a server would be, whatever a cell asks"""
+"""How many sequences every engine is loaded for at least, as a server would be, even if a cell decodes fewer"""
 MIN_STEPS, MAX_STEPS, WARMUP_STEPS = 8, 128, 4
 MAX_PASSES = 8
 
 
 @dataclass(frozen=True)
 class PeersBench(ComparisonBench):
-    """Times engines that are loaded side by side, in turns, on one model with the same prompts, greedily.
+    """Times several engines on one model with the same prompts, greedily. All are loaded at once, and take turns.
 
-    A cell is prefillN, one prompt of N tokens, or decodeN: N sequences from when each has its first token. In each
-    repetition every cell is run by every stack, in an order that rotates. All have loaded the model first and warmed
-    up; who waits sleeps, which is measured. Tokens a second are medians over the repetitions, and the ratio is against
-    the fastest stack that stores weights in as many bits. Bandwidth and the peak of a matrix product are measured
+    A cell is prefillN, one prompt of N tokens, or decodeN, N sequences from when each has its first token. In each
+    repetition every stack runs every cell, in an order that rotates. Rates, in tokens per second, are medians over the
+    repetitions; the ratio is to the fastest stack whose weights have as many bits. A stack that waits should sleep: the
+    processor time that it takes meanwhile is measured. So are the memory bandwidth and the peak of a matrix product,
     before and after each repetition.
     """
 
     stacks: tuple[str, ...] = tuple(STACKS)
-    """Which to run"""
+    """Stacks to run: engines, each with one type of weights"""
     cells: tuple[str, ...] = ("prefill512", "decode1", "decode8", "decode32")
-    """What to measure, each prefillN or decodeN"""
+    """Cells to measure, each prefillN or decodeN"""
     repeats: int = 5
-    """How often every cell is run by every stack"""
+    """How often every stack runs every cell"""
     prompt: int = 32
-    """Tokens of the prompts before decoding"""
+    """Tokens of each prompt that comes before decoding"""
     steps: int = 0
-    """How many to decode; 0 takes as many as make a turn of --seconds in the median of the stacks"""
+    """Steps of decoding in a turn; 0 takes as many as the median of the stacks does in --seconds"""
     seconds: float = 3.0
-    """How long a turn takes, about; a prompt is repeated to fill it"""
+    """About how long a turn takes; a prompt is repeated to fill it"""
 
     def validate(self) -> None:
         chosen(self.stacks)
@@ -69,7 +69,7 @@ class PeersBench(ComparisonBench):
 
 
 def parse_cell(cell: str) -> tuple[str, int]:
-    """("prefill", tokens) or ("decode", sequences). Raises ConfigError."""
+    """Returns ("prefill", tokens) or ("decode", sequences). Raises ConfigError."""
     found = re.fullmatch(r"(prefill|decode)([1-9]\d*)", cell)
     if found is None:
         raise ConfigError(f"cells: {cell!r} is neither prefillN nor decodeN")
@@ -77,7 +77,7 @@ def parse_cell(cell: str) -> tuple[str, int]:
 
 
 def cell_tokens(bench: PeersBench, cell: str, vocab: int) -> list[list[int]]:
-    """The prompts of a cell, the same for every stack and every run of a seed. Ids below 10 may mean something."""
+    """The prompts of a cell, the same for every stack and run of a seed, without ids below 10, which may be special."""
     what, count = parse_cell(cell)
     random = np.random.default_rng([bench.seed, count, what == "decode"])
     shape = (1, count) if what == "prefill" else (count, bench.prompt)
@@ -85,7 +85,7 @@ def cell_tokens(bench: PeersBench, cell: str, vocab: int) -> list[list[int]]:
 
 
 def room(bench: PeersBench) -> Sizes:
-    """What every stack is loaded for: the same, whichever cells are run."""
+    """The sizes for which every stack is loaded: MAX_SEQUENCES and 512 tokens, or more if a cell needs more."""
     sizes = [parse_cell(cell) for cell in bench.cells]
     sequences = max([MAX_SEQUENCES, *(count for what, count in sizes if what == "decode")])
     longest = max([512, *(count for what, count in sizes if what == "prefill")])
@@ -94,7 +94,7 @@ def room(bench: PeersBench) -> Sizes:
 
 
 def amount(bench: PeersBench, cell: str, seconds: Sequence[float]) -> int:
-    """Passes of a prompt or steps of decoding in a turn, from what one took each stack: alike for all of them."""
+    """How many passes of a prompt or steps of decoding a turn of any stack has. seconds: what one takes each stack."""
     fitting = round(bench.seconds / median(seconds))
     if parse_cell(cell)[0] == "prefill":
         return min(MAX_PASSES, max(1, fitting))
@@ -102,17 +102,17 @@ def amount(bench: PeersBench, cell: str, seconds: Sequence[float]) -> int:
 
 
 class EngineSide:
-    """A stack's child that has loaded the model."""
+    """A process that has loaded the model for a stack."""
 
     def __init__(self, start: Start, children: ExitStack, log: Path) -> None:
-        """Raises BenchError."""
+        """Starts the process, which `children` ends, and loads the model. Raises BenchError."""
         self._child = children.enter_context(Child(start.command(start.engine.child), log))
         self.facts = self._child.ask("load", **start.load)
         self.facts.setdefault("weight_bytes", start.weight_bytes())
         self.idle = Idle(self._child.cpu_seconds)
 
     def run(self, cell: str, tokens: list[list[int]], count: int) -> float:
-        """Seconds of `count` passes of a prompt, or of `count` steps of decoding."""
+        """Returns the seconds that `count` passes of a prompt, or `count` steps of decoding, take."""
         if parse_cell(cell)[0] == "prefill":
             return sum(self._ask("prefill", tokens=tokens) for _ in range(count))
         return self._ask("decode", tokens=tokens, steps=count)
@@ -123,7 +123,7 @@ class EngineSide:
 
 
 def run(bench: PeersBench, console: Console) -> Record:
-    """Measures and returns the record, merged if asked to. Raises ConfigError, BenchError."""
+    """Measures and returns the record, added to the result's file if --merge is set. Raises ConfigError, BenchError."""
     bench.validate()
     stacks = chosen(bench.stacks)
     amount = len(stacks) * (1 + len(bench.cells) * (1 + bench.repeats))
@@ -131,8 +131,8 @@ def run(bench: PeersBench, console: Console) -> Record:
 
 
 def measure(bench: PeersBench, at: Session) -> Run:
-    """Every cell once, briefly, which says how much a turn takes; then all repetitions, the machine's limits before and
-    after each."""
+    """Runs every cell once, briefly, to know how much work is a turn, then all repetitions. Measures the machine's
+    limits before and after each repetition."""
     limits = [limits_of_any_dtype()]
     for stack in at.stacks:
         start, log = bench.start(stack, at.config, room(bench)), at.folder / f"{stack.name}.log"
@@ -156,8 +156,9 @@ def measure(bench: PeersBench, at: Session) -> Run:
 
 
 def shares(run: Run, config: ModelConfig) -> dict[str, dict[str, float]]:
-    """By cell and stack: decoding one sequence, what it reads of weights at the bandwidth; a prompt, its FLOPs at the
-    peak. Medians of the repetitions, each against the more that was measured of before and after it."""
+    """By cell and stack, the share of the machine's limit that was reached: where one sequence decodes, of the
+    bandwidth, by reading weights; for a prompt, of the FLOP/s of a matrix product. Medians of the repetitions, each of
+    which is compared with the higher of the limits before and after it."""
     found: dict[str, dict[str, float]] = {}
     for cell, rates in run["rates"].items():
         what, count = parse_cell(cell)
@@ -178,15 +179,16 @@ def shares(run: Run, config: ModelConfig) -> dict[str, dict[str, float]]:
 def show(record: Record, qualities: Qualities) -> str:
     runs = record.figures["pieces"]
     text = (
-        "Engine against engine: the same model and prompts, greedy, in turns. Medians; the ratio is to the fastest "
-        "that stores weights in as many bits; float32 of vLLM and transformers counts with the 16 bits."
+        "All engines ran the same model and prompts, greedily and in turns. Rates are medians; the ratio is to the "
+        "fastest peer whose weights have as many bits. Float32 of vLLM and transformers counts as 16 bits."
     )
-    text += " KL: what the same weights cost real models, above." if qualities else ""
+    text += " KL is what the same types of weights cost the trained models above." if qualities else ""
     parts = [text, comparison.show_ratios(record, qualities), comparison.show_rates(runs, qualities)]
     if found := {cell: found for cell, found in comparison.newest(runs, "shares").items() if found}:
         rows = [[name, *(percent(by_stack.get(name)) for by_stack in found.values())] for name in STACKS]
         parts += [
-            "One sequence decoding: weights read, of the bandwidth. A prompt: FLOPs, of a matrix product's peak.",
+            "For one sequence decoding: the rate at which weights are read, as a share of the machine's bandwidth. For "
+            "a prompt: FLOP/s, as a share of those of a matrix product.",
             table(["", *map(comparison.label, found)], [row for row in rows if any(cell != "-" for cell in row[1:])]),
         ]
     return paragraphs(*parts, comparison.show_conditions(runs))
@@ -195,4 +197,4 @@ def show(record: Record, qualities: Qualities) -> str:
 def notes(record: Record) -> str:
     sides = record.figures["pieces"][-1]["limits"]
     limits = [f"{side['bandwidth'] / 1e9:.1f} GB/s and {side['flops'] / 1e9:,.0f} GFLOP/s" for side in sides]
-    return paragraphs(f"The machine gave {', then '.join(limits)}.", comparison.spinning(record))
+    return paragraphs(f"The machine's limits were {', then '.join(limits)}.", comparison.spinning(record))

@@ -27,35 +27,36 @@ from isthmus.benchmarks.workload import PlannedRequest, poisson_arrivals
 from isthmus.errors import ConfigError
 
 PROMPTS, COMPLETIONS = (16, 256), (16, 96)
-"""Fewest and most tokens, drawn evenly"""
+"""Fewest and most tokens; all numbers between them are as likely"""
 ENGINE_PROMPT, ENGINE_STEPS = 32, 32
-"""Tokens of the engine's own decoding, beside which the server's throughput is stated"""
+"""Tokens of each prompt, and steps, when the engine alone only decodes, to be compared with the server"""
 
 
 @dataclass(frozen=True)
 class PeerServersBench(ComparisonBench):
-    """Sends the same requests to servers that run side by side, one after the other, and compares.
+    """Sends the same requests to several servers that run side by side, one after the other, and compares them.
 
-    Prompts of 16 to 256 tokens and completions of 16 to 96, as token ids, streamed, greedy, without prefix caches. At
-    each rate they arrive as a Poisson process; in the closed loop --streams are always in flight. In each repetition
-    every load is put on every server, in an order that rotates. Ours is also compared with its engine in a process of
-    its own, which gets the requests of the closed loop directly and decodes --streams sequences.
+    Prompts have 16 to 256 tokens and completions 16 to 96; they are sent as token ids, streamed and greedy, to servers
+    without prefix caches. At each rate they arrive as a Poisson process; in the closed loop --streams are always in
+    flight. In each repetition every load is put on every server, in an order that rotates. Our server is also compared
+    with its engine in a process of its own, which gets the requests of the closed loop directly and decodes --streams
+    sequences.
     """
 
     stacks: tuple[str, ...] = ("isthmus-bf16", "llama-bf16", "vllm-bf16", "vllm-f32")
-    """Whose servers to run"""
+    """Stacks whose servers are run"""
     rates: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """Requests a second"""
+    """Arrival rates, in requests per second"""
     seconds: float = 30.0
     """How long requests arrive at each rate"""
     streams: int = 32
-    """How many the closed loop keeps in flight; 0 leaves it out"""
+    """Requests that the closed loop keeps in flight; 0 leaves it out"""
     requests: int = 96
-    """How many the closed loop sends"""
+    """Requests that the closed loop sends"""
     repeats: int = 3
     """How often every load is put on every server"""
     engine: bool = True
-    """Run our engine in the closed loop too, without a server"""
+    """Also run our engine without a server, on the requests of the closed loop"""
     timeout: float = 300.0
     """Deadline of a request, in seconds; one that misses it has failed"""
 
@@ -75,18 +76,19 @@ class PeerServersBench(ComparisonBench):
 
     @property
     def loads(self) -> dict[str, float]:
-        """Requests a second by the load's name; 0 is the closed loop."""
+        """Requests per second by the load's name; 0 is the closed loop."""
         closed = {f"closed{self.streams}": 0.0} if self.streams else {}
         return closed | {f"rate{rate:g}": rate for rate in self.rates}
 
 
 def sizes(bench: PeerServersBench) -> Sizes:
-    """What every server is started for."""
+    """The sizes for which every server is started."""
     return Sizes(max(32, bench.streams), -(-(PROMPTS[1] + COMPLETIONS[1]) // 128) * 128)
 
 
 def plan(bench: PeerServersBench, rate: float, turn: int, vocab: int) -> list[PlannedRequest]:
-    """The requests of a load and repetition, the same for every server. rate 0: the closed loop's, all at 0."""
+    """The requests of a load in a repetition, the same for every server. rate: requests per second; 0 means the closed
+    loop, whose requests are all due at the start."""
     random = np.random.default_rng([bench.seed, round(rate * 1e6), turn])
     times = poisson_arrivals(random, rate, bench.seconds) or [0.0] if rate else [0.0] * bench.requests
     requests = []
@@ -98,10 +100,10 @@ def plan(bench: PeerServersBench, rate: float, turn: int, vocab: int) -> list[Pl
 
 
 class ServerSide:
-    """A stack's server that is ready; beside ours, a child with the engine alone."""
+    """A stack's server that is ready and, beside a server of ours, a process with the engine alone."""
 
     def __init__(self, bench: PeerServersBench, start: Start, running: ExitStack, folder: Path) -> None:
-        """Raises BenchError."""
+        """Starts the server, which `running` ends. Raises BenchError."""
         self._start, self._running, self._folder = start, running, folder
         begun, stack = time.perf_counter(), start.stack
         server = running.enter_context(stack_server(start, folder / f"{stack.name}.log"))
@@ -115,7 +117,7 @@ class ServerSide:
         self.engine: Child | None = None
 
     def start_engine(self) -> None:
-        """Loads the engine of a server that is ours. Raises BenchError."""
+        """Loads the engine alone if the server is ours. Raises BenchError."""
         if self._start.stack.engine != "isthmus":
             return
         log = self._folder / f"{self._start.stack.name}-engine.log"
@@ -124,7 +126,7 @@ class ServerSide:
         self.engine = child
 
     def send(self, generator: Child, planned: list[PlannedRequest], streams: int) -> dict[str, Any]:
-        """The load generator's answer. Raises BenchError, also when no request was answered."""
+        """Sends requests. Returns the load generator's answer. Raises BenchError, also when no request was answered."""
         with self.idle.asked():
             answer = ask_load(generator, self._target, planned, streams)
         if not (figures := load_figures(answer))["completed"]:
@@ -141,12 +143,12 @@ class _Loads:
         self._engines: dict[str, dict[str, list[float]]] = {}
 
     def warm_up(self) -> None:
-        """A few requests at once to each server, which compiles or touches what the first ones need."""
+        """Sends a few requests at once to each server, so that it has compiled or read what the first ones need."""
         some = plan(self._bench, 0.0, self._bench.repeats, self._vocab)[:8] or [PlannedRequest(0.0, [10] * 16, 16, 0)]
         self._turns.each("warm-up", lambda _, side: side.send(self._generator, some, 8))
 
     def measure(self, load: str, turn: int, name: str, side: ServerSide) -> float:
-        """Completed tokens a second."""
+        """Completed tokens per second of a server under a load. After the closed loop, the engine alone is measured."""
         rate = self._bench.loads[load]
         planned = plan(self._bench, rate, turn, self._vocab)
         answer = side.send(self._generator, planned, 0 if rate else self._bench.streams)
@@ -162,7 +164,7 @@ class _Loads:
         return float(found)
 
     def _measure_engine(self, name: str, engine: Child, planned: list[PlannedRequest]) -> None:
-        """The same requests without a server, and a decode of as many sequences."""
+        """Runs the same requests on the engine alone, and decodes as many sequences."""
         streams = self._bench.streams
         random = np.random.default_rng(self._bench.seed)
         prompts = random.integers(10, self._vocab, (streams, ENGINE_PROMPT)).tolist()
@@ -175,7 +177,7 @@ class _Loads:
         found["decode"].append(streams * ENGINE_STEPS / decode["seconds"])
 
     def figures(self) -> dict[str, Any]:
-        """The latencies of all repetitions together, and the engines' throughputs by repetition."""
+        """Returns the latencies of all repetitions together, and the engines' throughputs by repetition."""
         answers = {load: found for load, found in self._answers.items() if found}
         return {
             "served": {
@@ -186,7 +188,7 @@ class _Loads:
 
 
 def run(bench: PeerServersBench, console: Console) -> Record:
-    """Measures and returns the record, merged if asked to. Raises ConfigError, BenchError."""
+    """Measures and returns the record, added to the result's file if --merge is set. Raises ConfigError, BenchError."""
     bench.validate()
     stacks = chosen(bench.stacks, SERVERS)
     amount = len(stacks) * (2 + bench.runs_engine + len(bench.loads) * bench.repeats)
@@ -196,7 +198,7 @@ def run(bench: PeerServersBench, console: Console) -> Record:
 
 
 def measure(bench: PeerServersBench, at: Session) -> Run:
-    """All loads on all servers, the machine's limits before and after."""
+    """Puts all loads on all servers. Measures the machine's limits before and after."""
     before = limits_of_any_dtype()
     for stack in at.stacks:
         start = bench.start(stack, at.config, sizes(bench))
@@ -213,8 +215,8 @@ def measure(bench: PeerServersBench, at: Session) -> Run:
 
 
 def served_of_engine(run: Run) -> dict[str, dict[str, float]]:
-    """By stack of ours: the closed loop's throughput as a share of its engine's with the same requests, and of its
-    engine's when it only decodes."""
+    """Returns, for each stack of ours, the server's throughput in the closed loop as a share of its engine's: with the
+    same requests (`closed`), and when it only decodes (`decode`)."""
     loads = [load for load in run["rates"] if load.startswith("closed")]
     closed = run["rates"][loads[0]] if loads else {}
     return {
@@ -227,10 +229,11 @@ def served_of_engine(run: Run) -> dict[str, dict[str, float]]:
 def show(record: Record, qualities: Qualities) -> str:
     runs = record.figures["pieces"]
     text = (
-        "Server against server: the same requests of 16 to 256 tokens and completions of 16 to 96, streamed, greedy, "
-        "without prefix caches; Poisson arrivals, or so many streams always in flight. Completed tokens a second."
+        "All servers got the same requests: prompts of 16 to 256 tokens and completions of 16 to 96, streamed, greedy, "
+        "without prefix caches. They arrive as a Poisson process, or a number of streams is always in flight. Rates "
+        "are completed tokens per second."
     )
-    text += " KL: what the same weights cost real models, above." if qualities else ""
+    text += " KL is what the same types of weights cost the trained models above." if qualities else ""
     lines = [line for run in runs for line in (*_engine_lines(run), _start_line(run))]
     return paragraphs(
         text,
@@ -246,7 +249,7 @@ def notes(record: Record) -> str:
 
 
 def _latencies(runs: list[Run]) -> str:
-    """The table of the comparison.newest measurements."""
+    """The table of the newest throughputs and latencies, by load and server."""
     rows = [
         [
             comparison.label(load),
@@ -271,4 +274,4 @@ def _engine_lines(run: Run) -> list[str]:
 
 def _start_line(run: Run) -> str:
     ready = (f"{name} {facts['seconds']:.1f} s" for name, facts in run["stacks"].items())
-    return f"From the command to the first health check that passed: {', '.join(ready)}"
+    return f"Time from the command to the first health check that passed: {', '.join(ready)}"

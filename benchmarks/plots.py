@@ -1,4 +1,4 @@
-"""Plots of records, as matplotlib figures that nobody else holds: whoever gets one closes it."""
+"""Plots of records, as matplotlib figures that the caller closes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plot_steps(record: Record) -> Figure:
     measured = axes.bar([i - 0.2 for i in at], [row["seconds"] * 1e3 for row in buckets], 0.4, color=MEASURED)
     axes.bar([i + 0.2 for i in at], [row["limit_seconds"] * 1e3 for row in buckets], 0.4, color=LIMIT)
     axes.bar_label(measured, [f"{row['limit_share']:.0%}" for row in buckets], fontsize=8)
-    axes.set(yscale="log", xlabel="decoding rows + blocks of prompt", ylabel="ms a step")
+    axes.set(yscale="log", xlabel="decoding rows + blocks of prompt", ylabel="ms per step")
     axes.set_xticks(list(at), [bucket_label(row, "+") for row in buckets])
     axes.legend(["measured, and its share of the limit", "limit of memory and arithmetic"], frameon=False)
     axes.set_title(_title(record), fontsize=10)
@@ -38,7 +38,7 @@ def plot_steps(record: Record) -> Figure:
 
 
 def plot_rates(record: Record) -> Figure | None:
-    """Latency percentiles against the arrival rate, one panel a latency; None where no rate was measured."""
+    """Latency percentiles against the arrival rate, with a panel for each latency; None where no rate was measured."""
     rows = sorted(record.figures["rates"], key=lambda row: row["rate"])
     if not rows:
         return None
@@ -47,7 +47,7 @@ def plot_rates(record: Record) -> Figure | None:
         for percentile, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
             points = [(row["rate"], row[name][percentile]) for row in rows if row[name][percentile] is not None]
             axes.plot([x for x, _ in points], [y * factor for _, y in points], style, marker="o", color=MEASURED)
-        axes.set(yscale="log", xlabel="requests a second", ylabel=label)
+        axes.set(yscale="log", xlabel="requests per second", ylabel=label)
         axes.grid(alpha=0.3)
     panels[0].legend(["p50", "p90", "p99"], frameon=False)
     figure.suptitle(_title(record), fontsize=10)
@@ -55,8 +55,8 @@ def plot_rates(record: Record) -> Figure | None:
 
 
 def plot_comparison(record: Record) -> Figure:
-    """Bars of tokens a second, a panel a cell, stacks grouped by how they store weights; Isthmus' ratio to the best of
-    its group stands above its bar."""
+    """Bars of tokens per second, with a panel for each cell. Stacks are grouped by the bits of their weights; above
+    Isthmus' bar stands its ratio to the fastest peer of the group."""
     found = comparison.newest(record.figures["pieces"])
     ratios = {(row["cell"], row["ours"]): row["ratio"] for row in record.figures["compared"]}
     columns = min(2, len(found))
@@ -82,7 +82,7 @@ def plot_comparison(record: Record) -> Figure:
 
 
 def plot_quality(record: Record) -> Figure:
-    """KL divergence, on a logarithmic scale, against bytes: what lies left and below of another is better."""
+    """KL divergence, on a logarithmic scale, against bytes: a point to the left of another and below it is better."""
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     for color, label, is_ours in ((MEASURED, "Isthmus", True), (OTHER, "llama.cpp", False)):
         rows = [row for row in record.figures["rows"] if row["name"].startswith("isthmus-") == is_ours]
@@ -92,7 +92,7 @@ def plot_quality(record: Record) -> Figure:
         for x, row in zip(at, rows, strict=True):
             name = row["name"].partition("-")[2]
             axes.annotate(name, (x, row["kl"]), xytext=(5, 4), textcoords="offset points", fontsize=8, color=color)
-    axes.set(yscale="log", xlabel="weights, MB", ylabel="KL divergence from float32, nats a token")
+    axes.set(yscale="log", xlabel="weights, MB", ylabel="KL divergence from float32, nats per token")
     axes.grid(alpha=0.3, which="both")
     axes.margins(x=0.12)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts: children that answer questions (protocol.py), and what a process costs."""
+"""Processes that a benchmark starts to ask them questions (protocol.py), and the processor time of a process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isthmus.model.process.cleaning import cleaning
 
 
 class BenchError(RuntimeError):
-    """A benchmark that couldn't go on; the message says what failed."""
+    """A benchmark can't go on; the message says what failed."""
 
 
 class Child:
@@ -34,7 +34,7 @@ class Child:
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         """Calls the child's method of that name and waits. Raises BenchError when it fails or has died."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died: the empty answer says so
+        with contextlib.suppress(BrokenPipeError):  # the child has died, and its answer is empty
             self._process.stdin.write(json.dumps({"do": do, **fields}) + "\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -46,11 +46,11 @@ class Child:
         return answer
 
     def cpu_seconds(self) -> float:
-        """Processor time it has taken, all threads together and children that ended; 0 when it has died."""
+        """Processor time of its threads, and of its children that ended, in seconds; 0 when it has died."""
         return cpu_seconds(self._process.pid)
 
     def close(self) -> None:
-        """Ends it: by the end of its input, else by a signal."""
+        """Ends the process by closing its input, or kills it if it doesn't end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         stop(self._process)
@@ -85,13 +85,13 @@ def tail(log: Path, size: int = 2000) -> str:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and its children that ended; 0 when it is gone. Linux's /proc tells."""
+    """Processor time of a process and of its children that ended, in seconds, from Linux's /proc; 0 when it is gone."""
     fields = _stat(Path(f"/proc/{pid}/stat"))
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def session_cpu_seconds(session: int) -> float:
-    """Processor time of all processes of a session, and of their children that ended and were waited for."""
+    """Processor time in seconds of all processes of a session, and of children that ended and were waited for."""
     found = (fields for path in Path("/proc").glob("[0-9]*/stat") if (fields := _stat(path)))
     ticks = sum(sum(map(int, fields[11:15])) for fields in found if int(fields[3]) == session)
     return ticks / os.sysconf("SC_CLK_TCK")

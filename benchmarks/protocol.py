@@ -1,17 +1,17 @@
-"""How a benchmark's processes are asked: JSON lines in, JSON lines out. benchmarks/processes.py asks.
+"""The questions that benchmarks/processes.py asks a benchmark's processes: a line of JSON each, answered by another.
 
 A question names a method and its arguments, {"do": "decode", "tokens": [[5, 6]], "steps": 8}; the answer is what the
 method returns, or {"error": why it raised}. Each inference engine, ours and the peers, is a class with these methods:
 
-- `load(model, dtype, max_sequences, context)`: makes ready for up to `max_sequences` sequences of up to `context`
-  tokens, prompt and answer together. Answers {"version": the engine's, "seconds": how long loading took, "threads": how
-  many compute}.
-- `prefill(tokens)`: computes the prompts, lists of token ids, and one token each. Answers {"seconds"}.
+- `load(model, dtype, max_sequences, context)`: loads the model for up to `max_sequences` sequences of up to `context`
+  tokens, prompt and completion together. Answers {"version": the engine's, "seconds": how long loading took, "threads":
+  how many compute}.
+- `prefill(tokens)`: computes prompts, given as lists of token ids, and one token of each. Answers {"seconds"}.
 - `decode(tokens, steps)`: computes the prompts and then `steps` more tokens of each, all sequences together, greedily
   and past any end of text. Answers {"seconds"} of those steps alone: len(tokens) * steps tokens.
 
-Nothing of a prompt is kept from one question to the next. Peers run in environments of their own, where the project is
-not installed, and find this file by a link beside them: it needs the standard library only.
+No question uses cached results of an earlier one. Peers run in environments of their own, where the project is not
+installed, and import this file through a link beside them, so it must need the standard library only.
 """
 
 import json
@@ -22,12 +22,13 @@ import traceback
 
 
 def cores() -> list[int]:
-    """The processor's cores this process may run on."""
+    """The processor's cores that this process may run on."""
     return sorted(os.sched_getaffinity(0))
 
 
 def check(tokens: list[list[int]], new: int, max_sequences: int, context: int) -> int:
-    """The prompts' length. Raises ValueError unless they are equally long and fit into what was loaded."""
+    """The prompts' length. Raises ValueError unless it is the same for all and, with `new` tokens more, fits what is
+    loaded."""
     lengths = {len(prompt) for prompt in tokens}
     if len(lengths) != 1 or min(lengths) < 1:
         raise ValueError(f"tokens: {sorted(lengths)} long; prompts must be equally long, at least 1")
@@ -40,14 +41,14 @@ def check(tokens: list[list[int]], new: int, max_sequences: int, context: int) -
 
 
 class Inference:
-    """A peer that knows when each step of a batch ended: `prefill` and `decode` follow from that."""
+    """An engine that knows when each step of a batch ended; `prefill` and `decode` follow from that."""
 
     limits: tuple[int, int]
     """max_sequences and context, as loaded"""
 
     def times(self, tokens: list[list[int]], steps: int) -> list[float]:
-        """When every sequence had its first token, and when each of `steps` steps after that was known, by
-        time.perf_counter. The prompts fit, with as many tokens more."""
+        """Returns 1 + `steps` times by time.perf_counter: when every sequence had its first token, and when each of the
+        next `steps` steps was done. The prompts fit, with as many tokens more."""
         raise NotImplementedError
 
     def prefill(self, tokens: list[list[int]]) -> dict:
@@ -64,7 +65,7 @@ class Inference:
 
 
 def answer(peer: object) -> None:
-    """Answers until the input ends. Whatever else prints to standard output goes to standard error."""
+    """Answers questions until the input ends. Whatever else prints to standard output goes to standard error."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""`isthmus bench quality`: what integers cost a model, ours and llama.cpp's, on the same text beside the same float32
+"""`isthmus bench quality`: what integers, ours and llama.cpp's, cost a model, by the same text and float32
 predictions."""
 
 from __future__ import annotations
@@ -37,46 +37,46 @@ KIND = "quality"
 
 @dataclass(frozen=True)
 class QualityBench(Bench):
-    """How far a quantized model's predictions are from the float32 model's, ours beside llama.cpp's.
+    """Measures how far the predictions of quantized models, ours and llama.cpp's, are from the float32 model's.
 
-    llama-perplexity predicts a text with the F32 file, in windows of which the second half counts, and compares each of
-    its own types with that. Ours is compared with the same predictions, by the same definition, as `isthmus serve`
-    computes: its cache, its kernels and its integers.
+    llama-perplexity predicts a text with the F32 file, in windows of which the second half counts, and compares
+    llama.cpp's other types with that. Our models are compared with the same predictions, by the same definition, and
+    computed as `isthmus serve` does: with its cache, its kernels and its integers.
     """
 
     model: Path = Path("models/125m")
-    """A published folder, of a trained model: the figures of random weights mean nothing"""
+    """A model folder in Hugging Face's layout, of a trained model: the figures of random weights mean nothing"""
     kinds: tuple[str, ...] = ("none", "int8", "int4")
-    """Which of ours to measure, as `isthmus serve --quantize` names them"""
+    """Our schemes to measure, as for `isthmus serve --quantize`"""
     folders: tuple[str, ...] = ()
-    """NAME=FOLDER: the same model as `isthmus convert --quantize` wrote it, and what the table calls it"""
+    """NAME=FOLDER: a folder that `isthmus convert --quantize` made of the same model, and its name in the table"""
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("bfloat16", "float32")
-    """What ours compute in: activations, and weights that are no integers. Each kind is measured in each"""
+    """Dtypes in which each of ours is measured: of activations, and of weights that aren't integers"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """What our keys and values are kept in; llama.cpp's are float16"""
+    """Dtype of our keys and values; llama.cpp's are float16"""
     types: tuple[str, ...] = ("bf16", "q8_0", "q6_K", "q5_K_M", "q4_K_M", "q4_K_S", "q4_0")
-    """Which of llama.cpp's types to measure"""
+    """llama.cpp's types to measure"""
     peer: Path = Path(".peers-llama")
     """The folder with llama.cpp's bin"""
     gguf: Path | None = None
-    """Where make_gguf.py put the model's files, f32 among them; default: beside the folder"""
+    """The folder in which make_gguf.py put the model's files, f32 among them; by default, the one that --model is in"""
     text: Path | None = None
-    """A file; default: half of a text that Python brings (quality/corpus.py), the half that nobody calibrates on"""
+    """A file of text; by default, the half of a text from Python (quality/corpus.py) on which nothing is calibrated"""
     windows: int = 24
-    """How many parts of the text are predicted"""
+    """How many windows of the text are predicted"""
     n_ctx: int = 512
     """Tokens of a window"""
     base: Path | None = None
-    """A file of llama-perplexity's, with the F32 predictions: taken as it is where it exists, else kept there"""
+    """A file for llama-perplexity's F32 predictions: if it exists, it is used, else it is written and kept"""
     merge: bool = False
-    """Keep the rows of the result's file that are not measured now; else replace it"""
+    """Keep those rows of the result's file that aren't measured now; otherwise the file is replaced"""
 
     def validate(self) -> None:
         self.check_least(windows=1, n_ctx=8)
         if not (self.model / "config.json").is_file():
-            raise ConfigError(f"model: {self.model} is not a published model's folder")
+            raise ConfigError(f"model: {self.model} has no config.json")
         if not (self.kinds or self.folders or self.types):
-            raise ConfigError("kinds, folders and types: nothing to measure")
+            raise ConfigError("kinds, folders and types are empty: nothing to measure")
         if not self.dtypes:
             raise ConfigError("dtypes must name at least one")
         for given in self.folders:
@@ -85,7 +85,7 @@ class QualityBench(Bench):
                 raise ConfigError(f"folders: {given!r} must be NAME=FOLDER")
 
     def file(self, kind: str) -> Path:
-        """The model's file in one of llama.cpp's types. Raises BenchError when it isn't there."""
+        """The model's file in one of llama.cpp's types. Raises BenchError when it doesn't exist."""
         model = self.model.resolve()
         path = (self.gguf or model.parent) / f"{model.name}-{kind}.gguf"
         if not path.is_file():
@@ -95,7 +95,7 @@ class QualityBench(Bench):
 
 @dataclass(frozen=True)
 class Ours:
-    """One of our rows."""
+    """A row of the result that we compute."""
 
     kind: str
     dtype: Literal["float32", "bfloat16"]
@@ -110,31 +110,31 @@ class Ours:
 
 
 def ours(bench: QualityBench) -> list[Ours]:
-    """Our rows, in their order."""
+    """Our rows, in the order in which they are measured."""
     found = [(kind, bench.model, kind) for kind in bench.kinds]
     found += [(name, Path(path), "none") for name, _, path in (given.partition("=") for given in bench.folders)]
     return [Ours(kind, dtype, folder, quantize) for kind, folder, quantize in found for dtype in bench.dtypes]
 
 
-# how far our predictions are from the file's
+# how far our predictions are from those in a base file
 
 
 @dataclass(frozen=True)
 class ServedQuality(Quality):
-    """What a model lost, and what it takes."""
+    """How far a model's predictions moved, and the size of its weights."""
 
     bytes: int
-    """How many its weights take, as serving keeps them"""
+    """Bytes of the weights, as serving keeps them"""
 
 
 def measure(
     model: Path, quantize: str, dtype: Dtype | Literal["auto"], cache_dtype: str, base: Path, tick: Tick = lambda: None
 ) -> ServedQuality:
-    """Runs the model of a folder over a base file's tokens, as `isthmus serve` computes: the paged cache, the kernels,
-    the dtypes and the integers that serve; tick() after each window.
+    """Compares a folder's predictions of a base file's tokens with those in the file. They are computed as `isthmus
+    serve` computes: with its paged cache, kernels, dtypes and integers. tick() is called after each window.
 
-    quantize: a scheme of model/weights/quantization.py, or rules with commas between them; "none" for a folder that is
-    quantized already, or is to be measured in `dtype`. dtype, cache_dtype: as serving takes them. Raises ConfigError.
+    quantize: a scheme of model/weights/quantization.py, or rules joined by commas; "none" for a folder that is
+    quantized already, or is to be measured in `dtype`. dtype, cache_dtype: as for `isthmus serve`. Raises ConfigError.
     """
     folder = open_model(model, dtype, quantize=quantize if quantize in SCHEMES else "none")
     if quantize not in SCHEMES:
@@ -150,8 +150,8 @@ def measure(
 
 
 def windows(folder: ModelFolder, file: BaseLogits) -> np.ndarray:
-    """int32[windows, n_ctx]: the file's tokens as llama.cpp gives them to the model: where the text began with a token
-    that the tokenizer puts there, every window does."""
+    """int32[windows, n_ctx]: the file's tokens as llama.cpp gives them to the model. If the tokenizer begins a text
+    with a token of its own, every window begins with that."""
     tokens = file.tokens.copy()
     if folder.tokenizer.encode("")[:1] == [int(tokens[0, 0])]:
         tokens[:, 0] = tokens[0, 0]
@@ -162,7 +162,7 @@ def windows(folder: ModelFolder, file: BaseLogits) -> np.ndarray:
 
 
 def run(bench: QualityBench, console: Console) -> Record:
-    """Raises ConfigError, BenchError."""
+    """Measures and returns the record, added to the result's file if --merge is set. Raises ConfigError, BenchError."""
     bench.validate()
     open_folder(bench.model)
     machine = describe()
@@ -176,7 +176,7 @@ def run(bench: QualityBench, console: Console) -> Record:
             "windows": base.windows,
             "n_ctx": base.n_ctx,
             "text": "corpus" if bench.text is None else str(bench.text),
-            # The same where the same text was read by the same tokenizer.
+            # Two records have the same digest if the same tokenizer encoded the same text.
             "sha256": hashlib.sha256(base.tokens.tobytes()).hexdigest(),
             "rows": rows,
         }
@@ -194,7 +194,7 @@ def _base(bench: QualityBench, text: Path, folder: Path, console: Console) -> Ba
 
 
 def _rows(bench: QualityBench, base: BaseLogits, files: dict[str, Path], console: Console) -> Iterator[dict[str, Any]]:
-    """Each is printed as soon as it is known: a run that is stopped has not been for nothing."""
+    """Yields the rows. Each is printed as soon as it is known, so that a run that is stopped has shown something."""
     for kind, path in files.items():
         size, tensors = stored(path)
         found = divergence(bench.peer, path, base, usable_cpus())
@@ -211,7 +211,7 @@ def _row(name: str, found: Divergence, facts: dict[str, Any], console: Console) 
 
 
 def stored(path: Path) -> tuple[int, dict[str, int]]:
-    """Bytes of a GGUF file's tensors, and how many have which type."""
+    """The bytes of a GGUF file's tensors, and the number of tensors of each type."""
     import gguf
 
     tensors = gguf.GGUFReader(path).tensors
@@ -219,8 +219,8 @@ def stored(path: Path) -> tuple[int, dict[str, int]]:
 
 
 def _merged(record: Record, folder: Path) -> Record:
-    """`record`, with the rows of the file that it would replace which it has not measured. Raises ConfigError when
-    those are of another text."""
+    """Returns `record` with those rows of the file it would replace that it has not measured. Raises ConfigError when
+    they were measured on another text."""
     before = record.predecessor(folder)
     if before is None:
         return record
@@ -244,10 +244,11 @@ def show(record: Record, _: Qualities) -> str:
     }
     cells = table_of(sorted(rows, key=lambda row: row["bytes"]), columns)
     text = (
-        f"KL divergence from llama.cpp's float32 predictions, nats a token, over {count:,} tokens: the second halves "
-        f"of {figures['windows']} windows of {figures['n_ctx']}; its standard error; the share of tokens with the same "
-        "likeliest next one; perplexity beside float32's. Ours as served, activations in bfloat16, or in float32 "
-        "(-f32). Bytes of weights as they are kept, nothing else of a file."
+        f"KL is the divergence from llama.cpp's float32 predictions, in nats per token, over {count:,} tokens: the "
+        f"second halves of {figures['windows']} windows of {figures['n_ctx']}. ± is its standard error; top-1 is the "
+        "share of tokens with the same likeliest next one; perplexity is compared with float32's. Ours are as served, "
+        "with activations in bfloat16 or, if named -f32, in float32. MB counts the weights as they are kept, and "
+        "nothing else of a file."
     )
     tensors = [
         f"{row['name']}: {', '.join(f'{count} {kind}' for kind, count in row['tensors'].items())}"
@@ -259,12 +260,12 @@ def show(record: Record, _: Qualities) -> str:
 
 
 def known(records: Sequence[Record]) -> Qualities:
-    """What was measured of the stacks that other benchmarks time, models in the order of `records`."""
+    """The KL divergences in the quality records, by model and stack. Models are in the records' order."""
     return {r.subject: {row["name"]: row["kl"] for row in r.figures["rows"]} for r in records if r.kind == KIND}
 
 
 def costs(records: Sequence[Record]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What `isthmus serve --quantize` tells, quality/costs.py: {scheme: {dtype: {model: fields of Cost}}}."""
+    """What integers cost, as quality/costs.py reads it: {scheme: {dtype: {model: fields of Cost}}}."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for record in (record for record in records if record.kind == KIND):
         for row in record.figures["rows"]:

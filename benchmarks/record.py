@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a platform, benchmark and subject, with everything needed to read or repeat it."""
+"""Results on disk: a JSON file for each platform, benchmark and subject, with all that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from isthmus.benchmarks.machine import Machine
 from isthmus.errors import ConfigError
 
 FORMAT = 1
-"""The files' format; a reader refuses another"""
+"""The files' format; files of another one are refused"""
 
 
 @dataclass(frozen=True)
@@ -21,22 +21,22 @@ class Record:
     """A finished benchmark."""
 
     kind: str
-    """The name of its case: step, serve, quality, peers, peer-servers, train or weights"""
+    """The benchmark's name: step, serve, quality, peers, peer-servers, train or weights"""
     subject: str
     """What was measured: the preset or the model folder's name"""
     machine: Machine
     config: dict[str, Any]
     """The settings that it was run with"""
     figures: dict[str, Any]
-    """What came out; times in seconds, sizes in bytes, rates per second"""
+    """The results; times in seconds, sizes in bytes, rates per second"""
 
     @property
     def stem(self) -> str:
-        """PLATFORM-KIND-SUBJECT: a later run of the same replaces the earlier."""
+        """PLATFORM-KIND-SUBJECT, the name of its file: a later record of the same name replaces an earlier one."""
         return f"{self.machine.platform}-{self.kind}-{self.subject}"
 
     def save(self, folder: Path) -> Path:
-        """Writes FOLDER/STEM.json; the folder is made. NaN and infinity become null."""
+        """Writes FOLDER/STEM.json, and makes the folder if needed. NaN and infinity become null."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.stem}.json"
         fields = {"format": FORMAT, **dataclasses.asdict(self)}
@@ -73,7 +73,8 @@ def results_folder(out: Path | None) -> Path:
 
 
 def load_all(folder: Path) -> list[Record]:
-    """Every record in `folder`, by name. Raises ConfigError when there is none or one can't be read."""
+    """Every record in `folder`, by name. Raises ConfigError if there is none, or one can't be read or has a wrong
+    name."""
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise ConfigError(f"{folder} holds no results: run `isthmus bench step` first")

@@ -17,7 +17,7 @@ write them."""
 
 @dataclass(frozen=True)
 class ReportConfig(Bench):
-    """Writes README.md and plots beside the results, from every JSON file there."""
+    """Writes README.md and plots into the folder of the results, from every JSON file there."""
 
 
 def write_report(folder: Path) -> list[Path]:

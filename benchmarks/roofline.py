@@ -1,7 +1,8 @@
-"""The least a step can take: the bytes it must move and the FLOPs it must do, against the machine's limits.
+"""The least time that a step can take, by the bytes that it must move, the FLOPs that it must compute, and the
+machine's limits.
 
-The roofline of Williams, Waterman and Patterson (2009, doi 10.1145/1498765.1498785). Counted from shapes, so it doesn't
-know what the program really moves: the distance between the two is what there is to win.
+This is the roofline of Williams, Waterman and Patterson (2009, doi 10.1145/1498765.1498785). Bytes and FLOPs are
+counted from shapes, not from what the program really moves: the distance between the two is what can be gained.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from isthmus.serve.engine.config import Bucket, EngineConfig
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step of a bucket is given: rows that decode, and prompts from their first token."""
+    """The work of a step: rows that decode, and prompts from their first token."""
 
     rows: int
     """Sequences that each draw one token"""
     depth: int
-    """Positions that token attends to, its own included"""
+    """Positions that this token attends to, its own included"""
     prompts: tuple[int, ...]
     """Tokens of each prompt"""
 
@@ -35,22 +36,23 @@ class StepWork:
 
     @property
     def drawn(self) -> int:
-        """Rows of the head that somebody wants: one a sequence."""
+        """Rows of logits that are needed: one for each sequence."""
         return self.rows + len(self.prompts)
 
     @property
     def read(self) -> int:
-        """Cached positions that must be read: each sequence's once, however many of its queries read them."""
+        """Cached positions that must be read: each sequence's once, however many of its queries attend to them."""
         return self.rows * self.depth + sum(self.prompts)
 
     @property
     def attended(self) -> int:
-        """Query-key pairs."""
+        """Pairs of a query and a key."""
         return self.rows * self.depth + sum(p * (p + 1) // 2 for p in self.prompts)
 
 
 def workload(bucket: Bucket, depth: int) -> StepWork:
-    """The bucket full: every row at `depth`, every block part of a prompt of up to `depth` tokens, in whole blocks."""
+    """The work that fills a bucket: every row decodes at `depth`; blocks hold prompts of up to `depth` tokens, in whole
+    blocks."""
     per_prompt = max(1, depth // bucket.block_size)
     whole, rest = divmod(bucket.blocks, per_prompt)
     blocks = [per_prompt] * whole + [rest] * bool(rest)
@@ -59,7 +61,7 @@ def workload(bucket: Bucket, depth: int) -> StepWork:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step has to move and to compute at the least."""
+    """The least that a step has to move and to compute."""
 
     weight_bytes: int
     """Every parameter once; of an embedding that isn't the head, only the rows looked up"""
@@ -83,8 +85,8 @@ def weight_bytes(config: ModelConfig, tokens: int, dtype: str) -> int:
 
 
 def cost(config: ModelConfig, work: StepWork, dtype: str) -> Cost:
-    """FLOPs are ModelConfig.forward_flops, less the head's for tokens that draw nothing; bytes are those of a model and
-    a cache in `dtype`."""
+    """The cost of a step. FLOPs are ModelConfig.forward_flops, less the head's for tokens that draw nothing; bytes are
+    those of a model and a cache in `dtype`."""
     token_bytes = EngineConfig().kv_bytes_per_token(config, dtype)
     headless = 2 * config.vocab_size * config.dim * (work.tokens - work.drawn)
     return Cost(

@@ -25,53 +25,53 @@ from isthmus.model.process.cleaning import temporary_folder
 from isthmus.serve.engine.config import EngineConfig
 
 DEFAULT_LOADS = (0.25, 0.5, 0.75, 0.9)
-"""Shares of the saturated request rate, when no rates are given"""
+"""The rates that are measured if none are given, as shares of the rate at which requests end when all come at once"""
 
 
 @dataclass(frozen=True)
 class ServeBench(Bench):
     """Loads a server over gRPC from a process of its own, and compares it with the engine called directly.
 
-    First, all of --compare-requests are sent at once, through the server and straight to an engine over the same
-    compiled programs, in turns: the ratio of the medians is what gRPC, detokenizing and streaming cost. Then, for each
-    rate, requests arrive as a Poisson process for --seconds, and every latency counts from a request's arrival. TTFT is
-    the time to the first token, ITL the time from one message with tokens to the next, TPOT a request's mean time a
-    token after its first, E2E the time to the end of the stream. The client shares the machine with the server.
+    First, --compare-requests requests are sent at once, in turns through the server and straight to an engine over the
+    same compiled programs: the ratio of the medians is what gRPC, detokenizing and streaming cost. Then, for each rate,
+    requests arrive as a Poisson process for --seconds, and every latency counts from a request's arrival. TTFT is the
+    time to the first token, ITL the time from one message with tokens to the next, TPOT a request's mean time per token
+    after its first, E2E the time to the end of the stream. The client shares the machine with the server.
     """
 
     preset: str = "125m"
-    """Size of a model of random weights, when neither --model nor --address is given"""
+    """Size of a model with random weights, when neither --model nor --address is given"""
     vocab_size: int = 0
-    """That model's vocabulary; 0 is the preset's, or 32000"""
+    """Vocabulary of the model with random weights; 0 is the preset's, or 32000"""
     model: Path | None = None
     """A model folder, as `isthmus train` writes it"""
     address: str | None = None
-    """HOST:PORT of a running server; there is no comparison with its engine then"""
+    """HOST:PORT of a running server, which can't be compared with its engine"""
     auth_token_file: Path | None = None
     """For --address: a file that holds the server's token"""
     tls_ca: Path | None = None
-    """For --address: certificate, in PEM, of who signed that of a server with --tls-cert, or the server's own"""
+    """For --address, if the server has --tls-cert: a PEM file with the certificate of its authority, or its own"""
     rates: tuple[float, ...] = ()
-    """Requests a second; default 25, 50, 75 and 90 % of what the server finished when all came at once"""
+    """Arrival rates, in requests per second; by default 25, 50, 75 and 90 % of what ended when all came at once"""
     seconds: float = 60.0
     """How long requests arrive at each rate"""
     lengths: Lengths = field(default_factory=Lengths)
     temperature: float = 1.0
-    """At which tokens are drawn; 0 is greedy"""
+    """Temperature at which tokens are drawn; 0 is greedy"""
     seed: int = 0
-    """What arrivals, lengths, prompts and tokens are drawn from"""
+    """Seed of arrivals, lengths, prompts and drawn tokens"""
     timeout: float = 600.0
     """Deadline of a request, in seconds; one that misses it has failed"""
     compare_rounds: int = 3
-    """Turns of server and engine; 0 leaves the comparison out"""
+    """Turns in which server and engine are compared; 0 leaves the comparison out"""
     compare_requests: int = 96
-    """How many requests a turn sends"""
+    """Requests that are sent in a turn of the comparison"""
     dtype: Dtype | None = None
-    """What the model computes in; default bfloat16, and float32 on CPU"""
+    """Dtype in which the model computes; by default bfloat16, and float32 on CPU"""
     tp: int = 1
     """Devices to split the model over"""
     kernels: str = "auto"
-    """What computes, as in isthmus serve: auto, reference, or the name of kernels such as cpu"""
+    """Kernels that compute, as for `isthmus serve`: auto, reference, or the name of kernels such as cpu"""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def validate(self) -> None:
@@ -87,7 +87,7 @@ class ServeBench(Bench):
 
 
 class _Load:
-    """The load generator, the server it is pointed at, and how the requests for it are drawn."""
+    """A load generator and the server that it loads, for whose vocabulary and context requests are drawn."""
 
     def __init__(self, bench: ServeBench, child: Child, address: str, token: str | None = None) -> None:
         """Raises ConfigError for a file of --tls-ca that can't be read, BenchError for a server that doesn't answer."""
@@ -123,9 +123,9 @@ class _Load:
 
 
 def compare(bench: ServeBench, load: _Load, engine: Child, tick: Tick) -> dict[str, Any]:
-    """The same requests through the server and on the engine alone, in turns whose order alternates.
+    """Sends the same requests through the server and to the engine alone, in turns whose order alternates.
 
-    A quarter of a round before the first warms both and doesn't count. Raises BenchError when a request fails.
+    A quarter of a round before the first warms up both and doesn't count. Raises BenchError when a request fails.
     """
     answers: list[dict[str, Any]] = []
     rates: list[float] = []
@@ -156,7 +156,7 @@ def compare(bench: ServeBench, load: _Load, engine: Child, tick: Tick) -> dict[s
 
 
 def sweep(load: _Load, rates: tuple[float, ...], tick: Tick) -> list[dict[str, Any]]:
-    """Every rate in turn; the server is idle between them."""
+    """Measures one rate after the other; the server is idle between them."""
     rows = []
     for rate in rates:
         before = load.counters()
@@ -227,8 +227,8 @@ def _measure_rates(
 
 
 def _saturated(load: _Load, console: Console) -> float:
-    """Requests a second of a round of its own, whose prompts are none that the rates will send."""
-    console.print("sending all at once, to find the rates")
+    """The requests per second that end when all are sent at once. Their prompts don't come again at the rates."""
+    console.print("sending all requests at once, to choose the rates")
     return float(load.send(load.at_once(0))["requests_per_second"])
 
 
@@ -237,9 +237,9 @@ def show(record: Record, _: Qualities) -> str:
     facts, lengths = figures["server"], record.config["lengths"]
     prompt, output = (lengths[name] * lengths["scale"] for name in ("prompt_mean", "output_mean"))
     text = (
-        f"{facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, {facts['max_sequences']} sequences. Poisson "
-        f"arrivals; prompts of {prompt:.0f} and completions of {output:.0f} tokens in the mean, lognormal, before the "
-        f"context of {facts['context_length']} cuts them. p50 / p90 / p99."
+        f"{facts['parameters'] / 1e6:.1f}M parameters, {facts['dtype']}, {facts['max_sequences']} sequences. Requests "
+        f"arrive as a Poisson process; prompts of {prompt:.0f} and completions of {output:.0f} tokens in the mean, "
+        f"lognormal, before the context of {facts['context_length']} cuts them. Latencies are p50 / p90 / p99."
     )
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "requests/s": lambda row: f"{row['rate']:g}",
@@ -258,13 +258,13 @@ def _comparison(compared: dict[str, Any] | None) -> str:
     if compared is None:
         return ""
     return (
-        f"{compared['requests']} requests at once: {number(compared['server_tokens_per_second'], 4)} tok/s through "
-        f"the server, {number(compared['engine_tokens_per_second'], 4)} on the engine: gRPC and streaming "
-        f"cost {percent(compared['overhead'])} (medians of {len(compared['server_rounds'])} turns each; the "
-        f"client's {percent(compared['client_cpu_share'])} of a core included)."
+        f"With {compared['requests']} requests at once: {number(compared['server_tokens_per_second'], 4)} tok/s "
+        f"through the server and {number(compared['engine_tokens_per_second'], 4)} on the engine alone, so gRPC and "
+        f"streaming cost {percent(compared['overhead'])} (medians of {len(compared['server_rounds'])} turns each). "
+        f"That includes the client, which takes {percent(compared['client_cpu_share'])} of a core."
     )
 
 
 def notes(record: Record) -> str:
     done = (f"{row['requests_per_second']:.3g} of {row['rate']:g}" for row in record.figures["rates"])
-    return f"Requests done a second, of those sent: {', '.join(done)}."
+    return f"Requests completed per second, of those sent: {', '.join(done)}."

@@ -1,5 +1,4 @@
-"""The one driver of a server: ours and others', each a session of processes of its own that is ready when its health
-check passes."""
+"""Starts servers, ours and others'. Each is a session of processes, and is ready when its health check passes."""
 
 from __future__ import annotations
 
@@ -27,19 +26,19 @@ from isthmus.model.process.cleaning import cleaning
 from isthmus.serve.engine.config import EngineConfig
 
 START_SECONDS = 1800.0
-"""How long a server may load and compile"""
+"""How long a server may take to load and compile"""
 
 Health = Callable[[str], bool]
-"""Whether the server at an address serves; takes a few seconds at most"""
+"""Returns whether the server at an address serves; takes a few seconds at most"""
 
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A server that was started here."""
+    """A server that this process has started."""
 
     address: str
     session: int
-    """The one that all its processes are in"""
+    """The id of the session that all its processes are in"""
 
     def cpu_seconds(self) -> float:
         """Processor time that its processes have taken."""
@@ -61,7 +60,7 @@ def http_health(address: str) -> bool:
 
 
 def serve_flags(model: Path, dtype: Dtype | None, tp: int, kernels: str, engine: EngineConfig) -> list[str]:
-    """The command line of `isthmus serve` for these settings, but for the port."""
+    """The command line of `isthmus serve` for these settings, without --port."""
     flags = ["--model", str(model), "--mesh", f"tp={tp}", "--dtype", dtype or "auto", "--report-cached-tokens"]
     flags += ["--kernels", kernels]
     for item in dataclasses.fields(engine):
@@ -75,7 +74,7 @@ def serve_flags(model: Path, dtype: Dtype | None, tp: int, kernels: str, engine:
 
 @contextlib.contextmanager
 def isthmus_server(flags: list[str], log: Path) -> Iterator[RunningServer]:
-    """`isthmus serve FLAGS`, without --port: a free one of the loopback is taken. As `running_server` otherwise."""
+    """Runs `isthmus serve FLAGS` on a free port of the loopback, as `running_server` does. flags: without --port."""
     port = free_port()
     command = [*module("isthmus.commands.main"), "serve", *flags, "--port", str(port)]
     with running_server(command, port, grpc_health, log) as server:
@@ -84,7 +83,7 @@ def isthmus_server(flags: list[str], log: Path) -> Iterator[RunningServer]:
 
 @contextlib.contextmanager
 def stack_server(start: Start, log: Path) -> Iterator[RunningServer]:
-    """The stack's server, started as stacks.py says. As `running_server` otherwise."""
+    """Runs the stack's server by its command line in stacks.py, as `running_server` does."""
     port, health = free_port(), grpc_health if start.stack.engine == "isthmus" else http_health
     command = start.command(start.engine.server, port)
     with running_server(command, port, health, log, start.engine.environment) as server:
@@ -95,8 +94,8 @@ def stack_server(start: Start, log: Path) -> Iterator[RunningServer]:
 def running_server(
     command: Sequence[str], port: int, health: Health, log: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[RunningServer]:
-    """Starts a server and waits until it is healthy; SIGTERM at the end, after which none of its processes is left.
-    Raises BenchError with what it printed, which goes to `log`."""
+    """Yields a server when it is healthy. At the end it gets SIGTERM, and then none of its processes is left. It prints
+    to `log`. Raises BenchError, with what it printed last, if it doesn't become healthy."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -108,7 +107,7 @@ def running_server(
         )
     kill = partial(os.killpg, process.pid, signal.SIGKILL)
     try:
-        with cleaning(kill):  # a group of its own: no Ctrl-C reaches it
+        with cleaning(kill):  # Ctrl-C doesn't reach its process group
             _wait_until_healthy(process, f"127.0.0.1:{port}", health, log)
             yield RunningServer(f"127.0.0.1:{port}", process.pid)
     finally:
@@ -136,7 +135,7 @@ def free_port() -> int:
 
 
 def http_version(engine: str, address: str) -> str:
-    """The software's version, as the server itself says."""
+    """The version of the server's software, as the server itself says."""
     path, key = APIS[engine].version
     text = get(address, path)
     return f"{engine} {json.loads(text)[key] if text else 'unknown'}"

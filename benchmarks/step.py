@@ -30,12 +30,13 @@ from isthmus.serve.engine.executor import Executor, Served
 
 @dataclass(frozen=True)
 class StepBench(Bench):
-    """Times every program that a server would run, with random weights, against memory bandwidth and peak FLOP/s.
+    """Times every program that a server would run, with random weights, and compares it with the machine's limits.
 
-    Each bucket is full: all its rows decode at --depth, its blocks compute prompts. The time of a step is the interval
-    between results while one step is launched ahead, as the engine runs. The limit counts from shapes what must be
-    moved (weights once, the KV cache read and written) and computed, at the bandwidth and the peak measured before and
-    after. A share above 100% means that weights stayed in a processor's cache, which the limit doesn't know.
+    Each bucket is full: all its rows decode at --depth, and its blocks compute prompts. The time of a step is the
+    interval between results while one step is launched ahead, as the engine does. The limit is the longer of two times:
+    to move the weights once and the KV cache, at the memory bandwidth, and to compute the FLOPs, at the peak. Both
+    limits are measured before and after. A share above 100% means that weights stayed in a processor's cache, which the
+    limit doesn't consider.
     """
 
     preset: str = "125m"
@@ -43,21 +44,21 @@ class StepBench(Bench):
     vocab_size: int = 0
     """The model's vocabulary; 0 is the preset's, or 32000"""
     dtype: Dtype | None = None
-    """What weights, activations and KV cache are in; default bfloat16, and float32 on CPU"""
+    """Dtype of weights, activations and KV cache; by default bfloat16, and float32 on CPU"""
     tp: int = 1
     """Devices to split the model over"""
     depth: int = 0
-    """Positions that each decoding row attends to; 0 is half of the context"""
+    """Positions that each decoding row attends to; 0 means half of the context"""
     temperature: float = 1.0
     """1 draws from the model's distribution, which is the server's default; 0 is greedy and a little less work"""
     repeats: int = 20
     """Measured steps of each bucket; the median counts"""
     warmup: int = 3
-    """Steps of each bucket before those"""
+    """Steps of each bucket before the measured ones"""
     overhead_tokens: int = 64
-    """Tokens a sequence that the whole engine decodes, all sequences at once; 0 leaves that part out"""
+    """Tokens that the whole engine decodes for each sequence, all sequences at once; 0 leaves that part out"""
     kernels: str = "auto"
-    """What computes, as in isthmus serve: auto, reference, or the name of kernels such as cpu"""
+    """Kernels that compute, as for `isthmus serve`: auto, reference, or the name of kernels such as cpu"""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def validate(self) -> None:
@@ -94,7 +95,7 @@ def bucket_figures(served: Served, bucket: Bucket, work: StepWork, timing: Timin
 
 
 def build_executor(bench: StepBench, config: ModelConfig, dtype: Dtype, tick: Tick) -> tuple[Executor, int]:
-    """A compiled executor of random weights, and the depth its rows decode at. Raises ConfigError."""
+    """Returns a compiled executor with random weights, and the depth at which its rows decode. Raises ConfigError."""
     engine = bench.engine.resolve(config)
     depth = bench.depth or max(1, engine.context_length // 2)
     if depth > engine.context_length:
@@ -154,8 +155,8 @@ def show(record: Record, _: Qualities) -> str:
     }
     text = (
         f"{figures['parameters'] / 1e6:.1f}M parameters, {record.config['model']['dtype']}; rows decode at "
-        f"{figures['depth']} positions. Limit: weights read once, KV cache read and written, FLOPs, at the machine's "
-        f"bandwidth and peak."
+        f"{figures['depth']} positions. The limit is the time to read the weights once, and to read and write the KV "
+        f"cache, at the machine's bandwidth, or to compute the FLOPs at its peak, whichever is longer."
     )
     return paragraphs(text, table_of(figures["buckets"], columns), _overhead(figures["overhead"]))
 
@@ -164,10 +165,10 @@ def _overhead(over: dict[str, Any] | None) -> str:
     if over is None:
         return ""
     return (
-        f"Engine with {over['sequences']} sequences decoding: {number(over['step_seconds'] * 1e3)} ms a step, "
-        f"{number(over['bare_seconds'] * 1e3)} ms on the executor alone ({over['slowdown']:+.1%}). Host work is "
-        f"{percent(over['host_share'])} of a step by the clock, {percent(over['cpu_share'])} by the engine thread's "
-        f"processor time."
+        f"With {over['sequences']} sequences decoding, a step takes {number(over['step_seconds'] * 1e3)} ms in the "
+        f"engine and {number(over['bare_seconds'] * 1e3)} ms on the executor alone ({over['slowdown']:+.1%}). Host "
+        f"work is {percent(over['host_share'])} of a step by the clock, and {percent(over['cpu_share'])} by the "
+        f"processor time of the engine's thread."
     )
 
 
@@ -178,4 +179,4 @@ def notes(record: Record) -> str:
     if over is None:
         return text
     parts = ", ".join(f"{name} {over[f'{name}_seconds'] * 1e3:.2f}" for name in ("plan", "launch", "commit", "deliver"))
-    return paragraphs(text, f"The host's part of {over['steps']} steps of the engine, ms a step: {parts}.")
+    return paragraphs(text, f"The host's part of {over['steps']} steps of the engine, ms per step: {parts}.")

@@ -1,5 +1,5 @@
-"""Steps on the executor alone, and what the engine adds to them: plans that fill a bucket as a busy engine would, how
-long they take, and the host work of an engine, measured on its own thread."""
+"""Times steps on the executor alone, with plans that fill a bucket as a busy engine would, and the host work that an
+engine adds, measured on the engine's thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ BARE_REPEATS = 20
 
 
 def with_room(engine: EngineConfig, depth: int) -> EngineConfig:
-    """`engine` (resolved) with pages for every row at `depth` and a step's prompts, and a queue for as many as rows."""
+    """The resolved `engine`, with pages for every row at `depth` and a step's prompts, and a queue for all rows or
+    more."""
     rows = engine.max_sequences * -(-depth // engine.page_size)
     prompts = engine.prefill_tokens // engine.page_size
     waiting = max(engine.max_waiting, engine.max_sequences)
@@ -32,7 +33,8 @@ def with_room(engine: EngineConfig, depth: int) -> EngineConfig:
 
 
 def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, temperature: float) -> StepPlan:
-    """The step that does `work`. Every sequence has pages of its own, so that nothing is read from a cache by luck."""
+    """The plan of a step that does `work`. Every sequence has pages of its own, so that none is found in a processor's
+    cache because another sequence has read it."""
     packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
     arrays = split_plan(packed, bucket, engine.pages_per_sequence)
     arrays.positions[:] = PADDING
@@ -46,7 +48,7 @@ def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, temperature
 
 
 def _decode_rows(engine: EngineConfig, arrays: PlanArrays, work: StepWork) -> int:
-    """Fills the single tokens; returns the first page that is left."""
+    """Fills in the rows that decode; returns the first page that is left."""
     pages = -(-work.depth // engine.page_size)
     rows = np.arange(work.rows)
     arrays.tokens[: work.rows] = FROM_DEVICE
@@ -58,7 +60,8 @@ def _decode_rows(engine: EngineConfig, arrays: PlanArrays, work: StepWork) -> in
 
 
 def _prompts(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, work: StepWork, first_page: int) -> None:
-    """Fills the blocks; the last block of a prompt draws, for nobody (`last_token` has a place for that)."""
+    """Fills in the blocks of prompts. The last block of each draws a token, which goes to the place of `last_token`
+    that belongs to no sequence."""
     row, token = bucket.rows, bucket.rows
     for tokens in work.prompts:
         pages, blocks = tokens // engine.page_size, tokens // bucket.block_size
@@ -70,14 +73,14 @@ def _prompts(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, work: Ste
 
 @dataclass(frozen=True)
 class Timing:
-    """One plan's times when it is run again and again, in seconds."""
+    """The times, in seconds, of a plan that is run again and again."""
 
     intervals: np.ndarray
-    """Between one result and the next"""
+    """From one result to the next"""
     launches: np.ndarray
     """How long each call took that launched a step"""
     inline: bool
-    """Most launches only returned once the step had run: XLA does so with tiny programs on CPU"""
+    """Whether most launches returned only when the step had run, as XLA does with tiny programs on CPU"""
 
 
 def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> Timing:
@@ -102,16 +105,15 @@ def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> 
 
 
 def measure_overhead(executor: Executor, tokens: int, temperature: float) -> dict[str, Any]:
-    """Decodes `tokens` tokens (at most what the context holds) of max_sequences sequences through a real engine, all at
-    once. Every time is a step's, in seconds.
+    """Decodes `tokens` tokens, or as many as the context holds, of max_sequences sequences at once in a real engine.
+    Times are seconds per step.
 
     step_seconds: wall time in the engine. bare_seconds: the same step on the executor alone, at the mean position, the
     median of before and after. wait_seconds: the engine's thread waits for the device. cpu_seconds: processor time of
     that thread. host_share: (plan + launch + commit + deliver) / step, all that the host does, though most of it
-    overlaps with the device; when a launch is `inline`, that is it only returns once the step has run, as XLA does with
-    tiny programs on CPU, it holds the device's time as well and is left out. cpu_share: cpu_seconds / step_seconds.
-    slowdown: step_seconds / bare_seconds - 1, what doesn't overlap, and on CPU what the host takes from the device's
-    cores.
+    overlaps with the device; if launches are `inline` (see Timing), they hold the device's time as well and are left
+    out. cpu_share: cpu_seconds / step_seconds. slowdown: step_seconds / bare_seconds - 1, what doesn't overlap and, on
+    CPU, what the host takes from the device's cores.
     """
     config = executor.engine
     prompt = min(PROMPT_TOKENS, config.context_length // 4)

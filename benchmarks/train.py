@@ -38,33 +38,34 @@ TEXT_BYTES = 4 << 20
 SCHEDULE_STEPS = 2000
 """Steps of the recipe; the measured steps lie on its schedule of the learning rate"""
 PAUSE_SECONDS = 0.2
-"""Between turns, until the worker threads of the last one sleep"""
+"""Pause between two turns, in which the worker threads of the side that ran last go to sleep"""
 
 
 @dataclass(frozen=True)
 class TrainBench(Bench):
     """Times training steps with the trainer and the batches that `isthmus train` uses, and the same recipe in torch.
 
-    The recipe is nanoGPT's for a CPU (github.com/karpathy/nanoGPT, README): 4 layers, 4 heads, 128 wide, 64 tokens a
-    sequence, 12 sequences a step, AdamW, gradients clipped at 1, float32. The text is Python's standard library as 65
-    symbols, its 64 commonest characters and one for the rest: the vocabulary is exactly nanoGPT's 65, which `isthmus
-    train` itself would round up to 128. Both sides read their loss; ours two steps late, as the training loop does.
+    The recipe is nanoGPT's for a CPU (github.com/karpathy/nanoGPT, README): 4 layers, 4 heads, 128 wide, 64 tokens per
+    sequence, 12 sequences per step, AdamW, gradients clipped at 1, float32. The text is the source of Python's standard
+    library as 65 symbols, its 64 commonest characters and one for the rest: the vocabulary is exactly nanoGPT's 65,
+    which `isthmus train` itself would round up to 128. Both sides read the loss of every step; ours reads it two steps
+    late, as the training loop does.
     """
 
     preset: str = "nano"
     """Size of the model"""
     vocab_size: int = 65
-    """How many symbols there are; at least 2"""
+    """Number of symbols; at least 2"""
     batch: int = 12
-    """Sequences a step"""
+    """Sequences per step"""
     steps: int = 60
-    """How many a turn has"""
+    """Training steps in a turn"""
     turns: int = 9
-    """How many are measured; the median counts"""
+    """Turns that are measured; the median counts"""
     warmup: int = 60
-    """Steps before those, the compiling one included"""
+    """Steps before the measured turns, with the one that compiles"""
     peer: bool = False
-    """Time nanoGPT in torch too, in turns with ours, and report the ratio of medians"""
+    """Also time nanoGPT in torch, in turns with ours, and report the ratio of the medians"""
     peer_python: Path = Path(".venv-peers/bin/python")
     """The Python of the environment that `make peers` builds"""
 
@@ -77,7 +78,7 @@ class TrainBench(Bench):
 
 
 def write_symbols(stem: Path, vocab_size: int, limit: int = TEXT_BYTES) -> TokenFile:
-    """Python's standard library in STEM.bin as uint16 symbols: the commonest characters, and one for all others."""
+    """Writes Python's library into STEM.bin as uint16 symbols: the commonest characters, and one for all others."""
     texts = list(python_source(limit))
     code = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
     common, counts = np.unique(code, return_counts=True)
@@ -91,7 +92,7 @@ def write_symbols(stem: Path, vocab_size: int, limit: int = TEXT_BYTES) -> Token
 
 
 class Ours:
-    """The product's trainer, run as its loop runs it."""
+    """Our trainer, run as the training loop runs it."""
 
     def __init__(self, bench: TrainBench, config: ModelConfig, text: TokenFile) -> None:
         optimizer = OptimizerConfig(beta2=0.99)
@@ -105,7 +106,7 @@ class Ours:
         self.loss = float("nan")
 
     def run(self, steps: int) -> float:
-        """Seconds that `steps` steps take, to the last loss."""
+        """Seconds that `steps` steps take, until the last loss is read."""
         pending: deque[Metrics] = deque()
         start = time.perf_counter()
         for step in range(self._step, self._step + steps):
@@ -140,7 +141,7 @@ class Peer:
 
 
 def take_turns(sides: dict[str, Callable[[int], float]], bench: TrainBench, tick: Tick) -> dict[str, list[float]]:
-    """Seconds of each side's turns; who begins alternates, so that a drift of the machine's speed touches both."""
+    """The seconds of each side's turns; who begins alternates, so that the machine's drift affects both."""
     for run_steps in sides.values():
         run_steps(bench.warmup)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -222,8 +223,8 @@ def show(record: Record, _: Qualities) -> str:
         for name, side, spread in sides
     ]
     text = (
-        f"{config['batch']} sequences of {config['model']['context_length']} tokens, {config['steps']} steps a turn, "
-        f"{config['turns']} turns, {config['model']['dtype']}; MFU {percent(figures['mfu'])}."
+        f"{config['batch']} sequences of {config['model']['context_length']} tokens per step, {config['steps']} steps "
+        f"per turn, {config['turns']} turns, {config['model']['dtype']}; MFU {percent(figures['mfu'])}."
     )
     ratio = "" if peer is None else f"Ratio of medians: {peer['ratio']:.2f}."
     return paragraphs(text, table(["", "parameters", "tok/s, median", "spread"], rows), ratio)

@@ -1,4 +1,4 @@
-"""`isthmus bench weights`: loading a published folder or a GGUF file, beside reading its files and nothing more."""
+"""`isthmus bench weights`: loading a published folder or a GGUF file, compared with only reading its files."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ MEASURED = (("reading the files", "read_seconds"), ("loading the model", "load_s
 
 @dataclass(frozen=True)
 class WeightsBench(Bench):
-    """How fast weights are read onto the device, and how much host memory that takes."""
+    """Measures how fast weights are read onto the device, and how much host memory that takes."""
 
     model: Path | None = None
-    """A folder with safetensors, or a GGUF file in one part; without one, random bfloat16 weights of --preset are
+    """A folder with safetensors, or a GGUF file in one part; by default, random bfloat16 weights of --preset are
     written to a temporary folder"""
     preset: str = "1b"
-    """Size of that model"""
+    """Size of the model with random weights"""
     vocab_size: int = 32000
-    """That model's vocabulary"""
+    """Vocabulary of the model with random weights"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the weights are kept in"""
+    """Dtype in which the weights are kept"""
     quantize: str = "none"
-    """With --model: integers made while loading, as serving takes it; what a file holds as integers that we can keep
-    stays so in any case, as when it is served"""
+    """With --model: integers to make while loading, as for `isthmus serve --quantize`; integers in the file that we can
+    keep are kept in any case, as when it is served"""
     repeats: int = 5
     """How often the files are read and the model is loaded, in turns"""
     warm: bool = False
@@ -66,7 +66,7 @@ class WeightsBench(Bench):
 
 
 def run(config: WeightsBench, console: Console) -> Record:
-    """Raises ConfigError for a model that can't be read."""
+    """Measures and returns the record. Raises ConfigError for a model that can't be read."""
     if config.model is not None:
         path, kept = config.model, config.dtype if config.quantize == "none" else config.quantize
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -74,30 +74,30 @@ def run(config: WeightsBench, console: Console) -> Record:
             raise ConfigError(f"model: {path} is neither a folder with safetensors nor a GGUF file")
         return _measure(config, files, partial(_load_served, path, config), f"{path.resolve().stem}-{kept}", console)
     if config.quantize != "none":
-        raise ConfigError("quantize: with --model only; what --preset writes is loaded as it is")
+        raise ConfigError("quantize: only with --model; the weights of --preset are loaded as they are")
     with temporary_folder("isthmus-bench-") as path:
         write_random(path, preset(config.preset, config.vocab_size))
         files = sorted(path.glob("*.safetensors"))
         return _measure(config, files, partial(_load_tensors, path, config), f"{config.preset}-{config.dtype}", console)
 
 
-# Both ways to load open the files anew each time: what is mapped doesn't leave the page cache.
+# Both functions open the files anew each time, because a mapped file doesn't leave the page cache.
 
 
 def _load_served(path: Path, config: WeightsBench, mesh: Mesh) -> Params:
-    """A model with all that belongs to it, as serving loads it."""
+    """Loads a model and all that belongs to it, as serving does."""
     return open_model(path, config.dtype, quantize=config.quantize).load_params(mesh, config.dtype)
 
 
 def _load_tensors(path: Path, config: WeightsBench, mesh: Mesh) -> Params:
-    """A folder of tensors alone."""
+    """Loads a folder that has nothing but config.json and tensors."""
     family, model = read_config(path / "config.json")
     source = PublishedSource(TensorFiles(path), family, model, mesh)
     return load_params(source, abstract_params(model, mesh, dtype=config.dtype))
 
 
 def write_random(folder: Path, model: ModelConfig, shards: int = 3) -> None:
-    """A published folder of random bfloat16 weights."""
+    """Writes a folder in Hugging Face's layout with random bfloat16 weights, in `shards` files."""
     values = published_config(model)
     family, _ = read_fields(Fields(dict(values), folder / "config.json"))
     (folder / "config.json").write_text(json.dumps(values))
@@ -195,12 +195,12 @@ def _resident() -> int:
 
 def show(record: Record, _: Qualities) -> str:
     figures, made = record.figures, record.config.get("quantize", "none")
-    kept = figures["dtype"] + ("" if made == "none" else f", matrices in {made} made meanwhile")
+    kept = figures["dtype"] + ("" if made == "none" else f", with matrices made {made} while loading")
     cache = "in" if figures["warm"] else "dropped from"
     text = (
-        f"{figures['bytes'] / 1e9:.2f} GB, {cache} the page cache, kept in {kept}; "
-        f"host memory above the model's own: {figures['host_bytes_above_model'] / 1e9:.2f} GB (the largest file: "
-        f"{figures['largest_file'] / 1e9:.2f} GB); {figures['share_of_reading']:.0%} of plain reading."
+        f"Files of {figures['bytes'] / 1e9:.2f} GB, {cache} the page cache; weights are kept in {kept}. "
+        f"Host memory above the model's own: {figures['host_bytes_above_model'] / 1e9:.2f} GB (the largest file: "
+        f"{figures['largest_file'] / 1e9:.2f} GB). Loading is {figures['share_of_reading']:.0%} as fast as reading."
     )
     rows = [[what, number(figures["bytes"] / median(figures[key]) / 1e9)] for what, key in MEASURED]
     return paragraphs(text, table(("", "GB/s"), rows))

@@ -1,4 +1,4 @@
-"""Requests as strangers send them: Poisson arrivals and lengths like ShareGPT's, all from a seed."""
+"""Requests as independent users send them: Poisson arrivals, and lengths like ShareGPT's, all drawn from a seed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Lengths:
     """Lognormal lengths of prompts and completions.
 
     The means are those of ShareGPT in Kwon et al. (2023, "Efficient Memory Management for Large Language Model Serving
-    with PagedAttention", arXiv 2309.06180, figure 11). The paper gives no spread; 1 is ours, for a long tail
-    whose median is 0.61 of the mean. The prompts' tokens are random: no two requests share a prefix.
+    with PagedAttention", arXiv 2309.06180, figure 11). The paper gives no spread; ours is 1, for a long tail and a
+    median of 0.61 times the mean. The prompts' tokens are random, so no two requests share a prefix.
     """
 
     prompt_mean: float = 161.31
-    """Tokens of a prompt, in the mean"""
+    """Mean number of tokens of a prompt"""
     output_mean: float = 337.99
-    """Tokens of a completion, in the mean"""
+    """Mean number of tokens of a completion"""
     spread: float = 1.0
-    """Standard deviation of the logarithm; 0 makes all alike"""
+    """Standard deviation of a length's logarithm; 0 makes all lengths alike"""
     scale: float = 1.0
-    """What both means are multiplied by: less than 1 makes a shorter run on a slow machine"""
+    """Factor for both means; less than 1 makes a shorter run on a slow machine"""
 
     def validate(self) -> None:
         """Raises ConfigError naming the field."""
@@ -58,14 +58,14 @@ class PlannedRequest:
     """A request before it is sent."""
 
     at: float
-    """Seconds after the start; open loop: whatever the server does"""
+    """When it is due, in seconds after the start"""
     prompt: list[int]
     max_tokens: int
     seed: int
 
 
 def poisson_arrivals(random: np.random.Generator, rate: float, seconds: float) -> list[float]:
-    """Arrival times in [0, seconds) of a Poisson process of `rate` a second."""
+    """Arrival times in [0, seconds) of a Poisson process of `rate` per second."""
     times: list[float] = []
     now = random.exponential(1 / rate)
     while now < seconds:
@@ -83,7 +83,7 @@ def open_loop(
 
 
 def all_at_once(seed: int, round_: int, count: int, lengths: Lengths, vocab: int, context: int) -> list[PlannedRequest]:
-    """`count` requests at time 0, others in each round, so that no round finds its prompts in the prefix cache."""
+    """`count` requests at time 0, others in each round, so that no round's prompts are in the prefix cache."""
     return _requests(np.random.default_rng([seed, 1 << 32, round_]), [0.0] * count, lengths, vocab, context)
 
 

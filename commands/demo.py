@@ -196,7 +196,7 @@ def _show_training(report: Report, training: TrainConfig, console: Console) -> N
     assert report.bits_per_byte is not None
     winner = "the model" if report.bits_per_byte < xz else "xz"
     console.print(
-        f"held-out source, bits a byte: model {report.bits_per_byte:.3f}, xz -9 {xz:.3f} ({winner} wins)\n"
+        f"held-out source, bits per byte: model {report.bits_per_byte:.3f}, xz -9 {xz:.3f} ({winner} wins)\n"
         f"trained {report.steps} steps in {report.seconds:.0f} s: "
         f"{report.tokens_per_second:,.0f} tokens/s, MFU {report.mfu:.0%}\n"
         f"loss curve: {save_curve(training.out)}",

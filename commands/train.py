@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say_done(report: Report, out: Path, console: Console) -> None:
     from isthmus.train.metrics import save_curve
 
-    bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.3f} bits a byte"
+    bits = "" if report.bits_per_byte is None else f", {report.bits_per_byte:.3f} bits per byte"
     speed = f"{report.tokens_per_second:,.0f} tok/s, MFU {report.mfu:.1%}, " if report.tokens_per_second else ""
     try:
         curve = f"   loss curve: {save_curve(out)}"

@@ -11,7 +11,7 @@ def main(model: str) -> None:
     sampling = SamplingParams(max_tokens=24, temperature=0.8, seed=1)
     with LLM(model) as llm:
         for prompt, answer in zip(PROMPTS, llm.generate(PROMPTS, sampling, return_errors=True), strict=True):
-            if isinstance(answer, RequestError):  # this one's, and no other's
+            if isinstance(answer, RequestError):  # only this prompt's; the others are answered
                 print(f"{prompt!r}: {answer}")
             else:
                 print(f"{prompt!r} → {answer.text!r} ({answer.finish_reason}, {answer.completion_tokens} tokens)")

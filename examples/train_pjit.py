@@ -1,6 +1,6 @@
 """Trains with jax.jit over a mesh, in one file to copy and edit: python examples/train_pjit.py TEXT OUT [STEPS [MESH]]
 
-The result is a model folder: isthmus.LLM(OUT), or isthmus serve --model OUT. MESH is as dp=2,fsdp=2,tp=2.
+The result is a model folder: isthmus.LLM(OUT), or isthmus serve --model OUT. MESH is, for example, dp=2,fsdp=2,tp=2.
 """
 
 import sys
@@ -22,7 +22,7 @@ from isthmus.model.weights.random import init_params
 from isthmus.train.step import packed_attention
 
 BATCH, SEQ = 8, 64
-EXECUTION = Execution(scan_layers=True)  # one body for all layers, whose parameters lie stacked, as in a checkpoint
+EXECUTION = Execution(scan_layers=True)  # one body for all layers, with stacked parameters, as in a checkpoint
 
 
 def batches(tokens: np.ndarray, seed: int) -> Iterator[np.ndarray]:
@@ -34,7 +34,7 @@ def batches(tokens: np.ndarray, seed: int) -> Iterator[np.ndarray]:
 
 
 def loss(config: ModelConfig, params: Params, batch: jax.Array) -> jax.Array:
-    """Mean nats a token of int32[BATCH, SEQ + 1]."""
+    """The mean loss of int32[BATCH, SEQ + 1], in nats per token."""
     tokens, targets = batch[:, :-1], batch[:, 1:]
     positions = jax.numpy.broadcast_to(jax.numpy.arange(SEQ), tokens.shape)
     model = bind(config, EXECUTION, params)
@@ -57,7 +57,7 @@ def main(text: Path, out: Path, steps: int, shape: str) -> None:
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    with use_mesh(mesh):  # every parameter is born in its shard, and the optimizer's state beside it
+    with use_mesh(mesh):  # parameters and the optimizer's state are created in their shards
         params = init_params(config, seed=0, mesh=mesh, stacked=True)
         state = jax.jit(optimizer.init)(params)
         data = batches(np.array(tokenizer.encode(corpus), np.int32), seed=0)
@@ -65,7 +65,7 @@ def main(text: Path, out: Path, steps: int, shape: str) -> None:
             params, state, value = step(params, state, jax.device_put(batch, named_sharding(mesh, "batch", None)))
             value.block_until_ready()
             if number % 20 == 0 or number == steps:
-                print(f"step {number}: {value:.3f} nats a token")
+                print(f"step {number}: {value:.3f} nats per token")
     out.mkdir(parents=True, exist_ok=True)
     config.save(out / "config.json")
     tokenizer.save(out / "tokenizer.json")

@@ -167,6 +167,6 @@ class LayerKind(NamedTuple):
     window: int
     """How many of the last tokens the layer attends to; 0 means all"""
     rope: Literal["global", "local", "none"]
-    """Which base its rotary frequencies have: rope_theta (global) or local_rope_theta (local); none is no rotation"""
+    """The base of the rotary frequencies: rope_theta (global) or local_rope_theta (local); none means no rotation"""
     sparse: bool
     """Whether it has a mixture of experts in place of the MLP"""

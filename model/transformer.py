@@ -76,7 +76,7 @@ class Transformer(nnx.Module):
         cache: Cache,
         uses_long_rope: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, jax.Array]:
-        """As a call, and also returns how many tokens each expert got, float32[sparse layers, experts]."""
+        """Returns what __call__ does, and how many tokens each expert got, float32[sparse layers, experts]."""
         config = self.config
         x = lookup(self.embedding.get_value(), tokens, config.dim, STREAM)
         if config.embedding_scale != 1:

@@ -77,8 +77,8 @@ class Gathered:
 
 
 def _figures(want: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """float64[tokens, 4]: KL divergence, whether both have the same most likely token, and the nats of the token that
-    came, of the other model and of the original."""
+    """float64[tokens, 4]: KL divergence, whether both have the same most likely token, and the negative log-probability
+    of the token that came, in the other model and in the original."""
     got, row = log_softmax(logits), np.arange(len(targets))
     same = want.argmax(axis=1) == got.argmax(axis=1)
     return np.stack([kl_divergence(want, got), same, -got[row, targets], -want[row, targets]], axis=1)

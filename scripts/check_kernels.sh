@@ -1,5 +1,5 @@
 #!/bin/sh
-# The CPU kernels' own tests once more: with the address and undefined-behaviour sanitizers, then as plain C++ without AVX.
+# Runs the CPU kernels' tests with the address and undefined-behaviour sanitizers, then for x86-64 without AVX.
 # Needs g++ with its sanitizers' libraries, on x86-64. Usage: scripts/check_kernels.sh [PYTHON]
 set -eu
 cd "$(dirname "$0")/.."
@@ -7,7 +7,7 @@ python=$(command -v "${1:-.venv/bin/python}")
 home=$(mktemp -d)
 trap 'rm -rf "$home"' EXIT
 
-# Builds the kernels for -march=$1 with the flags that follow, where a process at home in $home/$1 finds them.
+# Builds the kernels for -march=$1 with the flags that follow, where a process whose HOME is $home/$1 finds them.
 build() {
     mkdir -p "$home/$1"
     HOME="$home/$1" "$python" - "$@" <<'PYTHON'
@@ -17,7 +17,7 @@ library.build(library.user_folder(), sys.argv[1], sys.argv[2:])
 PYTHON
 }
 
-# Tests them with the environment that follows; a library of anywhere else would prove nothing.
+# Tests the kernels built for -march=$1 in the environment that follows, after checking that they are the ones loaded.
 check() {
     march=$1
     shift
@@ -29,7 +29,7 @@ from isthmus.model.ops.cpu import library
 path = library.load().path
 assert Path.home() in path.parents, path
 print("testing", path.name, flush=True)
-# In one process, and whatever a sanitizer says goes straight to the terminal.
+# The tests run in one process, and whatever a sanitizer says goes straight to the terminal.
 arguments = ["-p", "no:xdist", "--capture=no", "--durations=0", "--durations-min=60"]
 names = ("linear", "linear_calls", "attention", "elementwise")
 sys.exit(pytest.main([*arguments, *(f"tests/model/ops/test_cpu_{name}.py" for name in names)]))

@@ -1,6 +1,6 @@
 #!/bin/sh
-# check_wheel.sh PYTHON: what a user gets: a wheel in a fresh environment, beside a project that has its own model.py, train.py
-# and serve/. PYTHON has hatchling.
+# check_wheel.sh [PYTHON]: tries the wheel as a user gets it, in a fresh environment, beside a project that has a
+# model.py, a train.py and a serve/ of its own. PYTHON must have hatchling.
 set -eu
 python=$(command -v "${1:-.venv/bin/python}")
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -27,11 +27,11 @@ import isthmus
 from isthmus import Client, ConfigError
 
 assert (model.MINE, train.MINE, serve.MINE) == ("model", "train", "serve")
-assert "jax" not in sys.modules, "importing a Client brings jax"
+assert "jax" not in sys.modules, "importing Client imports jax"
 
 import isthmus.model.transformer, isthmus.serve.engine.engine, isthmus.train.loop
 assert "site-packages" in isthmus.model.transformer.__file__, isthmus.model.transformer.__file__
-print("both work:", isthmus.__file__)
+print("the project's modules and isthmus both work:", isthmus.__file__)
 PYTHON
 "$work/venv/bin/python" main.py
 "$work/venv/bin/isthmus" --version

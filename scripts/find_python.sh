@@ -3,7 +3,7 @@
 # PYTHON=… overrides. Fails with a message that says what to do.
 set -u
 
-usable() { # a name may be a manager's shim that runs nothing: ask it
+usable() { # a name may be a manager's shim behind which there is no Python, so it is run
     "$1" -c "import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != ($2))" >/dev/null 2>&1
 }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# setup.sh VENV EXTRAS: an environment with Isthmus installed from this folder, editable. uv when present, else venv and pip.
+# setup.sh VENV [EXTRAS]: makes an environment with this folder's Isthmus, editable, by uv if it is there, else by pip.
 set -eu
 venv=$1
 extras=${2:-}

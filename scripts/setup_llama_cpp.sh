@@ -1,7 +1,7 @@
 #!/bin/sh
-# setup_llama_cpp.sh DIR [PYTHON]: llama.cpp, built for this machine's CPU from the source that llama-cpp-python's
-# source distribution carries. DIR/bin gets the programs, DIR/llama.cpp the source and its converter. PYTHON has pip,
-# and is the one that will convert; JOBS compilers run at a time, 2 unless told.
+# setup_llama_cpp.sh DIR [PYTHON]: builds llama.cpp for this machine's CPU from the source that llama-cpp-python's
+# source distribution carries. DIR/bin gets the programs, DIR/llama.cpp the source and its converter. PYTHON must have
+# pip, and is the one that will run the converter; JOBS is the number of compilers that run at a time, by default 2.
 set -eu
 python=${2:-python3}
 for tool in cmake ninja c++; do
@@ -14,7 +14,7 @@ mkdir -p "$1"
 dir=$(cd "$1" && pwd)
 requirements=$(cd "$(dirname "$0")/../benchmarks/peers" && pwd)/requirements_llama_cpp.txt
 
-# Nothing of an earlier build: its cache would keep the settings of another machine.
+# An earlier build is deleted, because its cache would keep the settings of another machine.
 rm -rf "$dir/download" "$dir"/llama_cpp_python-* "$dir/build"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 "$python" -m pip download --quiet --no-deps -r "$requirements" -d "$dir/download"
@@ -22,10 +22,10 @@ tar -xzf "$dir"/download/llama_cpp_python-*.tar.gz -C "$dir"
 rm -rf "$dir/download"
 source=$(echo "$dir"/llama_cpp_python-*/vendor/llama.cpp)
 ln -sfn "${source#"$dir/"}" "$dir/llama.cpp"
-# The converter imports it even for tokenizers that are none of its; where it lies, no other peer sees it.
+# The converter imports sentencepiece whatever the tokenizer is; in this folder no other peer sees it.
 "$python" -m pip install --quiet --upgrade --no-deps --target "$dir/python" sentencepiece==0.2.2
 
-# Release and native, everything else as llama.cpp has it; no OpenSSL, and no web page, which its build would fetch.
+# A release build for this CPU with llama.cpp's defaults, except that OpenSSL and the web page, a download, are left out.
 cmake -S "$source" -B "$dir/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF >"$dir/cmake.log"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# setup_peers.sh VENV: what Isthmus is measured against and compared with, in an environment of its own. torch's CPU
-# build comes from pip's own index settings, so pip it is, and Python 3.11, which it has wheels for.
+# setup_peers.sh VENV: installs what Isthmus is compared with into an environment of its own. It uses pip, whose
+# settings say which index has torch's CPU build, and Python 3.11, for which that build has wheels.
 set -eu
 venv=$1
 for candidate in "${PEERS_PYTHON:-}" "$(command -v python3.11 || true)" "$HOME"/.pyenv/versions/3.11.*/bin/python /usr/bin/python3.11; do
@@ -8,7 +8,7 @@ for candidate in "${PEERS_PYTHON:-}" "$(command -v python3.11 || true)" "$HOME"/
         "$candidate" -m venv "$venv"
         set -- "$venv/bin/python" -m pip install --quiet --disable-pip-version-check
         "$@" -r "$(dirname "$0")/../benchmarks/peers/requirements.txt"
-        # Only for the published chat templates in it, which tests/parity reads: nothing of what it depends on.
+        # tests/parity reads nothing of trl but its published chat templates, so its dependencies aren't needed.
         exec "$@" --no-deps trl==1.16.0
     fi
 done

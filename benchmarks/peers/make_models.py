@@ -1,8 +1,9 @@
 """Writes the models that every peer runs: `make_models.py FOLDER [NAME ...]` makes FOLDER/125m and FOLDER/1b.
 
-Hugging Face folders of the Llama architecture, as transformers saves them: config.json, bfloat16 safetensors and a
-tokenizer. Weights are normal with standard deviation 0.02 and norms are one: the text means nothing, but an engine's
-speed does not depend on the weights. Needs torch and transformers. The same seed writes the same weights.
+They are Hugging Face folders of the Llama architecture, as transformers saves them: config.json, bfloat16 safetensors
+and a tokenizer. Weights are normal with standard deviation 0.02 and norms are one: what the models write means nothing,
+but an engine's speed does not depend on the weights. Needs torch and transformers. The same seed writes the same
+weights.
 """
 
 import argparse
@@ -46,7 +47,7 @@ MODELS = {
 
 @torch.no_grad()
 def model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
-    """Its matrices are drawn in float32, in the order of its parameters, and rounded; norms are one."""
+    """A model whose matrices are drawn in float32, in the order of its parameters, and rounded. Norms are one."""
     made, random = LlamaForCausalLM(config).bfloat16(), np.random.default_rng(seed)
     for parameter in made.parameters():
         if parameter.dim() > 1:
@@ -71,8 +72,8 @@ def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(MODELS)}; all if none")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to make the models' folders")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(MODELS)}; default: all")
     arguments = parser.parse_args()
     for name in arguments.names or MODELS:
         if name not in MODELS:

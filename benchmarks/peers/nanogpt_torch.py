@@ -1,9 +1,9 @@
-"""nanoGPT's training step in eager torch, to be timed beside ours; asked as protocol.py says.
+"""nanoGPT's training step in eager torch, to be timed beside ours; it is asked as protocol.py says.
 
-Written after github.com/karpathy/nanoGPT (model.py and train.py): pre-norm blocks, learned
-positions, GELU of four times the width, tied head, no biases, no dropout; AdamW with decay on matrices, betas 0.9 and
-0.99, clipping at 1; batches drawn from a memory-mapped uint16 file, each while the one before is under way; the loss
-read every step. `load` takes the sizes and the data file, `run` a number of steps.
+Written after github.com/karpathy/nanoGPT (model.py and train.py): pre-norm blocks, learned positions, GELU of four
+times the width, tied head, no biases, no dropout; AdamW with decay on matrices, betas 0.9 and 0.99, clipping at 1. A
+batch is drawn from a memory-mapped uint16 file between forward and backward pass of the step before; the loss is read
+every step. `load` takes the sizes and the data file, `run` a number of steps.
 """
 
 import math

@@ -3,7 +3,7 @@
 A model that was made from a GGUF file has weights that once were integers, and whatever quantizes by the same groups
 finds them again. Here every channel between two matrices, or between a norm and what it feeds, is multiplied by a
 number near one on one side and divided by it on the other: in exact arithmetic nothing changes, but no group of weights
-lies on a grid any more. Llama and Gemma 3, one file of safetensors; written in float32. The embedding stays as it is.
+lies on a grid any more. Takes Llama and Gemma 3 in one file of safetensors, writes float32, leaves the embedding alone.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 SPREAD = 0.15
-"""The numbers lie evenly in 1 - SPREAD to 1 + SPREAD"""
+"""The factors are uniformly distributed between 1 - SPREAD and 1 + SPREAD"""
 
 NORMS = {
     "llama": {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")},
@@ -54,8 +54,8 @@ def rescale(config: dict, tensors: dict[str, np.ndarray], random: np.random.Gene
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("folder", type=Path, help="to make")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="the model's folder, in Hugging Face's layout")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder to make")
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     if config["model_type"] not in NORMS:

@@ -1,4 +1,5 @@
-"""transformers' `generate` on torch's CPU backend: one static batch, eager, SDPA attention; protocol.py's questions.
+"""Answers the questions of protocol.py with transformers' `generate` on torch's CPU backend: one static batch, eager,
+SDPA attention.
 
 Decoding is timed inside one `generate` call: from when the first new token of every sequence is known until the last.
 """
@@ -25,14 +26,14 @@ class Clock(StoppingCriteria):
 
 class Transformers(Inference):
     def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
-        """`dtype` is torch's name of it: bfloat16, float16 or float32."""
+        """dtype: bfloat16, float16 or float32, as torch names it."""
         start = time.perf_counter()
         torch.set_num_threads(len(cores()))
         self.limits = max_sequences, context
         self.model = AutoModelForCausalLM.from_pretrained(
             model, dtype=getattr(torch, dtype), attn_implementation="sdpa", local_files_only=True
         ).eval()
-        # Else `generate` would stop at an end of text.
+        # Without this, `generate` would stop at an end of text.
         self.model.generation_config.eos_token_id = None
         return {
             "version": f"transformers {transformers.__version__}, torch {torch.__version__}",

@@ -1,9 +1,10 @@
-"""vLLM on the CPU, in the environment that setup_vllm.sh makes; protocol.py's questions.
+"""Answers the questions of protocol.py with vLLM on the CPU, in the environment that setup_vllm.sh makes.
 
 The engine runs in this process, with a thread for each core. Its default, three processes, was slower on two cores, and
 begins the first prompt before it has got the others. It compiles the model when it loads, as is its default. A question
-adds all requests, then takes the engine's steps one by one: the prompts' time ends with the step in which the last of
-them gets its token, and the steps timed begin there, each a token of every sequence. Then the requests are aborted.
+adds all requests and runs the engine's steps one by one: the prompts' time ends with the step in which the last
+sequence gets its first token; the timed steps begin there, and each gives every sequence a token. Then the requests are
+aborted.
 """
 
 import os
@@ -26,7 +27,7 @@ BLOCK = 128
 
 class Vllm(Inference):
     def load(self, model: str, dtype: str, max_sequences: int, context: int) -> dict:
-        """`dtype` is torch's name of it: bfloat16, float16 or float32. The cache has it too. Compiling counts."""
+        """dtype: torch's name of bfloat16, float16 or float32; also the cache's. The seconds include compiling."""
         start = time.perf_counter()
         self.limits = max_sequences, context
         self.requests = 0
@@ -46,8 +47,8 @@ class Vllm(Inference):
         }
 
     def times(self, tokens: list[list[int]], steps: int) -> list[float]:
-        """Raises ValueError when a sequence reaches the context's end before. More prompts than one step takes are
-        computed over several, in which the first of them already decode."""
+        """Raises ValueError when a sequence reaches the context's end before the last step. Prompts that don't fit into
+        one step are computed over several, in which the first of them already decode."""
         longest = self.limits[1] - len(tokens[0]) if steps else 1
         params = vllm.SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True, detokenize=False)
         names = [str(self.requests + number) for number in range(len(tokens))]
@@ -70,7 +71,7 @@ class Vllm(Inference):
 
 
 def cache_bytes(model: str, dtype: str, max_sequences: int, context: int) -> int:
-    """Bytes of a cache for that many sequences of that many tokens, and a block that vLLM keeps for itself."""
+    """Bytes of a cache for that many sequences of that many tokens, and for a block that vLLM keeps for itself."""
     config = vllm.transformers_utils.config.get_config(model, trust_remote_code=False)
     itemsize = getattr(torch, dtype).itemsize
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize

@@ -1,4 +1,4 @@
-"""Which implementation each operation of a network takes. It is chosen once, when an engine or a trainer is built."""
+"""Chooses the implementation of each operation of a network, once, when an engine or a trainer is built."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, limit: int = MAX_SETTINGS_BYTES) -> str:
-    """As read_bytes, decoded. Raises ConfigError also when it isn't UTF-8."""
+    """The text of a UTF-8 file of at most `limit` bytes. Raises ConfigError for any other, and as check_file does."""
     try:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
@@ -117,7 +117,7 @@ def read_json(path: Path, limit: int = MAX_SETTINGS_BYTES) -> dict[str, Any]:
 
 
 def read_json_if_present(path: Path) -> dict[str, Any]:
-    """As read_json, but empty when there is no such file."""
+    """The JSON object in a file, or an empty one when there is no such file. Raises ConfigError as read_json does."""
     return read_json(path) if present(path) else {}
 
 

@@ -1,5 +1,5 @@
-"""Which tokens end what a model writes: those that its folder names, and the one that its chat template puts after an
-answer. Also warns of flags for the tokens around a text that have no effect."""
+"""Finds the tokens that end what a model writes: those that its folder names, and the one that its chat template puts
+after an answer. Also warns of flags for the tokens around a text that have no effect."""
 
 from __future__ import annotations
 

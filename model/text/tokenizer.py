@@ -139,7 +139,7 @@ class Tokenizer:
         return self._encode(self._with_special_tokens if parse_special else self._inner, text, most)
 
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
-        """As encode, for several texts in parallel. Raises TextError."""
+        """The token ids of several texts, encoded in parallel, each as by `encode`. Raises TextError."""
         inner = self._with_special_tokens if parse_special else self._inner
         with _typed_errors():
             return [encoding.ids for encoding in inner.encode_batch_fast(list(texts))]
@@ -160,7 +160,8 @@ class Tokenizer:
             return _ids(inner.encode_batch_fast([text], add_special_tokens=add_special_tokens), most)
 
     def encode_chat_batch(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-        """As encode_chat, in parallel: the ids of each text, and which of its characters each token stands for.
+        """Encodes several rendered chat templates in parallel, each as by `encode_chat`. Returns the ids of each text,
+        and which of its characters each token stands for.
 
         These extents [start, end) tile the text, except that if a character is cut into several tokens, each of them
         has the whole character.

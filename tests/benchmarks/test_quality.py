@@ -92,7 +92,8 @@ def test_what_is_no_whole_file_is_refused(tmp_path: Path) -> None:
     """A run of llama-perplexity that was stopped leaves a file that begins well."""
     tokens = random_tokens(2, 8, 5)
     whole = write_base(tmp_path / "base", tokens, lambda _: np.zeros((8, 5), np.float32) + np.arange(5)).read_bytes()
-    for content, said in ((whole[:-2], "not written to its end"), (whole[:12], "no file of"), (b"GGUF" * 9, "no file")):
+    other = "is not a file that llama-perplexity"
+    for content, said in ((whole[:-2], "not written to its end"), (whole[:12], other), (b"GGUF" * 9, other)):
         (tmp_path / "other").write_bytes(content)
         with pytest.raises(ConfigError, match=said):
             BaseLogits.open(tmp_path / "other")

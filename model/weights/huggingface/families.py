@@ -38,7 +38,7 @@ def read_config(path: Path, ignore: Collection[str] = ()) -> tuple[Family, Model
 
 
 def read_fields(fields: Fields) -> tuple[Family, ModelConfig]:
-    """As read_config. fields.warnings then says which fields were ignored."""
+    """Reads the fields of a published config.json, as read_config does. fields.warnings then says which it ignored."""
     model_type = fields.raw("model_type", None)
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:

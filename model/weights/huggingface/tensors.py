@@ -123,8 +123,8 @@ def stacked_linear(name: str) -> Piece:
 
 
 def stacked_rows(name: str, part: int) -> Piece:
-    """As stacked_linear, for a tensor that holds the outputs of two parameters one after the other. part: 0 for the
-    first, 1 for the second."""
+    """A part of a tensor [experts, 2 * outputs, inputs], which holds the outputs of two parameters [experts, inputs,
+    outputs] one after the other. part: 0 for the first, 1 for the second."""
 
     def view(raw: np.ndarray, shape: Shape, config: ModelConfig) -> np.ndarray:
         return raw[:, part * shape[2] : (part + 1) * shape[2]].transpose(0, 2, 1)

@@ -20,7 +20,7 @@ from isthmus.model.weights.huggingface.files import DTYPES, Exact, Integers, Ten
 
 
 class CodedFiles(WeightFiles):
-    """As TensorFiles, except that tensors stored as codes are decoded when they are read."""
+    """The tensors of a folder, of which those that are stored as codes are decoded when they are read."""
 
     says = "config.json"
 

@@ -288,8 +288,8 @@ def fits(files: TensorFiles, name: str, stored: Stored, shape: tuple[int, ...], 
 
 
 def fits_tiles(files: TensorFiles, name: str, stored: Stored, tiled: tuple[int, int], why: str) -> None:
-    """As `fits`, for a tensor with one number for each tile [down, across]. Where tiles lie along one axis only, axes
-    of size 1 may be there or not, because files differ in this."""
+    """Raises ConfigError, as `fits` does, for a tensor that hasn't one number for each tile [down, across]. Where tiles
+    lie along one axis only, axes of size 1 may be there or not, because files differ in this."""
     if 1 not in tiled or [size for size in stored.shape if size != 1] != [size for size in tiled if size != 1]:
         fits(files, name, stored, tiled, why)
 
