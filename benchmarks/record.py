@@ -78,7 +78,11 @@ def load_all(folder: Path) -> list[Record]:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise ConfigError(f"{folder} holds no results: run `isthmus bench step` first")
-    return [Record.load(path) for path in paths]
+    records = [Record.load(path) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if path.stem != record.stem:  # its plot would replace that of the record with this name
+            raise ConfigError(f"{path} holds {record.stem}: rename the file, or change the subject in it")
+    return records
 
 
 def finite(value: Any) -> Any:

@@ -325,6 +325,14 @@ def test_a_damaged_result_is_refused(tmp_path: Path) -> None:
     assert finite({"a": [math.nan, 1.0], "b": (math.inf,)}) == {"a": [None, 1.0], "b": [None]}
 
 
+def test_a_renamed_result_is_refused(tmp_path: Path) -> None:
+    """The report names plots by the record: two files with one record's name would show the plot of one of them."""
+    path = Record("train", "m", describe(), {}, {}).save(tmp_path)
+    path.rename(tmp_path / "cpu-train-m-again.json")
+    with pytest.raises(ConfigError, match=r"cpu-train-m-again\.json holds cpu-train-m: rename"):
+        load_all(tmp_path)
+
+
 def test_results_go_where_the_house_keeps_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert results_folder(None) == Path("bench-results")
