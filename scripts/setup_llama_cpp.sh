@@ -25,7 +25,7 @@ ln -sfn "${source#"$dir/"}" "$dir/llama.cpp"
 # The converter imports sentencepiece whatever the tokenizer is; in this folder no other peer sees it.
 "$python" -m pip install --quiet --upgrade --no-deps --target "$dir/python" sentencepiece==0.2.2
 
-# A release build for this CPU with llama.cpp's defaults, except that OpenSSL and the web page, a download, are left out.
+# A release build for this CPU with llama.cpp's defaults, but without OpenSSL and without the web page, a download.
 cmake -S "$source" -B "$dir/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
     -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
     -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF >"$dir/cmake.log"
