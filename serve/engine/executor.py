@@ -24,12 +24,13 @@ from isthmus.model.ops.kernels import choose
 from isthmus.model.ops.operation import Setting
 from isthmus.model.ops.paged_attention import empty_cache, paged_step
 from isthmus.model.ops.paged_cache import PagedCache, PagedStep, scales_of
+from isthmus.model.ops.sampling import Filters, sample
 from isthmus.model.sharding import named_sharding, use_mesh
 from isthmus.model.transformer import Params, Transformer, abstract_params, bind, parameter_specs
 from isthmus.model.weights.packing import is_packed, pack_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from isthmus.serve.engine.sampling import sample
+from isthmus.serve.engine.sampling import uniform_numbers
 
 
 @dataclass(frozen=True)
@@ -138,18 +139,12 @@ def engine_step(
     model = bind(served.model, served.execution, params)
     hidden, cache = forward(model, engine, bucket, cache, arrays._replace(tokens=tokens))
     logits = model.logits(hidden[arrays.sample_token])
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < served.vocab, logits, -jnp.inf)
     as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
     as_unsigned = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
-    drawn = sample(
-        logits,
-        as_float(arrays.temperature),
-        arrays.top_k,
-        as_float(arrays.top_p),
-        as_float(arrays.min_p),
-        (as_unsigned(arrays.seed_low), as_unsigned(arrays.seed_high)),
-        arrays.positions[arrays.sample_token] + 1,
-    )
+    filters = Filters(as_float(arrays.temperature), arrays.top_k, as_float(arrays.top_p), as_float(arrays.min_p))
+    position = arrays.positions[arrays.sample_token] + 1
+    uniform = uniform_numbers(as_unsigned(arrays.seed_low), as_unsigned(arrays.seed_high), position)
+    drawn = sample(logits, filters, uniform, served.vocab, implementation=served.execution.kernels.sampling)
     return cache, last_token.at[arrays.sample_slot].set(drawn), drawn
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
 from isthmus.serve.engine.pages import PagePool, page_key
 from isthmus.serve.engine.plan import StepPlan, sampling_words
 from isthmus.serve.engine.request import FinishReason, Output, Request
-from isthmus.serve.engine.sampling import BAD_ROW
 
 logger = logging.getLogger("isthmus.engine")
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
 from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
-from isthmus.serve.engine.sampling import BAD_ROW
 from isthmus.serve.engine.scheduler import Scheduler
 
 VOCAB = 7

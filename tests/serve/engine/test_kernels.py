@@ -16,7 +16,7 @@ from tests.serve.engine.harness import CONFIG, ENGINE
 from tests.support import packed_params, random_params
 
 SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
-CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product"}
+CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product", "sample"}
 
 
 def calls(served: Served, mesh: Mesh) -> set[str]:
@@ -36,7 +36,9 @@ def test_the_choice_reaches_every_operation(mesh: Mesh) -> None:
     assert calls(SERVED, mesh) == set(), "nothing is chosen where nobody chose"
 
 
-@pytest.mark.parametrize("name, call", [("norm", "rms_norm"), ("rotary", "rotate_pairs"), ("gated", "gated_product")])
+@pytest.mark.parametrize(
+    "name, call", [("norm", "rms_norm"), ("rotary", "rotate_pairs"), ("gated", "gated_product"), ("sampling", "sample")]
+)
 def test_each_operation_heeds_its_own(name: str, call: str, mesh: Mesh) -> None:
     """Where a kernel of one operation can't run, the others still do."""
     packed_params(CONFIG, random_params(CONFIG, mesh))
