@@ -1,10 +1,80 @@
-"""Draws the next tokens, on the device. A draw depends on the row's logits, its parameters, its seed and its position,
-and on nothing else in the batch."""
+"""From a request's sampling to its draw: the row that a step's plan holds for each token drawn, and the program that
+draws. A sampling option has its place in a plan and its effect here and nowhere else in the engine.
+
+A draw depends on the row's logits, its parameters, its seed and its position, and on nothing else in the batch.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from isthmus.model.ops.sampling import Filters, sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, with nothing left open; the defaults draw from the model's own distribution."""
+
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_k: int = 0
+    """0 is off"""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """64 bits; with the position it decides every draw"""
+
+
+DRAW = np.dtype(
+    [
+        ("slot", np.int32),  # whose last token it becomes; max_sequences keeps it for nobody
+        ("position", np.int32),  # in its sequence
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("seed_low", np.uint32),
+        ("seed_high", np.uint32),
+    ]
+)
+"""What decides a draw, 32 bits each, so that a plan's draws travel as one array of words."""
+
+
+def draw_of(sampling: Sampling) -> np.ndarray:
+    """DRAW[]: the row of a request, whose slot and position are still to be said. Raises OverflowError for a number
+    that has no place in it."""
+    row = np.zeros((), DRAW)
+    fields = asdict(sampling)
+    seed = fields.pop("seed")
+    for name, value in {**fields, "seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32}.items():
+        row[name] = value
+    return row
+
+
+def words(draws: np.ndarray) -> np.ndarray:
+    """int32[samples, words]: the same memory as DRAW[samples]."""
+    return draws.view(np.int32).reshape(len(draws), -1)
+
+
+def draw(
+    logits: jax.Array, last_token: jax.Array, draws: jax.Array, vocab: int, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    """The sampler's program: (last_token, drawn), of which int32[samples] are new, from float32 logits [samples, ids].
+
+    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what is drawn for nobody.
+    draws: `words` of DRAW. vocab, implementation: as in `isthmus.model.ops.sampling.sample`.
+    """
+    column = {
+        name: jax.lax.bitcast_convert_type(draws[:, index], DRAW[name]) for index, name in enumerate(DRAW.names or ())
+    }
+    uniform = uniform_numbers(column["seed_low"], column["seed_high"], column["position"])
+    filters = Filters(*(column[name] for name in Filters._fields))
+    drawn = sample(logits, filters, uniform, vocab, implementation=implementation)
+    return last_token.at[column["slot"]].set(drawn), drawn
 
 
 def uniform_numbers(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array) -> jax.Array:

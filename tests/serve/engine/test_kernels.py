@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from isthmus.errors import ConfigError
 from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.serve.engine.executor import Served, abstract_like, lower_step
+from isthmus.serve.engine.executor import Served, abstract_like, lower_draw, lower_forward
 from tests.serve.engine.harness import CONFIG, ENGINE
 from tests.support import packed_params, random_params
 
@@ -24,8 +24,9 @@ def calls(served: Served, mesh: Mesh) -> set[str]:
     params = random_params(CONFIG, mesh)
     if served.execution.kernels.packs_weights:
         params = packed_params(CONFIG, params)
-    text = lower_step(served, ENGINE.buckets[-1], mesh, abstract_like(params)).as_text()
-    return set(re.findall(r"@isthmus_(\w+)", text))
+    bucket = ENGINE.buckets[-1]
+    programs = lower_forward(served, bucket, mesh, abstract_like(params)), lower_draw(served, bucket.samples, mesh)
+    return {call for program in programs for call in re.findall(r"@isthmus_(\w+)", program.as_text())}
 
 
 def test_the_choice_reaches_every_operation(mesh: Mesh) -> None:
