@@ -34,7 +34,8 @@ from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink, StepTimes
-from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.sampling import Sampling
 
 FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
 

@@ -16,8 +16,9 @@ from isthmus.benchmarks.roofline import StepWork
 from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
+from isthmus.serve.engine.sampling import DRAW, Sampling, draw_of
 
 PROMPT_TOKENS = 16
 BARE_REPEATS = 20
@@ -38,13 +39,14 @@ def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, temperature
     packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
     arrays = split_plan(packed, bucket, engine.pages_per_sequence)
     arrays.positions[:] = PADDING
-    arrays.sample_slot[:] = engine.max_sequences
-    arrays.temperature.view(np.float32)[:] = temperature
-    arrays.top_p.view(np.float32)[:] = 1.0
-    arrays.seed_low[:] = np.arange(bucket.samples)
+    draws = np.zeros(bucket.samples, DRAW)
+    draws[:] = draw_of(Sampling(temperature))
+    draws["seed_low"] = np.arange(bucket.samples)
+    draws["slot"] = engine.max_sequences
+    draws["slot"][: work.rows] = np.arange(work.rows)
     first_page = _decode_rows(engine, arrays, work)
     _prompts(engine, bucket, arrays, work, first_page)
-    return StepPlan(bucket, packed, scheduled_tokens=work.tokens)
+    return StepPlan(bucket, packed, draws, scheduled_tokens=work.tokens)
 
 
 def _decode_rows(engine: EngineConfig, arrays: PlanArrays, work: StepWork) -> int:
@@ -53,7 +55,7 @@ def _decode_rows(engine: EngineConfig, arrays: PlanArrays, work: StepWork) -> in
     rows = np.arange(work.rows)
     arrays.tokens[: work.rows] = FROM_DEVICE
     arrays.positions[: work.rows] = work.depth - 1
-    for array in (arrays.row_slot, arrays.sample_token, arrays.sample_slot):
+    for array in (arrays.row_slot, arrays.sample_token):
         array[: work.rows] = rows
     arrays.tables[: work.rows, :pages] = 1 + rows[:, None] * pages + np.arange(pages)
     return 1 + work.rows * pages
@@ -83,19 +85,25 @@ class Timing:
     """Whether most launches returned only when the step had run, as XLA does with tiny programs on CPU"""
 
 
+def _start(executor: Executor, plan: StepPlan) -> Launched:
+    launched = executor.launch(plan)
+    executor.sample(launched)
+    return launched
+
+
 def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> Timing:
     """Runs `plan` with one step launched ahead, as the engine does."""
     clock = time.perf_counter
     inline = []
     for _ in range(warmup):
-        launched = executor.launch(plan)
-        inline.append(bool(launched.drawn.is_ready()))  # type: ignore[attr-defined]
+        launched = _start(executor, plan)
+        inline.append(bool(launched.drawn.is_ready()))  # type: ignore[union-attr]
         launched.read()
-    ahead = executor.launch(plan)
+    ahead = _start(executor, plan)
     launches, results = [], []
     for _ in range(repeats + 1):
         start = clock()
-        following = executor.launch(plan)
+        following = _start(executor, plan)
         launches.append(clock() - start)
         ahead.read()
         results.append(clock())

@@ -14,6 +14,7 @@ from isthmus.model.ops.norm import NORM
 from isthmus.model.ops.operation import AUTO, REFERENCE, Operation, Setting
 from isthmus.model.ops.paged_attention import PAGED_ATTENTION
 from isthmus.model.ops.rotary import ROTARY
+from isthmus.model.ops.sampling import SAMPLING
 
 OPERATIONS: tuple[Operation[Any], ...] = (
     LINEAR,
@@ -23,6 +24,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     ROTARY,
     GATED,
     GROUPED_MATMUL,
+    SAMPLING,
 )
 
 
@@ -42,6 +44,8 @@ class Kernels:
     """The hidden layer of a gated MLP: model/ops/gated.py"""
     grouped_matmul: str = REFERENCE
     """Products with the experts' matrices: model/ops/grouped_matmul.py"""
+    sampling: str = REFERENCE
+    """Drawing tokens from logits, in serving: model/ops/sampling.py"""
 
     @property
     def packs_weights(self) -> bool:

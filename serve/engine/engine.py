@@ -213,7 +213,10 @@ class Engine:
             closing = self._closing
             plan = None if closing else self.scheduler.plan(t0)
             t1 = clock()
-            launched = self.executor.launch(plan) if plan is not None else None
+            launched = None
+            if plan is not None:
+                launched = self.executor.launch(plan)
+                self.executor.sample(launched)
             t2 = clock()
             if in_flight is not None:
                 drawn = in_flight.read()

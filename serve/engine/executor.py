@@ -1,4 +1,5 @@
-"""Runs plans on the device: one compiled program a bucket, cache and last tokens donated from step to step."""
+"""Runs plans on the device, each step by two programs: the forward pass, one for each bucket, and the draws, one for
+each number of samples. The cache and the last tokens are donated from step to step."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from isthmus.model.transformer import Params, Transformer, abstract_params, bind
 from isthmus.model.weights.packing import is_packed, pack_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from isthmus.serve.engine.sampling import sample
+from isthmus.serve.engine.sampling import DRAW, draw, words
 
 
 @dataclass(frozen=True)
@@ -117,40 +118,21 @@ def forward(
     return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, uses_long_rope)
 
 
-def engine_step(
-    served: Served,
-    bucket: Bucket,
-    params: Params,
-    cache: PagedCache,
-    last_token: jax.Array,
-    packed: jax.Array,
-) -> tuple[PagedCache, jax.Array, jax.Array]:
-    """One step: (cache, last_token, drawn). Pure; the first two arguments are static.
+def forward_step(
+    served: Served, bucket: Bucket, params: Params, cache: PagedCache, last_token: jax.Array, packed: jax.Array
+) -> tuple[PagedCache, jax.Array]:
+    """A step's forward pass: the cache with its tokens, and float32 logits [samples, ids]. Pure; the first two
+    arguments are static.
 
-    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what padding draws.
-    packed: int32, see PlanArrays. drawn: int32[samples].
+    last_token: int32[max_sequences + 1], what each slot drew last. packed: int32, see PlanArrays.
     """
-    engine = served.engine
-    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
+    arrays = split_plan(packed, bucket, served.engine.pages_per_sequence)
     singles = arrays.tokens[: bucket.rows]
     singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
     tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
     model = bind(served.model, served.execution, params)
-    hidden, cache = forward(model, engine, bucket, cache, arrays._replace(tokens=tokens))
-    logits = model.logits(hidden[arrays.sample_token])
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < served.vocab, logits, -jnp.inf)
-    as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-    as_unsigned = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint32)
-    drawn = sample(
-        logits,
-        as_float(arrays.temperature),
-        arrays.top_k,
-        as_float(arrays.top_p),
-        as_float(arrays.min_p),
-        (as_unsigned(arrays.seed_low), as_unsigned(arrays.seed_high)),
-        arrays.positions[arrays.sample_token] + 1,
-    )
-    return cache, last_token.at[arrays.sample_slot].set(drawn), drawn
+    hidden, cache = forward(model, served.engine, bucket, cache, arrays._replace(tokens=tokens))
+    return cache, model.logits(hidden[arrays.sample_token])
 
 
 @dataclass(eq=False)
@@ -158,10 +140,14 @@ class Launched:
     """A step on its way."""
 
     plan: StepPlan
-    drawn: jax.Array
+    logits: jax.Array
+    """float32[samples, ids]"""
+    drawn: jax.Array | None = None
+    """int32[samples]; None until the step is sampled"""
 
     def read(self) -> np.ndarray:
-        """int32[samples]; waits for the device. Raises what the device raised."""
+        """What was drawn, int32[samples]; waits for the device. Raises what the device raised."""
+        assert self.drawn is not None, "read before it was sampled"
         return np.asarray(self.drawn)
 
 
@@ -175,8 +161,7 @@ class Executor:
         self.served, self.model, self.engine, self.mesh = served, served.model, served.engine, mesh
         self.params = params
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._programs: dict[Bucket, Callable[..., Any]] = {}
-        self.compile_seconds = 0.0
+        self._programs = Compiled({}, {}, 0.0)
         self.warmup_seconds = 0.0
         self._compilations_when_ready = 0
         self._reset_state()
@@ -192,21 +177,26 @@ class Executor:
         """Gives back the memory of parameters, cache and programs. No step may be under way, and none can follow."""
         for leaf in jax.tree.leaves((self.params, self._cache, self._last_token)):
             leaf.delete()
-        self._programs.clear()
+        self._programs = Compiled({}, {}, 0.0)
 
     def warm_up(
         self, ready: Compiled | None = None, on_progress: Callable[[Bucket], None] = lambda bucket: None
     ) -> None:
-        """Compiles every bucket's program unless they are `ready`, with on_progress(bucket) after each, and runs each
+        """Compiles all programs unless they are `ready`, with on_progress(bucket) after each bucket's, and runs each
         once on padding."""
         if ready is None:
             ready = compile_steps(self.served, self.mesh, abstract_like(self.params), on_progress)
-        self._programs, self.compile_seconds = ready
+        self._programs = ready
         start = time.perf_counter()
         for bucket in self.engine.buckets:
             self._warm(bucket)
         self.warmup_seconds = time.perf_counter() - start
         self._compilations_when_ready = compilations()
+
+    @property
+    def compile_seconds(self) -> float:
+        """How long compiling the programs took, or reading them from JAX's cache."""
+        return self._programs.seconds
 
     @property
     def recompilations(self) -> int:
@@ -217,67 +207,101 @@ class Executor:
         packed = np.zeros(plan_size(bucket, self.engine.pages_per_sequence), np.int32)
         arrays = split_plan(packed, bucket, self.engine.pages_per_sequence)
         arrays.positions[:] = PADDING
-        arrays.sample_slot[:] = self.engine.max_sequences
-        self.launch(StepPlan(bucket, packed)).read()
+        draws = np.zeros(bucket.samples, DRAW)
+        draws["slot"] = self.engine.max_sequences
+        launched = self.launch(StepPlan(bucket, packed, draws))
+        self.sample(launched)
+        launched.read()
 
     def launch(self, plan: StepPlan) -> Launched:
-        """Starts a step and returns at once."""
-        self._cache, self._last_token, drawn = self._programs[plan.bucket](
-            self.params, self._cache, self._last_token, plan.packed
-        )
-        drawn.copy_to_host_async()
-        return Launched(plan, drawn)
+        """Starts a step's forward pass and returns at once. The step must be sampled before the next is launched."""
+        forward = self._programs.forward[plan.bucket]
+        self._cache, logits = forward(self.params, self._cache, self._last_token, plan.packed)
+        return Launched(plan, logits)
+
+    def sample(self, launched: Launched) -> None:
+        """Starts a step's draws and returns at once."""
+        draw = self._programs.draw[launched.plan.bucket.samples]
+        self._last_token, launched.drawn = draw(launched.logits, self._last_token, words(launched.plan.draws))
+        launched.drawn.copy_to_host_async()
 
 
 class Compiled(NamedTuple):
-    """The programs of an engine."""
+    """The programs of an engine, and how long they took."""
 
-    programs: dict[Bucket, Callable[..., Any]]
+    forward: dict[Bucket, Callable[..., Any]]
+    draw: dict[int, Callable[..., Any]]
+    """By the number of samples"""
     seconds: float
 
 
 def compile_steps(
     served: Served, mesh: Mesh, params: Params, on_progress: Callable[[Bucket], None] = lambda bucket: None
 ) -> Compiled:
-    """Compiles every bucket's program, or reads it from JAX's persistent cache, for abstract parameters;
-    on_progress(bucket) after each."""
+    """Compiles every program, or reads it from JAX's persistent cache, for abstract parameters; on_progress(bucket)
+    after each bucket's."""
     start = time.perf_counter()
-    programs: dict[Bucket, Callable[..., Any]] = {}
+    compiled = Compiled({}, {}, 0.0)
     for bucket in served.engine.buckets:
-        programs[bucket] = lower_step(served, bucket, mesh, params).compile()
+        compiled.forward[bucket] = lower_forward(served, bucket, mesh, params).compile()
+        if bucket.samples not in compiled.draw:
+            compiled.draw[bucket.samples] = lower_draw(served, bucket.samples, mesh).compile()
         on_progress(bucket)
-    return Compiled(programs, time.perf_counter() - start)
+    return compiled._replace(seconds=time.perf_counter() - start)
 
 
 def abstract_like(params: Params) -> Params:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
 
 
-def lower_step(served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None) -> jax.stages.Lowered:
-    """Lowers a bucket's step for the devices of `mesh`, which may be ones that this machine doesn't have.
+def lower_forward(served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None) -> jax.stages.Lowered:
+    """Lowers a bucket's forward pass for the devices of `mesh`, which may be ones that this machine doesn't have.
 
     params: abstract; None takes the model's parameters in its dtype.
     """
-    step, args = step_and_arguments(served, bucket, mesh, params)
+    step, args = forward_and_arguments(served, bucket, mesh, params)
     with use_mesh(mesh):
         return step.lower(*args)
 
 
-def step_and_arguments(served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None) -> tuple[Any, tuple]:
-    """The jitted step of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
+def lower_draw(served: Served, samples: int, mesh: Mesh) -> jax.stages.Lowered:
+    """The same for the draws of so many samples."""
+    step, args = draw_and_arguments(served, samples, mesh)
+    with use_mesh(mesh):
+        return step.lower(*args)
+
+
+def forward_and_arguments(
+    served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None
+) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted `forward_step` of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
     engine, execution = served.engine, served.execution
     replicated = NamedSharding(mesh, PartitionSpec())
     if params is None:
         params = abstract_params(served.model, mesh, stacked=execution.scan_layers, dtype=execution.dtype)
-
-    def ints(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated)
-
     cache = abstract_cache(served, mesh)
-    args = (params, cache, ints(engine.max_sequences + 1), ints(plan_size(bucket, engine.pages_per_sequence)))
+    numbers = plan_size(bucket, engine.pages_per_sequence)
+    args = (params, cache, _whole(mesh, jnp.int32, engine.max_sequences + 1), _whole(mesh, jnp.int32, numbers))
     step = jax.jit(
-        partial(engine_step, served, bucket),
-        donate_argnums=(1, 2),
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), replicated, replicated),
+        partial(forward_step, served, bucket),
+        donate_argnums=1,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), replicated),
     )
     return step, args
+
+
+def draw_and_arguments(served: Served, samples: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted `isthmus.serve.engine.sampling.draw` of so many samples and its abstract arguments on `mesh`."""
+    slots = served.engine.max_sequences + 1
+    args = (
+        _whole(mesh, jnp.float32, samples, served.model.vocab_size),
+        _whole(mesh, jnp.int32, slots),
+        _whole(mesh, jnp.int32, samples, len(DRAW.names or ())),
+    )
+    run = partial(draw, vocab=served.vocab, implementation=served.execution.kernels.sampling)
+    return jax.jit(run, donate_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec())), args
+
+
+def _whole(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """An abstract array that every device of `mesh` holds whole."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, SAMPLING, PlanArrays, StepPlan, plan_size, split_plan
+from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
 from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import DRAW
 
 
 @dataclass(eq=False)
@@ -66,8 +67,8 @@ class Packer:
         self._config = config
         self.tables = np.zeros((config.max_sequences, config.pages_per_sequence), np.int32)
         """Each slot's pages"""
-        self.sampling = np.zeros((config.max_sequences, SAMPLING.stop - SAMPLING.start), np.int32)
-        """Each slot's `sampling_words`"""
+        self.draws = np.zeros(config.max_sequences, DRAW)
+        """Each slot's row, but for the position"""
 
     def pack(self, step: Step) -> StepPlan:
         """The step as arrays; counts the tokens that it draws. Raises RequestFault."""
@@ -76,8 +77,8 @@ class Packer:
         packed = np.zeros(plan_size(bucket, per_sequence), np.int32)
         arrays = split_plan(packed, bucket, per_sequence)
         arrays.positions[:] = PADDING
-        arrays.sample_slot[:] = self._config.max_sequences
-        plan = StepPlan(bucket, packed)
+        plan = StepPlan(bucket, packed, np.zeros(bucket.samples, DRAW))
+        plan.draws["slot"] = self._config.max_sequences
         draws = self._pack_singles(arrays, step.singles)
         block = 0
         for work in step.chunks:
@@ -87,7 +88,7 @@ class Packer:
                 raise RequestFault(work.request) from error
             if work.draws:
                 draws.append((bucket.rows + block - 1, last, work.request))
-        self._pack_samples(arrays, draws)
+        self._pack_draws(plan, arrays, draws)
         plan.samples = [(row, request) for row, _, request in draws]
         plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
         return plan
@@ -118,14 +119,13 @@ class Packer:
             block, last = block + 1, first + count - 1
         return block, last
 
-    def _pack_samples(self, arrays: PlanArrays, draws: list[_Draw]) -> None:
+    def _pack_draws(self, plan: StepPlan, arrays: PlanArrays, draws: list[_Draw]) -> None:
         for _, _, request in draws:
             if not request.may_grow:
                 raise RequestFault(request) from AssertionError(f"{request.id} would draw more than it may have")
-        rows, slots = [row for row, _, _ in draws], [request.slot for _, _, request in draws]
-        arrays.sample_token[rows] = [token for _, token, _ in draws]
-        arrays.sample_slot[rows] = slots
-        for part, words in zip(arrays[SAMPLING], self.sampling[slots].T, strict=True):
-            part[rows] = words
+        rows, tokens = [row for row, _, _ in draws], [token for _, token, _ in draws]
+        arrays.sample_token[rows] = tokens
+        plan.draws[rows] = self.draws[[request.slot for _, _, request in draws]]
+        plan.draws["position"][rows] = arrays.positions[tokens] + 1
         for _, _, request in draws:
             request.tokens_in_flight += 1

@@ -1,4 +1,5 @@
-"""A step's plan: one int32 array that host and device cut into the same named parts, so a launch transfers once."""
+"""A step's plan: one int32 array that host and device cut into the same named parts, so that a forward pass needs one
+transfer, and a row for each draw."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from isthmus.serve.engine.config import Bucket
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
 
 FROM_DEVICE = -1
 """Stands for the token that the slot drew last, which the host may not know yet."""
@@ -21,7 +22,7 @@ PADDING = -1
 
 
 class PlanArrays(NamedTuple):
-    """The parts of a plan; `tokens`, `samples` as in Bucket. Floats travel as their bits."""
+    """The parts of a plan; `tokens`, `samples` as in Bucket."""
 
     tokens: Any
     """int32[tokens]: ids, or FROM_DEVICE"""
@@ -33,20 +34,8 @@ class PlanArrays(NamedTuple):
     """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
     sample_token: Any
     """int32[samples]: index on the token axis of the last known token"""
-    sample_slot: Any
-    """int32[samples]: where to keep what is drawn; max_sequences when nothing is"""
     row_slot: Any
     """int32[rows]: where FROM_DEVICE reads"""
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    min_p: Any
-    seed_low: Any
-    seed_high: Any
-
-
-SAMPLING = slice(PlanArrays._fields.index("temperature"), len(PlanArrays._fields))
-"""The parts that a request's sampling fills, in the order of `sampling_words`"""
 
 
 @lru_cache(maxsize=256)
@@ -55,7 +44,7 @@ def _layout(bucket: Bucket, pages_per_sequence: int) -> tuple[tuple[slice, tuple
     tokens, samples = (bucket.tokens,), (bucket.samples,)
     sequences = bucket.rows + bucket.blocks
     tables = (sequences, pages_per_sequence)
-    shapes = PlanArrays(tokens, tokens, tables, (sequences,), samples, samples, (bucket.rows,), *(samples,) * 6)
+    shapes = PlanArrays(tokens, tokens, tables, (sequences,), samples, (bucket.rows,))
     ends = list(accumulate(map(math.prod, shapes)))
     return tuple((slice(end - math.prod(shape), end), shape) for end, shape in zip(ends, shapes, strict=True))
 
@@ -69,21 +58,15 @@ def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArra
     return PlanArrays(*(packed[part].reshape(shape) for part, shape in _layout(bucket, pages_per_sequence)))
 
 
-def sampling_words(sampling: Sampling) -> np.ndarray:
-    """int32[6]: a number for each of the parts SAMPLING."""
-    words = np.zeros(6, np.int32)
-    words.view(np.float32)[[0, 2, 3]] = sampling.temperature, sampling.top_p, sampling.min_p
-    words[1] = sampling.top_k
-    words.view(np.uint32)[4:] = sampling.seed & 0xFFFFFFFF, sampling.seed >> 32
-    return words
-
-
 @dataclass(eq=False)
 class StepPlan:
     """What a step computes, and for whom it draws."""
 
     bucket: Bucket
     packed: np.ndarray
+    """PlanArrays in one array, int32[plan_size]"""
+    draws: np.ndarray
+    """DRAW[samples], a row for each row of the head"""
     samples: list[tuple[int, Request]] = field(default_factory=list)
     """(row of the head, request) of each token drawn"""
     scheduled_tokens: int = 0

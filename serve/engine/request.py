@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from isthmus.serve.engine.sampling import Sampling
+
 
 class FinishReason(enum.Enum):
     EOS = "eos"
@@ -16,20 +18,6 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     CLOSED = "the engine was closed"
     ERROR = "error"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn, with nothing left open; the defaults draw from the model's own distribution."""
-
-    temperature: float = 1.0
-    """0 is greedy"""
-    top_k: int = 0
-    """0 is off"""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    """64 bits; with the position it decides every draw"""
 
 
 @dataclass(eq=False)

@@ -1,101 +1,91 @@
-"""Draws the next tokens, on the device. A draw depends on the row's logits, its parameters, its seed and its position,
-and on nothing else in the batch."""
+"""From a request's sampling to its draw: the row that a step's plan holds for each token drawn, and the program that
+draws. A sampling option has its place in a plan and its effect here and nowhere else in the engine.
+
+A draw depends on the row's logits, its parameters, its seed and its position, and on nothing else in the batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-BAD_ROW = -1
-"""Drawn for a row whose logits are not finite."""
+from isthmus.model.ops.sampling import Filters, sample
 
 
-def sample(
-    logits: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    min_p: jax.Array,
-    seed: tuple[jax.Array, jax.Array],
-    position: jax.Array,
-) -> jax.Array:
-    """int32[rows]: a token for each row of float32 logits [rows, vocab].
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn, with nothing left open; the defaults draw from the model's own distribution."""
 
-    temperature, top_p, min_p: float32[rows]; top_k, position: int32[rows]; seed: low and high 32 bits, uint32[rows].
-    Temperature 0 takes the likeliest. Otherwise the filters leave a set of tokens, in the order temperature, top_k,
-    top_p, min_p, and adding Gumbel noise and taking the largest draws from it (Maddison et al. 2014, arXiv 1411.0030).
-    The noise comes from fold_in(fold_in(seed, 0), position): sequence 0 of the request, the token's position in it.
+    temperature: float = 1.0
+    """0 is greedy"""
+    top_k: int = 0
+    """0 is off"""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """64 bits; with the position it decides every draw"""
+
+
+DRAW = np.dtype(
+    [
+        ("slot", np.int32),  # whose last token it becomes; max_sequences keeps it for nobody
+        ("position", np.int32),  # in its sequence
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("seed_low", np.uint32),
+        ("seed_high", np.uint32),
+    ]
+)
+"""What decides a draw, 32 bits each, so that a plan's draws travel as one array of words."""
+
+
+def draw_of(sampling: Sampling) -> np.ndarray:
+    """DRAW[]: the row of a request, whose slot and position are still to be said. Raises OverflowError for a number
+    that has no place in it."""
+    row = np.zeros((), DRAW)
+    fields = asdict(sampling)
+    seed = fields.pop("seed")
+    for name, value in {**fields, "seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32}.items():
+        row[name] = value
+    return row
+
+
+def words(draws: np.ndarray) -> np.ndarray:
+    """int32[samples, words]: the same memory as DRAW[samples]."""
+    return draws.view(np.int32).reshape(len(draws), -1)
+
+
+def draw(
+    logits: jax.Array, last_token: jax.Array, draws: jax.Array, vocab: int, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    """The sampler's program: (last_token, drawn), of which int32[samples] are new, from float32 logits [samples, ids].
+
+    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what is drawn for nobody.
+    draws: `words` of DRAW. vocab, implementation: as in `isthmus.model.ops.sampling.sample`.
     """
-    logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # which a maximum always shows; NaN it may lose on CPU
-    top = logits.max(axis=-1, keepdims=True)
-    greedy = _first_of(logits, top)
-
-    def draw() -> jax.Array:
-        # The difference first: logits over a tiny temperature overflow, and inf - inf is no number.
-        scaled = (logits - top) / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-        kept = filter_logits(scaled, top_k, top_p, min_p)
-        noise = jax.vmap(lambda low, high, at: _noise(low, high, at, logits.shape[-1]))(*seed, position)
-        noisy = kept + noise
-        return jnp.where(temperature > 0, _first_of(noisy, noisy.max(axis=-1, keepdims=True)), greedy)
-
-    drawn = jax.lax.cond((temperature > 0).any(), draw, lambda: greedy)
-    return jnp.where(jnp.isfinite(top[:, 0]), drawn, BAD_ROW)
+    column = {
+        name: jax.lax.bitcast_convert_type(draws[:, index], DRAW[name]) for index, name in enumerate(DRAW.names or ())
+    }
+    uniform = uniform_numbers(column["seed_low"], column["seed_high"], column["position"])
+    filters = Filters(*(column[name] for name in Filters._fields))
+    drawn = sample(logits, filters, uniform, vocab, implementation=implementation)
+    return last_token.at[column["slot"]].set(drawn), drawn
 
 
-def _first_of(rows: jax.Array, wanted: jax.Array) -> jax.Array:
-    """int32[rows]: where `wanted` [rows, 1] first is in each row; out of range if nowhere. With a row's maximum it is
-    argmax, in two reductions that XLA makes vectors of on CPU, a quarter of argmax's time."""
-    size = rows.shape[-1]
-    return jnp.where(rows == wanted, jnp.arange(size, dtype=jnp.int32), size).min(axis=-1)
+def uniform_numbers(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array) -> jax.Array:
+    """float32[rows, 2], in [0, 1): the numbers that decide each row's draw (`isthmus.model.ops.sampling`).
 
-
-def _noise(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array, vocab: int) -> jax.Array:
-    key = jax.random.wrap_key_data(jnp.stack([seed_high, seed_low]), impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, 0), position), (vocab,), jnp.float32)
-
-
-def filter_logits(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """-inf where a token is filtered out of logits [rows, vocab] whose largest is 0 in each row.
-
-    Each filter keeps the tokens at or above a threshold (ties stay in), found by bisection over the 32 bits of a float
-    instead of by sorting: exact, and 32 passes over the row. A filter that no row uses costs nothing.
+    seed_low, seed_high: uint32[rows]; position: int32[rows], the token's in its sequence. They come from
+    fold_in(fold_in(seed, 0), position), 0 being the sample's number within its request.
     """
-    order = _ordered_bits(scaled)
-    vocab = scaled.shape[-1]
 
-    def by_rank(floor: jax.Array) -> jax.Array:
-        k = jnp.where(top_k > 0, jnp.minimum(top_k, vocab), vocab)
-        return _threshold(lambda bits: (order >= bits[:, None]).sum(axis=-1) >= k, floor)
+    def row(low: jax.Array, high: jax.Array, at: jax.Array) -> jax.Array:
+        key = jax.random.wrap_key_data(jnp.stack([high, low]), impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 0), at), (2,), jnp.float32)
 
-    def by_mass(floor: jax.Array) -> jax.Array:
-        weights = jnp.where(order >= floor[:, None], jnp.exp(scaled), 0.0)
-        # Off (top_p >= 1) must keep all: summed in another order, the rest could fall short of the total by rounding.
-        wanted = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), -1.0)
-        enough = lambda bits: jnp.where(order >= bits[:, None], weights, 0.0).sum(axis=-1) >= wanted  # noqa: E731
-        # A top_p that rounds to 0 is met by no tokens at all: the likeliest always stays.
-        most = jnp.minimum(_threshold(enough, floor), order.max(axis=-1))
-        return jnp.maximum(floor, jnp.where(top_p < 1, most, 0))
-
-    floor = jnp.zeros(scaled.shape[0], jnp.uint32)
-    floor = jax.lax.cond((top_k > 0).any(), by_rank, lambda f: f, floor)
-    floor = jax.lax.cond((top_p < 1).any(), by_mass, lambda f: f, floor)
-    kept = (order >= floor[:, None]) & (scaled >= jnp.log(min_p)[:, None])
-    return jnp.where(kept, scaled, -jnp.inf)
-
-
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 that sort as the floats do."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _threshold(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
-    """The largest uint32 for each row at which the falling predicate `holds` is still true."""
-
-    def try_bit(i: jax.Array, bits: jax.Array) -> jax.Array:
-        candidate = bits | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(holds(candidate), candidate, bits)
-
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros_like(like))
+    return jax.vmap(row)(seed_low, seed_high, position)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
 from isthmus.serve.engine.pages import PagePool, page_key
-from isthmus.serve.engine.plan import StepPlan, sampling_words
+from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.request import FinishReason, Output, Request
-from isthmus.serve.engine.sampling import BAD_ROW
+from isthmus.serve.engine.sampling import draw_of
 
 logger = logging.getLogger("isthmus.engine")
 
@@ -158,9 +159,9 @@ class Scheduler:
             return False
         if step.blocks * self.config.block_size >= self.config.prefill_tokens:
             return False
-        words = sampling_words(request.sampling)
+        draw = draw_of(request.sampling)
         self.waiting.popleft()
-        self._start(request, hit, words)
+        self._start(request, hit, draw)
         if request.admitted_at is None:
             request.admitted_at = now
         self._schedule(request, self._next_count(request, step), step)
@@ -191,7 +192,7 @@ class Scheduler:
             parent = request.page_keys[-1] if request.page_keys else b"long" if request.uses_long_rope else b""
             request.page_keys.append(page_key(parent, request.tokens[page * size : (page + 1) * size]))
 
-    def _start(self, request: Request, hit: list[int], words: np.ndarray) -> None:
+    def _start(self, request: Request, hit: list[int], draw: np.ndarray) -> None:
         self.pool.hold(hit)
         fresh = self.pool.allocate(self._pages_for(request.length) - len(hit))
         assert fresh is not None, "admitted without pages"
@@ -205,7 +206,8 @@ class Scheduler:
         else:
             request.recomputed_tokens += request.length - request.computed
         self._packer.tables[request.slot, : len(request.pages)] = request.pages
-        self._packer.sampling[request.slot] = words
+        self._packer.draws[request.slot] = draw
+        self._packer.draws["slot"][request.slot] = request.slot
         self.running.append(request)
 
     def _pages_for(self, tokens: int) -> int:

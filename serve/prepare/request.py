@@ -16,7 +16,8 @@ from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt, check_turn
 
 T = TypeVar("T", int, float)

@@ -106,7 +106,8 @@ def test_the_slower_limit_binds() -> None:
 def test_a_plan_does_its_workload_on_pages_of_its_own(bucket: Bucket) -> None:
     engine = with_room(ENGINE.resolve(TINY), depth=20)
     work = roofline.workload(bucket, 20)
-    arrays = split_plan(build_plan(engine, bucket, work, 0.5).packed, bucket, engine.pages_per_sequence)
+    plan = build_plan(engine, bucket, work, 0.5)
+    arrays = split_plan(plan.packed, bucket, engine.pages_per_sequence)
     assert (arrays.positions >= 0).sum() == work.tokens
     assert (arrays.positions[:2] == 19).all()
     starts = arrays.positions[2:] == 0
@@ -116,7 +117,7 @@ def test_a_plan_does_its_workload_on_pages_of_its_own(bucket: Bucket) -> None:
     used = rows + [pages for b, pages in enumerate(blocks) if b == 0 or pages != blocks[b - 1]]
     assert sum(map(len, used)) == len(set().union(*used)), "two sequences share a page"
     assert max(max(pages) for pages in used) < engine.pages
-    assert (arrays.temperature.view(np.float32) == 0.5).all()
+    assert (plan.draws["temperature"] == 0.5).all()
 
 
 # what a server is asked

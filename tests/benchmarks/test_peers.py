@@ -35,7 +35,8 @@ from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.engine import Sink, StepTimes
-from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.sampling import Sampling
 
 QUIET = Console(quiet=True)
 

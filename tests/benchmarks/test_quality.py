@@ -28,7 +28,8 @@ from isthmus.quality.costs import KNOWN, Cost
 from isthmus.quality.divergence import Divergence, Gathered, kl_divergence
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward

@@ -25,9 +25,9 @@ from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.load import leaves_of, parts_of
 from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention, sequence_of_token
-from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.executor import Executor, Served, abstract_cache, forward_step
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
 from isthmus.train.step import gradients, long_sequences, packed_attention
@@ -105,15 +105,8 @@ def run_logged(
     params = packed_params(config, params) if kernels == "auto" else params
     served = Served(config, engine, config.vocab_size).with_kernels(kernels, mesh)
 
-    def step(bucket: Bucket, params: Params, cache: PagedCache, packed: jax.Array) -> tuple[PagedCache, jax.Array]:
-        arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-        model = bind(config, served.execution, params)
-        uses_long_rope = arrays.uses_long_rope[sequence_of_token(bucket)] > 0
-        attend = paged_attention(engine, bucket, arrays, served.execution.kernels.paged_attention)
-        hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache, uses_long_rope)
-        return cache, model.logits(hidden[arrays.sample_token])
-
-    programs = {bucket: jax.jit(partial(step, bucket), donate_argnums=1) for bucket in engine.buckets}
+    programs = {b: jax.jit(partial(forward_step, served, b), donate_argnums=1) for b in engine.buckets}
+    none_in_flight = jnp.zeros(engine.max_sequences + 1, jnp.int32)
     scheduler = Scheduler(engine, config.rope_switch)
     for request in requests:
         scheduler.add(request)
@@ -122,7 +115,7 @@ def run_logged(
     cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
     while (plan := scheduler.plan()) is not None:
         with use_mesh(mesh):
-            cache, logits = programs[plan.bucket](params, cache, plan.packed)
+            cache, logits = programs[plan.bucket](params, cache, none_in_flight, plan.packed)
         rows = np.asarray(logits)
         drawn = rows.argmax(axis=1)
         for row, request in plan.samples:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,11 +20,11 @@ from jax.sharding import Mesh
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
-from isthmus.model.transformer import Params, bind
+from isthmus.model.transformer import Params
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served, abstract_cache, paged_attention
-from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import FinishReason, Request, Sampling
+from isthmus.serve.engine.executor import Executor, Served, abstract_cache, forward_step
+from isthmus.serve.engine.request import FinishReason, Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import Arrival, play
 from tests.support import forward, next_tokens, packed_params, random_params
@@ -159,17 +160,9 @@ def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Para
     programs: dict[Bucket, Any] = {}
     kept = packed_params(CONFIG, params) if kernels == "cpu" else params
     served = Served(CONFIG, engine, VOCAB).with_kernels(kernels, mesh)
-    implementation = served.execution.kernels.paged_attention
 
     def program(bucket: Bucket) -> Any:
-        def step(params: Params, cache: PagedCache, packed: jax.Array) -> tuple[PagedCache, jax.Array]:
-            arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-            model = bind(CONFIG, served.execution, params)
-            attend = paged_attention(engine, bucket, arrays, implementation)
-            hidden, cache = model(arrays.tokens, jnp.maximum(arrays.positions, 0), attend, cache)
-            return cache, model.logits(hidden[arrays.sample_token])
-
-        return jax.jit(step, donate_argnums=1)
+        return jax.jit(partial(forward_step, served, bucket), donate_argnums=1)
 
     scheduler = Scheduler(engine)
     rng = random.Random(3)
@@ -180,11 +173,12 @@ def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Para
     # Stale pages of others may hold anything, NaN included.
     shape = abstract_cache(served, mesh).pages.shape
     cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
+    none_in_flight = jnp.zeros(engine.max_sequences + 1, jnp.int32)
     seen: list[tuple[Request, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
-            cache, logits = run(kept, cache, plan.packed)
+            cache, logits = run(kept, cache, none_in_flight, plan.packed)
         rows = np.asarray(logits)
         seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
         scheduler.commit(plan, rows[:, :VOCAB].argmax(axis=1))

@@ -21,7 +21,13 @@ from isthmus.model.execution import Execution
 from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MESH_AXES, use_mesh
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Served, abstract_cache, lower_step, step_and_arguments
+from isthmus.serve.engine.executor import (
+    Served,
+    abstract_cache,
+    draw_and_arguments,
+    forward_and_arguments,
+    lower_forward,
+)
 from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
@@ -65,19 +71,23 @@ def test_a_training_step_is_one_program_for_every_platform(scan_layers: bool, ac
 
 @pytest.mark.parametrize("bucket", [ENGINE.buckets[0], ENGINE.buckets[-1]], ids=["decode", "mixed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_step_is_one_program_for_every_platform(bucket: Bucket, dtype: Any, mesh: Mesh) -> None:
+def test_an_engine_step_is_the_same_for_every_platform(bucket: Bucket, dtype: Any, mesh: Mesh) -> None:
     """The same for serving."""
     served = dataclasses.replace(SERVED, execution=Execution(dtype))
-    step, args = step_and_arguments(served, bucket, mesh)
+    step, args = forward_and_arguments(served, bucket, mesh)
     exported = export_flat(step, args, mesh)
     assert set(exported.platforms) == set(PLATFORMS)
     assert tuple(exported.out_avals[0].shape) == abstract_cache(served, mesh).pages.shape
+    step, args = draw_and_arguments(served, bucket.samples, mesh)
+    exported = export_flat(step, args, mesh)
+    assert set(exported.platforms) == set(PLATFORMS)
+    assert [tuple(out.shape) for out in exported.out_avals] == [(ENGINE.max_sequences + 1,), (bucket.samples,)]
 
 
 def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     """The artifact must be the program, not only lower without an error."""
     bucket = ENGINE.buckets[-1]
-    step, args = step_and_arguments(SERVED, bucket, mesh)
+    step, args = forward_and_arguments(SERVED, bucket, mesh)
     exported = export_flat(step, args, mesh)
     packed = np.zeros(plan_size(bucket, ENGINE.pages_per_sequence), np.int32)
     arrays = split_plan(packed, bucket, ENGINE.pages_per_sequence)
@@ -85,8 +95,7 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     arrays.positions[bucket.rows : bucket.rows + 13] = np.arange(13)
     arrays.tokens[bucket.rows : bucket.rows + 13] = np.arange(13)
     arrays.tables[bucket.rows, :2] = (3, 5)
-    arrays.sample_slot[:] = ENGINE.max_sequences
-    arrays.sample_token[bucket.rows], arrays.sample_slot[bucket.rows] = bucket.rows + 12, 2
+    arrays.sample_token[bucket.rows] = bucket.rows + 12
 
     def state() -> tuple[PagedCache, jax.Array]:
         shape = abstract_cache(SERVED, mesh).pages.shape
@@ -127,7 +136,7 @@ def served_from_pages(dtype: Any, cache_mb: int, *, scan_layers: bool = False, c
 
 
 def memory(served: Served, which: int, mesh: Mesh) -> Any:
-    return lower_step(served, served.engine.buckets[which], mesh).compile().memory_analysis()
+    return lower_forward(served, served.engine.buckets[which], mesh).compile().memory_analysis()
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])

@@ -44,6 +44,7 @@ HANDLERS = (
     "rms_norm",
     "rotate_pairs",
     "gated_product",
+    "sample",
 )
 """What the library exports; each is the target "isthmus_NAME" of jax.ffi."""
 COMPILERS = ("c++", "g++", "clang++")

@@ -165,6 +165,17 @@ inline float largest(Floats x) {
   return over_lanes(x, [](Floats a, Floats b) { return max(a, b); });
 }
 
+// Whether any lane of a comparison is true.
+inline bool any(Ints x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)x);
+#else
+  return over_lanes(x, [](Ints a, Ints b) { return a | b; });
+#endif
+}
+
 // e^x for x <= 0 within 2 ulp; 0 below -87. The range reduction and polynomial of Cephes' expf.
 inline Floats exp(Floats x) {
   Floats lowest = splat(-87.f);

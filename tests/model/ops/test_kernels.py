@@ -18,7 +18,7 @@ SERVING = Setting(TINY, "float32", "cpu", page_size=16, cache_dtype="float32")
 TRAINING = Setting(TINY, "float32", "cpu", takes_gradients=True)
 OTHER_GATE = dataclasses.replace(TINY, activation="gelu")
 EXPERTS = dataclasses.replace(TINY, mixture=MixtureConfig(experts=4, per_token=2, dim=16))
-USED = "linear, paged_attention, norm, rotary, gated"
+USED = "linear, paged_attention, norm, rotary, gated, sampling"
 """The operations of serving a dense network"""
 
 
@@ -27,10 +27,12 @@ def test_a_cpu_serves_by_its_kernels() -> None:
     """They are several times as fast; experts have none, and that is said."""
     kernels = choose("auto", SERVING)
     assert kernels == choose("cpu", SERVING)
-    assert kernels == Kernels(linear="cpu", paged_attention="cpu", norm="cpu", rotary="cpu", gated="cpu")
+    assert kernels == Kernels(
+        linear="cpu", paged_attention="cpu", norm="cpu", rotary="cpu", gated="cpu", sampling="cpu"
+    )
     assert announcement(kernels, SERVING) == "kernels: cpu" and not fallbacks(kernels, SERVING)
     sparse = dataclasses.replace(SERVING, model=EXPERTS)
-    assert announcement(choose("auto", sparse), sparse).endswith("gated cpu, grouped_matmul reference")
+    assert announcement(choose("auto", sparse), sparse).endswith("gated cpu, grouped_matmul reference, sampling cpu")
 
 
 @pytest.mark.parametrize(

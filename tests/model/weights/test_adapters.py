@@ -26,7 +26,8 @@ from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapte
 from isthmus.model.weights.layout import unstack_params
 from isthmus.model.weights.lora import split
 from isthmus.serve.engine.build import build_executor, open_model
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from tests.model.weights.test_lora import ENGINE, EVERYTHING, LORA, assert_same, some_tokens, zero_b
 from tests.parity.weights import family_tensors
 from tests.serve.engine.harness import Arrival, play

@@ -30,7 +30,8 @@ from isthmus.model.weights.lora import Merge, split
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, merged, next_tokens, on_host, random_params, relative_error
 

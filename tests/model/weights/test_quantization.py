@@ -38,7 +38,8 @@ from isthmus.model.weights.quantization import (
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.train.step import packed_attention
 from tests.model.weights.huggingface.folders import write_folder
 from tests.parity.families import load

@@ -12,7 +12,8 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched, Served
 from isthmus.serve.engine.plan import StepPlan
-from isthmus.serve.engine.request import Output, Request, Sampling
+from isthmus.serve.engine.request import Output, Request
+from isthmus.serve.engine.sampling import Sampling
 
 CONFIG = ModelConfig(
     vocab_size=32,

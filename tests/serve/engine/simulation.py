@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
-from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
-from isthmus.serve.engine.sampling import BAD_ROW
+from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 
 VOCAB = 7
@@ -217,7 +218,7 @@ class Simulation:
             if request.id in self.poison:
                 self.poison.discard(request.id)
                 drawn[row] = BAD_ROW
-            self.last_token[int(arrays.sample_slot[row])] = int(drawn[row])
+            self.last_token[int(plan.draws["slot"][row])] = int(drawn[row])
         return drawn
 
     # what must hold of every plan
@@ -264,10 +265,11 @@ class Simulation:
         assert len({id(request) for _, request in plan.samples}) == len(rows) == len(set(rows))
         for row in range(plan.bucket.samples):
             if row not in rows:
-                assert arrays.sample_slot[row] == nobody, "a draw that nobody asked for is kept"
+                assert plan.draws["slot"][row] == nobody, "a draw that nobody asked for is kept"
         for row, request in plan.samples:
-            assert arrays.sample_slot[row] == request.slot and request.tokens_in_flight in (1, 2)
+            assert plan.draws["slot"][row] == request.slot and request.tokens_in_flight in (1, 2)
             assert arrays.positions[arrays.sample_token[row]] == request.computed - 1 == request.length - 2
+            assert plan.draws["position"][row] == request.computed
 
 
 def run_until(simulation: Simulation, done: Callable[[], bool], limit: int = 1000) -> None:

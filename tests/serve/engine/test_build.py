@@ -17,7 +17,8 @@ from isthmus.serve.engine import build
 from isthmus.serve.engine.build import build_executor, fit_memory, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.engine.harness import Arrival, play
 

@@ -11,7 +11,8 @@ import pytest
 
 from isthmus.errors import Overloaded
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, Client, HookedExecutor, make, play
 
 PATIENCE = 60

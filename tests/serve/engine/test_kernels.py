@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from isthmus.errors import ConfigError
 from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.serve.engine.executor import Served, abstract_like, lower_step
+from isthmus.serve.engine.executor import Served, abstract_like, lower_draw, lower_forward
 from tests.serve.engine.harness import CONFIG, ENGINE
 from tests.support import packed_params, random_params
 
 SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
-CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product"}
+CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product", "sample"}
 
 
 def calls(served: Served, mesh: Mesh) -> set[str]:
@@ -24,8 +24,9 @@ def calls(served: Served, mesh: Mesh) -> set[str]:
     params = random_params(CONFIG, mesh)
     if served.execution.kernels.packs_weights:
         params = packed_params(CONFIG, params)
-    text = lower_step(served, ENGINE.buckets[-1], mesh, abstract_like(params)).as_text()
-    return set(re.findall(r"@isthmus_(\w+)", text))
+    bucket = ENGINE.buckets[-1]
+    programs = lower_forward(served, bucket, mesh, abstract_like(params)), lower_draw(served, bucket.samples, mesh)
+    return {call for program in programs for call in re.findall(r"@isthmus_(\w+)", program.as_text())}
 
 
 def test_the_choice_reaches_every_operation(mesh: Mesh) -> None:
@@ -36,7 +37,9 @@ def test_the_choice_reaches_every_operation(mesh: Mesh) -> None:
     assert calls(SERVED, mesh) == set(), "nothing is chosen where nobody chose"
 
 
-@pytest.mark.parametrize("name, call", [("norm", "rms_norm"), ("rotary", "rotate_pairs"), ("gated", "gated_product")])
+@pytest.mark.parametrize(
+    "name, call", [("norm", "rms_norm"), ("rotary", "rotate_pairs"), ("gated", "gated_product"), ("sampling", "sample")]
+)
 def test_each_operation_heeds_its_own(name: str, call: str, mesh: Mesh) -> None:
     """Where a kernel of one operation can't run, the others still do."""
     packed_params(CONFIG, random_params(CONFIG, mesh))

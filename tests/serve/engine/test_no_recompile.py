@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import FinishReason, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Request
+from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
 

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.plan import split_plan
-from isthmus.serve.engine.request import FinishReason, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_completion, run_until
 
@@ -280,14 +280,12 @@ def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
         scheduler.add(request)
     seen = set()
     while (plan := scheduler.plan()) is not None:
-        arrays = split_plan(plan.packed, plan.bucket, config.pages_per_sequence)
         for row, request in plan.samples:
-            assert arrays.sample_slot[row] == request.slot
-            seed = int(arrays.seed_low.view(np.uint32)[row]) | int(arrays.seed_high.view(np.uint32)[row]) << 32
-            got = [float(part.view(np.float32)[row]) for part in (arrays.temperature, arrays.top_p, arrays.min_p)]
-            want = request.sampling
-            assert got == [np.float32(want.temperature), np.float32(want.top_p), np.float32(want.min_p)]
-            assert (arrays.top_k[row], seed) == (want.top_k, want.seed)
+            got, want = plan.draws[row], request.sampling
+            assert got["slot"] == request.slot and got["position"] == request.computed
+            for name in ("temperature", "top_k", "top_p", "min_p"):
+                assert got[name] == got.dtype[name].type(getattr(want, name))
+            assert int(got["seed_low"]) | int(got["seed_high"]) << 32 == want.seed
             seen.add((request.id, row, plan.bucket.blocks > 0))
         scheduler.commit(plan, np.full(plan.bucket.samples, 9, np.int32))
     assert {name for name, _, _ in seen} == {"0", "1", "2", "3"} and {prompt for _, _, prompt in seen} == {True, False}

@@ -15,7 +15,8 @@ from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.quantization import quantize_params
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request, Sampling
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from isthmus.serve.engine.request import FinishReason, Output, Request, Sampling
+from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, Receiver, ThreadEnd, ThreadStream, deliver
 
 

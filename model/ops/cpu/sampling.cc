@@ -1,0 +1,284 @@
+// Draws a token of each row of logits, as model/ops/sampling.py says. A row's draw depends on that row alone.
+//
+// A filter keeps the tokens from some logit on, so most of a row need never be looked at again: the largest logit of every
+// cell of 64 tokens says which cells hold a token that may stay.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "pool.h"
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace isthmus {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kCell = 64;
+constexpr int64_t kBlock = 512;  // BLOCK of sampling.py
+constexpr int kHalvings = 12;    // of the range that holds a threshold, before the tokens within it are sorted
+constexpr float kLowest = -88;   // e to it is 0 here
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int32_t kBadRow = -1;
+static_assert(kBlock % kCell == 0 && kCell % kLanes == 0);
+
+struct Filters {
+  float temperature;
+  int32_t top_k;
+  float top_p, min_p;
+};
+
+class Row {
+ public:
+  // Reads a row of logits. The memory is kept from row to row.
+  void read(const float* logits, int64_t vocab);
+
+  // Whether a token can be drawn at all.
+  bool is_finite() const { return !nan_ && std::isfinite(top_); }
+
+  // The first of the tokens with the largest logit.
+  int32_t likeliest() const;
+
+  // A token of those that the filters leave, by two numbers in [0, 1).
+  int32_t draw(const Filters& filters, float first, float second);
+
+ private:
+  float scaled(float logit) const { return (logit - top_) / temperature_; }
+  int64_t cells() const { return (vocab_ + kCell - 1) / kCell; }
+  int64_t blocks() const { return (vocab_ + kBlock - 1) / kBlock; }
+  void weigh(float least);
+  float rank_bound(int64_t rank);
+  float by_rank(int64_t rank, float least);
+  float by_mass(double share, float least);
+  double mass(float least) const;
+  float block_mass(int64_t block, float least) const;
+  template <class F>
+  void each(float least, float end, F use) const;
+
+  const float* logits_;
+  int64_t vocab_;
+  float top_, temperature_;
+  bool nan_;
+  std::vector<float> largest_;           // of each cell; first logits, then scaled
+  std::vector<float> scaled_, weights_;  // of the tokens in cells that may matter
+  std::vector<float> ranked_;
+  std::vector<std::pair<float, float>> between_;
+  std::vector<float> masses_;  // of each block
+};
+
+void Row::read(const float* logits, int64_t vocab) {
+  logits_ = logits;
+  vocab_ = vocab;
+  largest_.resize(cells());
+  Ints nan = {};
+  bool rest_nan = false;
+  for (int64_t cell = 0; cell < cells(); cell++) {
+    const float* x = logits + cell * kCell;
+    const int64_t size = std::min(kCell, vocab - cell * kCell);
+    Floats best = splat(-kInfinity);
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      Floats value = load<Floats>(x + i);
+      nan |= value != value;
+      best = max(value, best);
+    }
+    float rest = -kInfinity;
+    for (; i < size; i++) {
+      rest_nan |= x[i] != x[i];
+      rest = std::max(rest, x[i]);
+    }
+    largest_[cell] = std::max(largest(best), rest);
+  }
+  top_ = *std::max_element(largest_.begin(), largest_.end());
+  nan_ = rest_nan || any(nan);
+}
+
+int32_t Row::likeliest() const {
+  const int64_t cell = std::find(largest_.begin(), largest_.end(), top_) - largest_.begin();
+  const float* x = logits_ + cell * kCell;
+  return int32_t(std::find(x, logits_ + vocab_, top_) - logits_);
+}
+
+// Scales and weighs the tokens of every cell that holds one of at least `least`.
+void Row::weigh(float least) {
+  scaled_.resize(cells() * kCell);
+  weights_.resize(cells() * kCell);
+  for (int64_t cell = 0; cell < cells(); cell++) {
+    largest_[cell] = scaled(largest_[cell]);
+    if (!(largest_[cell] >= least)) continue;
+    const int64_t at = cell * kCell, end = std::min(at + kCell, vocab_);
+    int64_t i = at;
+    for (; i + kLanes <= end; i += kLanes) {
+      Floats value = (load<Floats>(logits_ + i) - splat(top_)) / splat(temperature_);
+      store(&scaled_[i], value);
+      store(&weights_[i], exp(value));
+    }
+    for (; i < at + kCell; i++) {
+      scaled_[i] = i < end ? scaled(logits_[i]) : -kInfinity;
+      weights_[i] = exp(splat(scaled_[i]))[0];
+    }
+  }
+}
+
+// A scaled logit that at least `rank` tokens reach: as many cells do. -inf where there are fewer cells.
+float Row::rank_bound(int64_t rank) {
+  if (rank > cells()) return -kInfinity;
+  ranked_ = largest_;
+  std::nth_element(ranked_.begin(), ranked_.begin() + rank - 1, ranked_.end(), std::greater<>());
+  return scaled(ranked_[rank - 1]);
+}
+
+// use(token) for those from `least` on and below `end`.
+template <class F>
+void Row::each(float least, float end, F use) const {
+  for (int64_t cell = 0; cell < cells(); cell++) {
+    if (!(largest_[cell] >= least)) continue;
+    for (int64_t i = cell * kCell; i < (cell + 1) * kCell; i += kLanes) {
+      Floats value = load<Floats>(&scaled_[i]);
+      if (!any(value >= splat(least) & value < splat(end))) continue;
+      for (int lane = 0; lane < kLanes; lane++)
+        if (value[lane] >= least && value[lane] < end) use(i + lane);
+    }
+  }
+}
+
+// The scaled logit of the token of that rank, the likeliest being 1; `least` where no so many reach it.
+float Row::by_rank(int64_t rank, float least) {
+  ranked_.clear();
+  each(least, kInfinity, [&](int64_t i) { ranked_.push_back(scaled_[i]); });
+  if (int64_t(ranked_.size()) < rank) return least;
+  std::nth_element(ranked_.begin(), ranked_.begin() + rank - 1, ranked_.end(), std::greater<>());
+  return ranked_[rank - 1];
+}
+
+// What the tokens of a block weigh that are at least `least`.
+float Row::block_mass(int64_t block, float least) const {
+  Floats total = {};
+  const int64_t first = block * kBlock / kCell, end = std::min(first + kBlock / kCell, cells());
+  for (int64_t cell = first; cell < end; cell++) {
+    if (!(largest_[cell] >= least)) continue;
+#pragma GCC unroll 4
+    for (int64_t i = cell * kCell; i < (cell + 1) * kCell; i += kLanes) {
+      Floats value = load<Floats>(&scaled_[i]);
+      total += value >= splat(least) ? load<Floats>(&weights_[i]) : Floats{};
+    }
+  }
+  return sum(total);
+}
+
+double Row::mass(float least) const {
+  double total = 0;
+  for (int64_t block = 0; block < blocks(); block++) total += block_mass(block, least);
+  return total;
+}
+
+// The largest scaled logit such that the tokens from it on weigh at least `share` of those from `least` on.
+float Row::by_mass(double share, float least) {
+  const double wanted = share * mass(least);
+  if (mass(0) >= wanted) return 0;
+  float low = std::max(least, kLowest), high = 0;
+  for (float guess : {-4.f, -16.f}) {  // most of a trained model's probability lies within a few nats
+    if (guess <= low) break;
+    if (mass(guess) >= wanted) {
+      low = guess;
+      break;
+    }
+    high = guess;
+  }
+  for (int i = 0; i < kHalvings; i++) {
+    const float middle = low + (high - low) / 2;
+    (mass(middle) >= wanted ? low : high) = middle;
+  }
+  between_.clear();
+  each(low, high, [&](int64_t i) { between_.emplace_back(scaled_[i], weights_[i]); });
+  std::stable_sort(between_.begin(), between_.end(), [](auto& a, auto& b) { return a.first > b.first; });
+  double found = mass(high);
+  for (size_t i = 0; i < between_.size(); i++) {
+    found += between_[i].second;
+    const bool tied = i + 1 < between_.size() && between_[i + 1].first == between_[i].first;
+    if (!tied && found >= wanted) return between_[i].first;
+  }
+  return low;
+}
+
+// The first place at which the sum of the weights so far exceeds `share` of the whole, or the last that weighs anything.
+template <class F>
+int64_t pick(int64_t count, double share, F weight) {
+  double whole = 0, sum = 0;
+  for (int64_t i = 0; i < count; i++) whole += weight(i);
+  int64_t last = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const double w = weight(i);
+    if (!(w > 0)) continue;
+    last = i;
+    sum += w;
+    if (sum > share * whole) break;
+  }
+  return last;
+}
+
+int32_t Row::draw(const Filters& filters, float first, float second) {
+  temperature_ = filters.temperature;
+  const bool ranks = filters.top_k > 0 && filters.top_k < vocab_, sums = filters.top_p < 1;
+  const float least = filters.min_p > 0 ? std::log(filters.min_p) : -kInfinity;
+  // min_p comes last, and what it takes away counts for top_p.
+  float floor = sums ? -kInfinity : least;
+  if (ranks) floor = std::max(floor, rank_bound(filters.top_k));
+  weigh(floor);
+  if (ranks) floor = by_rank(filters.top_k, floor);
+  if (sums) floor = std::max({floor, by_mass(filters.top_p, floor), least});
+
+  masses_.resize(blocks());
+  for (int64_t block = 0; block < blocks(); block++) masses_[block] = block_mass(block, floor);
+  const int64_t block = pick(blocks(), first, [&](int64_t i) { return masses_[i]; });
+  const int64_t at = block * kBlock, size = std::min(kBlock, cells() * kCell - at);
+  return int32_t(at + pick(size, second, [&](int64_t i) {
+    return largest_[(at + i) / kCell] >= floor && scaled_[at + i] >= floor ? weights_[at + i] : 0.f;
+  }));
+}
+
+ffi::Error sample_rows(ffi::Buffer<ffi::F32, 2> logits, ffi::Buffer<ffi::F32, 1> temperature,
+                       ffi::Buffer<ffi::S32, 1> top_k, ffi::Buffer<ffi::F32, 1> top_p,
+                       ffi::Buffer<ffi::F32, 1> min_p, ffi::Buffer<ffi::F32, 2> uniform,
+                       ffi::ResultBuffer<ffi::S32, 1> drawn, int64_t vocab) {
+  const int64_t rows = logits.dimensions()[0], width = logits.dimensions()[1];
+  for (int64_t size : {temperature.dimensions()[0], top_k.dimensions()[0], top_p.dimensions()[0],
+                       min_p.dimensions()[0], uniform.dimensions()[0], drawn->dimensions()[0]})
+    if (size != rows) return ffi::Error::InvalidArgument("sampling: each parameter must have as many rows as the logits");
+  if (vocab < 1 || vocab > width || uniform.dimensions()[1] != 2)
+    return ffi::Error::InvalidArgument("sampling: a row must hold the vocabulary, and have two uniform numbers");
+  Pool::get().run(rows, [&](int64_t i) {
+    static thread_local Row row;
+    row.read(logits.typed_data() + i * width, vocab);
+    const Filters filters = {temperature.typed_data()[i], top_k.typed_data()[i], top_p.typed_data()[i],
+                             min_p.typed_data()[i]};
+    const float* numbers = uniform.typed_data() + 2 * i;
+    drawn->typed_data()[i] = !row.is_finite()           ? kBadRow
+                             : filters.temperature > 0 ? row.draw(filters, numbers[0], numbers[1])
+                                                       : row.likeliest();
+  });
+  return ffi::Error::Success();
+}
+
+auto sample_binding() {
+  using Numbers = ffi::Buffer<ffi::F32, 1>;
+  return ffi::Ffi::Bind()
+      .Arg<ffi::Buffer<ffi::F32, 2>>()
+      .Arg<Numbers>()
+      .Arg<ffi::Buffer<ffi::S32, 1>>()
+      .Arg<Numbers>()
+      .Arg<Numbers>()
+      .Arg<ffi::Buffer<ffi::F32, 2>>()
+      .Ret<ffi::Buffer<ffi::S32, 1>>()
+      .Attr<int64_t>("vocab");
+}
+
+}  // namespace
+}  // namespace isthmus
+
+using namespace isthmus;
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sample, sample_rows, sample_binding());
