@@ -97,7 +97,7 @@ def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> 
     inline = []
     for _ in range(warmup):
         launched = _start(executor, plan)
-        inline.append(bool(launched.drawn.is_ready()))  # type: ignore[union-attr]
+        inline.append(bool(launched.drawn.token.is_ready()))  # type: ignore[union-attr]
         launched.read()
     ahead = _start(executor, plan)
     launches, results = [], []

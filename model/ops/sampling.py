@@ -38,18 +38,42 @@ class Filters(NamedTuple):
     """float32[rows]: tokens stay that have at least this share of the likeliest one's probability; 0 is off"""
 
 
+class Drawn(NamedTuple):
+    """What came of a draw, for each row."""
+
+    token: jax.Array
+    """int32[rows]; BAD_ROW where the logits are no distribution"""
+    log_probability: jax.Array
+    """float32[rows]: the token's in the distribution before temperature and filters; 0 where it wasn't asked for"""
+    top_tokens: jax.Array
+    """int32[rows, most]: the likeliest tokens there, the likeliest first and of equal ones the first, as many as were
+    asked for"""
+    top_log_probabilities: jax.Array
+    """float32[rows, most]: theirs; -inf in the places after them"""
+
+
 def sample(
-    logits: jax.Array, filters: Filters, uniform: jax.Array, vocab: int, *, implementation: str = REFERENCE
-) -> jax.Array:
-    """int32[rows]: a token for each row of float32 logits [rows, ids], or BAD_ROW. A row's draw depends on that row
-    alone.
+    logits: jax.Array,
+    filters: Filters,
+    uniform: jax.Array,
+    judged: jax.Array,
+    vocab: int,
+    most: int,
+    *,
+    implementation: str = REFERENCE,
+) -> Drawn:
+    """Draws a token for each row of float32 logits [rows, ids]. A row's draw depends on that row alone.
 
-    uniform: float32[rows, 2], in [0, 1). vocab: ids from here on are never drawn.
+    uniform: float32[rows, 2], in [0, 1). judged: int32[rows]: how many of the likeliest tokens to tell; -1 also spares
+    the log-probability of the one that is drawn. vocab: ids from here on are never drawn. most: the largest number in
+    `judged`, and the width of what is told.
     """
-    return SAMPLING[implementation](logits, filters, uniform, vocab)
+    return Drawn(*SAMPLING[implementation](logits, filters, uniform, judged, vocab, most))
 
 
-def _reference(logits: jax.Array, filters: Filters, uniform: jax.Array, vocab: int) -> jax.Array:
+def _reference(
+    logits: jax.Array, filters: Filters, uniform: jax.Array, judged: jax.Array, vocab: int, most: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     logits = logits[:, :vocab]
     logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # which a maximum always shows; NaN it may lose on CPU
     top = logits.max(axis=-1, keepdims=True)
@@ -62,7 +86,26 @@ def _reference(logits: jax.Array, filters: Filters, uniform: jax.Array, vocab: i
         return jnp.where(filters.temperature > 0, _invert(jnp.exp(kept), uniform), greedy)
 
     drawn = jax.lax.cond((filters.temperature > 0).any(), draw, lambda: greedy)
-    return jnp.where(jnp.isfinite(top[:, 0]), drawn, BAD_ROW)
+    token = jnp.where(jnp.isfinite(top[:, 0]), drawn, BAD_ROW)
+    asked = jnp.where(token == BAD_ROW, -1, judged)
+
+    def judge() -> tuple[jax.Array, jax.Array, jax.Array]:
+        total = jnp.log(jnp.exp(logits - top).sum(axis=-1, keepdims=True))
+        likeliest, ids = jax.lax.top_k(logits, min(most, vocab))
+        pad = ((0, 0), (0, most - ids.shape[1]))
+        told = jnp.arange(most) < asked[:, None]
+        own = jnp.take_along_axis(logits, jnp.maximum(token, 0)[:, None], axis=1) - top - total
+        return (
+            jnp.where(asked >= 0, own[:, 0], 0.0),
+            jnp.where(told, jnp.pad(ids, pad), 0),
+            jnp.where(told, jnp.pad(likeliest - top - total, pad, constant_values=-jnp.inf), -jnp.inf),
+        )
+
+    def spare() -> tuple[jax.Array, jax.Array, jax.Array]:
+        shape = (len(token), most)
+        return jnp.zeros(len(token)), jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf)
+
+    return token, *jax.lax.cond((asked >= 0).any(), judge, spare)
 
 
 def _first_of(rows: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -136,7 +179,8 @@ def _threshold(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.
     return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros_like(like))
 
 
-SAMPLING: Operation[Callable[[jax.Array, Filters, jax.Array, int], jax.Array]] = Operation(
+Draw = Callable[[jax.Array, Filters, jax.Array, jax.Array, int, int], tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
+SAMPLING: Operation[Draw] = Operation(
     "sampling", _reference, (cpu_kernel(cpu.sample),), is_used=lambda setting: setting.page_size > 0
 )
-"""Called with logits, filters, the uniform numbers and the vocabulary's size. Only serving draws."""
+"""Called as `sample` is. Only serving draws."""

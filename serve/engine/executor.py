@@ -25,6 +25,7 @@ from isthmus.model.ops.kernels import choose
 from isthmus.model.ops.operation import Setting
 from isthmus.model.ops.paged_attention import empty_cache, paged_step
 from isthmus.model.ops.paged_cache import PagedCache, PagedStep, scales_of
+from isthmus.model.ops.sampling import Drawn
 from isthmus.model.sharding import named_sharding, use_mesh
 from isthmus.model.transformer import Params, Transformer, abstract_params, bind, parameter_specs
 from isthmus.model.weights.packing import is_packed, pack_params
@@ -142,13 +143,20 @@ class Launched:
     plan: StepPlan
     logits: jax.Array
     """float32[samples, ids]"""
-    drawn: jax.Array | None = None
-    """int32[samples]; None until the step is sampled"""
+    drawn: Drawn | None = None
+    """None until the step is sampled"""
 
-    def read(self) -> np.ndarray:
-        """What was drawn, int32[samples]; waits for the device. Raises what the device raised."""
+    @property
+    def tells(self) -> bool:
+        """Whether somebody asked for more than the token."""
+        return bool((self.plan.draws["logprobs"] >= 0).any())
+
+    def read(self) -> Drawn:
+        """What was drawn, as numpy's arrays where somebody asked for it; waits for the device. Raises what the device
+        raised."""
         assert self.drawn is not None, "read before it was sampled"
-        return np.asarray(self.drawn)
+        read: Drawn = jax.device_get(self.drawn if self.tells else self.drawn[:1])
+        return read if self.tells else self.drawn._replace(token=read[0])
 
 
 class Executor:
@@ -208,7 +216,7 @@ class Executor:
         arrays = split_plan(packed, bucket, self.engine.pages_per_sequence)
         arrays.positions[:] = PADDING
         draws = np.zeros(bucket.samples, DRAW)
-        draws["slot"] = self.engine.max_sequences
+        draws["slot"], draws["logprobs"] = self.engine.max_sequences, -1
         launched = self.launch(StepPlan(bucket, packed, draws))
         self.sample(launched)
         launched.read()
@@ -223,7 +231,8 @@ class Executor:
         """Starts a step's draws and returns at once."""
         draw = self._programs.draw[launched.plan.bucket.samples]
         self._last_token, launched.drawn = draw(launched.logits, self._last_token, words(launched.plan.draws))
-        launched.drawn.copy_to_host_async()
+        for part in launched.drawn if launched.tells else launched.drawn[:1]:
+            part.copy_to_host_async()
 
 
 class Compiled(NamedTuple):

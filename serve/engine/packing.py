@@ -78,7 +78,7 @@ class Packer:
         arrays = split_plan(packed, bucket, per_sequence)
         arrays.positions[:] = PADDING
         plan = StepPlan(bucket, packed, np.zeros(bucket.samples, DRAW))
-        plan.draws["slot"] = self._config.max_sequences
+        plan.draws["slot"], plan.draws["logprobs"] = self._config.max_sequences, -1
         draws = self._pack_singles(arrays, step.singles)
         block = 0
         for work in step.chunks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from isthmus.serve.engine.sampling import Sampling
 
@@ -18,6 +18,17 @@ class FinishReason(enum.Enum):
     CANCELLED = "cancelled"
     CLOSED = "the engine was closed"
     ERROR = "error"
+
+
+class Logprobs(NamedTuple):
+    """What a step told about a drawn token, in the model's own distribution, before temperature and filters."""
+
+    token: float
+    """The log-probability of the token that was drawn"""
+    top_tokens: tuple[int, ...]
+    """The likeliest tokens there, the likeliest first, as many as were asked for"""
+    top: tuple[float, ...]
+    """Their log-probabilities"""
 
 
 @dataclass(eq=False)
@@ -37,6 +48,8 @@ class Request:
 
     tokens: list[int] = field(init=False)
     """Prompt and what was drawn, as far as the host knows"""
+    logprobs: list[Logprobs] = field(default_factory=list, init=False)
+    """One for each token that was drawn, if they were asked for"""
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
     tokens_in_flight: int = field(default=0, init=False)
@@ -84,3 +97,5 @@ class Output:
     request: Request
     token: int | None
     finish_reason: FinishReason | None
+    logprobs: Logprobs | None = None
+    """Of the token, if they were asked for"""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from isthmus.model.ops.sampling import Filters, sample
+from isthmus.model.ops.sampling import Drawn, Filters, sample
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,13 @@ class Sampling:
     min_p: float = 0.0
     seed: int = 0
     """64 bits; with the position it decides every draw"""
+    logprobs: int = -1
+    """How many of the likeliest tokens to tell at each position, at most MOST_LOGPROBS, besides the log-probability of
+    the one drawn; -1 tells nothing"""
 
+
+MOST_LOGPROBS = 20
+"""As the OpenAI API has it. Every step has room for so many."""
 
 DRAW = np.dtype(
     [
@@ -39,6 +45,7 @@ DRAW = np.dtype(
         ("min_p", np.float32),
         ("seed_low", np.uint32),
         ("seed_high", np.uint32),
+        ("logprobs", np.int32),
     ]
 )
 """What decides a draw, 32 bits each, so that a plan's draws travel as one array of words."""
@@ -62,8 +69,8 @@ def words(draws: np.ndarray) -> np.ndarray:
 
 def draw(
     logits: jax.Array, last_token: jax.Array, draws: jax.Array, vocab: int, implementation: str
-) -> tuple[jax.Array, jax.Array]:
-    """The sampler's program: (last_token, drawn), of which int32[samples] are new, from float32 logits [samples, ids].
+) -> tuple[jax.Array, Drawn]:
+    """The sampler's program: (last_token, drawn), from float32 logits [samples, ids].
 
     last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what is drawn for nobody.
     draws: `words` of DRAW. vocab, implementation: as in `isthmus.model.ops.sampling.sample`.
@@ -73,8 +80,9 @@ def draw(
     }
     uniform = uniform_numbers(column["seed_low"], column["seed_high"], column["position"])
     filters = Filters(*(column[name] for name in Filters._fields))
-    drawn = sample(logits, filters, uniform, vocab, implementation=implementation)
-    return last_token.at[column["slot"]].set(drawn), drawn
+    judged = column["logprobs"]
+    drawn = sample(logits, filters, uniform, judged, vocab, MOST_LOGPROBS, implementation=implementation)
+    return last_token.at[column["slot"]].set(drawn.token), drawn
 
 
 def uniform_numbers(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array) -> jax.Array:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from isthmus.model.ops.sampling import BAD_ROW
+from isthmus.model.ops.sampling import BAD_ROW, Drawn
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
 from isthmus.serve.engine.pages import PagePool, page_key
 from isthmus.serve.engine.plan import StepPlan
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.request import FinishReason, Logprobs, Output, Request
 from isthmus.serve.engine.sampling import draw_of
 
 logger = logging.getLogger("isthmus.engine")
@@ -253,8 +253,8 @@ class Scheduler:
 
     # commit: what a step drew
 
-    def commit(self, plan: StepPlan, drawn: np.ndarray) -> list[Output]:
-        """Takes in the tokens int32[samples] that `plan` drew; finished requests free their pages."""
+    def commit(self, plan: StepPlan, drawn: Drawn) -> list[Output]:
+        """Takes in what `plan` drew, in numpy's arrays; finished requests free their pages."""
         self.counters.steps += 1
         outputs = []
         for row, request in plan.samples:
@@ -262,22 +262,24 @@ class Scheduler:
                 continue
             request.tokens_in_flight -= 1
             try:
-                outputs.append(self._take(request, int(drawn[row])))
+                outputs.append(self._take(request, int(drawn.token[row]), _logprobs(request, drawn, row)))
             except Exception as error:
                 self._fail(request, error)
         return outputs
 
-    def _take(self, request: Request, token: int) -> Output:
+    def _take(self, request: Request, token: int, logprobs: Logprobs | None) -> Output:
         if token == BAD_ROW:
             self.finish(request, FinishReason.ERROR)
             return Output(request, None, FinishReason.ERROR)
         request.tokens.append(token)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
         self.counters.completion_tokens += 1
         self._register_pages(request)
         reason = self._stops(request, token)
         if reason is not None:
             self.finish(request, reason)
-        return Output(request, token, reason)
+        return Output(request, token, reason, logprobs)
 
     def _stops(self, request: Request, token: int) -> FinishReason | None:
         if token in request.eos_ids:
@@ -332,3 +334,11 @@ class Scheduler:
         assert (held == self.pool._held).all(), "a page's reference count is not the number of its holders"
         slots = [request.slot for request in self.running] + self._free_slots
         assert sorted(slots) == list(range(self.config.max_sequences)), "a slot is lost or held twice"
+
+
+def _logprobs(request: Request, drawn: Drawn, row: int) -> Logprobs | None:
+    count = request.sampling.logprobs
+    if count < 0:
+        return None
+    tokens, top = drawn.top_tokens[row, :count].tolist(), drawn.top_log_probabilities[row, :count].tolist()
+    return Logprobs(float(drawn.log_probability[row]), tuple(tokens), tuple(top))

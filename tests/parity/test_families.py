@@ -32,7 +32,7 @@ from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
 from isthmus.train.step import gradients, long_sequences, packed_attention
 from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load, others_slow
-from tests.serve.engine.harness import Arrival, play
+from tests.serve.engine.harness import Arrival, only_tokens, play
 from tests.support import packed_params, relative_error
 
 TOLERANCE = 2e-5
@@ -122,7 +122,7 @@ def run_logged(
             yield request, len(request.tokens) - 1, rows[row]
             if len(request.tokens) < len(request.reply_to):
                 drawn[row] = request.reply_to[len(request.tokens)]
-        scheduler.commit(plan, drawn)
+        scheduler.commit(plan, only_tokens(drawn))
         scheduler.check()
     assert scheduler.idle and scheduler.counters.preemptions > 0
 

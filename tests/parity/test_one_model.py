@@ -26,7 +26,7 @@ from isthmus.serve.engine.executor import Executor, Served, abstract_cache, forw
 from isthmus.serve.engine.request import FinishReason, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
-from tests.serve.engine.harness import Arrival, play
+from tests.serve.engine.harness import Arrival, only_tokens, play
 from tests.support import forward, next_tokens, packed_params, random_params
 
 VOCAB = 90
@@ -181,7 +181,7 @@ def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Para
             cache, logits = run(kept, cache, none_in_flight, plan.packed)
         rows = np.asarray(logits)
         seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
-        scheduler.commit(plan, rows[:, :VOCAB].argmax(axis=1))
+        scheduler.commit(plan, only_tokens(rows[:, :VOCAB].argmax(axis=1)))
         scheduler.check()
     assert scheduler.idle and scheduler.counters.preemptions > 0
     tokens = np.zeros((len(requests), CONFIG.context_length), np.int32)

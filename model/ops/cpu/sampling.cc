@@ -46,6 +46,15 @@ class Row {
   // A token of those that the filters leave, by two numbers in [0, 1).
   int32_t draw(const Filters& filters, float first, float second);
 
+  // The logarithm of what all tokens weigh before temperature and filters, the likeliest weighing 1.
+  float log_total() const;
+
+  // The log-probability of a token then.
+  float log_probability(int32_t token, float total) const { return logits_[token] - top_ - total; }
+
+  // The `count` tokens with the largest logits, of equal ones the first. To be called before draw.
+  const std::vector<int32_t>& likeliest(int64_t count);
+
  private:
   float scaled(float logit) const { return (logit - top_) / temperature_; }
   int64_t cells() const { return (vocab_ + kCell - 1) / kCell; }
@@ -68,6 +77,7 @@ class Row {
   std::vector<float> ranked_;
   std::vector<std::pair<float, float>> between_;
   std::vector<float> masses_;  // of each block
+  std::vector<int32_t> found_;
 };
 
 void Row::read(const float* logits, int64_t vocab) {
@@ -124,12 +134,12 @@ void Row::weigh(float least) {
   }
 }
 
-// A scaled logit that at least `rank` tokens reach: as many cells do. -inf where there are fewer cells.
+// A logit that at least `rank` tokens reach: as many cells do. -inf where there are fewer cells.
 float Row::rank_bound(int64_t rank) {
   if (rank > cells()) return -kInfinity;
   ranked_ = largest_;
   std::nth_element(ranked_.begin(), ranked_.begin() + rank - 1, ranked_.end(), std::greater<>());
-  return scaled(ranked_[rank - 1]);
+  return ranked_[rank - 1];
 }
 
 // use(token) for those from `least` on and below `end`.
@@ -139,7 +149,7 @@ void Row::each(float least, float end, F use) const {
     if (!(largest_[cell] >= least)) continue;
     for (int64_t i = cell * kCell; i < (cell + 1) * kCell; i += kLanes) {
       Floats value = load<Floats>(&scaled_[i]);
-      if (!any(value >= splat(least) & value < splat(end))) continue;
+      if (!any((value >= splat(least)) & (value < splat(end)))) continue;
       for (int lane = 0; lane < kLanes; lane++)
         if (value[lane] >= least && value[lane] < end) use(i + lane);
     }
@@ -227,7 +237,7 @@ int32_t Row::draw(const Filters& filters, float first, float second) {
   const float least = filters.min_p > 0 ? std::log(filters.min_p) : -kInfinity;
   // min_p comes last, and what it takes away counts for top_p.
   float floor = sums ? -kInfinity : least;
-  if (ranks) floor = std::max(floor, rank_bound(filters.top_k));
+  if (ranks) floor = std::max(floor, scaled(rank_bound(filters.top_k)));
   weigh(floor);
   if (ranks) floor = by_rank(filters.top_k, floor);
   if (sums) floor = std::max({floor, by_mass(filters.top_p, floor), least});
@@ -241,15 +251,50 @@ int32_t Row::draw(const Filters& filters, float first, float second) {
   }));
 }
 
+float Row::log_total() const {
+  double total = 0;
+  for (int64_t block = 0; block < blocks(); block++) {
+    const int64_t at = block * kBlock, end = std::min(at + kBlock, vocab_);
+    Floats sums = {};
+    float rest = 0;
+    int64_t i = at;
+    for (; i + kLanes <= end; i += kLanes) sums += exp(load<Floats>(logits_ + i) - splat(top_));
+    for (; i < end; i++) rest += exp(splat(logits_[i] - top_))[0];
+    total += sum(sums) + rest;
+  }
+  return float(std::log(total));
+}
+
+const std::vector<int32_t>& Row::likeliest(int64_t count) {
+  count = std::min(count, vocab_);
+  const float bound = rank_bound(count);
+  found_.clear();
+  for (int64_t cell = 0; cell < cells(); cell++) {
+    if (!(largest_[cell] >= bound)) continue;
+    for (int64_t i = cell * kCell; i < std::min((cell + 1) * kCell, vocab_); i++)
+      if (logits_[i] >= bound) found_.push_back(int32_t(i));
+  }
+  std::partial_sort(found_.begin(), found_.begin() + count, found_.end(), [&](int32_t a, int32_t b) {
+    return logits_[a] != logits_[b] ? logits_[a] > logits_[b] : a < b;
+  });
+  found_.resize(count);
+  return found_;
+}
+
 ffi::Error sample_rows(ffi::Buffer<ffi::F32, 2> logits, ffi::Buffer<ffi::F32, 1> temperature,
                        ffi::Buffer<ffi::S32, 1> top_k, ffi::Buffer<ffi::F32, 1> top_p,
                        ffi::Buffer<ffi::F32, 1> min_p, ffi::Buffer<ffi::F32, 2> uniform,
-                       ffi::ResultBuffer<ffi::S32, 1> drawn, int64_t vocab) {
+                       ffi::Buffer<ffi::S32, 1> judged, ffi::ResultBuffer<ffi::S32, 1> drawn,
+                       ffi::ResultBuffer<ffi::F32, 1> log_probability, ffi::ResultBuffer<ffi::S32, 2> top_tokens,
+                       ffi::ResultBuffer<ffi::F32, 2> top_log_probabilities, int64_t vocab) {
   const int64_t rows = logits.dimensions()[0], width = logits.dimensions()[1];
   for (int64_t size : {temperature.dimensions()[0], top_k.dimensions()[0], top_p.dimensions()[0],
-                       min_p.dimensions()[0], uniform.dimensions()[0], drawn->dimensions()[0]})
+                       min_p.dimensions()[0], uniform.dimensions()[0], judged.dimensions()[0], drawn->dimensions()[0],
+                       log_probability->dimensions()[0], top_tokens->dimensions()[0],
+                       top_log_probabilities->dimensions()[0]})
     if (size != rows) return ffi::Error::InvalidArgument("sampling: each parameter must have as many rows as the logits");
-  if (vocab < 1 || vocab > width || uniform.dimensions()[1] != 2)
+  const int64_t most = top_tokens->dimensions()[1];
+  if (vocab < 1 || vocab > width || uniform.dimensions()[1] != 2 || top_log_probabilities->dimensions()[1] != most)
     return ffi::Error::InvalidArgument("sampling: a row must hold the vocabulary, and have two uniform numbers");
   Pool::get().run(rows, [&](int64_t i) {
     static thread_local Row row;
@@ -257,9 +302,22 @@ ffi::Error sample_rows(ffi::Buffer<ffi::F32, 2> logits, ffi::Buffer<ffi::F32, 1>
     const Filters filters = {temperature.typed_data()[i], top_k.typed_data()[i], top_p.typed_data()[i],
                              min_p.typed_data()[i]};
     const float* numbers = uniform.typed_data() + 2 * i;
-    drawn->typed_data()[i] = !row.is_finite()           ? kBadRow
-                             : filters.temperature > 0 ? row.draw(filters, numbers[0], numbers[1])
-                                                       : row.likeliest();
+    int32_t* tokens = top_tokens->typed_data() + i * most;
+    float* log_probabilities = top_log_probabilities->typed_data() + i * most;
+    std::fill(tokens, tokens + most, 0);
+    std::fill(log_probabilities, log_probabilities + most, -kInfinity);
+    log_probability->typed_data()[i] = 0;
+    int32_t& token = drawn->typed_data()[i] = kBadRow;
+    if (!row.is_finite()) return;
+    const int64_t wanted = std::min<int64_t>(judged.typed_data()[i], most);
+    const float total = wanted < 0 ? 0 : row.log_total();
+    if (wanted > 0)
+      for (int32_t likely : row.likeliest(wanted)) {
+        *tokens++ = likely;
+        *log_probabilities++ = row.log_probability(likely, total);
+      }
+    token = filters.temperature > 0 ? row.draw(filters, numbers[0], numbers[1]) : row.likeliest();
+    if (wanted >= 0) log_probability->typed_data()[i] = row.log_probability(token, total);
   });
   return ffi::Error::Success();
 }
@@ -273,7 +331,11 @@ auto sample_binding() {
       .Arg<Numbers>()
       .Arg<Numbers>()
       .Arg<ffi::Buffer<ffi::F32, 2>>()
+      .Arg<ffi::Buffer<ffi::S32, 1>>()
       .Ret<ffi::Buffer<ffi::S32, 1>>()
+      .Ret<Numbers>()
+      .Ret<ffi::Buffer<ffi::S32, 2>>()
+      .Ret<ffi::Buffer<ffi::F32, 2>>()
       .Attr<int64_t>("vocab");
 }
 

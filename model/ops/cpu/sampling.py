@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def sample(logits: jax.Array, filters: Sequence[jax.Array], uniform: jax.Array, vocab: int) -> jax.Array:
-    """The draw of model/ops/sampling.py. filters: in the order of its Filters."""
-    call = jax.ffi.ffi_call("isthmus_sample", jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32))
-    return call(logits, *filters, uniform, vocab=np.int64(vocab))
+def sample(
+    logits: jax.Array, filters: Sequence[jax.Array], uniform: jax.Array, judged: jax.Array, vocab: int, most: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The draw of model/ops/sampling.py. filters: in the order of its Filters; the result: in that of its Drawn."""
+    rows = logits.shape[0]
+    results = (
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        jax.ShapeDtypeStruct((rows, most), jnp.int32),
+        jax.ShapeDtypeStruct((rows, most), jnp.float32),
+    )
+    call = jax.ffi.ffi_call("isthmus_sample", results)
+    token, own, top, theirs = call(logits, *filters, uniform, judged, vocab=np.int64(vocab))
+    return token, own, top, theirs

@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 
 from isthmus.model.ops.cpu import library
-from isthmus.model.ops.sampling import BAD_ROW, BLOCK, Filters, sample
+from isthmus.model.ops.sampling import BAD_ROW, BLOCK, Drawn, Filters, sample
 from isthmus.serve.engine.sampling import uniform_numbers
 
-Run = Callable[..., np.ndarray]
+Run = Callable[..., Any]
+MOST = 8
 
 
 @lru_cache
 def program(implementation: str) -> Any:
-    return jax.jit(partial(sample, implementation=implementation), static_argnums=3)
+    return jax.jit(partial(sample, implementation=implementation), static_argnums=(4, 5))
 
 
 def draws(
@@ -36,9 +37,10 @@ def draws(
     position: Any = 0,
     uniform: np.ndarray | None = None,
     vocab: int = 0,
-) -> np.ndarray:
-    """A token a row; each parameter is one for all rows, or one a row. The numbers that decide a row come from its seed
-    and position where they aren't given."""
+    judged: Any = None,
+) -> Any:
+    """A token a row, or all of Drawn where `judged` is given; each parameter is one for all rows, or one a row. The
+    numbers that decide a row come from its seed and position where they aren't given."""
     rows = len(logits)
 
     def each(value: Any, dtype: Any) -> jax.Array:
@@ -51,8 +53,11 @@ def draws(
     filters = Filters(
         each(temperature, np.float32), each(top_k, np.int32), each(top_p, np.float32), each(min_p, np.float32)
     )
-    run = program(implementation)
-    return np.asarray(run(jnp.asarray(logits, np.float32), filters, jnp.asarray(uniform), vocab or logits.shape[1]))
+    told = each(-1 if judged is None else judged, np.int32)
+    vocab = vocab or logits.shape[1]
+    drawn = program(implementation)(jnp.asarray(logits, np.float32), filters, jnp.asarray(uniform), told, vocab, MOST)
+    whole = Drawn(*map(np.asarray, drawn))
+    return whole.token if judged is None else whole
 
 
 @pytest.fixture(params=["reference", "cpu"])
@@ -222,6 +227,45 @@ def test_neighbouring_draws_are_independent(run: Run) -> None:
         assert abs(chi_square(pairs, np.full(16, 1 / 16))) < 4
 
 
+# what is told about a draw
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 64, 700, 5000])
+def test_log_probabilities_are_the_models_own(run: Run, vocab: int) -> None:
+    """They are what evaluations sum: of the model's distribution, whatever temperature and filters drew from, to 1e-5;
+    the likeliest come in order, and of equal ones the first."""
+    rng = np.random.default_rng(vocab)
+    logits = np.concatenate(
+        [random_logits(rng, 16, vocab + 3, spread) for spread in ("peaked", "flat", "ties", "holes")]
+    )
+    judged = np.arange(len(logits)) % (MOST + 2) - 1
+    drawn = run(logits, 0.7, 3, 0.9, 0.01, seed=np.arange(64), vocab=vocab, judged=judged)
+    alone = run(logits, 0.7, 3, 0.9, 0.01, seed=np.arange(64), vocab=vocab)
+    np.testing.assert_array_equal(drawn.token, alone)
+    wide = logits[:, :vocab].astype(np.float64)
+    want = wide - np.log(np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
+    want -= wide.max(axis=1, keepdims=True)
+    for row, count in enumerate(judged):
+        own = want[row, drawn.token[row]] if count >= 0 else 0.0
+        np.testing.assert_allclose(drawn.log_probability[row], own, atol=1e-5)
+        told = max(0, min(count, vocab))
+        order = np.argsort(-wide[row], kind="stable")[:told]
+        np.testing.assert_array_equal(drawn.top_tokens[row, :told], order)
+        np.testing.assert_allclose(drawn.top_log_probabilities[row, :told], want[row, order], atol=1e-5)
+        assert (drawn.top_log_probabilities[row, told:] == -np.inf).all()
+
+
+def test_log_probabilities_do_not_depend_on_the_batch(run: Run) -> None:
+    """Bit for bit: a policy's gradient divides by them."""
+    if "reference" in str(run):
+        pytest.skip("XLA may sum a row in another order beside others")
+    logits = random_logits(np.random.default_rng(0), 9, 3000)
+    together = run(logits, judged=MOST, seed=np.arange(9))
+    for row in range(9):
+        for whole, alone in zip(together, run(logits[row : row + 1], judged=MOST, seed=row), strict=True):
+            np.testing.assert_array_equal(whole[row].view(np.int32), alone[0].view(np.int32))
+
+
 # rows
 
 
@@ -308,15 +352,28 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(run: Run) -> None:
         ({}, 9),
         ({}, 0),
         ({"drawn": (4,)}, 8),
+        ({"judged": (1,)}, 8),
+        ({"log_probability": (2,)}, 8),
+        ({"top_tokens": (3, 3)}, 8),
+        ({"top_log_probabilities": (4, 4)}, 8),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("kernels")
 def test_a_wrong_call_of_the_kernel_is_an_error(shapes: dict[str, tuple[int, ...]], vocab: int) -> None:
     """A mistake in the Python above must not read or write beyond an array."""
-    arguments = {"logits": (3, 8), "temperature": (3,), "top_k": (3,), "top_p": (3,), "min_p": (3,), "uniform": (3, 2)}
+    rows = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), (3,))
+    arguments = {"logits": (3, 8), **rows, "uniform": (3, 2), "judged": (3,)}
     made = {name: jnp.ones(shapes.get(name, shape)) for name, shape in arguments.items()}
-    made["top_k"] = made["top_k"].astype(jnp.int32)
-    call = jax.ffi.ffi_call("isthmus_sample", jax.ShapeDtypeStruct(shapes.get("drawn", (3,)), jnp.int32))
+    made |= {name: made[name].astype(jnp.int32) for name in ("top_k", "judged")}
+    results = {"drawn": (3,), "log_probability": (3,), "top_tokens": (3, 4), "top_log_probabilities": (3, 4)}
+    types = (jnp.int32, jnp.float32) * 2
+    call = jax.ffi.ffi_call(
+        "isthmus_sample",
+        tuple(
+            jax.ShapeDtypeStruct(shapes.get(name, shape), dtype)
+            for (name, shape), dtype in zip(results.items(), types, strict=True)
+        ),
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="sampling:"):
         jax.block_until_ready(call(*made.values(), vocab=np.int64(vocab)))

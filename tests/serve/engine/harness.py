@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from isthmus.model.config import ModelConfig
+from isthmus.model.ops.sampling import Drawn
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched, Served
@@ -38,6 +41,12 @@ class HookedExecutor(Executor):
     def launch(self, plan: StepPlan) -> Launched:
         self.hook()
         return super().launch(plan)
+
+
+def only_tokens(tokens: np.ndarray) -> Drawn:
+    """What a step gives that drew these, where nobody asked for more."""
+    none = np.zeros((len(tokens), 0))
+    return Drawn(tokens, np.zeros(len(tokens)), none, none)
 
 
 def make(name: str, prompt: int = 3, max_tokens: int = 8) -> Request:

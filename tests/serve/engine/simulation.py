@@ -20,6 +20,7 @@ from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan
 from isthmus.serve.engine.request import FinishReason, Output, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
+from tests.serve.engine.harness import only_tokens
 
 VOCAB = 7
 EOS = 0
@@ -115,7 +116,7 @@ class Simulation:
             launched = InFlight(plan, self._launch(plan))
         outputs: list[Output] = []
         if self.in_flight is not None:
-            outputs = self.scheduler.commit(self.in_flight.plan, self.in_flight.drawn)
+            outputs = self.scheduler.commit(self.in_flight.plan, only_tokens(self.in_flight.drawn))
         self.in_flight = launched
         self.scheduler.check()
         for output in outputs:

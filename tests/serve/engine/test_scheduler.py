@@ -16,6 +16,7 @@ from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.request import FinishReason, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
+from tests.serve.engine.harness import only_tokens
 from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_completion, run_until
 
 MODEL = ModelConfig(vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_dim=8, context_length=40)
@@ -287,5 +288,5 @@ def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
                 assert got[name] == got.dtype[name].type(getattr(want, name))
             assert int(got["seed_low"]) | int(got["seed_high"]) << 32 == want.seed
             seen.add((request.id, row, plan.bucket.blocks > 0))
-        scheduler.commit(plan, np.full(plan.bucket.samples, 9, np.int32))
+        scheduler.commit(plan, only_tokens(np.full(plan.bucket.samples, 9, np.int32)))
     assert {name for name, _, _ in seen} == {"0", "1", "2", "3"} and {prompt for _, _, prompt in seen} == {True, False}
