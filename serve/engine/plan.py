@@ -1,4 +1,4 @@
-"""A step's plan: one int32 array that host and device cut into the same named parts, so a launch transfers once."""
+"""A step's plan: one int32 array that host and device cut into the same named parts, so a launch takes one transfer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ PADDING = -1
 
 
 class PlanArrays(NamedTuple):
-    """The parts of a plan; `tokens`, `samples` as in Bucket. Floats travel as their bits."""
+    """The parts of a plan, whose shapes are in terms of Bucket's fields. Floats are there as their bits."""
 
     tokens: Any
     """int32[tokens]: ids, or FROM_DEVICE"""
     positions: Any
-    """int32[tokens]: in its sequence, or PADDING"""
+    """int32[tokens]: position in its sequence, or PADDING"""
     tables: Any
-    """int32[rows + blocks, pages a sequence]: the pages of the sequence that a row or block belongs to"""
+    """int32[rows + blocks, pages_per_sequence]: the pages of the sequence that a row or block belongs to"""
     uses_long_rope: Any
     """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
     sample_token: Any
-    """int32[samples]: index on the token axis of the last known token"""
+    """int32[samples]: index on the token axis of the token after which one is drawn"""
     sample_slot: Any
-    """int32[samples]: where to keep what is drawn; max_sequences when nothing is"""
+    """int32[samples]: the slot that keeps what is drawn; max_sequences if nothing is"""
     row_slot: Any
-    """int32[rows]: where FROM_DEVICE reads"""
+    """int32[rows]: the slot whose last token FROM_DEVICE stands for"""
     temperature: Any
     top_k: Any
     top_p: Any
@@ -51,7 +51,7 @@ SAMPLING = slice(PlanArrays._fields.index("temperature"), len(PlanArrays._fields
 
 @lru_cache(maxsize=256)
 def _layout(bucket: Bucket, pages_per_sequence: int) -> tuple[tuple[slice, tuple[int, ...]], ...]:
-    """Where each part lies, and its shape. Kept, because a plan is made every step."""
+    """Where each part lies, and its shape. It is cached, because a plan is made every step."""
     tokens, samples = (bucket.tokens,), (bucket.samples,)
     sequences = bucket.rows + bucket.blocks
     tables = (sequences, pages_per_sequence)
@@ -70,7 +70,7 @@ def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArra
 
 
 def sampling_words(sampling: Sampling) -> np.ndarray:
-    """int32[6]: a number for each of the parts SAMPLING."""
+    """int32[6]: a number for each part in SAMPLING."""
     words = np.zeros(6, np.int32)
     words.view(np.float32)[[0, 2, 3]] = sampling.temperature, sampling.top_p, sampling.min_p
     words[1] = sampling.top_k

@@ -88,7 +88,9 @@ def test_an_item_that_fails_costs_no_other(llm: LLM, client: Client) -> None:
     for model in (llm, client):
         found = model.generate(prompts, DRAWN, return_errors=True)
         assert [isinstance(each, InvalidRequest) for each in found] == [False, True, False, True]
-        with pytest.raises(BatchError, match="2 of 4 failed, first the one at 1: prompt: must not be empty") as failed:
+        with pytest.raises(
+            BatchError, match="2 of 4 failed, the first at index 1: prompt: must not be empty"
+        ) as failed:
             model.generate(prompts, DRAWN)
         assert set(failed.value.errors) == {1, 3}
         good = failed.value.results[0]

@@ -17,7 +17,7 @@ from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ENGINE, NETWORK, RunningServer
 
 SMALL = dataclasses.replace(ENGINE, max_sequences=1)
-MEMORY = "what memory has room for"
+MEMORY = "as many as memory has room for"
 
 
 def said(server: RunningServer) -> str:
