@@ -31,7 +31,7 @@ examples:
   isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt --tls-cert cert.pem --tls-key key.pem
   isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
 
-Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains it, a second one ends it at once."""
+Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains the server; a second one ends it."""
 
 
 class _Log(Console):

@@ -43,7 +43,7 @@ _DETAILS = "grpc-status-details-bin"
 
 
 def rename(field: str, names: Mapping[str, str]) -> str:
-    """A field such as `prompt[2]` or `messages[1].role`, with its first part renamed if it is one of `names`."""
+    """A field such as `prompt[2]` or `messages[1].role`, with its first part renamed as `names` maps it."""
     for name in sorted(names, key=len, reverse=True):
         if field == name or field.startswith((f"{name}[", f"{name}.")):
             return names[name] + field[len(name) :]

@@ -22,7 +22,7 @@ class Work:
 
     @property
     def draws(self) -> bool:
-        """Whether the next token is drawn after these: if they reach the end of what the sequence has so far."""
+        """Whether these reach the end of the sequence as it is so far, so that the step draws its next token."""
         return self.start + self.count >= self.request.length
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:

@@ -150,7 +150,7 @@ def test_a_conversation_is_answered_alike(chat_server: RunningServer, open_model
 
 def test_a_conversation_is_no_prompt_and_a_prompt_no_conversation(llm: LLM) -> None:
     """Without its template a model would be asked in a form that it doesn't know."""
-    with pytest.raises(TypeError, match="chat takes conversations"):
+    with pytest.raises(TypeError, match="give chat a list of messages"):
         llm.generate(TALK)  # type: ignore[call-overload]
     for wrong in ("hello", ["hello"]):
         with pytest.raises(TypeError, match="a conversation is a list of messages"):
