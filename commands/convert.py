@@ -14,7 +14,7 @@ from isthmus.quality.gate import QualityError
 
 HELP = """Converts a model folder between Hugging Face's layout and ours.
 
-Unless they are quantized or merged with an adapter, weights come out bit for bit as they went in.
+Weights come out bit for bit as they went in, unless quantizing, --dtype or merging an adapter changes them.
 
 examples:
   isthmus convert runs/mine exported               # a trained model, for transformers and whatever reads its layout
