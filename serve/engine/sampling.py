@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    """64 bits; with the position it decides every draw"""
+    """64 bits, which decide the random numbers of a draw together with its position"""
 
 
 DRAW = np.dtype(
