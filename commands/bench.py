@@ -1,4 +1,4 @@
-"""`isthmus bench`: a subcommand for each of benchmarks/cases.py, and the report."""
+"""`isthmus bench`: a subcommand for each case in benchmarks/cases.py, and one for the report."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ examples:
   isthmus bench step                                     every program of a 125m server against its roofline
   isthmus bench step --preset 5m --vocab-size 4096       the same, in a minute
   isthmus bench serve --preset 125m                      a server under load: throughput and latency by arrival rate
-  isthmus bench serve --model runs/mine --rates 1 2 4    a model folder, at rates of one's own (requests a second)
-  isthmus bench serve --address 127.0.0.1:50051          a server that runs already
+  isthmus bench serve --model runs/mine --rates 1 2 4    a model folder, at the rates named (requests per second)
+  isthmus bench serve --address 127.0.0.1:50051          a server that is already running
   isthmus bench train --peer                             a training step, beside nanoGPT in torch (make peers)
-  isthmus bench weights                                  loading a model, beside reading its files
+  isthmus bench weights                                  loading a model, beside just reading its files
   isthmus bench peers --model models/125m                beside llama.cpp, vLLM and transformers (benchmarks/peers)
-  isthmus bench peers --cells decode1 --merge            a part of that, added to the result
-  isthmus bench peer-servers --model models/125m         their servers and ours, under the same requests
-  isthmus bench quality --model models/mine              what integers cost it, beside llama.cpp's, in KL divergence
+  isthmus bench peers --cells decode1 --merge            some of those cells, added to the saved result
+  isthmus bench peer-servers --model models/125m         those peers' servers and ours, under the same requests
+  isthmus bench quality --model models/mine              what quantizing it costs, beside llama.cpp's, in KL divergence
   isthmus bench report                                   README.md and plots from all results
 
-Each run writes PLATFORM-KIND-SUBJECT.json. A figure is worth what the machine was: leave it alone while it runs."""
+Each run writes PLATFORM-KIND-SUBJECT.json. Leave the machine alone while a benchmark runs."""
 
 NAMED: dict[str, Callable[..., Bench]] = {**{case.name: case.bench for case in CASES}, "report": ReportConfig}
 

@@ -1,4 +1,4 @@
-"""`isthmus generate --chat`: turns read from standard input, answers printed as they come."""
+"""`isthmus generate --chat`: reads turns from standard input and prints answers as they come."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Answer = Generator[str, None, None]
 
 
 def chat(complete: Callable[[Sequence[Mapping[str, str]]], Answer], first: str | None, system: str | None) -> None:
-    """Talks until standard input ends. complete: the answer to a conversation; closing it ends the request.
+    """Holds a conversation until standard input ends or a line is /exit.
 
-    first: what is said before any line. system: what the conversation begins with, whenever it begins anew.
+    complete: streams the answer to a conversation; closing its generator ends the request. first: the first message,
+    sent before any line is read. system: the system message with which the conversation begins, also after /reset.
 
-    At a terminal an answer that fails is reported and its turn forgotten; otherwise its error is raised.
+    At a terminal, an error is printed and the turn that failed is forgotten; otherwise the error is raised.
     """
     interactive = sys.stdin.isatty()
     start: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
@@ -42,12 +43,12 @@ def chat(complete: Callable[[Sequence[Mapping[str, str]]], Answer], first: str |
 
 
 def _turns(first: str | None, interactive: bool) -> Iterator[str]:
-    """What is said, without blank lines."""
+    """Yields what the user says: `first`, then each line of standard input that isn't blank."""
     if first is not None:
         yield first
     if interactive:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # input() then edits lines
+            import readline  # noqa: F401  # gives input() line editing
     while True:
         try:
             line = input(PROMPT if interactive else "").strip()
@@ -55,7 +56,7 @@ def _turns(first: str | None, interactive: bool) -> Iterator[str]:
             if interactive:
                 print()
             return
-        except KeyboardInterrupt:  # meant for an answer that has just ended
+        except KeyboardInterrupt:  # Ctrl-C was meant for an answer that has just ended
             if not interactive:
                 raise
             print()
@@ -65,7 +66,7 @@ def _turns(first: str | None, interactive: bool) -> Iterator[str]:
 
 
 def _answer(pieces: Answer) -> str:
-    """Prints the pieces; Ctrl-C ends them, and what was printed is the answer."""
+    """Prints the pieces and returns them as one text. Ctrl-C ends the answer at what was printed until then."""
     said = []
     try:
         with contextlib.suppress(KeyboardInterrupt):
@@ -73,7 +74,7 @@ def _answer(pieces: Answer) -> str:
                 said.append(piece)
                 print(piece, end="", flush=True)
     except Exception:
-        if said:  # what is said next begins a line
+        if said:  # the error message begins on a new line
             print(flush=True)
         raise
     pieces.close()

@@ -1,4 +1,4 @@
-"""`isthmus convert`."""
+"""The command `isthmus convert`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from isthmus.quality.gate import QualityError
 
 HELP = """Converts a model folder between Hugging Face's layout and ours.
 
-Unless they are quantized, weights come out bit for bit as they went in.
+Weights come out bit for bit as they went in, unless quantizing, --dtype or merging an adapter changes them.
 
 examples:
-  isthmus convert runs/mine exported               # a trained model, for transformers and all who read its layout
+  isthmus convert runs/mine exported               # a trained model, for transformers and whatever reads its layout
   isthmus convert runs/adapter merged              # a LoRA adapter, merged into its base model
-  isthmus convert Llama-3.2-1B llama --to isthmus  # a published folder; serving and --init read it as it is, too
+  isthmus convert Llama-3.2-1B llama --to isthmus  # optional: serving and --init read it as it is
   isthmus convert runs/mine mine.gguf --gguf q8_0  # one file, for llama.cpp
-  isthmus convert Llama-3.2-1B small --quantize int4 --text prose.txt  # matrices of integers, and what that costs
+  isthmus convert Llama-3.2-1B small --quantize int4 --text prose.txt  # quantized, and what that costs
 
-TARGET must not exist. It appears when all of it is written."""
+TARGET must not exist. It appears once all of it is written."""
 
 
 def main(argv: Sequence[str]) -> int:

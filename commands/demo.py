@@ -1,4 +1,4 @@
-"""`isthmus demo`: the whole path once. Trains a small model on Python's own standard library, serves it, calls it."""
+"""`isthmus demo`: trains a small model on the source of Python's standard library, serves it and calls it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from isthmus.train.loop import Report, TrainError, train
 from isthmus.train.metrics import save_curve, terminal_curve
 from isthmus.types import SamplingParams
 
-HELP = """Trains a small model on the source of Python's own standard library, read where it lies, serves it over gRPC,
-and streams completions for eight prompts at once."""
+HELP = """Trains a small model on the source of Python's standard library as it is installed, serves it over gRPC, and
+streams completions for eight prompts at once."""
 
-# No space at the end: byte-level BPE ties a space to the word after it, so a prompt's last one would stand alone.
+# No prompt ends in a space: byte-level BPE joins a space to the word after it, which the model has to choose.
 PROMPTS = (
     "def __init__(self",
     "import",
@@ -59,7 +59,7 @@ _LEFT_OUT = {
     "ensurepip",
     "pydoc_data",
 }
-"""Not source, or not everywhere: some systems install Python without its tests."""
+"""Folders that hold no source, or that some systems install Python without, such as its tests"""
 
 CLIENT_SECONDS = 120.0
 
@@ -67,14 +67,14 @@ CLIENT_SECONDS = 120.0
 @dataclass(frozen=True)
 class DemoConfig:
     out: Path = Path("demo-out")
-    """Where the model, its loss curve and its checkpoints go; an earlier demo's is replaced"""
+    """Folder for the model, its loss curve and its checkpoints; that of an earlier demo is replaced"""
     steps: int = 440
     max_tokens: int = 48
-    """The most tokens of each completion"""
+    """Most tokens in each completion"""
     temperature: float = 0.6
 
     def validate(self) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError for a setting that is out of range."""
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens={self.max_tokens} must be at least 1")
         if not 0 <= self.temperature <= 100:
@@ -123,7 +123,7 @@ def demo_training(config: DemoConfig) -> TrainConfig:
 
 
 def xz_bits_per_byte(training: TrainConfig) -> float:
-    """What `xz -9` makes of the held-out text, all in one stream."""
+    """Bits per byte of the held-out text after `xz -9` has compressed all of it as one stream."""
     heldout = split(list(read_documents(training.data)), training.text.heldout_fraction).heldout
     raw = "".join(document.text for document in heldout).encode()
     return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
@@ -144,7 +144,7 @@ def _complete(client: Client, prompt: str, config: DemoConfig, seed: int) -> Gen
 
 
 def _watch_pages(client: Client, done: threading.Event) -> int:
-    """Most pages in use at once until `done`."""
+    """Returns the most pages that were in use at once until `done` was set."""
     most = 0
     while not done.wait(0.01):
         most = max(most, client.load().pages_in_use)
@@ -154,7 +154,7 @@ def _watch_pages(client: Client, done: threading.Event) -> int:
 def _call(address: str, config: DemoConfig, console: Console) -> None:
     done = threading.Event()
     with Client(address) as client, ThreadPoolExecutor(len(PROMPTS) + 1) as pool:
-        client.generate("pass", max_tokens=2)  # the channel's own set-up is not a token's time
+        client.generate("pass", max_tokens=2)  # sets up the channel, which no prompt's time is to include
         info = client.server_info()
         pages = pool.submit(_watch_pages, client, done)
         start = time.perf_counter()
@@ -208,7 +208,7 @@ def run(config: DemoConfig, console: Console) -> None:
     config.validate()
     if config.out.exists():
         if not (config.out / "train.json").is_file():
-            raise ConfigError(f"out: {config.out} exists and is no earlier demo; name another folder")
+            raise ConfigError(f"out: {config.out} exists and isn't an earlier demo's; name another folder")
         shutil.rmtree(config.out)
     training = demo_training(config)
     console.rule("train")

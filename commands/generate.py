@@ -1,4 +1,4 @@
-"""`isthmus generate`."""
+"""The command `isthmus generate`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from isthmus.llm import LLM
 
 ALONE = EngineConfig(max_sequences=1, prefill_tokens=256)
-"""The engine of a single sequence"""
+"""The sizes of an engine for a single sequence"""
 HELP = """Completes a prompt and prints the text as it comes.
 
 examples:
@@ -35,88 +35,94 @@ examples:
   isthmus generate "import " --model runs/mine --max-tokens 64 --temperature 0.7
   isthmus generate --chat --model models/some-instruct --system "Answer in one sentence."
 
-Without --model it calls the server at --address; with it, it runs the model folder in this process. With --chat it
-talks until Ctrl-D: Ctrl-C stops an answer, /reset forgets what was said, /exit ends. Lines piped in are turns."""
+Without --model it calls the server at --address; with --model it runs the model in this process. --chat holds a
+conversation until Ctrl-D or /exit: Ctrl-C stops an answer, /reset starts anew. Each line that is piped in is a turn."""
 
 Complete = Callable[[str | Messages], Generator[str, None, None]]
-"""The text that a model goes on with, as it comes. Closing the generator ends the request."""
+"""Streams the text that continues a prompt or answers a conversation. Closing the generator ends the request."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
     prompt: Annotated[str | None, tyro.conf.Positional] = None
-    """The text to go on from, or the first message of a chat; - reads standard input"""
+    """The text to continue, or the first message of a chat; - reads standard input"""
     address: str = "127.0.0.1:50051"
-    """HOST:PORT of a running server, which is asked where no --model is given"""
+    """HOST:PORT of the running server to call if --model isn't given"""
     auth_token_file: Path | None = None
+    """File with the auth token that the server asks for"""
     tls_ca: Path | None = None
-    """The server runs with --tls-cert: the certificate, in PEM, of who signed its, or its own if that is self-signed"""
+    """For a server with --tls-cert: PEM file with the certificate of the authority that signed the server's, or with
+    the server's own if it is self-signed"""
     model: Path | None = None
-    """A model folder to run here, without a server; or Org/Name, in the local Hugging Face cache"""
+    """Run a model without a server: a model folder, a GGUF file, or Org/Name from the local Hugging Face cache"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
     merge_adapter: bool = False
-    """With an adapter as --model: add it to the weights once, instead of computing it in every step"""
+    """If --model is an adapter, add it to the base model's weights once instead of computing it in every step"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
-    """Keep the matrices of --model as integers, which are made when they are loaded"""
+    """Keep the matrices of --model as integers of so many bits, quantized while loading"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the weights, activations and KV cache of --model; auto is bfloat16, and float32 on CPU"""
     mesh: str = ""
-    """Devices to split --model over, as in isthmus serve"""
+    """Devices to split --model over, such as tp=2; isthmus serve --help says more"""
     kernels: str = "auto"
-    """What computes --model, as in isthmus serve"""
+    """Kernels that compute --model: auto, reference, or a name such as cpu; isthmus serve --help says more"""
     compilation_cache: Path | None = None
-    """Where compiled programs are kept; default ~/.cache/isthmus/xla"""
+    """Folder in which compiled programs are kept; by default ~/.cache/isthmus/xla"""
     engine: EngineConfig = field(default_factory=lambda: ALONE)
     """Sizes of the engine that runs --model"""
     chat: bool = False
-    """Talk, with the model's chat template"""
+    """Hold a conversation, using the model's chat template"""
     system: str | None = None
-    """What a chat begins with: how the model is to answer"""
+    """System message of a chat, which tells the model how to answer"""
     max_tokens: int | None = None
+    """Most tokens to generate; by default 256, or what is left of the context if that is less"""
     temperature: float | None = None
-    """0 is greedy. What isn't given here is as the model's makers recommend (generation_config.json: greedy, unless it
-    asks for do_sample), and where they recommend nothing: temperature 1, and the filters off"""
+    """0 is greedy. Without it, as without top_p, top_k and min_p, the model's generation_config.json decides (greedy,
+    unless it sets do_sample); what that leaves open is temperature 1 and no filters"""
     top_p: float | None = None
+    """Keep the smallest set of tokens whose probabilities sum to at least this; 1 is off"""
     top_k: int | None = None
+    """Keep the k likeliest tokens; 0 is off"""
     min_p: float | None = None
+    """Keep tokens that are at least this fraction as likely as the likeliest; 0 is off"""
     parse_special: bool = False
-    """A special token spelt out in the prompt, as <|im_start|>, is that token; otherwise it is text"""
+    """Read a special token that the prompt spells out, such as <|im_start|>, as that token instead of as text"""
     seed: int | None = None
-    """The same seed draws the same text"""
+    """The same seed draws the same text again; by default each run has another"""
 
     def sampling(self) -> SamplingParams:
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
         return SamplingParams(**{name: getattr(self, name) for name in names})
 
     def complete(self, model: Model, prompt: str | Messages) -> Generator[str, None, None]:
-        """The text as it comes."""
+        """Yields the text as it comes."""
         parsed = self.parse_special and isinstance(prompt, str)
         with closing(model.stream(prompt, self.sampling(), parse_special=parsed)) as deltas:
             for delta in deltas:
                 yield delta.text
 
     def read_token(self) -> str | None:
-        """Raises ConfigError when the file can't be read."""
+        """The auth token; None without a file. Raises ConfigError if the file can't be read."""
         try:
             return None if self.auth_token_file is None else read_token(self.auth_token_file)
         except (OSError, ValueError) as error:
             raise ConfigError(f"auth_token_file: {error}") from None
 
     def validate(self) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError for settings that are out of range or don't go together."""
         if self.prompt is None and not self.chat:
             raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
         if self.system is not None and not self.chat:
-            raise ConfigError("--system is for --chat")
+            raise ConfigError("--system needs --chat")
         if self.parse_special and self.chat:
-            raise ConfigError("--parse-special is for a prompt: in a chat a special token is always one")
+            raise ConfigError("--parse-special can't be given with --chat, which always reads special tokens as such")
         if self.model is None and self.folder != FolderOptions():
-            raise ConfigError("--base, --ignore-field and --download are for --model")
+            raise ConfigError("--base, --ignore-field and --download need --model")
         for name in _OF_A_FOLDER:
             if self.model is None and getattr(self, name) != getattr(_DEFAULT, name):
-                raise ConfigError(f"--{name.replace('_', '-')} is for --model")
+                raise ConfigError(f"--{name.replace('_', '-')} needs --model")
         if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
             raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
         for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
@@ -130,7 +136,7 @@ _OF_A_FOLDER = ("merge_adapter", "quantize", "dtype", "mesh", "kernels", "compil
 
 
 def _open(config: GenerateConfig) -> Client | LLM:
-    """The server, or the model in this process. Raises ConfigError and CheckpointError."""
+    """Opens a client of the server, or the model in this process. Raises ConfigError and CheckpointError."""
     if config.model is None:
         return Client(config.address, token=config.read_token(), tls_ca=config.tls_ca)
     from isthmus.llm import LLM
@@ -153,7 +159,7 @@ def _open(config: GenerateConfig) -> Client | LLM:
 
 
 def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
-    """The prompt comes with the first of what follows it: a call that fails has printed nothing."""
+    """Prints the prompt and what follows it, both at once, so that a call that fails at first prints nothing."""
     from isthmus.model.text.tokenizer import looks_special
 
     if not parse_special and (spelt := looks_special(prompt)):
@@ -168,15 +174,15 @@ def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
             print(unsaid + piece, end="", flush=True)
             unsaid = ""
     except Exception:
-        if not unsaid:  # what is said next begins a line
+        if not unsaid:  # the error message begins on a new line
             print(flush=True)
         raise
     print(unsaid)
 
 
 def _reason(error: RequestError, address: str) -> str:
-    """What a server's answer says, and what to do. Every status of ours has details, in the metadata that ends a
-    call."""
+    """The error of a call as a message. It has a hint if the status isn't an Isthmus server's, whose statuses all have
+    details in the call's trailing metadata."""
     code, hint = error.code, ""
     if isinstance(call := error.__cause__, grpc.RpcError):
         code = call.code().name
@@ -209,7 +215,7 @@ def main(argv: Sequence[str]) -> int:
         here = config.model is not None
         print(f"isthmus generate: {error if here else _reason(error, config.address)}", file=sys.stderr)
         return 2 if here and isinstance(error, InvalidRequest) else 1
-    except BrokenPipeError:  # nobody reads any more: commands/main.py ends the process
+    except BrokenPipeError:  # standard output was closed; commands/main.py ends the process
         raise
     except (ConfigError, CheckpointError, OSError, ValueError) as error:
         print(f"isthmus generate: {error}", file=sys.stderr)

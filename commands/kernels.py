@@ -1,4 +1,4 @@
-"""`isthmus kernels`."""
+"""The command `isthmus kernels`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from isthmus.model.ops.cpu.library import KernelError
 from isthmus.model.process.cache_folder import CacheError
 from isthmus.model.process.progress import working
 
-HELP = """Compiles the CPU's kernels ahead of time, and shows which there are.
+HELP = """Compiles the CPU kernels ahead of time, or lists those that have been compiled.
 
-Serving on CPU compiles them for the machine at first use, in some seconds, and keeps them in ~/.cache/isthmus/kernels.
+Serving on CPU compiles them at first use, which takes some seconds, and keeps them in ~/.cache/isthmus/kernels.
 In a container, where that folder may be empty or read-only and a compiler missing, build them into the image.
 
 examples:
   isthmus kernels build                             for this machine and user
   isthmus kernels build --shared --march x86-64-v3  for every user of this Python, on any x86 CPU with AVX2
-  isthmus kernels list                              what is there, and whether it runs here"""
+  isthmus kernels list                              those that have been compiled, and whether they run here"""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class Build:
     """Compiles the kernels."""
 
     march: str = "native"
-    """As the compiler's -march: native, or the least that the machines have which are to run them, such as x86-64-v3
-    (AVX2), x86-64-v4 (AVX-512), sapphirerapids (and its bfloat16 and int8 products), armv8.2-a+dotprod"""
+    """The CPU to compile for, as the compiler's -march: native, or the least capable one to run the kernels on, such as
+    x86-64-v3 (AVX2), x86-64-v4 (AVX-512), sapphirerapids (bfloat16 and int8 products, too), armv8.2-a+dotprod"""
     shared: bool = False
-    """Into this Python environment instead of the user's cache"""
+    """Put the kernels into this Python environment instead of the user's cache folder"""
 
 
 @dataclass(frozen=True)
 class List:
-    """Shows the libraries of this version that lie on this machine."""
+    """Lists the compiled kernels of this version on this machine."""
 
 
 Command = Annotated[Build, tyro.conf.subcommand("build")] | Annotated[List, tyro.conf.subcommand("list")]

@@ -28,10 +28,10 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns the process's exit status: 0 done, 1 failed, 2 asked for something that can't work, 130 interrupted.
 
-    argv: None is the process's own, which then ends with the command.
+    argv: the words after `isthmus`. None takes the process's own, and this process must then run nothing else.
     """
     if argv is None:
-        stop_at_once()  # before all else is imported
+        stop_at_once()  # before anything else is imported
 
         from isthmus.model.process.command import run
 

@@ -1,4 +1,4 @@
-"""`isthmus serve`."""
+"""The command `isthmus serve`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ examples:
   isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt --tls-cert cert.pem --tls-key key.pem
   isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
 
-Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains, a second one ends it at once."""
+Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains the server; a second one ends it."""
 
 
 class _Log(Console):
-    """What a server prints. It goes on when nobody reads that any more."""
+    """The console of a server, which goes on after its standard output was closed."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -67,7 +67,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
     if not await server.run():
         engine = server.session.engine
         hangs = engine is not None and engine.error is None
-        why = "hangs in a step, and is left behind" if hangs else "has ended on an error; see the log above"
+        why = "hangs in a step; the process ends without it" if hangs else "has ended on an error; see the log above"
         console.print(f"isthmus serve: the engine {why}", style="red")
         return 1
     console.print("drained")
@@ -75,7 +75,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
 
 
 def announce(server: Server, console: Console) -> None:
-    """Says what runs and what it took, and what isn't as one might think. The server is ready."""
+    """Prints what a server that is ready runs, how long its start took, and what may come as a surprise."""
     config, model, engine = server.config, server.session.model, server.session.engine
     assert engine is not None
     pages = engine.config.pages - 1
@@ -93,7 +93,7 @@ def announce(server: Server, console: Console) -> None:
     if not config.engine.context_length and engine.config.context_length < model.config.context_length:
         console.print(
             f"context: {engine.config.context_length} of the model's {model.config.context_length} tokens, "
-            "what memory has room for; --engine.context-length sets it",
+            "as many as memory has room for; --engine.context-length sets it",
             highlight=False,
         )
     for setting in model.generation.ignored:
@@ -102,7 +102,7 @@ def announce(server: Server, console: Console) -> None:
 
 
 def _announce_kernels(executor: Executor, wish: str, console: Console) -> None:
-    """Says which implementation each operation took, and what was wanted in vain."""
+    """Prints which implementation each operation takes, and why a kernel that was wanted can't run."""
     kernels, setting = executor.served.execution.kernels, executor.served.setting(executor.mesh)
     console.print(announcement(kernels, setting), highlight=False)
     for fallback in fallbacks(kernels, setting) if wish == AUTO else ():
@@ -110,11 +110,11 @@ def _announce_kernels(executor: Executor, wish: str, console: Console) -> None:
 
 
 def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:
-    """What integers cost, and where that was measured."""
+    """Says what quantizing costs in quality, and on which text or models that was measured."""
     dtype = model.execution.dtype
     if model.config.quantization:
         if (cost := measured(model.path)) is None:
-            yield f"what its integers cost isn't known: {model.path} has no {FILE} of isthmus convert's that says so"
+            yield f"what its integers cost isn't known: {model.path} has no valid {FILE} from isthmus convert"
             return
         yield (
             f"{cost.quantize}: {cost.text()}, measured on {cost.date} over {cost.tokens:,} tokens of {cost.source}, in "
@@ -138,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
     try:
         if status := _run(serve(config, console)):
-            end_at_once(status)  # an engine that hangs would keep the process
+            end_at_once(status)  # an engine that hangs would keep the process alive
         return 0
     except (ConfigError, CheckpointError) as error:
         console.print(f"isthmus serve: {error}", style="red", markup=False)
@@ -146,7 +146,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:
-    """On uvloop, which streams about twice as many messages a second as asyncio's own loop, where it exists."""
+    """Runs `work` on uvloop if it is installed. It streams about twice as many messages a second as asyncio's loop."""
     try:
         import uvloop
     except ImportError:

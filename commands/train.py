@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def preset_table() -> str:
-    """A line for each preset."""
+    """A line for each preset: its parameters, layers, width and context."""
     lines = []
     for name, config in PRESETS.items():
         sized = dataclasses.replace(config, vocab_size=config.vocab_size or DataConfig().vocab_size)
@@ -47,27 +47,27 @@ examples:
   isthmus train --init models/Qwen3-0.6B chats.jsonl --steps 300 --model.lora.rank 8 --out runs/adapter
   isthmus train --resume --out runs/mine
 
---preset, by parameters with a vocabulary of its default size:
+Values of --preset, with their parameters at the default size of the vocabulary:
 {preset_table()}
 
 --init starts from a model folder, ours or as Hugging Face publishes it, with its tokenizer and chat template; the
 learning rate then defaults to 2e-5. With --model.lora.rank, adapters alone are trained (2e-4), and --out becomes a PEFT
-adapter folder. A .jsonl file holds a document a line (a .json file one, or an array of them), either of
-  {{"text": "all of it is learnt, and where it ends"}}
+adapter folder. A .jsonl file holds a document in each line, a .json file one document or an array of them, each either
+  {{"text": "all of it is learnt, and where it ends"}} or
   {{"messages": [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]}}
 
-Of messages, written as the chat template writes them, what the assistant says is learnt. A document longer than
---text.seq is cut: what follows is learnt without seeing what came before. All other files are text, in UTF-8 or
-UTF-16; each may be gzipped. Of a folder all is read but what is hidden, linked, binary or a text above 64 MiB, and what
-was left out is said.
+Of messages, which the chat template writes as text, only what the assistant says is learnt. A document longer than
+--text.seq is cut: each part is learnt without seeing the parts before it. All other files are text, in UTF-8 or UTF-16.
+Any file may be gzipped. A folder is read whole but for what is hidden, linked, binary or a text above 64 MiB; what is
+left out is printed.
 
 Ctrl-C saves a checkpoint and ends; --resume goes on from it, bit for bit as if it had never stopped. With
---optimizer.schedule wsd, --resume --steps N also lengthens a run, until its learning rate decays."""
+--optimizer.schedule wsd, --resume --steps N can also lengthen a run whose learning rate doesn't decay yet."""
 
 
 @dataclass(frozen=True)
 class _Start:
-    """The settings that decide what all others default to, spelt as in TrainConfig."""
+    """The settings that decide the defaults of all others, named as in TrainConfig."""
 
     preset: str | None = None
     init: Path | None = None
@@ -78,7 +78,7 @@ class _Start:
     lora_rank: Annotated[int, tyro.conf.arg(name="model.lora.rank")] = 0
 
     def defaults(self) -> TrainConfig:
-        """What is trained unless other flags say otherwise. Raises ConfigError."""
+        """The configuration that all other flags change. Raises ConfigError."""
         if self.resume:
             from isthmus.train.resume import load_saved
 
@@ -87,16 +87,16 @@ class _Start:
             from isthmus.train.start import fine_tuning
 
             if self.preset is not None:
-                raise ConfigError("preset can't be set with --init: the model in the folder has its size")
+                raise ConfigError("preset can't be set with --init: the model in the folder decides the size")
             options = FolderOptions(ignore_field=self.ignore_field, download=self.download)
             return fine_tuning(self.init, adapters=self.lora_rank != 0, options=options)
         return TrainConfig() if self.preset is None else of_preset(self.preset)
 
 
 def of_preset(name: str) -> TrainConfig:
-    """What training a preset starts from. Raises ConfigError for a name that is none."""
+    """The default configuration for training a preset. Raises ConfigError for an unknown name."""
     if name not in PRESETS:
-        raise ConfigError(f"preset: {name!r} is none of {', '.join(PRESETS)}")
+        raise ConfigError(f"preset={name!r} must be one of {', '.join(PRESETS)}")
     model, execution = PRESETS[name], PRESET_EXECUTIONS.get(name, DEFAULT_EXECUTION)
     return TrainConfig(preset=name, model=model, execution=execution, text=DataConfig().fitted(model.context_length))
 
@@ -105,14 +105,14 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     """Reads the command line. Raises ConfigError."""
     start, _ = tyro.cli(_Start, args=list(argv), return_unknown_args=True, add_help=False)
     config = tyro.cli(TrainConfig, args=list(argv), default=start.defaults(), description=HELP, prog="isthmus train")
-    # Repeated flags are laid after the default's, which a resumed run has already.
+    # tyro appends repeated flags to the default, and a resumed run's default holds them already.
     return dataclasses.replace(config, ignore_field=tuple(dict.fromkeys(config.ignore_field)))
 
 
 @functools.cache
 def _hush_failed_saves() -> None:
-    """When a write of a checkpoint fails, TensorStore and asyncio report each of the others that were under way, in
-    tracebacks of their own; the error itself comes as a CheckpointError."""
+    """Keeps TensorStore and asyncio from printing a traceback for each other write that was under way when a write of a
+    checkpoint fails. The failure itself is raised as a CheckpointError."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     inner = sys.unraisablehook
 
@@ -124,10 +124,10 @@ def _hush_failed_saves() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the process's exit status: 1 where the run or the machine failed, 2 where it was asked for what can't
-    work, 128 + the number of the signal that ended it early: it isn't done, whatever waits for it."""
+    """Returns the process's exit status: 0 if the run is done, 1 if it or the machine failed, 2 if its configuration
+    can't work, 128 + the signal's number if a signal ended it early."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text in the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be text in the terminal's encoding
     console = Console(soft_wrap=True, highlight=False, markup=False)
 
     def failed(error: object, status: int) -> int:

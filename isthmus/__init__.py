@@ -58,7 +58,7 @@ _HOME = {
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [  # found by __getattr__
+__all__ = [  # imported by __getattr__
     "LLM",
     "AsyncClient",
     "AsyncLLM",
@@ -89,7 +89,7 @@ __all__ = [  # found by __getattr__
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # a package that can be called: see train/__init__.py
+    if name == "train":  # a package that can be called, as train/__init__.py explains
         return importlib.import_module("isthmus.train")
     if name not in _MODULES:
         raise AttributeError(f"module 'isthmus' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The client of a server's isthmus.v1 API for asyncio."""
+"""A client of a server's isthmus.v1 API: for asyncio, typed, without jax."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class AsyncClient(AsyncModel):
-    """Calls one server, from the event loop that it is first used on. Every method raises RequestError; `timeout` is
+    """Calls one server, on the event loop that it is first used on. Every method raises RequestError; `timeout` is
     the deadline in seconds."""
 
     def __init__(
@@ -31,14 +31,14 @@ class AsyncClient(AsyncModel):
         tls_ca: Path | str | None = None,
         at_once: int = AT_ONCE,
     ) -> None:
-        """As Client."""
+        """Takes the arguments of `Client`, and raises the same errors."""
         self._target, self._at_once = target, at_once
         self._credentials = choose_credentials(credentials, tls_ca)
         self._metadata = bearer(token)
 
     @cached_property
     def channel(self) -> grpc.aio.Channel:
-        """Made on the loop that it belongs to."""
+        """The gRPC channel, made at first use, on the event loop that is then running."""
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, OPTIONS)
         return grpc.aio.secure_channel(self._target, self._credentials, OPTIONS)
@@ -102,14 +102,14 @@ class AsyncClient(AsyncModel):
         )
 
     async def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
-        """Ends requests by their ids, whoever made them. Returns those that were found in flight."""
+        """Ends requests by their ids, whoever made them. Returns the ids that were in flight."""
         request = control_pb2.CancelRequest(request_ids=request_ids)
         return list(
             (await self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout)).cancelled_request_ids
         )
 
     async def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:
-        """kind: the answer's."""
+        """The response of `method`, which is a `kind`. Raises RequestError."""
         try:
             answer: T = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:

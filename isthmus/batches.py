@@ -1,4 +1,4 @@
-"""Lists of questions: asked so many at once, answered in order, each failing alone."""
+"""Asks lists of questions, a limited number at once. Outcomes come in order, and each question fails alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isthmus.types import Completion, Question
 
 Outcome = Completion | RequestError
 Tick = Callable[[int], None]
-"""Told how many more have ended; negative where some are asked again"""
+"""Called with how many more questions have ended; negative if some are asked again"""
 
 
 class Pending(Protocol):
@@ -25,16 +25,16 @@ class Pending(Protocol):
         """Waits for the completion. Raises RequestError."""
 
     def cancel(self) -> None:
-        """Ends it, unless it has ended."""
+        """Ends the request, unless it has ended already."""
 
     def then(self, call: Callable[[], object]) -> None:
-        """call() once it has ended, on another thread, or at once; it must return quickly."""
+        """Calls `call` once the request has ended, on another thread or at once. `call` must return quickly."""
 
 
 def ask_all(
     begin: Callable[[Question], Pending], questions: Sequence[Question], at_once: int, tick: Tick
 ) -> list[Outcome]:
-    """What becomes of each. One that there was no room for is asked again as long as others get through."""
+    """The outcome of each question. Those refused as Overloaded are asked again, unless all that were asked were."""
     outcomes: dict[int, Outcome] = {}
     todo = list(range(len(questions)))
     while todo:
@@ -47,7 +47,7 @@ def ask_all(
 
 
 def _to_repeat(outcomes: Mapping[int, Outcome], asked: Sequence[int]) -> tuple[list[int], float]:
-    """Which of those that were asked to ask again, and after how many seconds. None where not one got through."""
+    """The questions to ask again, and after how many seconds: those that were Overloaded, unless all of them were."""
     refused = {index: outcome for index in asked if isinstance(outcome := outcomes[index], Overloaded)}
     if len(refused) == len(asked):
         return [], 0.0
@@ -94,7 +94,7 @@ def _outcome(pending: Pending | RequestError) -> Outcome:
 async def ask_all_async(
     ask: Callable[[Question], Awaitable[Completion]], questions: Sequence[Question], at_once: int, tick: Tick
 ) -> list[Outcome]:
-    """As `ask_all`. Cancelled, it cancels all."""
+    """`ask_all` for asyncio. If it is cancelled, so is every question under way."""
     outcomes: dict[int, Outcome] = {}
     todo = list(range(len(questions)))
     while todo:
@@ -127,7 +127,10 @@ async def _ask_once_async(
 
 @contextlib.contextmanager
 def progress_bar(total: int, progress: bool | None) -> Iterator[Tick]:
-    """Yields what moves the bar on standard error. progress: None is whether that is a terminal."""
+    """Yields a function that advances a progress bar on standard error.
+
+    progress: whether to show the bar; None shows it if standard error is a terminal.
+    """
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda more: None
         return

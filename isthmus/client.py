@@ -18,16 +18,16 @@ __all__ = ["Client", "bearer", "finish_reason_name", "generate_request", "read_t
 T = TypeVar("T")
 
 MAX_MESSAGE_BYTES = 64 << 20
-"""Most bytes of an answer; gRPC's own limit is 4 MiB"""
+"""Most bytes of a response; gRPC's default is 4 MiB"""
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),  # a server that is gone is noticed while an answer is waited for
+    ("grpc.keepalive_time_ms", 20_000),  # to notice a server that is gone while waiting for its response
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 AT_ONCE = 64
-"""Items of a list that are asked at once, unless it is said otherwise"""
+"""How many items of a list a client asks at once by default"""
 
 
 def generate_request(
@@ -39,9 +39,9 @@ def generate_request(
     request_id: str = "",
     **options: Unpack[SamplingOptions],
 ) -> inference_pb2.GenerateRequest:
-    """The message that `Client` sends, for who calls the API without it.
+    """The message that `Client` sends, for programs that call the API without it.
 
-    options: the fields of SamplingParams. Raises InvalidRequest for what the message can't hold.
+    options: the fields of SamplingParams. Raises InvalidRequest for a value that the message can't hold.
     """
     asked = to_question(prompt, None, options, arguments=template_arguments)
     message = message_of(asked, token_ids=return_token_ids)
@@ -50,7 +50,7 @@ def generate_request(
 
 
 def read_token(path: Path) -> str:
-    """The auth token that a file holds. Raises OSError, and ValueError for what isn't one line of printable ASCII."""
+    """The auth token in a file. Raises OSError, and ValueError for a file that isn't one line of printable ASCII."""
     data = path.read_bytes().strip()
     if not data or not data.isascii() or not data.decode("ascii").isprintable():
         raise ValueError(f"{path} must hold one line of printable ASCII")
@@ -58,19 +58,22 @@ def read_token(path: Path) -> str:
 
 
 def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
-    """ca: a file in PEM with the certificate of who signed the server's, or a self-signed server's own. Raises
-    OSError."""
+    """Credentials to call a server with TLS. Raises OSError.
+
+    ca: a PEM file with the certificate of the authority that signed the server's, or with a self-signed server's own.
+    """
     return grpc.ssl_channel_credentials(Path(ca).read_bytes())
 
 
 def choose_credentials(
     credentials: grpc.ChannelCredentials | None, tls_ca: Path | str | None
 ) -> grpc.ChannelCredentials | None:
-    """The one that was given; None is plain text. Raises ValueError when both were, and OSError."""
+    """The credentials that are given or made from tls_ca; None is plain text. Raises ValueError if both are given, and
+    OSError if tls_ca can't be read."""
     if tls_ca is None:
         return credentials
     if credentials is not None:
-        raise ValueError("give credentials or tls_ca")
+        raise ValueError("give credentials or tls_ca, not both")
     return tls_credentials(tls_ca)
 
 
@@ -91,10 +94,11 @@ class Client(Model):
         tls_ca: Path | str | None = None,
         at_once: int = AT_ONCE,
     ) -> None:
-        """target: host:port. token: what --auth-token-file holds. credentials: for TLS; None is plain text. tls_ca: for
-        TLS too, as tls_credentials takes it. at_once: most items of a list that are asked at once.
+        """target: host:port. token: the server's auth token. credentials: for a server with TLS. tls_ca: in place of
+        credentials, the PEM file that `tls_credentials` takes. at_once: most items of a list that are asked at once.
 
-        Raises OSError when tls_ca can't be read, and ValueError when both are given.
+        Without credentials and tls_ca, calls are plain text. Raises OSError if tls_ca can't be read, and ValueError if
+        both are given.
         """
         chosen = choose_credentials(credentials, tls_ca)
         if chosen is not None:
@@ -148,14 +152,14 @@ class Client(Model):
         return self._call(self._control.GetLoad, control_pb2.GetLoadRequest(), control_pb2.GetLoadResponse, timeout)
 
     def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
-        """Ends requests by their ids, whoever made them. Returns those that were found in flight."""
+        """Ends requests by their ids, whoever made them. Returns the ids that were in flight."""
         request = control_pb2.CancelRequest(request_ids=request_ids)
         return list(
             self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout).cancelled_request_ids
         )
 
     def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:
-        """kind: the answer's."""
+        """The response of `method`, which is a `kind`. Raises RequestError."""
         try:
             answer: T = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
@@ -195,7 +199,7 @@ class _Call:
 
 
 class Gathered:
-    """The events of a stream as deltas."""
+    """Turns the events of a stream into deltas."""
 
     def __init__(self) -> None:
         self._started = inference_pb2.Started()
@@ -203,7 +207,7 @@ class Gathered:
         self._ids: list[int] = []
 
     def take(self, event: inference_pb2.GenerateStreamResponse) -> Delta | None:
-        """The delta that an event is, if it is one."""
+        """The delta for an event; None for the event that starts the stream."""
         match event.WhichOneof("event"):
             case "started":
                 self._started = event.started

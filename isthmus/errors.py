@@ -1,7 +1,7 @@
 """The errors that Isthmus raises for what its user asked of it. Imports nothing of the package.
 
-What becomes of a request is said by the subclasses of RequestError, alike by LLM, Client and AsyncClient. Each has the
-name of the gRPC status that it travels as.
+A request without a result raises a subclass of RequestError, the same from LLM, Client and AsyncClient. Its `code` is
+the name of the gRPC status that a server answers with.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from isthmus.types import Completion
 
 RETRY_SECONDS = 1.0
-"""About the time that a full queue takes to move"""
+"""Seconds to wait before asking again: about the time that a full queue takes to move"""
 
 
 class ConfigError(ValueError):
@@ -21,10 +21,10 @@ class ConfigError(ValueError):
 
 
 class RequestError(Exception):
-    """A request that has no result. The subclasses say why; this class itself is a status that has none of them."""
+    """A request that has no result. Subclasses say why; this class itself stands for every other gRPC status."""
 
     code: ClassVar[str] = "UNKNOWN"
-    """The gRPC status that says the same"""
+    """The name of the gRPC status that means the same"""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -32,8 +32,8 @@ class RequestError(Exception):
 
 
 class InvalidRequest(RequestError, ValueError):
-    """A request that could never be run. `field` names the argument at fault, as `prompt`, `temperature` or
-    `stop_token_ids[2]`; it is empty where no single one is. `message` says what is wrong with it."""
+    """A request that could never be run. `field` names the argument at fault, such as `prompt`, `temperature`
+    or `stop_token_ids[2]`; it is empty if no single one is. `message` says what is wrong with it."""
 
     code = "INVALID_ARGUMENT"
 
@@ -46,35 +46,35 @@ class InvalidRequest(RequestError, ValueError):
 
 
 class DuplicateRequest(InvalidRequest):
-    """A request of this id is in flight already."""
+    """A request with this id is in flight already."""
 
     code = "ALREADY_EXISTS"
 
 
 class Overloaded(RequestError):
-    """Too much waits already."""
+    """Too many requests, or too much text, are waiting already."""
 
     code = "RESOURCE_EXHAUSTED"
 
     def __init__(self, message: str, retry_after: float | None = RETRY_SECONDS) -> None:
-        """retry_after: seconds until it may be worth asking again; None is not known."""
+        """retry_after: seconds until it may be worth asking again; None if that isn't known."""
         super().__init__(message)
         self.retry_after = retry_after
 
 
 class Unavailable(RequestError):
-    """There is nobody who could take the request: not reached, still loading, shutting down, or closed."""
+    """The model can't take the request: it can't be reached, is still loading, is shutting down, or was closed."""
 
     code = "UNAVAILABLE"
 
     def __init__(self, message: str, retry_after: float | None = RETRY_SECONDS) -> None:
-        """retry_after: seconds until it may be worth asking again; None is not known."""
+        """retry_after: seconds until it may be worth asking again; None if that isn't known."""
         super().__init__(message)
         self.retry_after = retry_after
 
 
 class Cancelled(RequestError):
-    """The request was cancelled by somebody else than who waits for it."""
+    """The request was cancelled by somebody other than its caller."""
 
     code = "CANCELLED"
 
@@ -86,14 +86,14 @@ class DeadlineExceeded(RequestError, TimeoutError):
 
 
 class Unauthenticated(RequestError):
-    """The server wants a token, or another one."""
+    """The server needs an auth token, and the call had none or a wrong one."""
 
     code = "UNAUTHENTICATED"
 
 
 class RequestFailed(RequestError):
     """The request failed by no fault of its own. `reason` is a constant that programs can match: ENGINE_DEAD,
-    REQUEST_FAILED, NON_FINITE_LOGITS or CALL_FAILED; empty where the server gave none."""
+    REQUEST_FAILED, NON_FINITE_LOGITS or CALL_FAILED; it is empty if the server gave none."""
 
     code = "INTERNAL"
 
@@ -103,8 +103,8 @@ class RequestFailed(RequestError):
 
 
 class BatchError(RequestError):
-    """Some items of a list failed, and the others didn't. `results` has what became of each, in the order of the list;
-    `errors` has those that failed, by their index."""
+    """At least one item of a list failed. `results` has the outcome of each, in the order of the list; `errors` has the
+    errors alone, by index."""
 
     def __init__(self, results: Sequence[Completion | RequestError]) -> None:
         self.results = list(results)
@@ -113,8 +113,8 @@ class BatchError(RequestError):
         }
         first, error = next(iter(self.errors.items()))
         super().__init__(
-            f"{len(self.errors)} of {len(self.results)} failed, first the one at {first}: {error} "
-            "(`results` of this error has the others; return_errors=True returns all)"
+            f"{len(self.errors)} of {len(self.results)} failed, the first at index {first}: {error} "
+            "(this error's `results` has all outcomes; return_errors=True returns them instead of raising)"
         )
 
     def __reduce__(self) -> tuple[type[BatchError], tuple[list[Completion | RequestError]]]:

@@ -1,5 +1,5 @@
-"""A model in this process: the engine that serves, called from Python. No subprocess, no signal handlers; any thread
-and any event loop may call it."""
+"""A model in this process, run by the engine that serves. It starts no subprocess and sets no signal handlers; any
+thread and any event loop may call it."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["none", "int8", "int6", "int5", "int4"]
 
 CLOSE_SECONDS = 60.0
-"""What a step that is under way has to end in when the model is closed"""
+"""Seconds that a step under way has to end when the model is closed"""
 MOST_AT_ONCE = 512
-"""Tokens that are decoded in a row on an event loop: about 3 ms"""
+"""Most tokens that are decoded in a row on an event loop, which takes about 3 ms"""
 
 logger = logging.getLogger("isthmus")
 
 
 class LLM(Model):
-    """A model folder's engine, compiled and running. `close` it, or use it in a with statement.
+    """A model, compiled and running in an engine. `close` it, or use it in a with statement.
 
-    Lists run as many at once as the engine has room for. After `close` every call raises Unavailable. Once the engine
-    has ended on an error of the device, calls raise RequestFailed of the reason ENGINE_DEAD, with that error as cause.
+    Of a list, as many items run at once as the engine has room for. After `close` every call raises Unavailable. Once
+    an error of the device has ended the engine, calls raise RequestFailed with the reason ENGINE_DEAD and that error as
+    its cause.
     """
 
     def __init__(
@@ -70,14 +71,15 @@ class LLM(Model):
         compilation_cache: str | os.PathLike[str] | None = None,
         progress: bool | None = None,
     ) -> None:
-        """path: a model folder, of ours or as Hugging Face publishes it, an adapter's, a GGUF file, or a name like
-        Org/Name in the local Hugging Face cache. dtype: of weights, activations and KV cache; auto is bfloat16, and
-        float32 on CPU. quantize: keep matrices as integers, made while loading. mesh: the devices to split it over; by
-        default one. kernels: "auto", "reference", or a kernel's name, as `isthmus serve --kernels`. engine: its sizes.
-        merge_adapter: add an adapter to the weights once. base: the folder of the model that an adapter adapts.
-        ignore_field: fields of a published config.json to go on without. download: fetch a name that the cache hasn't.
-        compilation_cache: where compiled programs are kept; by default where JAX was told to keep them, or in
-        ~/.cache/isthmus/xla. progress: whether to show how loading goes; None shows it if standard error is a terminal.
+        """path: a model folder, from `isthmus train` or as Hugging Face publishes it, an adapter's folder, a GGUF file,
+        or a name like Org/Name in the local Hugging Face cache. dtype: of weights, activations and KV cache; auto is
+        bfloat16, and float32 on CPU. quantize: keep matrices as integers, quantized while loading. mesh: the devices to
+        split the model over; by default one. kernels: "auto", "reference", or a name, as for `isthmus serve --kernels`.
+        engine: the engine's sizes. merge_adapter: add an adapter to its base model's weights once. base: the folder or
+        Org/Name of an adapter's base model. ignore_field: fields of config.json to read as if absent. download: fetch
+        an Org/Name that the local cache lacks. compilation_cache: folder for compiled programs; by default the one that
+        JAX is set to, or ~/.cache/isthmus/xla. progress: whether to show how loading goes; None shows it if standard
+        error is a terminal.
 
         Raises ConfigError, naming the setting, and CheckpointError for a folder whose weights can't be read.
         """
@@ -93,7 +95,7 @@ class LLM(Model):
         self._workers = Workers()
         self._closing = weakref.finalize(self, _close, self._engine, self._workers)
         self._closing.atexit = False
-        atexit.register(self._closing)  # before JAX's own, which was registered earlier
+        atexit.register(self._closing)  # runs before JAX's exit handler, which was registered earlier
 
     @property
     def context_length(self) -> int:
@@ -102,13 +104,14 @@ class LLM(Model):
 
     @property
     def at_once(self) -> int:
-        """As many as the engine runs, and as many again that wait, so that no place in it is ever empty."""
+        """Most items of a list that are asked at once: as many as the engine runs, and as many again that wait, so that
+        no slot is ever empty."""
         engine = self._engine.config
         return engine.max_sequences + min(engine.max_sequences, engine.max_waiting)
 
     @cached_property
     def aio(self) -> AsyncLLM:
-        """The same model for asyncio, on whatever loops it is called from."""
+        """This model for asyncio, on any event loops that call it."""
         return AsyncLLM(self)
 
     def begin(self, question: Question, timeout: float | None = None) -> _Begun:
@@ -139,9 +142,9 @@ class LLM(Model):
         return detokenized(self._model.tokenizer, token_ids)
 
     def close(self) -> None:
-        """Ends what is under way, as Unavailable, and frees the device's memory. The second time it does nothing.
+        """Ends requests in flight with Unavailable, and frees the device's memory. A second call does nothing.
 
-        Raises RequestFailed where a step doesn't end: the memory stays taken.
+        Raises RequestFailed if the step under way doesn't end; the memory is then not freed.
         """
         atexit.unregister(self._closing)
         self._closing()
@@ -175,7 +178,7 @@ class _Begun:
         try:
             if not self._end.wait(_left(self._deadline)):
                 raise _too_late(self._timeout)
-        finally:  # who stops waiting, by Ctrl-C say, doesn't want it any more
+        finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the request any more
             self.cancel()
         return Answer(self._llm._model.tokenizer, self._request).whole()
 
@@ -187,7 +190,7 @@ class _Begun:
 
 
 class AsyncLLM(AsyncModel):
-    """An LLM for asyncio. Closing is the LLM's."""
+    """An LLM for asyncio. It ends when its LLM is closed."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -241,7 +244,7 @@ class AsyncLLM(AsyncModel):
 
     async def _prepared(self, question: Question) -> Request:
         prompt = question.prompt
-        template = isinstance(prompt, Conversation)  # a program: it may take a second over a short text
+        template = isinstance(prompt, Conversation)  # a template is a program: even a short text may take it a second
         size = len(prompt.text) if isinstance(prompt, TextPrompt) else 0
         size = len(prompt.ids) if isinstance(prompt, TokenPrompt) else size
         return await self._run(size, partial(self._llm._preparation.request, question), always=template)
@@ -257,7 +260,7 @@ def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _keep_programs(folder: str | os.PathLike[str] | None) -> None:
-    """Where somebody has told JAX where to keep programs, that stays."""
+    """Sets the folder for compiled programs. None keeps the one that JAX is set to, if there is one."""
     if folder is None and jax.config.jax_compilation_cache_dir is not None:
         return
     if warning := enable_compilation_cache(None if folder is None else Path(folder)):
@@ -274,7 +277,7 @@ def _load(model: ModelFolder, engine: EngineConfig, mesh: MeshShape, kernels: st
 
 @contextmanager
 def _shown(progress: bool | None) -> Iterator[Callable[[str], None]]:
-    """Yields what is told how loading goes."""
+    """Yields a function that shows a text about how loading goes, or does nothing. progress: as in LLM."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda text: None
         return
@@ -289,7 +292,7 @@ def _shown(progress: bool | None) -> Iterator[Callable[[str], None]]:
 def _close(engine: Engine, workers: Workers) -> None:
     workers.close()
     if not engine.close(CLOSE_SECONDS):
-        raise RequestFailed(f"the step under way hasn't ended in {CLOSE_SECONDS:g} s: its memory stays taken")
+        raise RequestFailed(f"the step under way hasn't ended in {CLOSE_SECONDS:g} s: the device's memory is not freed")
     engine.executor.free()
 
 

@@ -1,4 +1,4 @@
-"""Between the library's own types and the messages and statuses of isthmus.v1."""
+"""Converts between the library's own types and the messages and statuses of isthmus.v1."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ API_FIELDS = {
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
 }
-"""What a GenerateRequest calls the library's arguments; those that aren't here are called alike, but for `prompt`"""
+"""The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
-"""What it calls `prompt`, by the kind of it"""
+"""The kinds of prompt in a GenerateRequest, and the field of each that the library's `prompt` stands for"""
 _ARGUMENTS = {theirs: ours for ours, theirs in API_FIELDS.items()} | {"text": "prompt", "token_ids.ids": "prompt"}
 _DETAILS = "grpc-status-details-bin"
 
 
 def rename(field: str, names: Mapping[str, str]) -> str:
-    """A field such as `prompt[2]` or `messages[1].role`, whose first part is called otherwise."""
+    """A field such as `prompt[2]` or `messages[1].role`, with its first part renamed as `names` maps it."""
     for name in sorted(names, key=len, reverse=True):
         if field == name or field.startswith((f"{name}[", f"{name}.")):
             return names[name] + field[len(name) :]
@@ -54,7 +54,8 @@ def rename(field: str, names: Mapping[str, str]) -> str:
 
 
 def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.GenerateRequest:
-    """token_ids: whether the answer is to have them. Raises InvalidRequest for what the message can't hold."""
+    """The message for a question. token_ids: whether the response is to hold them. Raises InvalidRequest for a value
+    that the message can't hold."""
     message = inference_pb2.GenerateRequest(request_id=question.request_id)
     match question.prompt:
         case TextPrompt(text, parse_special):
@@ -85,7 +86,7 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
 
 
 def fitting(field: str, put: Callable[[], T]) -> T:
-    """put() a value into a message. Raises InvalidRequest where it doesn't fit."""
+    """Returns put(), which sets a field of a message. Raises InvalidRequest if the value doesn't fit."""
     try:
         return put()
     except (ValueError, TypeError) as error:
@@ -102,7 +103,7 @@ def _json(arguments: Mapping[str, object]) -> str:
 def completion_of(
     started: inference_pb2.Started, text: str, token_ids: tuple[int, ...], finished: inference_pb2.Finished
 ) -> Completion:
-    """What a call gave, put together."""
+    """The completion that the parts of a response make up."""
     usage, times = finished.usage, finished.timings
     return Completion(
         text=text,
@@ -122,7 +123,7 @@ def completion_of(
 
 
 def finish_reason_name(reason: int) -> str:
-    """As FinishReason calls it."""
+    """The name that isthmus.types.FinishReason has for a value of the message's enum, such as EOS."""
     return str(inference_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_"))
 
 
@@ -134,7 +135,8 @@ def _seconds(duration: duration_pb2.Duration) -> float:
 
 
 def error_of(call: grpc.RpcError, *, generating: bool = True) -> RequestError:
-    """What the status of a call that failed says. generating: whether the call's fields are a GenerateRequest's."""
+    """The exception for a call that failed. generating: whether the fields in its status are a GenerateRequest's, which
+    are renamed to the library's arguments."""
     code, message, status = call.code(), call.details() or "", _status(call)
     violations = _detail(status, error_details_pb2.BadRequest).field_violations
     field = violations[0].field if violations else ""
@@ -165,7 +167,7 @@ _PLAIN = {kind.code: kind for kind in (Cancelled, DeadlineExceeded, Unauthentica
 
 
 def _status(call: grpc.RpcError) -> status_pb2.Status:
-    """With the google.rpc details that came with a call, if any did."""
+    """The status that came with the google.rpc details of a call; an empty one if none did."""
     for key, value in cast(Iterable[tuple[str, bytes]], call.trailing_metadata() or ()):
         if key == _DETAILS:
             return status_pb2.Status.FromString(value)
@@ -173,7 +175,7 @@ def _status(call: grpc.RpcError) -> status_pb2.Status:
 
 
 def _detail(status: status_pb2.Status, kind: type[T]) -> T:
-    """The detail of this kind; an empty one where there is none."""
+    """The detail of this kind; an empty one if there is none."""
     found = kind()
     for detail in status.details:
         if detail.Unpack(found):

@@ -1,11 +1,11 @@
-"""What a model can be asked, wherever it runs: `LLM` and `Client` are Models, `LLM.aio` and
-`AsyncClient` are AsyncModels.
+"""What a model can be asked, wherever it runs: `LLM` and `Client` are Models, `LLM.aio` and `AsyncClient` are
+AsyncModels.
 
-One prompt gives one completion, a list gives a list in its order. An item that fails is its own error and no other's:
-when all have ended, BatchError is raised, whose `results` has what became of each; with return_errors=True the list has
-the error in its place instead.
+One prompt gives one completion; a list gives a list in the same order. An item that fails doesn't end the others: when
+all have ended, BatchError is raised, whose `results` has the outcome of each. With return_errors=True the list is
+returned instead, with an error in place of each item that failed.
 
-A subclass has `generate`, `chat` and `stream` from here; it brings what they stand on, `begin` (or `ask`) and `follow`.
+A subclass inherits `generate`, `chat` and `stream`, and implements what they call: `begin` (or `ask`) and `follow`.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ C = TypeVar("C", bound=Messages)
 
 
 class CallOptions(SamplingOptions, total=False):
-    """Keywords of a call. Those of SamplingParams change `sampling` for this call."""
+    """Keywords of a call. The fields of SamplingParams among them replace those of `sampling`, for this call."""
 
     timeout: float | None
     """Seconds until DeadlineExceeded, for each item of a list; None is no limit"""
     progress: bool | None
-    """Whether to show how far a list is; None is where standard error is a terminal"""
+    """Whether to show how much of a list is done; None shows it if standard error is a terminal"""
 
 
 class GenerateOptions(CallOptions, total=False):
     """Keywords of `generate`."""
 
     parse_special: bool
-    """Whether a special token spelt out in a text is that token; otherwise it is text"""
+    """Whether a special token that a text spells out is read as that token, instead of as text"""
 
 
 class ChatOptions(CallOptions, total=False):
     """Keywords of `chat`."""
 
     template_arguments: Mapping[str, object]
-    """Variables of the chat template, as {"enable_thinking": False}, which reach it in this order"""
+    """Variables of the chat template, such as {"enable_thinking": False}; they reach it in this order"""
 
 
 class StreamOptions(SamplingOptions, total=False):
-    """Keywords of `stream`, as above."""
+    """Keywords of `stream`, which mean what they do for `generate` and `chat`."""
 
     timeout: float | None
     parse_special: bool
@@ -66,7 +66,7 @@ class StreamOptions(SamplingOptions, total=False):
 
 
 class Model(Protocol):
-    """The synchronous form. Safe to use from several threads."""
+    """A model with synchronous calls. Safe to use from several threads."""
 
     @overload
     def generate(
@@ -101,7 +101,7 @@ class Model(Protocol):
         progress: bool | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
-        """Goes on from a text or token ids. Raises RequestError."""
+        """Continues a text or token ids. Raises RequestError."""
         if (prompts := _prompts(prompt)) is None:
             return self.begin(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout).result()
         questions = [to_question(one, sampling, options, parse_special) for one in prompts]
@@ -140,7 +140,7 @@ class Model(Protocol):
         progress: bool | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
-        """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
+        """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         if (talks := _conversations(messages)) is None:
             talk = _talk(messages)
             return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
@@ -153,14 +153,14 @@ class Model(Protocol):
         sampling: SamplingParams | None = None,
         **options: Unpack[StreamOptions],
     ) -> Generator[Delta, None, None]:
-        """The same as it comes, for a text, token ids or a conversation; the last delta has the completion. Closing the
-        generator ends the request. Raises RequestError, also between deltas."""
+        """Continues a text or token ids, or answers a conversation, and yields the result as it comes. The last delta
+        has the completion. Closing the generator ends the request. Raises RequestError, also between deltas."""
         asked, timeout = streamed(prompt, sampling, options)
         return self.follow(asked, timeout)
 
     @abstractmethod
     def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """The token ids of a text, with what the tokenizer puts before it. Raises RequestError."""
+        """The token ids of a text, with those that the tokenizer adds, such as a first one. Raises RequestError."""
 
     @abstractmethod
     def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -168,11 +168,11 @@ class Model(Protocol):
 
     @abstractmethod
     def begin(self, question: Question, timeout: float | None = None) -> Pending:
-        """Asks, and doesn't wait. Raises RequestError for what can be refused at once."""
+        """Starts a request without waiting for it. Raises RequestError if it is refused at once."""
 
     @abstractmethod
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
-        """As `stream`."""
+        """Yields the answer to a question as it comes, as `stream` does."""
 
     @property
     @abstractmethod
@@ -188,7 +188,7 @@ class Model(Protocol):
 
 
 class AsyncModel(Protocol):
-    """The same for asyncio. Cancelling the task that waits ends the request."""
+    """A model with calls for asyncio. Cancelling the task that waits for a call ends its request."""
 
     @overload
     async def generate(
@@ -223,7 +223,7 @@ class AsyncModel(Protocol):
         progress: bool | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
-        """Goes on from a text or token ids. Raises RequestError."""
+        """Continues a text or token ids. Raises RequestError."""
         if (prompts := _prompts(prompt)) is None:
             return await self.ask(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout)
         questions = [to_question(one, sampling, options, parse_special) for one in prompts]
@@ -262,7 +262,7 @@ class AsyncModel(Protocol):
         progress: bool | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
-        """Answers a conversation, written as the model's chat template writes it. Raises RequestError."""
+        """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         if (talks := _conversations(messages)) is None:
             talk = _talk(messages)
             return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
@@ -275,14 +275,14 @@ class AsyncModel(Protocol):
         sampling: SamplingParams | None = None,
         **options: Unpack[StreamOptions],
     ) -> AsyncGenerator[Delta, None]:
-        """The same as it comes, for a text, token ids or a conversation; the last delta has the completion. Closing the
-        generator ends the request. Raises RequestError, also between deltas."""
+        """Continues a text or token ids, or answers a conversation, and yields the result as it comes. The last delta
+        has the completion. Closing the generator ends the request. Raises RequestError, also between deltas."""
         asked, timeout = streamed(prompt, sampling, options)
         return self.follow(asked, timeout)
 
     @abstractmethod
     async def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
-        """The token ids of a text, with what the tokenizer puts before it. Raises RequestError."""
+        """The token ids of a text, with those that the tokenizer adds, such as a first one. Raises RequestError."""
 
     @abstractmethod
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -290,11 +290,11 @@ class AsyncModel(Protocol):
 
     @abstractmethod
     async def ask(self, question: Question, timeout: float | None = None) -> Completion:
-        """Waits for the completion. Raises RequestError."""
+        """Answers one question. Raises RequestError."""
 
     @abstractmethod
     def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
-        """As `stream`."""
+        """Yields the answer to a question as it comes, as `stream` does."""
 
     @property
     @abstractmethod
@@ -319,7 +319,7 @@ def to_question(
     parse_special: bool = False,
     arguments: Mapping[str, object] | None = None,
 ) -> Question:
-    """What the arguments of a call ask for. Raises TypeError for an option that there isn't, and InvalidRequest for one
+    """The question that the arguments of a call ask. Raises TypeError for an unknown option, and InvalidRequest for one
     that doesn't go with the prompt."""
     asked = (sampling or SamplingParams()).replace(**options)
     if isinstance(prompt, str):
@@ -327,20 +327,20 @@ def to_question(
     elif _is_conversation(prompt):
         kind = Conversation(cast(Messages, prompt), arguments or {})
     elif isinstance(prompt, Mapping):
-        raise TypeError("a message is no prompt: chat takes conversations")
+        raise TypeError("a message is not a prompt: give chat a list of messages")
     else:
         kind = TokenPrompt(cast(Sequence[int], prompt))
     if parse_special and not isinstance(kind, TextPrompt):
-        raise InvalidRequest("parse_special", "is for a text: elsewhere a special token is always one")
+        raise InvalidRequest("parse_special", "is for a text only: in messages a special token is always read as one")
     if arguments is not None and not isinstance(kind, Conversation):
-        raise InvalidRequest("template_arguments", "are for messages")
+        raise InvalidRequest("template_arguments", "are for messages only")
     return Question(kind, asked)
 
 
 def streamed(
     prompt: Prompt | Messages, sampling: SamplingParams | None, options: StreamOptions
 ) -> tuple[Question, float | None]:
-    """The question and the timeout of a stream."""
+    """The question and the timeout that the arguments of `stream` give."""
     rest = dict(options)
     timeout, parsed = rest.pop("timeout", None), rest.pop("parse_special", False)
     arguments = rest.pop("template_arguments", None)
@@ -359,28 +359,28 @@ def _is_conversation(prompt: object) -> bool:
 
 
 def _prompts(prompt: Prompt | list[P]) -> list[P] | None:
-    """A list of prompts; None is a single one. A list of numbers is token ids."""
+    """The prompt as a list of prompts; None if it is a single one. A list of numbers is one prompt, of token ids."""
     if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], numbers.Integral)):
         return cast("list[P]", prompt)
     return None
 
 
 def _conversations(messages: Messages | list[C]) -> list[C] | None:
-    """A list of conversations; None is a single one."""
+    """The messages as a list of conversations; None if they are a single one."""
     if isinstance(messages, list) and not _is_conversation(messages):
         return cast("list[C]", messages)
     return None
 
 
 def _talk(messages: object) -> Messages:
-    """Raises TypeError for what isn't a conversation."""
+    """The messages as a conversation. Raises TypeError if they aren't one."""
     if not _is_conversation(messages):
         raise TypeError(f"a conversation is a list of messages with role and content, not {type(messages).__name__}")
     return cast(Messages, messages)
 
 
 def _completions(outcomes: list[Outcome]) -> list[Completion]:
-    """Raises BatchError where one failed."""
+    """The outcomes as completions. Raises BatchError if one is an error."""
     completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
     if len(completions) < len(outcomes):
         raise BatchError(outcomes)

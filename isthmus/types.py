@@ -1,7 +1,7 @@
-"""What is asked of a model and what it answers, the same for LLM, Client and AsyncClient: frozen, plain, without jax.
+"""Questions for a model and its answers, the same for LLM, Client and AsyncClient: frozen dataclasses, without jax.
 
-An option that is added later is a field of SamplingParams with a default that leaves everything as it was, and a key of
-SamplingOptions; what it brings back is a field of Completion and Delta with a default. All are made by keyword.
+A later option is added as a field of SamplingParams whose default changes nothing, and as a key of SamplingOptions;
+what it returns is added as a field of Completion and Delta with a default.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn and when that ends. None leaves it to what the model's makers recommend in
-    generation_config.json, and where they recommend nothing to the default said here."""
+    """How tokens are drawn and when that ends. None takes what the model's generation_config.json recommends, or, if it
+    recommends nothing, the default that is named here."""
 
     temperature: float | None = None
     """0 is greedy; by default 1"""
@@ -49,16 +49,16 @@ class SamplingParams:
     min_p: float | None = None
     """Keeps tokens at least this fraction as likely as the likeliest; in [0, 1], by default 0, which is off"""
     seed: int | None = None
-    """64 bits that fix the draws; by default another each time, which Completion.seed tells"""
+    """64 bits that fix the draws; by default new ones each time, which Completion.seed has"""
     max_tokens: int | None = None
-    """By default 256, or what is left of the context if that is less"""
+    """Most tokens to draw; by default 256, or what is left of the context if that is less"""
     stop_token_ids: Sequence[int] = ()
-    """Drawing one of these ends the text, and is not part of it"""
+    """Drawing one of these tokens ends the text, which doesn't include it"""
     ignore_eos: bool = False
     """Whether to go on past the end-of-sequence token"""
 
     def replace(self, **options: Unpack[SamplingOptions]) -> SamplingParams:
-        """The same with these fields changed."""
+        """A copy with these fields changed."""
         return dataclasses.replace(self, **options) if options else self
 
 
@@ -66,11 +66,11 @@ class FinishReason(StrEnum):
     """Why a text ended."""
 
     EOS = "EOS"
-    """The end-of-sequence token"""
+    """An end-of-sequence token was drawn"""
     STOP_TOKEN = "STOP_TOKEN"
-    """One of stop_token_ids"""
+    """One of stop_token_ids was drawn"""
     LENGTH = "LENGTH"
-    """max_tokens"""
+    """max_tokens were drawn"""
     CONTEXT_LENGTH = "CONTEXT_LENGTH"
     """The model's context is full"""
 
@@ -81,68 +81,69 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    """Without the token that ended the sequence"""
+    """The ids of the text, without the token that ended the sequence"""
     finish_reason: FinishReason
     stop_token_id: int | None = None
-    """The token that ended the sequence, with EOS and STOP_TOKEN"""
+    """The token that ended the sequence, if finish_reason is EOS or STOP_TOKEN"""
     seed: int
-    """Draws the same tokens again"""
+    """The seed that was used; the same request with it draws the same tokens again"""
     prompt_tokens: int
     cached_prompt_tokens: int
-    """Tokens of the prompt read from the prefix cache; 0 of a server that runs without --report-cached-tokens"""
+    """Tokens of the prompt read from the prefix cache; always 0 from a server without --report-cached-tokens"""
     completion_tokens: int
-    """Tokens drawn, the one that ended the sequence included"""
+    """Tokens drawn, including the one that ended the sequence"""
     recomputed_tokens: int = 0
     """Tokens computed again after a preemption"""
     preemptions: int = 0
     queue_seconds: float = 0.0
-    """From the request's arrival at the engine until it was admitted"""
+    """Seconds from the request's arrival at the engine until the engine began it"""
     time_to_first_token: float
-    """Seconds, as the engine measured it"""
+    """Seconds from arrival to the first token, as the engine measured them"""
     total_seconds: float = 0.0
-    """From arrival to end, as the engine measured it"""
+    """Seconds from arrival to the end, as the engine measured them"""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in a stream. Texts are whole characters; put together they are the completion's."""
+    """What is new in a stream. Texts are whole characters; all of them together are the completion's text."""
 
     text: str
     token_ids: tuple[int, ...]
     completion: Completion | None = None
-    """The whole, with the last delta"""
+    """The whole completion, in the last delta"""
 
 
-# What a front end asks
+# What a front end makes of a call
 
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A text to go on from."""
+    """A text to continue."""
 
     text: str
     parse_special: bool = False
-    """Whether a special token spelt out in it is that token; otherwise it is text"""
+    """Whether a special token that the text spells out is read as that token, instead of as text"""
 
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """The token ids of a text to go on from."""
+    """The token ids of a text to continue."""
 
     ids: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages to answer, written as the model's chat template writes them."""
+    """Messages to answer, which the model's chat template writes as text."""
 
     messages: Messages
     template_arguments: Mapping[str, object] = field(default_factory=dict)
-    """Variables of the template, as {"enable_thinking": False}, which reach it in this order"""
+    """Variables of the template, such as {"enable_thinking": False}; they reach it in this order"""
 
 
 def check_turn(index: int, turn: Message) -> dict[str, str]:
-    """A turn with role and content. Raises InvalidRequest for an empty role, and for keys that turns don't have."""
+    """A turn with role and content. Raises InvalidRequest for an empty role, for other keys, and for values that aren't
+    strings."""
     where = f"messages[{index}]"
     if unknown := sorted(turn.keys() - {"role", "content"}):
         raise InvalidRequest(where, f"has the key {unknown[0]!r}; a message has role and content")
@@ -157,9 +158,9 @@ def check_turn(index: int, turn: Message) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Question:
-    """All that is asked for one completion."""
+    """Everything that is asked for one completion."""
 
     prompt: TextPrompt | TokenPrompt | Conversation
     sampling: SamplingParams = SamplingParams()
     request_id: str = ""
-    """Its name in logs, and for cancelling it; empty makes one"""
+    """The request's name in logs and for cancelling it; if it is empty, a name is made"""

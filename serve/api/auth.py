@@ -1,4 +1,4 @@
-"""A bearer token on every call but health."""
+"""Asks for a bearer token on every call but those of health."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OPEN = "/grpc.health.v1.Health/"
 
 
 class TokenAuth(grpc.aio.ServerInterceptor):
-    """Answers UNAUTHENTICATED unless `authorization` is `Bearer TOKEN`; the comparison takes the same time for all."""
+    """Answers UNAUTHENTICATED unless `authorization` is `Bearer TOKEN`, which is compared in constant time."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
@@ -37,7 +37,7 @@ class TokenAuth(grpc.aio.ServerInterceptor):
 
 
 def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-    """A handler that only refuses, without reading a message: to the client it looks the same for every kind."""
+    """A handler that refuses a call without reading its message. Its requests are a stream, which no client notices."""
 
     async def refuse(messages: Any, context: grpc.aio.ServicerContext) -> None:
         await abort(context, plain(code_pb2.UNAUTHENTICATED, "authorization: a valid bearer token is needed"))

@@ -1,4 +1,4 @@
-"""What a server is started with. The command line is generated from this class."""
+"""The settings of a server, from which its command line is generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from isthmus.model.weights.hub import FolderOptions
 from isthmus.serve.engine.config import EngineConfig
 
 MAX_SECONDS = 1_000_000
-"""gRPC counts milliseconds in 31 bits"""
+"""Most seconds for a setting that gRPC counts in milliseconds, in 31 bits"""
 
 
 @dataclass(frozen=True)
@@ -25,46 +25,46 @@ class ServeConfig:
     """Serves a model over gRPC."""
 
     model: Path
-    """A model folder: as `isthmus train` writes it, as Hugging Face publishes it, or a LoRA adapter's; or Org/Name,
-    which the local Hugging Face cache has"""
+    """A model folder, as `isthmus train` writes it or as Hugging Face publishes it; a LoRA adapter's folder; a GGUF
+    file; or Org/Name from the local Hugging Face cache"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
     merge_adapter: bool = False
-    """Add an adapter to the model's weights once, instead of computing it in every step"""
+    """If --model is an adapter, add it to the base model's weights once instead of computing it in every step"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
-    """Keep matrices as integers, made when they are loaded; `isthmus convert --quantize` also says what it costs"""
+    """Keep matrices as integers, quantized while loading; `isthmus convert --quantize` also measures what that costs"""
     host: str = "127.0.0.1"
     """Address to listen on; any but loopback needs --auth-token-file and --tls-cert, or --insecure"""
     port: int = 50051
-    """0 takes a free one"""
+    """Port to listen on; 0 takes a free one"""
     auth_token_file: Path | None = None
-    """Every call but health must carry this file's content as `authorization: Bearer …`"""
+    """File with an auth token, which every call but health must carry as `authorization: Bearer TOKEN`"""
     tls_cert: Path | None = None
-    """Serve over TLS with this certificate, in PEM, followed by those that lead to its authority"""
+    """PEM file to serve TLS with: the certificate, followed by those that lead to its authority"""
     tls_key: Path | None = None
-    """The certificate's private key, in PEM, without a passphrase"""
+    """PEM file with the certificate's private key, without a passphrase"""
     insecure: bool = False
-    """Listen beyond loopback without a token, or without TLS: whoever reaches the port may use it, and whoever is on
-    the way may read all, the token too"""
+    """Listen beyond loopback without a token or without TLS: anyone who reaches the port can use the server, and anyone
+    on the network between can read everything, including the token"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """The dtype of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
     kernels: str = "auto"
-    """What computes: auto takes this machine's own kernels wherever they can run; reference takes none; the name of
-    kernels, such as cpu, takes those, or ends where they can't run"""
+    """Kernels that compute the model: auto takes those for this machine wherever they can run; reference takes none; a
+    name, such as cpu, takes those kernels, and is an error where they can't run"""
     mesh: str = ""
-    """Devices to split the model over, as tp=2; in ep=2,tp=2, ep splits the experts of a mixture; empty is one"""
+    """Devices to split the model over, such as tp=2, or ep=2,tp=2, where ep splits a mixture's experts; empty is one"""
     drain_seconds: float = 30.0
-    """How long requests in flight may go on after SIGTERM; a second signal ends it at once"""
+    """Seconds that requests in flight may go on after SIGTERM; a second signal ends the server at once"""
     stall_seconds: float = 60.0
-    """Health says NOT_SERVING while a step of the engine takes longer; on a slow machine a big model's may"""
+    """Health says NOT_SERVING once a step of the engine takes more seconds; give more to big models on slow machines"""
     keepalive_seconds: float = 30.0
-    """A client that is silent for so long is asked whether it is there; without an answer in 10 s its requests end"""
+    """Seconds of silence after which a client is pinged; if it doesn't answer in 10 s, its requests end"""
     report_cached_tokens: bool = False
-    """Tell how much of a prompt the prefix cache knew. It tells callers what others have asked: only for those who
+    """Tell callers how much of a prompt the prefix cache held, and so what others have asked; only for callers who
     trust one another"""
     compilation_cache: Path | None = None
-    """Where compiled programs are kept; default ~/.cache/isthmus/xla"""
+    """Folder in which compiled programs are kept; by default ~/.cache/isthmus/xla"""
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def validate(self) -> None:
@@ -98,16 +98,16 @@ class ServeConfig:
         if self.tls_cert is None:
             raise ConfigError(
                 f"host={self.host} is not loopback, and without TLS the token travels in plain text: give --tls-cert "
-                "and --tls-key, or --insecure if what is in front does TLS or everyone on the way may read it"
+                "and --tls-key, or --insecure if a proxy in front does TLS or anyone on the way may read it"
             )
 
     def read_tls(self) -> tuple[bytes, bytes] | None:
-        """The private key and the certificate, None without TLS. Raises ConfigError when they can't be used."""
+        """The private key and the certificate, in PEM; None without TLS. Raises ConfigError if they can't be used."""
         if self.tls_cert is None or self.tls_key is None:
             return None
         try:
             pair = self.tls_key.read_bytes(), self.tls_cert.read_bytes()
-            # gRPC would say no more than that it can't listen.
+            # gRPC itself would only say that it can't listen.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, _no_passphrase)
         except (OSError, ValueError) as error:  # SSLError is an OSError
             raise ConfigError(
@@ -116,7 +116,7 @@ class ServeConfig:
         return pair
 
     def read_token(self) -> str | None:
-        """The auth token. Raises ConfigError when the file can't be read or is empty."""
+        """The auth token; None without a file. Raises ConfigError if the file can't be read or doesn't hold one."""
         if self.auth_token_file is None:
             return None
         try:
@@ -126,7 +126,7 @@ class ServeConfig:
 
 
 def _no_passphrase() -> str:
-    raise ValueError("the key has a passphrase; `openssl pkey` writes it without")
+    raise ValueError("the key has a passphrase; `openssl pkey` writes it without one")
 
 
 def _is_loopback(host: str) -> bool:

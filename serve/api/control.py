@@ -1,4 +1,4 @@
-"""ControlService: what the server is, how busy it is, and ending requests from outside."""
+"""ControlService: says what the server is and how busy it is, and cancels requests by their ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statuses with google.rpc details: which field is wrong, when to come back, what broke."""
+"""Statuses with google.rpc details, which say which field is wrong, when to try again, or what failed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _blame(field: str, message: str) -> error_details_pb2.BadRequest:
 
 
 def retry_later(code: int, message: str, seconds: float | None = RETRY_SECONDS) -> status_pb2.Status:
-    """seconds: None is not known."""
+    """A status with RetryInfo. seconds: until it may be worth asking again; None leaves RetryInfo out."""
     if seconds is None:
         return plain(code, message)
     retry = error_details_pb2.RetryInfo()
@@ -52,12 +52,12 @@ def retry_later(code: int, message: str, seconds: float | None = RETRY_SECONDS) 
 
 
 def internal(reason: str, message: str) -> status_pb2.Status:
-    """INTERNAL, this request's alone; reason is a constant that programs can match."""
+    """INTERNAL with ErrorInfo, for this request alone. reason: a constant that programs can match."""
     return plain(code_pb2.INTERNAL, message, error_details_pb2.ErrorInfo(reason=reason, domain="isthmus"))
 
 
 def status_of(error: RequestError) -> status_pb2.Status:
-    """What the caller is told of an error."""
+    """The status that tells a caller of an error."""
     code = code_pb2.Code.Value(error.code)
     match error:
         case DuplicateRequest():
@@ -73,7 +73,7 @@ def status_of(error: RequestError) -> status_pb2.Status:
 
 
 async def abort(context: grpc.aio.ServicerContext, status: status_pb2.Status) -> NoReturn:
-    """Ends the call with `status` and its details, or, where nobody is there any more to be told, as cancelled."""
+    """Ends the call with `status` and its details. Raises CancelledError if the client has gone already."""
     try:
         await context.abort_with_status(rpc_status.to_status(status))
     except grpc.aio.InternalError:

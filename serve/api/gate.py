@@ -1,5 +1,5 @@
-"""What every call passes before a service sees it: whether there is room, what its message holds, and afterwards what
-it may tell of an error."""
+"""The gate that every call passes before a service sees it. It checks whether there is room and what the message holds,
+and turns what the service raises into a status."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ Parse = Callable[[bytes], Any]
 logger = logging.getLogger("isthmus.api")
 
 READ_SECONDS = 30.0
-"""What a message has to come in, so that a call without one gives its place to another"""
+"""Seconds in which a call's message must come, so that a call without one doesn't keep its place"""
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Takes unary calls' messages itself, as bytes: one that is refused is never read, let alone parsed.
+    """Reads the messages of unary calls itself, as bytes, so that a refused call's message is neither read nor parsed.
 
-    Whatever else a service raises is INTERNAL for that call, with a line in the log.
+    A RequestError that a service raises becomes its status; any other exception is logged, and the call is INTERNAL.
     """
 
     def __init__(self, workers: Workers, limits: dict[str, int], others: int) -> None:
-        """limits: most calls at once of a service, by its full name; others: of a method of any other service, so that
-        who watches health, say, takes no place from who asks for it."""
+        """limits: most calls at once of a service, by its full name. others: most calls at once of one method of any
+        other service, so that calls of Health.Watch, for example, take no places from Health.Check."""
         self._workers, self._limits, self._others = workers, limits, others
         self._calls: Counter[str] = Counter()
         self._handlers: dict[str, grpc.RpcMethodHandler] = {}
@@ -55,7 +55,7 @@ class Gate(grpc.aio.ServerInterceptor):
         return self._handlers[method]
 
     def _wrap(self, method: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
-        """The same method, taking bytes."""
+        """A handler for the same method that takes messages as bytes."""
         service, name = method.strip("/").split("/")
         kind = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
         parse: Parse = handler.request_deserializer or bytes
@@ -85,7 +85,7 @@ class Gate(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _place(self, service: str, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
-        """One of the places that the service has for calls. What goes wrong inside ends the call."""
+        """Holds one of the service's places for calls. An exception inside ends the call with a status."""
         limit, counted = (self._limits[service], service) if service in self._limits else (self._others, method)
         if self._calls[counted] >= limit:
             await abort(
@@ -96,7 +96,7 @@ class Gate(grpc.aio.ServerInterceptor):
             yield
         except grpc.aio.InternalError:  # the client has gone, and gRPC would log that
             raise asyncio.CancelledError from None
-        except grpc.aio.BaseError:  # aborted
+        except grpc.aio.BaseError:  # the service has aborted the call
             raise
         except RequestError as error:
             await abort(context, status_of(error))
@@ -129,7 +129,7 @@ class Gate(grpc.aio.ServerInterceptor):
         except InvalidRequest as error:
             await abort(context, status_of(error))
         except DecodeError:
-            message = f"the {len(data)} bytes sent are no {kind.full_name}"
+            message = f"the {len(data)} bytes sent are not a {kind.full_name}"
             await abort(context, plain(code_pb2.INVALID_ARGUMENT, message))
 
 

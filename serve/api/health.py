@@ -1,4 +1,4 @@
-"""grpc.health.v1, which anybody may ask: what they ask for leaves nothing behind."""
+"""grpc.health.v1. Anybody may call it, with or without a token, so a call must leave nothing behind in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2
 
 
 class Health(health.aio.HealthServicer):
-    """Health of these services and no others: the library's own servicer keeps every name that it is asked to watch."""
+    """Health of the named services alone. The library's own servicer keeps every name that it is asked to watch."""
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""InferenceService: generation, streamed or whole, and the tokenizer. Maps messages to what serve/prepare takes and
-gives, and nothing else."""
+"""InferenceService: generation, streamed or whole, and the tokenizer. Only maps messages to and from the types
+of serve/prepare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
 
 MOST_AT_ONCE = 512
-"""Tokens that are decoded in a row, for a client that has read nothing for long: about 3 ms"""
+"""Most tokens that are decoded in a row, for a client that reads slowly; it takes about 3 ms"""
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -70,10 +70,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _submitted(
         self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Request]:
-        """The request in the engine; its reply_to is a LoopStream. A call that ends before its request cancels it."""
+        """Yields the request in the engine, with a LoopStream as its reply_to. Cancels it if the call ends first."""
         engine = await self._session.ready_engine(context)
         preparation = Preparation.of(self._session.model, engine.config.context_length)
-        program = message.HasField("messages")  # a chat template: it may take a second over a short text
+        program = message.HasField("messages")  # a chat template: even a short text may take it a second
         try:
             ours = await self._session.workers.run(
                 message.ByteSize(), lambda: preparation.request(question_of(message)), always=program
@@ -89,7 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             engine.cancel(ours)
 
     async def _deltas(self, message: pb.GenerateRequest, ours: Request) -> AsyncIterator[Delta]:
-        """What the engine gives, several steps at once when the client is slow."""
+        """Yields what the engine gives, several steps at once if the client is slow."""
         with_text = message.output.text if message.output.HasField("text") else True
         answer, outputs = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.reply_to
         assert isinstance(outputs, LoopStream)

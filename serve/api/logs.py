@@ -1,4 +1,4 @@
-"""A log that strangers can't fill."""
+"""Bounds the log, so that strangers can't fill it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable
 
 A_MINUTE = 60.0
 MOST = 20
-"""Records a minute, of one logger"""
+"""Most records of one logger in a minute"""
 
 
 class Bounded(logging.Filter):
     """Lets a logger's first few records of a minute pass; the next minute's first says how many were left out."""
 
     def __init__(self, most: int = MOST, clock: Callable[[], float] = time.monotonic) -> None:
-        """clock: seconds."""
+        """most: records of one logger in a minute. clock: returns seconds."""
         super().__init__()
         self._most, self._clock = most, clock
         self._minutes: dict[str, tuple[float, int]] = {}
-        """When it began, and the records since, by logger"""
+        """By logger, when its minute began, and the records since"""
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = self._clock()
@@ -34,7 +34,7 @@ class Bounded(logging.Filter):
 
 
 def bound_logs() -> None:
-    """Bounds whatever the process logs through its root's handlers."""
+    """Bounds what the process logs through the root logger's handlers."""
     bounded = Bounded()
     for handler in logging.getLogger().handlers:
         handler.addFilter(bounded)

@@ -1,4 +1,4 @@
-"""Between the messages of isthmus.v1 and what serve/prepare takes and gives."""
+"""Converts between the messages of isthmus.v1 and the types of serve/prepare."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from isthmus.types import Completion, Conversation, Question, SamplingParams, Te
 from isthmus.v1 import inference_pb2 as pb
 
 MAX_ARGUMENTS = 256 << 10
-"""Characters of a template's arguments, tools included"""
+"""Most characters of a template's arguments, tools included"""
 
 
 def question_of(message: pb.GenerateRequest) -> Question:
-    """Raises InvalidRequest."""
+    """The question that a message asks. Raises InvalidRequest."""
     return Question(_prompt(message), _sampling(message), message.request_id)
 
 
@@ -27,7 +27,7 @@ def _prompt(message: pb.GenerateRequest) -> TextPrompt | TokenPrompt | Conversat
     if kind is None:
         raise InvalidRequest("prompt", "give text, token_ids or messages")
     if message.parse_special and kind != "text":
-        raise InvalidRequest("parse_special", f"is for text: in {kind} a special token is always one")
+        raise InvalidRequest("parse_special", f"is for text only: in {kind} a special token is always read as one")
     if kind == "text":
         return TextPrompt(message.text, message.parse_special)
     if kind == "token_ids":
@@ -48,7 +48,7 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """Raises InvalidRequest."""
+    """A template's arguments, from JSON. Raises InvalidRequest."""
     field = "template_arguments"
     if len(text) > MAX_ARGUMENTS:
         raise InvalidRequest(field, f"has {len(text)} characters; at most {MAX_ARGUMENTS}")
@@ -60,7 +60,7 @@ def _arguments(text: str) -> dict[str, Any]:
         return members
 
     def finite(name: str) -> None:
-        raise ValueError(f"{name} is no number in JSON")
+        raise ValueError(f"{name} is not a number in JSON")
 
     try:
         value = json.loads(text or "{}", object_pairs_hook=unique, parse_constant=finite)
@@ -74,7 +74,7 @@ def _arguments(text: str) -> dict[str, Any]:
 
 
 def in_api_words(error: InvalidRequest, message: pb.GenerateRequest) -> InvalidRequest:
-    """The same error, with the field as the message calls it."""
+    """The same error, naming the message's field for the library's argument."""
     prompt = PROMPT_FIELDS.get(message.WhichOneof("prompt") or "", "prompt")
     return type(error)(rename(error.field, {**API_FIELDS, "prompt": prompt}), error.message)
 

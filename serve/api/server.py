@@ -1,4 +1,4 @@
-"""The gRPC server: one event loop for the API, the engine in its own thread, and a clean way in and out."""
+"""The gRPC server: one event loop for the API, the engine in its own thread, start and shutdown."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ SERVICES = tuple(
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.25
-"""How often the engine is looked at"""
+"""How often the engine is checked for a stalled step"""
 CANCEL_GRACE_SECONDS = 2.0
-"""What calls have left to end in when draining has taken too long."""
+"""Seconds that calls have to end once the engine is closed"""
 CLOSE_SECONDS = 5.0
-"""What the engine has for its last step, then"""
+"""Seconds that the engine has for its last step when it is closed"""
 MAX_REQUEST_BYTES = 16 << 20
-"""The most bytes that a message may take; fields have limits of their own, and errors that name them"""
+"""Most bytes of a message; fields have limits of their own, and those errors name the field"""
 SPARE_CALLS = 64
-"""Calls of InferenceService beyond the requests that the engine takes"""
+"""Calls of InferenceService that may be open beyond the requests that the engine takes"""
 OTHER_CALLS = 1024
-"""Calls of a method of any other service"""
+"""Calls that may be open of one method of any other service"""
 PING_SECONDS = 1.0
-"""A client may ask as often whether the server is there"""
+"""Least seconds between a client's pings, which ask whether the server is there"""
 PING_TIMEOUT_SECONDS = 10.0
 
 
@@ -63,12 +63,12 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a silent split of the traffic
         ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
         ("grpc.max_metadata_size", 16 << 10),
-        # Past these gRPC cancels calls that we haven't seen yet; ours are refused with a reason, by Gate.
+        # Beyond these gRPC cancels calls before Gate sees them. Gate's limits are lower, and it gives a reason.
         ("grpc.server.max_pending_requests", 1 << 16),
         ("grpc.server.max_pending_requests_hard_limit", 1 << 17),
         ("grpc.keepalive_time_ms", round(1000 * config.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),
-        ("grpc.http2.ping_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),  # a minute otherwise, keepalive or not
+        ("grpc.http2.ping_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),  # else a minute, whatever the keepalive
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PING_SECONDS)),
@@ -76,7 +76,7 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
 
 
 async def _in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
-    """work(*args) on a thread that doesn't keep the process from ending: compiling can't be interrupted."""
+    """Runs work(*args) on a thread that doesn't keep the process from ending: compiling can't be interrupted."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -98,7 +98,7 @@ async def _in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
 
 
 class Server:
-    """Health says NOT_SERVING from `start` until `load` is through, and again from `stop` on."""
+    """Serves one model. Health says NOT_SERVING from `start` until `load` is done, and again from `stop` on."""
 
     def __init__(self, config: ServeConfig, model: ModelFolder) -> None:
         """Must be made on the event loop that it will run on. Raises ConfigError."""
@@ -115,7 +115,7 @@ class Server:
         self.port = 0
 
     async def start(self) -> None:
-        """Binds the port and answers; generation is UNAVAILABLE until `load` is through. Raises ConfigError."""
+        """Binds the port and answers calls; generation is UNAVAILABLE until `load` is done. Raises ConfigError."""
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self.session), self._server)
         control_pb2_grpc.add_ControlServiceServicer_to_server(ControlService(self.session), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -153,7 +153,7 @@ class Server:
         self._watching = asyncio.create_task(self._watch(engine))
 
     async def _watch(self, engine: Engine) -> None:
-        """Health follows whether the engine's steps end."""
+        """Keeps health NOT_SERVING while the engine is stalled in a step."""
         stalled = False
         while engine.alive:
             await asyncio.sleep(WATCH_SECONDS)
@@ -165,8 +165,8 @@ class Server:
                 logger.warning(said)
 
     async def run(self) -> bool:
-        """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once. Whether the engine was
-        alive to the end, and has ended."""
+        """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once. Returns whether
+        the engine was alive to the end, and has ended."""
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -184,8 +184,8 @@ class Server:
         return await self.stop() and alive
 
     async def stop(self) -> bool:
-        """Health NOT_SERVING and nothing new at once; what is in flight has drain_seconds to be answered. Whether the
-        engine has ended: one that hangs is left behind."""
+        """Sets health to NOT_SERVING and refuses new requests at once; those in flight have drain_seconds to end.
+        Returns whether the engine has ended; one that hangs is left running."""
         await self._health.enter_graceful_shutdown()
         ended = True
         engine = self.session.engine
@@ -194,7 +194,7 @@ class Server:
             deadline = asyncio.get_running_loop().time() + self.config.drain_seconds
             while self._drains(engine) and asyncio.get_running_loop().time() < deadline:
                 await asyncio.sleep(POLL_SECONDS)
-            ended = await asyncio.to_thread(engine.close, CLOSE_SECONDS)  # what is left is told UNAVAILABLE
+            ended = await asyncio.to_thread(engine.close, CLOSE_SECONDS)  # requests that are left are UNAVAILABLE
         if self._watching is not None:
             self._watching.cancel()
         self.session.close()

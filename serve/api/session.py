@@ -1,4 +1,4 @@
-"""Between the event loop and the engine thread: what every service of a server shares."""
+"""What every service of a server shares, between the event loop and the engine thread."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ class Session:
         self.model = model
         self.engine: Engine | None = None
         self.workers = Workers()
-        """For prompts"""
+        """Threads that parse messages and tokenize prompts"""
         self.tokenizing = Workers()
-        """For Tokenize and Detokenize, whose texts may be longer than any prompt and must not hold up those"""
+        """Threads for Tokenize and Detokenize, whose texts may be longer than any prompt and mustn't hold prompts up"""
         self.answering = 0
-        """Calls whose request the engine has taken, until their last word is out"""
+        """Calls whose request the engine has taken and whose last message isn't sent yet"""
         self.report_cached = config.report_cached_tokens
         self._stall_seconds = config.stall_seconds
 
     @property
     def stalled(self) -> bool:
-        """Whether a step of the engine takes longer than one may."""
+        """Whether a step of the engine has taken longer than stall_seconds."""
         return self.engine is not None and self.engine.busy_seconds > self._stall_seconds
 
     def close(self) -> None:
-        """Takes no more texts; those that wait end as UNAVAILABLE."""
+        """Stops the threads for texts; those that wait end as UNAVAILABLE."""
         self.workers.close()
         self.tokenizing.close()
 
     async def ready_engine(self, context: grpc.aio.ServicerContext) -> Engine:
-        """The engine, or UNAVAILABLE while it loads."""
+        """The engine. Ends the call as UNAVAILABLE while the model is loading."""
         if self.engine is None:
             await abort(context, retry_later(code_pb2.UNAVAILABLE, "the model is still loading"))
         return self.engine
 
     def submit(self, request: Request) -> None:
-        """Hands a request to the engine, which must be ready; its outputs come through its reply_to. Called on the
-        loop. Raises RequestError where it isn't taken."""
+        """Hands a request to the engine, which must be ready; its outputs come through its reply_to. Called on
+        the event loop. Raises RequestError if the request isn't taken."""
         assert self.engine is not None
         request.reply_to = LoopStream()
         if self.stalled:

@@ -1,5 +1,5 @@
-"""What a serialized message holds, counted before it is parsed: parsing can't be interrupted, and much may lie in few
-bytes."""
+"""Counts what a serialized message holds before it is parsed: parsing can't be interrupted, and a few bytes can hold
+many fields."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from isthmus.errors import InvalidRequest
 MAX_TEXT_BYTES = 4 << 20
 """The most bytes that a field may take; for a repeated field, that all its values may take together"""
 MAX_NUMBERS_BYTES = 2 << 20
-"""As MAX_TEXT_BYTES, of numbers in a row: each is parsed by itself"""
+"""The most bytes that the numbers of a field may take; fewer than for text, because each number is parsed by itself"""
 MAX_FIELDS = 1 << 15
-"""Fields that a message may have, those of the messages in it included: at most about 10 ms of parsing"""
+"""Most fields of a message, including those of the messages in it; parsing them takes about 10 ms"""
 
 _Span = tuple[int, int, Any, str]
-"""From, to, the Descriptor of the message there, and the name of its field"""
+"""Start, end, the Descriptor of the message between them, and the name of the field that holds it"""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 _OUTER = "GenerateStreamRequest"
-"""The message whose one field is left out when a field is named"""
+"""The message whose only field is left out of the names of the fields in it"""
 
 
 def check_wire(data: bytes, message_type: Any) -> None:
-    """Raises InvalidRequest, naming the field, where a message has more fields or longer ones than may be parsed.
+    """Raises InvalidRequest, naming the field, if a message has more fields or longer ones than may be parsed.
 
-    message_type: its Descriptor. What isn't a message at all is left for the parser to say.
+    message_type: the message's Descriptor. Bytes that aren't a message are left for the parser to refuse.
     """
     sizes = Counter[str]()
     todo: list[_Span] = [(0, len(data), message_type, "")]
@@ -45,7 +45,7 @@ def check_wire(data: bytes, message_type: Any) -> None:
 
 
 def _fields(data: bytes, span: _Span, sizes: Counter[str], todo: list[_Span]) -> Iterator[None]:
-    """A message's fields as far as the parser would read them; the messages in it are put upon `todo`."""
+    """Yields for each field of a message that the parser would read, and appends the messages in it to `todo`."""
     at, end, kind, name = span
     try:
         while at < end:

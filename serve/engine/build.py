@@ -1,4 +1,4 @@
-"""From a model folder to an engine that is compiled and ready."""
+"""Builds an engine, compiled and ready, from a model folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_l
 
 PROGRAM_BYTES = 300 << 20
 """Bytes of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured
-with 135M parameters, float32: 270 MB). It counts where a container has little."""
+with 135M parameters, float32: 270 MB). It matters in a container that has little."""
 
 
 def open_model(
@@ -46,7 +46,7 @@ def open_model(
     merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded. quantize: a name
     of model/weights/quantization.py's SCHEMES; matrices become integers when they are loaded.
 
-    Raises ConfigError when the folder isn't a model's, or is quantized already.
+    Raises ConfigError if the folder isn't a model's, or if one that is quantized already is to be quantized.
     """
     folder = open_folder(path, options)
     if quantize != "none" and folder.config.quantization:
@@ -61,9 +61,9 @@ def open_model(
 
 
 def fit_memory(engine: EngineConfig, model: ModelFolder, mesh: MeshShape, free: int | None) -> EngineConfig:
-    """Resolves `engine`, with fewer pages, and a shorter context where none was asked for, if the default doesn't fit
-    into `free` bytes of a device (None is not known, and leaves the default). Raises ConfigError when not even that
-    does."""
+    """Resolves `engine`. If its default number of pages doesn't fit into `free` bytes of a device, there are fewer, and
+    the context is shorter unless one was asked for. free: None is unknown, and keeps the default. Raises ConfigError if
+    not even that fits."""
     config, dtype = model.config, model.execution.dtype
     resolved = engine.resolve(config)
     if engine.pages or free is None:
@@ -71,7 +71,7 @@ def fit_memory(engine: EngineConfig, model: ModelFolder, mesh: MeshShape, free: 
     left = free - weight_bytes(config, dtype, model.quantize or config.quantization) // (mesh.tp * mesh.ep)
     heads = 1 if config.latent.rank else mesh.tp
     page_bytes = engine.kv_bytes_per_token(config, dtype) * engine.page_size // heads
-    share = 0.5 if jax.default_backend() == "cpu" else 0.8  # others live in main memory, too
+    share = 0.5 if jax.default_backend() == "cpu" else 0.8  # other processes use main memory, too
     affordable = int(left * share) // page_bytes
     if affordable >= resolved.pages:
         return resolved
@@ -92,14 +92,14 @@ def fit_memory(engine: EngineConfig, model: ModelFolder, mesh: MeshShape, free: 
 
 
 def _room(device: jax.Device) -> int | None:
-    """Bytes for weights and cache. None is not known."""
+    """Bytes of a device for weights and cache; None if they aren't known."""
     free = free_memory(device)
     return free if free is None or device.platform != "cpu" else max(0, free - PROGRAM_BYTES)
 
 
 def abstract_served(model: ModelFolder, mesh: Mesh) -> Params | None:
-    """Shapes, dtypes and shardings of the parameters before any is read. None: of integers over several devices, XLA
-    only decides how they lie when they are made."""
+    """Shapes, dtypes and shardings of the parameters before any is read. None for integers over several devices, whose
+    shardings XLA decides only when they are made."""
     rules = model.quantize or model.config.quantization
     plain = abstract_params(model.config, mesh, dtype=model.execution.dtype)
     if not rules:
@@ -126,8 +126,8 @@ def build_executor(
     *,
     kernels: str = AUTO,
 ) -> Executor:
-    """Loads the newest checkpoint, and compiles every bucket meanwhile; on_progress(what) as either goes on, from any
-    thread. kernels: as in `isthmus.model.ops.kernels.choose`. Raises ConfigError."""
+    """Loads the newest checkpoint and compiles every bucket meanwhile. on_progress: called with a text as either goes
+    on, from any thread. kernels: as in `isthmus.model.ops.kernels.choose`. Raises ConfigError."""
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
     engine = fit_memory(engine, model, mesh, _room(devices.devices.flat[0]))
@@ -169,8 +169,8 @@ def load_served(
     packing: Packing | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> Params:
-    """The parameters as serving keeps them. Each matrix becomes integers, and is packed, as soon as it is read: before,
-    the model needn't fit into memory."""
+    """The parameters as serving keeps them. Each matrix is quantized and packed as soon as it is read, so that the
+    model as it was before needn't fit into memory."""
     on_progress("loading parameters")
     total, read = model.nbytes, 0
 
@@ -193,5 +193,5 @@ def build_engine(
     *,
     kernels: str = AUTO,
 ) -> Engine:
-    """As build_executor, with the engine around it; not started."""
+    """An engine, not started, whose executor `build_executor` builds from the same arguments. sink: as in Engine."""
     return Engine(build_executor(model, engine, mesh, on_progress, kernels=kernels), sink)

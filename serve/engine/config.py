@@ -23,36 +23,36 @@ class Bucket(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Rows of the head: any single token may draw the next one, and so may the end of any block."""
+        """Rows of logits: each single token may draw the next one, and so may the end of each block."""
         return self.rows + self.blocks
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How much the engine holds and how it is cut into steps."""
+    """How much the engine holds, and how its work is divided into steps."""
 
     max_sequences: int = 32
-    """Sequences that run at once; more wait"""
+    """Most sequences that run at once; further ones wait"""
     context_length: int = 0
-    """Most tokens of prompt and completion together; 0 is the model's"""
+    """Most tokens of prompt and completion together; 0 takes the model's, or what memory has room for"""
     pages: int = 0
-    """Pages of KV cache; 0 is room for max_sequences at half the context, and at least one whole context"""
+    """Pages of KV cache; 0 makes room for max_sequences at half the context, or for what fits into memory"""
     page_size: int = 16
-    """Tokens a page"""
+    """Tokens in a page of KV cache"""
     prefill_tokens: int = 512
-    """Most prompt tokens in a step: more is faster for prompts, less keeps the time between tokens short"""
+    """Most prompt tokens in a step: more makes prompts faster, fewer keep the time between tokens short"""
     block_size: int = 32
-    """Prompt tokens that attend together; a multiple of page_size. Prompts are cut on this grid, cached or not"""
+    """Prompt tokens in a block, which attend together; a multiple of page_size. Prompts are cached by whole blocks"""
     max_waiting: int = 256
-    """Requests in flight beyond max_sequences; one more is refused"""
+    """Most requests in flight beyond max_sequences; further ones are refused"""
     prefix_cache: bool = True
-    """Keep the pages of finished requests for prompts that begin alike"""
+    """Keep the pages of finished requests for later prompts with the same beginning"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
-    """The dtype of keys and values; model is the dtype it runs in. int8 has a float32 scale for every 64 numbers of a
-    head"""
+    """The dtype of keys and values; model is the dtype that the model runs in. int8 has a float32 scale for every 64
+    numbers of a head"""
 
     def resolve(self, model: ModelConfig) -> EngineConfig:
-        """With every 0 filled in. Raises ConfigError naming the field that can't work."""
+        """These sizes with every 0 replaced by its default. Raises ConfigError naming the field that can't work."""
         import dataclasses
 
         for name in ("max_sequences", "page_size", "prefill_tokens", "block_size", "max_waiting"):
@@ -88,14 +88,14 @@ class EngineConfig:
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Every shape a step can have: powers of two of single tokens, then all rows with powers of two of blocks."""
+        """Every shape of a step: powers of two of rows without blocks, then all rows with powers of two of blocks."""
         most_blocks = self.prefill_tokens // self.block_size
         decode = [Bucket(rows, 0, self.block_size) for rows in _powers(self.max_sequences)]
         mixed = [Bucket(self.max_sequences, blocks, self.block_size) for blocks in _powers(most_blocks)]
         return (*decode, *mixed)
 
     def bucket(self, rows: int, blocks: int) -> Bucket:
-        """The smallest bucket with room for them."""
+        """The smallest bucket with room for so many rows and blocks."""
         return next(b for b in self.buckets if b.rows >= rows and b.blocks >= blocks)
 
 

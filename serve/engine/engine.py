@@ -1,7 +1,7 @@
-"""The engine: one thread that plans, launches and commits, and is the only owner of every request.
+"""The engine: one thread that plans, launches and commits, and alone owns every request.
 
-Others talk to it through `submit` and `cancel`, which only put a message into its inbox; it answers through the sink it
-was given, once a step, on its own thread.
+Others talk to it through `submit` and `cancel`, which only put a message into its inbox; it answers through its
+sink, once a step, on its own thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Sink = Callable[[list[Output]], None]
 
 @dataclass(frozen=True)
 class _Cancel:
-    """Ends this request, and not another that has come under its id since."""
+    """A message that ends this request, and not another that has come since with the same id."""
 
     request: Request
 
@@ -47,22 +47,22 @@ class Load:
 
 @dataclass
 class StepTimes:
-    """Where the engine thread's time went, in seconds since `reset`."""
+    """Where the engine thread's time went since the engine was made, in seconds."""
 
     plan: float = 0.0
     launch: float = 0.0
     wait: float = 0.0
-    """For the device"""
+    """Waiting for the device"""
     commit: float = 0.0
     deliver: float = 0.0
     steps: int = 0
 
 
 class Engine:
-    """Runs requests until they finish. `start` it; `close` it."""
+    """Runs requests until they finish, from `start` to `close`."""
 
     def __init__(self, executor: Executor, sink: Sink) -> None:
-        """executor: compiled. sink: called on the engine thread with what a step gave; it must return quickly."""
+        """executor: warmed up. sink: called on the engine thread with the outputs of a step; it must return quickly."""
         self.executor = executor
         self.config: EngineConfig = executor.engine
         self.scheduler = Scheduler(self.config, executor.model.rope_switch)
@@ -72,7 +72,7 @@ class Engine:
         self._wake = threading.Condition()
         self._live: dict[str, Request] = {}
         self._cancelled: set[Request] = set()
-        """Those that don't know yet"""
+        """Cancelled requests whose last output isn't delivered yet"""
         self._draining = False
         self._closing = False
         self._busy_since: float | None = None
@@ -87,7 +87,7 @@ class Engine:
         return self._thread.is_alive() and self.error is None
 
     def validate(self, request: Request) -> None:
-        """Raises InvalidRequest for a request that could never run here; needs no engine thread."""
+        """Raises InvalidRequest for a request that could never run here. Works before `start`, too."""
         limit = self.config.context_length
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
@@ -122,8 +122,8 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, request: Request | str) -> bool:
-        """Ends this request, or the one with this id, before the next plan; its id is free at once. Whether it was in
-        flight. Thread-safe."""
+        """Ends this request, or the one with this id, before the next plan; its id is free at once. Returns
+        whether it was in flight. Thread-safe."""
         with self._wake:
             live = self._live.get(request if isinstance(request, str) else request.id)
             if live is None or request not in (live, live.id):
@@ -134,7 +134,7 @@ class Engine:
             return True
 
     def drain(self) -> None:
-        """Takes nothing new from now on; what is in flight goes on. Thread-safe."""
+        """Refuses new requests from now on; those in flight go on. Thread-safe."""
         with self._wake:
             self._draining = True
 
@@ -144,7 +144,7 @@ class Engine:
         return len(self._live)
 
     def load(self) -> Load:
-        """Thread-safe; the figures are of this moment or the step before."""
+        """A snapshot, as of now or of the step before. Thread-safe."""
         pool = self.scheduler.pool
         running = len(self.scheduler.running)
         return Load(
@@ -160,13 +160,13 @@ class Engine:
 
     @property
     def busy_seconds(self) -> float:
-        """How long the step under way has taken: its plan, its launch and its outputs' way out. Thread-safe."""
+        """Seconds since the step under way began with its plan; 0 once its outputs are delivered. Thread-safe."""
         since = self._busy_since
         return 0.0 if since is None else time.perf_counter() - since
 
     def close(self, timeout: float | None = None) -> bool:
-        """Ends the thread once the step in flight is read and what it drew is out; requests that are left end as
-        CLOSED. Whether the thread ended within `timeout` seconds; the requests hear of it either way."""
+        """Ends the thread once the step in flight is read and its outputs are delivered. Requests that are left end as
+        CLOSED, also if the thread doesn't end. Returns whether it ended within `timeout` seconds."""
         with self._wake:
             self._draining = self._closing = True
             self._wake.notify()
@@ -193,7 +193,7 @@ class Engine:
         return RequestFailed("the engine has ended on an error", "ENGINE_DEAD")
 
     def _abandon(self, reason: FinishReason, failure: Exception | None = None) -> None:
-        """Tells every request that is left."""
+        """Ends every request that is left, and delivers that."""
         with self._wake:
             left = [*self._live.values(), *self._cancelled]
             self._live.clear()
@@ -249,7 +249,7 @@ class Engine:
         for message in messages:
             if isinstance(message, Request):
                 self.scheduler.add(message)
-            elif message.request.finish_reason is None:  # else it has ended since, or is cancelled twice
+            elif message.request.finish_reason is None:  # else it has ended since, or was cancelled twice
                 self.scheduler.finish(message.request, FinishReason.CANCELLED)
                 cancelled.append(Output(message.request, None, FinishReason.CANCELLED))
         self._deliver(cancelled)

@@ -1,4 +1,4 @@
-"""From what the scheduler gave each request to the arrays of a plan."""
+"""Writes what the scheduler gave each request into the arrays of a plan."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Work:
 
     @property
     def draws(self) -> bool:
-        """Whether a token is drawn after this: after the last known one, unless more of the prompt is to come."""
+        """Whether these reach the end of the sequence as it is so far, so that the step draws its next token."""
         return self.start + self.count >= self.request.length
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
-        """Cuts a chunk into (start, count) of at most `size`."""
+        """Cuts the tokens into blocks (start, count) of at most `size`."""
         for start in range(self.start, self.start + self.count, size):
             yield start, min(size, self.start + self.count - start)
 
@@ -41,7 +41,7 @@ class Step:
     blocks: int = 0
 
     def drop(self, request: Request, block_size: int) -> None:
-        """Takes out what was scheduled for `request`."""
+        """Removes what was scheduled for `request`."""
         self.singles = [work for work in self.singles if work.request is not request]
         self.chunks = [work for work in self.chunks if work.request is not request]
         self.blocks = sum(-(-work.count // block_size) for work in self.chunks)
@@ -52,7 +52,7 @@ _Draw = tuple[int, int, Request]
 
 
 class RequestFault(Exception):
-    """Packing failed on this request's account; the cause is the error. No request has been changed."""
+    """Packing failed because of this request; __cause__ is the error. No request has been changed."""
 
     def __init__(self, request: Request) -> None:
         super().__init__(request.id)
@@ -60,7 +60,7 @@ class RequestFault(Exception):
 
 
 class Packer:
-    """Writes steps as plans. Keeps what is the same in every step of the request that has a slot."""
+    """Writes steps as plans. It keeps what hardly changes between the steps of the request in each slot."""
 
     def __init__(self, config: EngineConfig) -> None:
         """config: resolved."""
@@ -71,7 +71,7 @@ class Packer:
         """Each slot's row, but for the position"""
 
     def pack(self, step: Step) -> StepPlan:
-        """The step as arrays; counts the tokens that it draws. Raises RequestFault."""
+        """The step as arrays. Adds each token that it draws to its request's tokens_in_flight. Raises RequestFault."""
         bucket = self._config.bucket(len(step.singles), step.blocks)
         per_sequence = self._config.pages_per_sequence
         packed = np.zeros(plan_size(bucket, per_sequence), np.int32)
@@ -94,7 +94,7 @@ class Packer:
         return plan
 
     def _pack_singles(self, arrays: PlanArrays, singles: list[Work]) -> list[_Draw]:
-        """All rows at once: an assignment to an array costs as much for one number as for all of them."""
+        """Writes all rows at once: an assignment to an array costs as much for one number as for all of them."""
         count, requests = len(singles), [work.request for work in singles]
         slots = [request.slot for request in requests]
         arrays.tokens[:count] = [
@@ -108,7 +108,7 @@ class Packer:
         return [(row, row, work.request) for row, work in enumerate(singles) if work.draws]
 
     def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:
-        """Writes a chunk from `block` on. The block after it, and where on the token axis its last token lies."""
+        """Writes a chunk from `block` on. Returns the block after it, and its last token's index on the token axis."""
         size, last = self._config.block_size, 0
         for start, count in work.blocks(size):
             first = rows + block * size

@@ -1,9 +1,9 @@
 """The page pool: who holds which page of the KV cache, and which pages hold a prefix worth keeping.
 
-Page 0 is the null page: padding writes there, nobody owns it. A page is **held** (reference count > 0) or on the **free
-list**; a free page may still be **cached**: keyed by what it holds, ready to be held again until it is evicted.
-The free list is intrusive (prev/next in int32 arrays), so that a page leaves its middle in O(1). Its head is evicted
-next.
+Page 0 is the null page: padding writes there, and nobody owns it. A page is **held** (reference count > 0) or on the
+**free list**; a free page may still be **cached**: keyed by what it holds, ready to be held again until it is evicted.
+The free list is intrusive (prev/next in int32 arrays), so that a page leaves its middle in O(1). The page at
+its head is evicted next.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def page_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class PagePool:
-    """`pages` pages, the null page included."""
+    """A pool of `pages` pages, including the null page."""
 
     def __init__(self, pages: int) -> None:
         assert pages >= 2, "a pool needs the null page and one more"
@@ -48,7 +48,7 @@ class PagePool:
         return len(self._page_of)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, each held once, evicting the least recently used prefixes; None, and no change, if too few."""
+        """`count` pages, each held once; evicts the least recently used prefixes. None, and no change, if too few."""
         if count > self.free:
             return None
         pages = []
@@ -75,14 +75,14 @@ class PagePool:
         return int((self._held[list(pages)] == 0).sum()) if pages else 0
 
     def hold(self, pages: Sequence[int]) -> None:
-        """Holds cached pages once more."""
+        """Adds a holder to each of these cached pages."""
         for page in pages:
             if self._held[page] == 0:
                 self._unlink(page)
             self._held[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Gives back a sequence's `pages`, in its order. Its end is evicted before its shareable beginning."""
+        """Releases a sequence's `pages`, in its order. Its end is evicted before its beginning, which may be shared."""
         for page in reversed(pages):
             assert page != NULL_PAGE and self._held[page] > 0, f"page {page} released and not held"
             self._held[page] -= 1

@@ -22,25 +22,25 @@ PADDING = -1
 
 
 class PlanArrays(NamedTuple):
-    """The parts of a plan; `tokens`, `samples` as in Bucket."""
+    """The parts of a plan, whose shapes are in terms of Bucket's fields."""
 
     tokens: Any
     """int32[tokens]: ids, or FROM_DEVICE"""
     positions: Any
-    """int32[tokens]: in its sequence, or PADDING"""
+    """int32[tokens]: position in its sequence, or PADDING"""
     tables: Any
-    """int32[rows + blocks, pages a sequence]: the pages of the sequence that a row or block belongs to"""
+    """int32[rows + blocks, pages_per_sequence]: the pages of the sequence that a row or block belongs to"""
     uses_long_rope: Any
     """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
     sample_token: Any
-    """int32[samples]: index on the token axis of the last known token"""
+    """int32[samples]: index on the token axis of the token after which one is drawn"""
     row_slot: Any
-    """int32[rows]: where FROM_DEVICE reads"""
+    """int32[rows]: the slot whose last token FROM_DEVICE stands for"""
 
 
 @lru_cache(maxsize=256)
 def _layout(bucket: Bucket, pages_per_sequence: int) -> tuple[tuple[slice, tuple[int, ...]], ...]:
-    """Where each part lies, and its shape. Kept, because a plan is made every step."""
+    """Where each part lies, and its shape. It is cached, because a plan is made every step."""
     tokens, samples = (bucket.tokens,), (bucket.samples,)
     sequences = bucket.rows + bucket.blocks
     tables = (sequences, pages_per_sequence)

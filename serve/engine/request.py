@@ -1,4 +1,4 @@
-"""A request: what was asked, and how far it has come. The engine thread alone changes it."""
+"""A request: what was asked, and how far it has come. Only the engine thread changes it."""
 
 from __future__ import annotations
 
@@ -41,29 +41,29 @@ class Request:
     max_tokens: int
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
-    """Without any it goes on past the end of the text"""
+    """Tokens that end the text; empty goes on past them"""
     reply_to: Any = None
-    """Who its outputs are for; the engine leaves it alone"""
+    """The receiver of its outputs, which the engine doesn't look at"""
     arrival: float = field(default_factory=time.perf_counter)
 
     tokens: list[int] = field(init=False)
-    """Prompt and what was drawn, as far as the host knows"""
+    """The prompt and the tokens that were drawn, as far as the host knows them"""
     logprobs: list[Logprobs] = field(default_factory=list, init=False)
     """One for each token that was drawn, if they were asked for"""
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
     tokens_in_flight: int = field(default=0, init=False)
-    """Tokens drawn by launched steps and not read yet: at most 1, and 2 between a plan and the commit before it"""
+    """Tokens drawn by launched steps and not read yet: at most 1, or 2 from a plan to the commit of the step before"""
     uses_long_rope: bool = field(default=False, init=False)
     """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
     slot: int = field(default=-1, init=False)
     pages: list[int] = field(default_factory=list, init=False)
     registered: int = field(default=0, init=False)
-    """Pages that the prefix cache knows, from the first"""
+    """How many of its first pages the prefix cache knows"""
     page_keys: list[bytes] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     failure: Exception | None = field(default=None, init=False)
-    """What made it end with ERROR; None where its logits weren't finite"""
+    """The exception that ended it with ERROR; None if its logits weren't finite"""
     stop_token: int | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
     recomputed_tokens: int = field(default=0, init=False)
@@ -77,7 +77,7 @@ class Request:
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence, the one not read yet included."""
+        """Tokens of the sequence, including those in flight."""
         return len(self.tokens) + self.tokens_in_flight
 
     @property
@@ -86,7 +86,7 @@ class Request:
 
     @property
     def may_grow(self) -> bool:
-        """Whether one more token may be drawn after those already drawn."""
+        """Whether max_tokens leaves room for one more token than those drawn."""
         return self.length - len(self.prompt) < self.max_tokens
 
 

@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    """64 bits; with the position it decides every draw"""
+    """64 bits, which decide the random numbers of a draw together with its position"""
     logprobs: int = -1
     """How many of the likeliest tokens to tell at each position, at most MOST_LOGPROBS, besides the log-probability of
     the one drawn; -1 tells nothing"""

@@ -1,9 +1,9 @@
 """Decides what the next step computes. Host state only: no device, no clock, no I/O.
 
-There are no phases: a step gives each request tokens until `computed` reaches `length`. A token that was drawn takes a
-single row; a prompt takes blocks, cut on one grid whatever else the step holds. A step is planned before the one in
-flight is read, so `computed` and `length` count what was launched, and the token that isn't known yet is taken on the
-device.
+There are no separate phases for prompts and completions: a step gives each request tokens until `computed` reaches
+`length`. A token that was drawn takes a single row; a prompt takes blocks, cut on one grid whatever else the step
+holds. A step is planned before the one in flight is read, so `computed` and `length` count what was launched, and a
+token that the host doesn't know yet is read on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("isthmus.engine")
 
 @dataclass
 class Counters:
-    """Since the engine started."""
+    """Totals since the engine started."""
 
     steps: int = 0
     preemptions: int = 0
@@ -40,7 +40,7 @@ class Scheduler:
     """Owns the requests from `add` to their finish, and the pages they hold."""
 
     def __init__(self, config: EngineConfig, rope_switch: int = 0) -> None:
-        """config: resolved; rope_switch: the model's."""
+        """config: resolved. rope_switch: as in ModelConfig."""
         self.config, self._rope_switch = config, rope_switch
         self.pool = PagePool(config.pages)
         self.waiting: deque[Request] = deque()
@@ -64,7 +64,7 @@ class Scheduler:
     def plan(self, now: float = 0.0) -> StepPlan | None:
         """The next step, or None when nothing can be computed before the step in flight is read.
 
-        now: seconds, on the clock that the requests' times are on.
+        now: seconds, on the same clock as the requests' times.
         """
         step = Step()
         preempted = self._schedule_running(step)
@@ -79,13 +79,13 @@ class Scheduler:
         return None
 
     def take_failed(self) -> list[Output]:
-        """The ends, since the last call, of requests that raised something."""
+        """The last outputs of requests that ended on an exception since the previous call."""
         failed, self._failed = self._failed, []
         return failed
 
     def _fail(self, request: Request, error: BaseException | None) -> None:
-        """Ends a request alone by an error of its own. Raises the error where that leaves pages or slots in disorder,
-        which would reach the others."""
+        """Ends one request with an error of its own. Raises the error if that leaves pages or slots in disorder, which
+        would affect other requests."""
         assert isinstance(error, Exception)
         logger.error("request %r ended on an error", request.id, exc_info=error)
         request.failure = error
@@ -116,14 +116,14 @@ class Scheduler:
         return preempted
 
     def _schedule_one(self, request: Request, step: Step) -> Request | None:
-        """Gives a running request its tokens, or returns the one to preempt first."""
+        """Gives a running request its tokens, or returns the request to preempt first."""
         count = self._next_count(request, step)
         if count == 0:
             return None
         if self._is_long(request) != request.uses_long_rope:
-            return request  # what it has computed turned by the short frequencies
+            return request  # its keys so far were turned by the short frequencies
         if not self._grow(request, request.computed + count):
-            return self.running[-1]  # the newest: perhaps this one
+            return self.running[-1]  # the newest, which may be this one
         self._schedule(request, count, step)
         return None
 
@@ -138,7 +138,7 @@ class Scheduler:
         return min(missing, room)
 
     def _admit(self, step: Step, now: float) -> None:
-        """Starts waiting requests while there are slots, pages for all they have, and room in the step."""
+        """Starts waiting requests while there are slots, pages for all their tokens, and room in the step."""
         while self.waiting and self._free_slots:
             request = self.waiting[0]
             try:
@@ -149,11 +149,11 @@ class Scheduler:
                 self._fail(request, error)
 
     def _admit_one(self, request: Request, step: Step, now: float) -> bool:
-        """Starts the first that waits. False, and no change, where it must wait on."""
+        """Starts the first waiting request. Returns False, without starting it, if it must wait longer."""
         self._choose_frequencies(request)
         hit = self._cached_pages(request)
         needed = self._pages_for(request.length) - len(hit)
-        # One spare page for each that runs, so that the newcomer isn't preempted by their next page.
+        # One spare page for each running request, so that their next pages don't preempt the new one.
         spare = len(self.running)
         if needed + self.pool.unheld(hit) + spare > self.pool.free:
             return False
@@ -176,7 +176,7 @@ class Scheduler:
             request.uses_long_rope, request.page_keys = uses_long_rope, []
 
     def _cached_pages(self, request: Request) -> list[int]:
-        """Pages of the request's longest cached prefix, on the block grid and short of its last token."""
+        """Pages of the request's longest cached prefix of whole blocks, which ends before its last token."""
         if not self.config.prefix_cache:
             return []
         self._extend_keys(request)
@@ -186,7 +186,7 @@ class Scheduler:
         return pages[: blocks * pages_per_block]
 
     def _extend_keys(self, request: Request) -> None:
-        """Keys of all full pages of known tokens."""
+        """Extends the request's page_keys to all full pages of known tokens."""
         size = self.config.page_size
         for page in range(len(request.page_keys), len(request.tokens) // size):
             parent = request.page_keys[-1] if request.page_keys else b"long" if request.uses_long_rope else b""
@@ -214,7 +214,7 @@ class Scheduler:
         return -(-tokens // self.config.page_size)
 
     def _grow(self, request: Request, tokens: int) -> bool:
-        """Makes room for `tokens` tokens. False, and no change, without pages."""
+        """Gives a request pages for `tokens` tokens. Returns False, without a change, if too few are free."""
         have = len(request.pages)
         if (needed := self._pages_for(tokens) - have) <= 0:
             return True
@@ -235,7 +235,7 @@ class Scheduler:
             step.blocks += -(-count // self.config.block_size)
 
     def _preempt(self, request: Request) -> None:
-        """Back to the head of the queue; its tokens are kept and computed again."""
+        """Puts a request back at the head of the queue; its tokens are kept and computed again."""
         self.running.remove(request)
         self._release(request)
         request.computed = 0
@@ -244,7 +244,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
-        """Frees pages and slot. Safe with a step in flight: what comes later runs later on the device."""
+        """Frees pages and slot. Safe with a step in flight: later steps run after it on the device."""
         self.pool.release(request.pages)
         request.pages = []
         request.registered = 0
@@ -294,7 +294,7 @@ class Scheduler:
         return None
 
     def _register_pages(self, request: Request) -> None:
-        """Lets others find the pages that are full of computed, known tokens."""
+        """Lets other requests find the pages that are full of computed, known tokens."""
         if not self.config.prefix_cache or request.slot < 0:
             return
         self._extend_keys(request)
@@ -304,7 +304,7 @@ class Scheduler:
         request.registered = max(request.registered, full)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """Ends a request wherever it stands; its pages are free at once."""
+        """Ends a request, running or waiting; its pages are free at once."""
         assert request.finish_reason is None, f"{request.id} finished twice"
         request.finish_reason = reason
         if request.slot >= 0:
@@ -314,7 +314,7 @@ class Scheduler:
             self.waiting.remove(request)
 
     def check(self) -> None:
-        """Asserts every invariant, as it holds after a commit; for tests."""
+        """Asserts every invariant that holds after a commit; for tests."""
         self.check_holders()
         for request in self.running:
             assert request.finish_reason is None and request.slot >= 0
@@ -324,7 +324,7 @@ class Scheduler:
             assert not request.pages and request.slot < 0 and request.computed == 0
 
     def check_holders(self) -> None:
-        """Asserts that each page and each slot has the holders that it counts, at any time."""
+        """Asserts that each page has as many holders as it counts, and each slot one; this holds at any time."""
         self.pool.check()
         held = np.zeros(self.config.pages, np.int32)
         for request in self.running:

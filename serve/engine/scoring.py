@@ -1,5 +1,5 @@
-"""A model's predictions of tokens that are known, as serving computes them: the step's own forward pass over the paged
-cache, with the kernels, the dtypes and the integers that serve."""
+"""A model's predictions for tokens that are known, computed as in serving: by a step's forward pass over the paged
+cache, with the same kernels, dtypes and integers."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
 def predictions(
     folder: ModelFolder, cache_dtype: str, windows: np.ndarray, first: int, *, kernels: str = AUTO
 ) -> Iterator[np.ndarray]:
-    """What comes after the tokens from index `first` to the last but one of each of windows, int32[n, size], given
-    those before in its window: float32[size - 1 - first, vocab] of logits.
+    """Yields for each window the logits, float32[size - 1 - first, vocab], of what comes after its tokens from index
+    `first` to the last but one, given the tokens before them in the window.
 
-    folder: as open_model gives it, in the dtype that serves; it is read before the first window. cache_dtype: as in
-    EngineConfig. kernels: as in `isthmus.model.ops.kernels.choose`.
+    windows: token ids, int32[n, size]. folder: from `open_model`; it is read before the first window. cache_dtype: as
+    in EngineConfig. kernels: as in `isthmus.model.ops.kernels.choose`.
     """
     engine, mesh = _engine(folder.config, cache_dtype, windows.shape[1]), build_mesh(MeshShape())
     served = Served(folder.config, engine, folder.tokenizer.vocab_size, folder.execution).with_kernels(kernels, mesh)
@@ -41,8 +41,8 @@ def predictions(
 
 
 def score(served: Served, mesh: Mesh, params: Params, windows: np.ndarray, first: int) -> Iterator[np.ndarray]:
-    """`predictions` of parameters as `load_served` gives them. The engine has a bucket for a whole window, and its
-    kernels are chosen."""
+    """Yields what `predictions` does. params: from `load_served`. served: with kernels chosen, and with an engine whose
+    last bucket has room for a whole window."""
     engine = served.engine
     bucket = engine.buckets[-1]
     with use_mesh(mesh):
@@ -55,7 +55,7 @@ def score(served: Served, mesh: Mesh, params: Params, windows: np.ndarray, first
 
 
 def _engine(config: ModelConfig, cache_dtype: str, size: int) -> EngineConfig:
-    """An engine for a single sequence, whose whole window is one step; blocks are as served."""
+    """An engine for a single sequence, which computes a whole window in one step, in blocks of the default size."""
     default = EngineConfig()
     page, block = default.page_size, default.block_size
     whole = -(-size // block) * block
@@ -81,7 +81,7 @@ def _logits(
 
 
 def _plan(bucket: Bucket, engine: EngineConfig, tokens: np.ndarray, rope_switch: int) -> np.ndarray:
-    """A step that computes a whole prompt, int32[at most the bucket's blocks], in the pages after the null page."""
+    """A packed step that computes a whole prompt in the pages after the null page. tokens: int32, the prompt's ids."""
     packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
     arrays = split_plan(packed, bucket, engine.pages_per_sequence)
     arrays.positions[:] = PADDING

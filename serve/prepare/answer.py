@@ -1,4 +1,4 @@
-"""From the engine's outputs to text, deltas and the completion, once for every front end."""
+"""Turns the engine's outputs into text, deltas and the completion, once for every front end."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Answer:
     """The text of one request as its outputs come."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request, *, with_text: bool = True) -> None:
-        """with_text: whether tokens are decoded; else all texts are empty."""
+        """with_text: whether tokens are decoded; if not, all texts are empty."""
         self._request = request
         self._stream = tokenizer.stream(request.prompt) if with_text else None
         self._texts: list[str] = []
 
     def take(self, outputs: Sequence[Output]) -> Delta:
-        """What `outputs`, at least one and in order, add; the completion is with the last. Raises RequestError where
-        the request ended without a result."""
+        """The delta that `outputs` add, which are at least one, in order. With the request's last output it has the
+        completion. Raises RequestError if the request ended without a result."""
         end = outputs[-1].finish_reason
         if end is not None and end not in _REASONS:
             raise error_of(self._request)
@@ -40,8 +40,8 @@ class Answer:
         return Delta(text, tuple(ids), None if end is None else self._completion())
 
     def whole(self) -> Completion:
-        """The completion of a request that has ended, none of whose outputs was taken. Raises RequestError as `take`
-        does."""
+        """The completion of a request that has ended, without a call of `take` before. Raises RequestError if it ended
+        without a result."""
         if self._request.finish_reason not in _REASONS:
             raise error_of(self._request)
         self._decoded(text_ids(self._request), last=True)
@@ -61,13 +61,13 @@ class Answer:
 
 
 def text_ids(request: Request) -> list[int]:
-    """What was drawn, without the token that ended the sequence."""
+    """The tokens that were drawn, without the one that ended the sequence."""
     drawn = request.completion
     return drawn if request.stop_token is None else drawn[:-1]
 
 
 def completion_of(request: Request, text: str) -> Completion:
-    """request: has ended with a result."""
+    """The completion of a request that has ended with a result."""
     assert request.finish_reason is not None and request.finished_at is not None
     first = request.first_token_at or request.finished_at
     return Completion(
@@ -88,7 +88,7 @@ def completion_of(request: Request, text: str) -> Completion:
 
 
 def error_of(request: Request) -> RequestError:
-    """Why a request that has ended has no result."""
+    """The error that says why a request that has ended has no result."""
     if request.finish_reason is Ending.CANCELLED:
         return Cancelled("the request was cancelled")
     if request.finish_reason is Ending.CLOSED:
@@ -96,7 +96,7 @@ def error_of(request: Request) -> RequestError:
     match request.failure:
         case None:
             return RequestFailed("the model gave logits that are not finite for this request", "NON_FINITE_LOGITS")
-        case RequestFailed() as ours:  # shared by all that the engine left behind: each gets one of its own
+        case RequestFailed() as ours:  # shared by all requests of an engine that has ended: each gets a copy
             failed, cause = RequestFailed(ours.message, ours.reason), ours.__cause__
         case cause:
             failed = RequestFailed("the engine failed at this request; its log says how", "REQUEST_FAILED")

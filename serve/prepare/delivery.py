@@ -15,12 +15,12 @@ from isthmus.serve.engine.request import Output
 
 
 class Receiver(ABC):
-    """What a request's outputs go to."""
+    """Takes the outputs of a request."""
 
     streams: ClassVar[bool]
-    """Whether it wants each output as it comes; else only the last"""
+    """Whether it gets each output as it comes, or only the last"""
     loop: asyncio.AbstractEventLoop | None = None
-    """The event loop that it is given outputs on; None is the engine's thread"""
+    """The event loop on which it gets outputs; None is the engine's thread"""
 
     @abstractmethod
     def put_nowait(self, item: Output, /) -> None:
@@ -39,7 +39,7 @@ class ThreadStream(Receiver):
         self._outputs.put(output)
 
     def get(self, timeout: float | None) -> Output:
-        """The next one. Raises queue.Empty after `timeout` seconds."""
+        """The next output. Raises queue.Empty after `timeout` seconds."""
         return self._outputs.get(timeout=timeout)
 
 
@@ -53,7 +53,7 @@ class LoopStream(asyncio.Queue[Output], Receiver):
         self.loop = asyncio.get_running_loop()
 
     async def some(self, most: int) -> list[Output]:
-        """What there is, at least one and at most `most`: several steps' when who reads is slow."""
+        """Waits for an output. Returns those that have come, at most `most`: of several steps if the reader is slow."""
         outputs = [await self.get()]
         while not self.empty() and len(outputs) < most:
             outputs.append(self.get_nowait())
@@ -61,7 +61,7 @@ class LoopStream(asyncio.Queue[Output], Receiver):
 
 
 class ThreadEnd(Receiver):
-    """A request's end, for threads."""
+    """The end of a request, for threads."""
 
     streams = False
 
@@ -77,11 +77,11 @@ class ThreadEnd(Receiver):
             call()
 
     def wait(self, timeout: float | None) -> bool:
-        """Whether it has ended within `timeout` seconds."""
+        """Waits until the request has ended. Returns whether that was within `timeout` seconds."""
         return self._ended.wait(timeout)
 
     def then(self, call: Callable[[], object]) -> None:
-        """call() at the end, on the engine's thread, or at once where it has ended; it must return quickly."""
+        """Calls `call` at the end, on the engine's thread, or at once if that has come. `call` must return quickly."""
         with self._lock:
             if not self._ended.is_set():
                 self._then.append(call)
@@ -90,7 +90,7 @@ class ThreadEnd(Receiver):
 
 
 class LoopEnd(Receiver):
-    """A request's end, for a task on the event loop that it is made on."""
+    """The end of a request, for a task on the event loop that it is made on."""
 
     streams = False
 
@@ -104,7 +104,7 @@ class LoopEnd(Receiver):
 
 
 def deliver(outputs: list[Output]) -> None:
-    """Called on the engine's thread with what a step gave; one wake-up a step of each loop that has a part in it."""
+    """Gives a step's outputs to their receivers, called on the engine's thread. Each event loop is woken once."""
     batches: dict[asyncio.AbstractEventLoop, list[Output]] = {}
     for output in outputs:
         receiver: Receiver = output.request.reply_to
@@ -115,7 +115,7 @@ def deliver(outputs: list[Output]) -> None:
         else:
             batches.setdefault(receiver.loop, []).append(output)
     for loop, batch in batches.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
             loop.call_soon_threadsafe(_put, batch)
 
 

@@ -1,5 +1,5 @@
-"""From what a person asks to the engine's Request: every check, in one place that every front end shares. Errors name
-the argument in the library's words (isthmus/types.py); a front end with other words turns them into its own."""
+"""Turns a question into the engine's Request, with every check, in one place that all front ends share. Errors name the
+library's argument (isthmus/types.py); a front end whose fields have other names renames it."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ T = TypeVar("T", int, float)
 
 DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID = 128
-"""Characters"""
+"""Most characters of a request's id"""
 MAX_STOP_TOKENS = 64
 MAX_TEMPERATURE = 100.0
 MAX_MESSAGES = 1024
 MAX_TOKENS = 1 << 18
-"""Tokens of a text that is tokenized or detokenized for its own sake: more would hold up everybody's streams while they
-become a list"""
+"""Most tokens of a text that `tokenized` or `detokenized` takes: more would hold up all streams while they become a
+list"""
 MAX_CHARACTERS = 4_000_000
-"""Characters of a text that is detokenized whole"""
+"""Most characters of a text that `detokenized` returns"""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a model's tokenizer, template and context make of questions. Safe to share between threads; long texts, and
+    """Makes requests of questions with a model's tokenizer and template. Safe to share between threads; long texts, and
     messages, take a while."""
 
     tokenizer: Tokenizer
     chat: ChatTemplate | None
     """The model's template for messages, if it has one"""
     recommended: GenerationDefaults
-    """How to sample what a question leaves open"""
+    """The sampling settings for what a question leaves open"""
     context_length: int
 
     @classmethod
     def of(cls, model: ModelFolder, context_length: int) -> Preparation:
-        """context_length: the engine's, in tokens."""
+        """The preparation for a model. context_length: the engine's, in tokens."""
         return cls(model.tokenizer, model.chat, model.generation, context_length)
 
     def request(self, question: Question) -> Request:
-        """The engine's request. Raises InvalidRequest; the engine checks what depends on it alone."""
+        """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
         prompt = self.prompt_ids(question.prompt)
         asked = question.sampling
         left = self.context_length - len(prompt)
@@ -67,8 +67,8 @@ class Preparation:
         )
 
     def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
-        """Tokens of the prompt. Raises InvalidRequest, for a text that can't fit into the context before it is
-        encoded."""
+        """Token ids of the prompt. Raises InvalidRequest; a text that can't fit into the context is refused before it
+        is encoded."""
         match prompt:
             case Conversation():
                 text = self._rendered(prompt)
@@ -119,7 +119,7 @@ class Preparation:
         except ChatError as error:
             raise InvalidRequest("chat_template", str(error)) from None
         if not text:
-            raise InvalidRequest("chat_template", "the chat template writes nothing for them")
+            raise InvalidRequest("chat_template", "the chat template writes nothing for these messages")
         return text
 
     def _stop_ids(self, asked: SamplingParams) -> frozenset[int]:
@@ -130,36 +130,36 @@ class Preparation:
 
 
 def tokenized(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
-    """The ids of a text for its own sake. Raises InvalidRequest."""
+    """The token ids of a text that is no prompt. Raises InvalidRequest."""
     try:
         return tokenizer.encode(check_text("text", text), MAX_TOKENS, parse_special=parse_special)
     except TooManyTokens as error:
-        raise InvalidRequest("text", f"{error} are told at once: split it") from None
+        raise InvalidRequest("text", f"{error} are returned at once: split it") from None
     except TextError as error:
         raise InvalidRequest("text", str(error)) from None
 
 
 def detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    """The text of ids for its own sake. Raises InvalidRequest."""
+    """The text of token ids. Raises InvalidRequest."""
     if len(ids) > MAX_TOKENS:
         raise InvalidRequest("token_ids", f"has {len(ids)} ids; at most {MAX_TOKENS} are taken at once")
     checked = check_token_ids("token_ids", ids, tokenizer.vocab_size)
     if (characters := tokenizer.spelt_characters(checked)) > MAX_CHARACTERS:
         raise InvalidRequest(
-            "token_ids", f"spell up to {characters} characters; at most {MAX_CHARACTERS} are told at once"
+            "token_ids", f"spell up to {characters} characters; at most {MAX_CHARACTERS} are returned at once"
         )
     return tokenizer.decode(checked.tolist())
 
 
 def check_text(field: str, text: str) -> str:
-    """Raises InvalidRequest for an empty text."""
+    """Returns the text. Raises InvalidRequest if it is empty."""
     if not text:
         raise InvalidRequest(field, "must not be empty")
     return text
 
 
 def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """int64[len(ids)]. Raises InvalidRequest naming the first id that the tokenizer doesn't have."""
+    """The ids as int64[len(ids)]. Raises InvalidRequest naming the first one that the tokenizer doesn't have."""
     try:
         values = np.array(ids, np.int64)
     except (OverflowError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Threads for what takes long over a text, so that it holds up nobody's stream."""
+"""Threads for work that takes long over a text, so that it doesn't hold up the streams."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from isthmus.errors import Overloaded, Unavailable
 T = TypeVar("T")
 
 SHORT = 8 << 10
-"""Bytes or items that take less than waking a thread is worth: about 3 ms"""
+"""Most bytes or items that aren't worth waking a thread for; they take about 3 ms"""
 THREADS = 2
-"""More would have the event loop wait for the interpreter longer: each may keep it for 5 ms"""
+"""More threads would let the event loop wait longer for the interpreter, which each may keep for 5 ms"""
 
 
 class Workers:
-    """A few threads, and only so much waiting for them."""
+    """A few threads, with a bounded amount of work that waits for them."""
 
     def __init__(self, calls: int = 256, size: int = 64 << 20) -> None:
-        """calls, size: most that wait or run, and their bytes together."""
+        """calls: most that wait or run at once. size: most bytes of all of them together."""
         self._calls, self._size = calls, size
         self._held_calls = self._held_size = 0
         self._lock = threading.Lock()
@@ -30,10 +30,10 @@ class Workers:
         self._threads = ThreadPoolExecutor(THREADS, "text")
 
     async def run(self, size: int, work: Callable[..., T], *args: Any, always: bool = False) -> T:
-        """work(*args), on a thread unless `size`, in bytes, is short; always: on a thread.
+        """Returns work(*args), run on a thread if its `size`, in bytes, is more than SHORT, or if `always`.
 
-        What still waits is dropped when the caller is cancelled. Raises what `work` does, Overloaded where too much
-        waits already, and Unavailable once closed.
+        Work that still waits is dropped when its caller is cancelled. Raises what `work` raises, Overloaded if too much
+        is waiting already, and Unavailable once closed.
         """
         if size <= SHORT and not always:
             return work(*args)
@@ -50,7 +50,7 @@ class Workers:
         with self._lock:
             if self._closed:
                 raise Unavailable("the engine is shutting down")
-            # One of any size is taken when there is no other.
+            # A text of any size is taken when there is no other.
             if self._held_calls and (self._held_calls >= self._calls or self._held_size + size > self._size):
                 raise Overloaded(f"{self._held_calls} texts of {self._held_size} bytes wait to be tokenized already")
             self._held_calls, self._held_size = self._held_calls + 1, self._held_size + size
@@ -69,7 +69,7 @@ class Workers:
         return self._held_calls
 
     def close(self) -> None:
-        """What waits ends with Unavailable; what runs goes on."""
+        """Ends the calls that wait with Unavailable; those that run go on."""
         with self._lock:
             self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)

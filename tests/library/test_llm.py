@@ -88,7 +88,9 @@ def test_an_item_that_fails_costs_no_other(llm: LLM, client: Client) -> None:
     for model in (llm, client):
         found = model.generate(prompts, DRAWN, return_errors=True)
         assert [isinstance(each, InvalidRequest) for each in found] == [False, True, False, True]
-        with pytest.raises(BatchError, match="2 of 4 failed, first the one at 1: prompt: must not be empty") as failed:
+        with pytest.raises(
+            BatchError, match="2 of 4 failed, the first at index 1: prompt: must not be empty"
+        ) as failed:
             model.generate(prompts, DRAWN)
         assert set(failed.value.errors) == {1, 3}
         good = failed.value.results[0]
@@ -148,7 +150,7 @@ def test_a_conversation_is_answered_alike(chat_server: RunningServer, open_model
 
 def test_a_conversation_is_no_prompt_and_a_prompt_no_conversation(llm: LLM) -> None:
     """Without its template a model would be asked in a form that it doesn't know."""
-    with pytest.raises(TypeError, match="chat takes conversations"):
+    with pytest.raises(TypeError, match="give chat a list of messages"):
         llm.generate(TALK)  # type: ignore[call-overload]
     for wrong in ("hello", ["hello"]):
         with pytest.raises(TypeError, match="a conversation is a list of messages"):

@@ -17,7 +17,7 @@ from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ENGINE, NETWORK, RunningServer
 
 SMALL = dataclasses.replace(ENGINE, max_sequences=1)
-MEMORY = "what memory has room for"
+MEMORY = "as many as memory has room for"
 
 
 def said(server: RunningServer) -> str:
@@ -72,7 +72,7 @@ def test_a_quantized_folder_tells_what_was_measured(start_server: StartServer) -
     model = server.server.session.model
     server.server.session.model = model.with_config(quantization=(".*=int8",))
     try:
-        assert "no quality.json" in said(server)
+        assert "no valid quality.json" in said(server)
         MeasuredCost(
             0.05, 0.001, 1.02, None, 0.9, 16320, "bfloat16", "int8", "int4", "prose.txt", 10.2, 10.0, 64, "cpu",
             "2026-01-02",
@@ -80,7 +80,7 @@ def test_a_quantized_folder_tells_what_was_measured(start_server: StartServer) -
         text = said(server)
         kept = json.loads((model.path / FILE).read_text())
         (model.path / FILE).write_text(json.dumps({**kept, "tokens": "many"}))
-        assert "no quality.json" in said(server), "nothing depends on it"
+        assert "no valid quality.json" in said(server), "nothing depends on it"
     finally:
         server.server.session.model = model
         (model.path / FILE).unlink(missing_ok=True)

@@ -132,7 +132,7 @@ def argue(text: str) -> Change:
         (argue('{"style": 1'), ARGUMENTS, "is not JSON: Expecting ',' delimiter"),
         (argue("[1]"), ARGUMENTS, "must be a JSON object"),
         (argue('{"style": {"a": 1, "a": 2}}'), ARGUMENTS, "a key twice"),
-        (argue('{"style": NaN}'), ARGUMENTS, "NaN is no number"),
+        (argue('{"style": NaN}'), ARGUMENTS, "NaN is not a number"),
         (argue('{"style": ' + "9" * 5000 + "}"), ARGUMENTS, "is not JSON: Exceeds the limit"),
         (argue('{"style": ' + "[" * 100_000), ARGUMENTS, "nested too deep"),
         (argue('{"style": ' + "[" * 100 + "]" * 100 + "}"), "messages", "nested more than 64 deep"),

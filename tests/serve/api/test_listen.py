@@ -42,8 +42,8 @@ def test_a_port_in_use_is_said(host: str) -> None:
     [
         ("192.0.2.1", "no such address"),  # a network for documentation
         ("no-such-host.invalid", "host=no-such-host.invalid"),
-        ("a..b", "no name of a host"),
-        ("x" * 70, "no name of a host"),
+        ("a..b", "not the name of a host"),
+        ("x" * 70, "not the name of a host"),
     ],
 )
 def test_a_host_that_is_not_this_machine_is_said(host: str, said: str) -> None:
