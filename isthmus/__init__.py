@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from isthmus.serve.engine.config import EngineConfig
     from isthmus.train.config import TrainConfig
     from isthmus.train.loop import train
-    from isthmus.types import Completion, Delta, FinishReason, SamplingParams
+    from isthmus.types import Completion, Delta, FinishReason, SamplingParams, TokenLogprobs
 
 _HOME = {
     "isthmus.aio": ("AsyncClient",),
@@ -54,7 +54,7 @@ _HOME = {
     "isthmus.protocol": ("AsyncModel", "Model"),
     "isthmus.serve.engine.config": ("EngineConfig",),
     "isthmus.train.config": ("TrainConfig",),
-    "isthmus.types": ("Completion", "Delta", "FinishReason", "SamplingParams"),
+    "isthmus.types": ("Completion", "Delta", "FinishReason", "SamplingParams", "TokenLogprobs"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -80,6 +80,7 @@ __all__ = [  # imported by __getattr__
     "RequestError",
     "RequestFailed",
     "SamplingParams",
+    "TokenLogprobs",
     "TrainConfig",
     "Unauthenticated",
     "Unavailable",

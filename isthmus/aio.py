@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import grpc
 
 from isthmus.client import AT_ONCE, OPTIONS, Gathered, bearer, choose_credentials
-from isthmus.proto import completion_of, error_of, fitting, message_of
+from isthmus.proto import error_of, fitting, message_of, response_of
 from isthmus.protocol import AsyncModel
 from isthmus.types import Completion, Delta, Question
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -59,7 +59,7 @@ class AsyncClient(AsyncModel):
         answer = await self._call(
             self._inference.Generate, message_of(question), inference_pb2.GenerateResponse, timeout
         )
-        return completion_of(answer.started, answer.text, tuple(answer.token_ids), answer.finished)
+        return response_of(answer)
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))

@@ -8,9 +8,9 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, message_of
+from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, logprobs_of, message_of, response_of
 from isthmus.protocol import Model, to_question
-from isthmus.types import Completion, Delta, Messages, Prompt, Question, SamplingOptions
+from isthmus.types import Completion, Delta, Messages, Prompt, Question, SamplingOptions, TokenLogprobs
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 __all__ = ["Client", "bearer", "finish_reason_name", "generate_request", "read_token", "tls_credentials"]
@@ -189,7 +189,7 @@ class _Call:
             raise error_of(self._future) from None
         except grpc.RpcError as error:
             raise error_of(error) from error
-        return completion_of(answer.started, answer.text, tuple(answer.token_ids), answer.finished)
+        return response_of(answer)
 
     def cancel(self) -> None:
         self._future.cancel()
@@ -205,6 +205,7 @@ class Gathered:
         self._started = inference_pb2.Started()
         self._texts: list[str] = []
         self._ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] | None = None
 
     def take(self, event: inference_pb2.GenerateStreamResponse) -> Delta | None:
         """The delta for an event; None for the event that starts the stream."""
@@ -213,9 +214,13 @@ class Gathered:
                 self._started = event.started
                 return None
             case "delta":
+                ids, logprobs = tuple(event.delta.token_ids), logprobs_of(event.delta)
                 self._texts.append(event.delta.text)
-                self._ids += event.delta.token_ids
-                return Delta(event.delta.text, tuple(event.delta.token_ids))
+                self._ids += ids
+                if logprobs is not None:
+                    self._logprobs = [*(self._logprobs or ()), *logprobs]
+                return Delta(event.delta.text, ids, logprobs=logprobs)
             case _:
-                whole = completion_of(self._started, "".join(self._texts), tuple(self._ids), event.finished)
-                return Delta("", (), whole)
+                text, ids = "".join(self._texts), tuple(self._ids)
+                told = None if self._logprobs is None else tuple(self._logprobs)
+                return Delta("", (), completion_of(self._started, text, ids, event.finished, told))

@@ -22,7 +22,16 @@ from isthmus.errors import (
     Unauthenticated,
     Unavailable,
 )
-from isthmus.types import Completion, Conversation, FinishReason, Question, SamplingParams, TextPrompt, check_turn
+from isthmus.types import (
+    Completion,
+    Conversation,
+    FinishReason,
+    Question,
+    SamplingParams,
+    TextPrompt,
+    TokenLogprobs,
+    check_turn,
+)
 from isthmus.v1 import inference_pb2
 
 T = TypeVar("T")
@@ -34,6 +43,7 @@ API_FIELDS = {
     **{name: f"sampling.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
+    "logprobs": "output.logprobs",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
@@ -81,6 +91,8 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
             fitting(name, partial(setattr, message.sampling, name, value))
     if sampling.max_tokens is not None:
         fitting("max_tokens", lambda: setattr(message.stop, "max_tokens", sampling.max_tokens))
+    if sampling.logprobs is not None:
+        fitting("logprobs", lambda: setattr(message.output, "logprobs", sampling.logprobs))
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(sampling.stop_token_ids))
     message.stop.ignore_eos = sampling.ignore_eos
 
@@ -100,14 +112,38 @@ def _json(arguments: Mapping[str, object]) -> str:
         raise InvalidRequest("template_arguments", f"can't be sent as JSON: {error}") from None
 
 
+def response_of(message: inference_pb2.GenerateResponse) -> Completion:
+    """The completion that a response holds."""
+    return completion_of(
+        message.started, message.text, tuple(message.token_ids), message.finished, logprobs_of(message)
+    )
+
+
+def logprobs_of(message: inference_pb2.GenerateResponse | inference_pb2.Delta) -> tuple[TokenLogprobs, ...] | None:
+    """What a message tells about its tokens; None if it tells nothing."""
+    if not message.HasField("logprobs"):
+        return None
+    told = message.logprobs
+    pairs = list(zip(told.top_token_ids, told.top, strict=True))
+    each = len(pairs) // max(1, len(told.tokens))
+    return tuple(
+        TokenLogprobs(own, tuple(pairs[index * each : (index + 1) * each])) for index, own in enumerate(told.tokens)
+    )
+
+
 def completion_of(
-    started: inference_pb2.Started, text: str, token_ids: tuple[int, ...], finished: inference_pb2.Finished
+    started: inference_pb2.Started,
+    text: str,
+    token_ids: tuple[int, ...],
+    finished: inference_pb2.Finished,
+    logprobs: tuple[TokenLogprobs, ...] | None = None,
 ) -> Completion:
     """The completion that the parts of a response make up."""
     usage, times = finished.usage, finished.timings
     return Completion(
         text=text,
         token_ids=token_ids,
+        logprobs=logprobs,
         finish_reason=FinishReason(finish_reason_name(finished.finish_reason)),
         stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
         seed=started.seed,

@@ -33,6 +33,7 @@ class SamplingOptions(TypedDict, total=False):
     max_tokens: int | None
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    logprobs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class SamplingParams:
     """Drawing one of these tokens ends the text, which doesn't include it"""
     ignore_eos: bool = False
     """Whether to go on past the end-of-sequence token"""
+    logprobs: int | None = None
+    """Tells the log-probability of each token that is drawn, and of so many of the likeliest tokens at its place, at
+    most 20; None tells nothing"""
 
     def replace(self, **options: Unpack[SamplingOptions]) -> SamplingParams:
         """A copy with these fields changed."""
@@ -75,6 +79,18 @@ class FinishReason(StrEnum):
     """The model's context is full"""
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What a model thought of a token that was drawn: natural logarithms of probabilities in its own distribution,
+    before temperature and filters."""
+
+    logprob: float
+    """The drawn token's"""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability) of as many of the likeliest tokens at its place as were asked for, the likeliest
+    first"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """A finished generation."""
@@ -82,6 +98,8 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     """The ids of the text, without the token that ended the sequence"""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of token_ids; None unless SamplingParams.logprobs asks for them"""
     finish_reason: FinishReason
     stop_token_id: int | None = None
     """The token that ended the sequence, if finish_reason is EOS or STOP_TOKEN"""
@@ -111,6 +129,8 @@ class Delta:
     token_ids: tuple[int, ...]
     completion: Completion | None = None
     """The whole completion, in the last delta"""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of token_ids; None unless SamplingParams.logprobs asks for them"""
 
 
 # What a front end makes of a call

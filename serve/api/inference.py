@@ -10,7 +10,7 @@ import grpc
 
 from isthmus.errors import InvalidRequest
 from isthmus.serve.api.errors import abort, status_of
-from isthmus.serve.api.mapping import finished, in_api_words, question_of, started
+from isthmus.serve.api.mapping import finished, in_api_words, logprobs, question_of, started
 from isthmus.serve.api.session import Session
 from isthmus.serve.engine.request import Request
 from isthmus.serve.prepare.answer import Answer
@@ -38,6 +38,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 text=whole.text,
                 token_ids=whole.token_ids if request.output.token_ids else (),
                 finished=finished(whole, report_cached=self._session.report_cached),
+                logprobs=logprobs(whole.logprobs),
             )
 
     async def GenerateStream(self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext) -> None:
@@ -46,8 +47,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await context.write(pb.GenerateStreamResponse(started=started(ours)))
             async for delta in self._deltas(message, ours):
                 ids = delta.token_ids if message.output.token_ids else ()
-                if delta.text or ids:
-                    await context.write(pb.GenerateStreamResponse(delta=pb.Delta(text=delta.text, token_ids=ids)))
+                if delta.text or ids or delta.logprobs:
+                    told = pb.Delta(text=delta.text, token_ids=ids, logprobs=logprobs(delta.logprobs))
+                    await context.write(pb.GenerateStreamResponse(delta=told))
                 if delta.completion is not None:
                     end = finished(delta.completion, report_cached=self._session.report_cached)
                     await context.write(pb.GenerateStreamResponse(finished=end))

@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2
 from isthmus.errors import InvalidRequest
 from isthmus.proto import API_FIELDS, PROMPT_FIELDS, rename
 from isthmus.serve.engine.request import Request
-from isthmus.types import Completion, Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
+from isthmus.types import Completion, Conversation, Question, SamplingParams, TextPrompt, TokenLogprobs, TokenPrompt
 from isthmus.v1 import inference_pb2 as pb
 
 MAX_ARGUMENTS = 256 << 10
@@ -37,13 +37,14 @@ def _prompt(message: pb.GenerateRequest) -> TextPrompt | TokenPrompt | Conversat
 
 
 def _sampling(message: pb.GenerateRequest) -> SamplingParams:
-    given, stop = message.sampling, message.stop
+    given, stop, output = message.sampling, message.stop, message.output
     names = ("temperature", "top_p", "top_k", "min_p", "seed")
     return SamplingParams(
         **{name: getattr(given, name) for name in names if given.HasField(name)},
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         stop_token_ids=stop.token_ids,
         ignore_eos=stop.ignore_eos,
+        logprobs=output.logprobs if output.HasField("logprobs") else None,
     )
 
 
@@ -81,6 +82,17 @@ def in_api_words(error: InvalidRequest, message: pb.GenerateRequest) -> InvalidR
 
 def started(request: Request) -> pb.Started:
     return pb.Started(request_id=request.id, prompt_tokens=len(request.prompt), seed=request.sampling.seed)
+
+
+def logprobs(told: tuple[TokenLogprobs, ...] | None) -> pb.Logprobs | None:
+    if told is None:
+        return None
+    top = [pair for each in told for pair in each.top]
+    return pb.Logprobs(
+        tokens=[each.logprob for each in told],
+        top_token_ids=[token for token, _ in top],
+        top=[logprob for _, logprob in top],
+    )
 
 
 def finished(completion: Completion, *, report_cached: bool) -> pb.Finished:

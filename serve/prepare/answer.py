@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from isthmus.errors import Cancelled, RequestError, RequestFailed, Unavailable
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.request import FinishReason as Ending
-from isthmus.serve.engine.request import Output, Request
-from isthmus.types import Completion, Delta, FinishReason
+from isthmus.serve.engine.request import Logprobs, Output, Request
+from isthmus.types import Completion, Delta, FinishReason, TokenLogprobs
 
 _REASONS = {
     Ending.EOS: FinishReason.EOS,
@@ -37,7 +37,8 @@ class Answer:
         if end in (Ending.EOS, Ending.STOP_TOKEN):
             ids.pop()
         text = self._decoded(ids, last=end is not None)
-        return Delta(text, tuple(ids), None if end is None else self._completion())
+        told = _told(self._request, [output.logprobs for output in outputs[: len(ids)]])
+        return Delta(text, tuple(ids), None if end is None else self._completion(), told)
 
     def whole(self) -> Completion:
         """The completion of a request that has ended, without a call of `take` before. Raises RequestError if it ended
@@ -66,6 +67,14 @@ def text_ids(request: Request) -> list[int]:
     return drawn if request.stop_token is None else drawn[:-1]
 
 
+def _told(request: Request, logprobs: Sequence[Logprobs | None]) -> tuple[TokenLogprobs, ...] | None:
+    """The log-probabilities of some of a request's tokens; None if it doesn't ask for them."""
+    if request.sampling.logprobs < 0:
+        return None
+    known = (each for each in logprobs if each is not None)
+    return tuple(TokenLogprobs(own, tuple(zip(tokens, top, strict=True))) for own, tokens, top in known)
+
+
 def completion_of(request: Request, text: str) -> Completion:
     """The completion of a request that has ended with a result."""
     assert request.finish_reason is not None and request.finished_at is not None
@@ -73,6 +82,7 @@ def completion_of(request: Request, text: str) -> Completion:
     return Completion(
         text=text,
         token_ids=tuple(text_ids(request)),
+        logprobs=_told(request, request.logprobs[: len(text_ids(request))]),
         finish_reason=_REASONS[request.finish_reason],
         stop_token_id=request.stop_token,
         seed=request.sampling.seed,

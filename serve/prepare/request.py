@@ -17,7 +17,7 @@ from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.request import Request
-from isthmus.serve.engine.sampling import Sampling
+from isthmus.serve.engine.sampling import MOST_LOGPROBS, Sampling
 from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt, check_turn
 
 T = TypeVar("T", int, float)
@@ -185,7 +185,16 @@ def _sampling(asked: SamplingParams, recommended: GenerationDefaults) -> Samplin
         top_p=_within("top_p", _first(asked.top_p, recommended.top_p, 1.0), 0, 1, open_low=True),
         min_p=_within("min_p", _first(asked.min_p, recommended.min_p, 0.0), 0, 1),
         seed=_whole("seed", asked.seed, 64) if asked.seed is not None else secrets.randbits(63),
+        logprobs=_logprobs(asked.logprobs),
     )
+
+
+def _logprobs(count: int | None) -> int:
+    if count is None:
+        return -1
+    if not 0 <= count <= MOST_LOGPROBS:
+        raise InvalidRequest("logprobs", f"must be 0 to {MOST_LOGPROBS}, not {count}")
+    return count
 
 
 def _first(asked: T | None, recommended: T | None, default: T) -> T:
