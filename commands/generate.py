@@ -125,6 +125,8 @@ class GenerateConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} needs --model")
         if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
             raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
+        if self.model is None and not 1 <= int(self.address.rpartition(":")[2]) <= 65535:  # gRPC takes it modulo 2^16
+            raise ConfigError(f"address={self.address!r} must have a port of 1 to 65535")
         for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1 << bits:

@@ -13,7 +13,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.ops.kernels import announcement, fallbacks
 from isthmus.model.ops.operation import AUTO
-from isthmus.model.process.progress import working
+from isthmus.model.process.progress import Display, working
 from isthmus.model.process.signals import end_at_once
 from isthmus.model.weights.checkpoint import CheckpointError
 from isthmus.model.weights.folder import ModelFolder
@@ -32,13 +32,6 @@ examples:
   isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
 
 Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains the server; a second one ends it."""
-
-
-class _Log(Console):
-    """The console of a server, which goes on after its standard output was closed."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
 
 
 async def serve(config: ServeConfig, console: Console) -> int:
@@ -134,7 +127,7 @@ def main(argv: Sequence[str]) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     bound_logs()
-    console = _Log(soft_wrap=True)
+    console = Display(soft_wrap=True)
     config = tyro.cli(ServeConfig, args=list(argv), description=HELP, prog="isthmus serve")
     try:
         if status := _run(serve(config, console)):

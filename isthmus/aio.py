@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +10,22 @@ from typing import Any, TypeVar
 
 import grpc
 
-from isthmus.client import AT_ONCE, OPTIONS, Gathered, bearer, choose_credentials
-from isthmus.proto import error_of, fitting, message_of, response_of
+from isthmus.client import (
+    AT_ONCE,
+    OPTIONS,
+    Gathered,
+    bearer,
+    cancel_request,
+    check_at_once,
+    choose_credentials,
+    closed,
+    detokenize_request,
+    tokenize_request,
+)
+from isthmus.errors import Unavailable
+from isthmus.proto import error_of, message_of, response_of
 from isthmus.protocol import AsyncModel
-from isthmus.types import Completion, Delta, Question
+from isthmus.types import Completion, Delta, Question, check_timeout
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 T = TypeVar("T")
@@ -32,13 +45,17 @@ class AsyncClient(AsyncModel):
         at_once: int = AT_ONCE,
     ) -> None:
         """Takes the arguments of `Client`, and raises the same errors."""
-        self._target, self._at_once = target, at_once
+        self._target, self._at_once = target, check_at_once(at_once)
         self._credentials = choose_credentials(credentials, tls_ca)
         self._metadata = bearer(token)
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @cached_property
     def channel(self) -> grpc.aio.Channel:
         """The gRPC channel, made at first use, on the event loop that is then running."""
+        self._check_open()
+        self._loop = asyncio.get_running_loop()
         if self._credentials is None:
             return grpc.aio.insecure_channel(self._target, OPTIONS)
         return grpc.aio.secure_channel(self._target, self._credentials, OPTIONS)
@@ -63,6 +80,7 @@ class AsyncClient(AsyncModel):
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
+        self._check_open()
         call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
         gathered = Gathered()
         try:
@@ -71,17 +89,19 @@ class AsyncClient(AsyncModel):
                     yield delta
         except grpc.RpcError as error:
             raise error_of(error) from error
+        except asyncio.CancelledError as error:
+            raise self._reason(error) from None
         finally:
             call.cancel()
 
     async def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
-        request = fitting("text", lambda: inference_pb2.TokenizeRequest(text=text, parse_special=parse_special))
+        request = tokenize_request(text, parse_special)
         return list(
             (await self._call(self._inference.Tokenize, request, inference_pb2.TokenizeResponse, timeout)).token_ids
         )
 
     async def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
-        request = fitting("token_ids", lambda: inference_pb2.DetokenizeRequest(token_ids=token_ids))
+        request = detokenize_request(token_ids)
         return str(
             (await self._call(self._inference.Detokenize, request, inference_pb2.DetokenizeResponse, timeout)).text
         )
@@ -103,20 +123,38 @@ class AsyncClient(AsyncModel):
 
     async def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
         """Ends requests by their ids, whoever made them. Returns the ids that were in flight."""
-        request = control_pb2.CancelRequest(request_ids=request_ids)
+        request = cancel_request(request_ids)
         return list(
             (await self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout)).cancelled_request_ids
         )
 
     async def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:
         """The response of `method`, which is a `kind`. Raises RequestError."""
+        self._check_open()
+        timeout = check_timeout(timeout)
         try:
             answer: T = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, generating=isinstance(request, inference_pb2.GenerateRequest)) from error
+        except asyncio.CancelledError as error:
+            raise self._reason(error) from None
         return answer
 
+    def _check_open(self) -> None:
+        """Raises Unavailable once it is closed, where gRPC may crash, and on another event loop than its own."""
+        if self._closed:
+            raise closed()
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise Unavailable("this client belongs to another event loop: open one on each", None)
+
+    def _reason(self, error: asyncio.CancelledError) -> BaseException:
+        """Why a call was cancelled: closing cancels those under way, though nobody has cancelled their tasks."""
+        task = asyncio.current_task()
+        return closed() if self._closed and task is not None and not task.cancelling() else error
+
     async def close(self) -> None:
+        """Ends what is under way, as Unavailable. Every later call raises that, too."""
+        self._closed = True
         if "channel" in vars(self):
             await self.channel.close()
 

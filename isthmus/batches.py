@@ -134,11 +134,12 @@ def progress_bar(total: int, progress: bool | None) -> Iterator[Tick]:
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda more: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from isthmus.model.process.progress import Display
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = Display(stderr=True)
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
         task = bar.add_task("generating", total=total)
         yield lambda more: bar.advance(task, more)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 import grpc
 
+from isthmus.errors import Unavailable
 from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, logprobs_of, message_of, response_of
 from isthmus.protocol import Model, to_question
-from isthmus.types import Completion, Delta, Messages, Prompt, Question, SamplingOptions, TokenLogprobs
+from isthmus.types import (
+    Completion,
+    Delta,
+    Messages,
+    Prompt,
+    Question,
+    SamplingOptions,
+    TokenLogprobs,
+    check_sized,
+    check_string,
+    check_timeout,
+)
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 __all__ = ["Client", "bearer", "finish_reason_name", "generate_request", "read_token", "tls_credentials"]
@@ -78,8 +91,42 @@ def choose_credentials(
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata that carries an auth token."""
-    return () if token is None else (("authorization", f"Bearer {token}"),)
+    """The metadata that carries an auth token. Raises ValueError for what metadata can't carry."""
+    if token is None:
+        return ()
+    if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
+        raise ValueError("token must be a line of printable ASCII")
+    return (("authorization", f"Bearer {token}"),)
+
+
+def check_at_once(at_once: int) -> int:
+    """Raises ValueError for less than one."""
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"at_once must be a whole number of at least 1, not {at_once!r:.80}")
+    return at_once
+
+
+def tokenize_request(text: str, parse_special: bool) -> inference_pb2.TokenizeRequest:
+    """Raises InvalidRequest."""
+    checked = check_string("text", text)
+    return fitting("parse_special", lambda: inference_pb2.TokenizeRequest(text=checked, parse_special=parse_special))
+
+
+def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
+    """Raises InvalidRequest."""
+    ids = check_sized("token_ids", token_ids)
+    return fitting("token_ids", lambda: inference_pb2.DetokenizeRequest(token_ids=ids))
+
+
+def cancel_request(request_ids: Sequence[str]) -> control_pb2.CancelRequest:
+    """Raises InvalidRequest."""
+    ids = [request_ids] if isinstance(request_ids, str) else request_ids
+    return fitting("request_ids", lambda: control_pb2.CancelRequest(request_ids=ids))
+
+
+def closed() -> Unavailable:
+    """What becomes of a call on a client that was closed."""
+    return Unavailable("this client was closed", None)
 
 
 class Client(Model):
@@ -98,15 +145,14 @@ class Client(Model):
         credentials, the PEM file that `tls_credentials` takes. at_once: most items of a list that are asked at once.
 
         Without credentials and tls_ca, calls are plain text. Raises OSError if tls_ca can't be read, and ValueError if
-        both are given.
+        both are given, for a token that isn't a line of printable ASCII, and for an at_once below 1.
         """
+        self._at_once, self._metadata = check_at_once(at_once), bearer(token)
         chosen = choose_credentials(credentials, tls_ca)
         if chosen is not None:
             self.channel = grpc.secure_channel(target, chosen, OPTIONS)
         else:
             self.channel = grpc.insecure_channel(target, OPTIONS)
-        self._at_once = at_once
-        self._metadata = bearer(token)
         self._inference = inference_pb2_grpc.InferenceServiceStub(self.channel)
         self._control = control_pb2_grpc.ControlServiceStub(self.channel)
 
@@ -115,11 +161,14 @@ class Client(Model):
         return self._at_once
 
     def begin(self, question: Question, timeout: float | None = None) -> _Call:
-        return _Call(self._inference.Generate.future(message_of(question), timeout=timeout, metadata=self._metadata))
+        message = message_of(question)
+        with _opened():
+            return _Call(self._inference.Generate.future(message, timeout=timeout, metadata=self._metadata))
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
-        call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
+        with _opened():
+            call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
         gathered = Gathered()
         try:
             for event in call:
@@ -131,11 +180,11 @@ class Client(Model):
             call.cancel()
 
     def tokenize(self, text: str, *, parse_special: bool = False, timeout: float | None = None) -> list[int]:
-        request = fitting("text", lambda: inference_pb2.TokenizeRequest(text=text, parse_special=parse_special))
+        request = tokenize_request(text, parse_special)
         return list(self._call(self._inference.Tokenize, request, inference_pb2.TokenizeResponse, timeout).token_ids)
 
     def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
-        request = fitting("token_ids", lambda: inference_pb2.DetokenizeRequest(token_ids=token_ids))
+        request = detokenize_request(token_ids)
         return str(self._call(self._inference.Detokenize, request, inference_pb2.DetokenizeResponse, timeout).text)
 
     def model_info(self, *, timeout: float | None = None) -> control_pb2.GetModelInfoResponse:
@@ -153,15 +202,17 @@ class Client(Model):
 
     def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
         """Ends requests by their ids, whoever made them. Returns the ids that were in flight."""
-        request = control_pb2.CancelRequest(request_ids=request_ids)
+        request = cancel_request(request_ids)
         return list(
             self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout).cancelled_request_ids
         )
 
     def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:
         """The response of `method`, which is a `kind`. Raises RequestError."""
+        timeout = check_timeout(timeout)
         try:
-            answer: T = method(request, timeout=timeout, metadata=self._metadata)
+            with _opened():
+                answer: T = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error, generating=False) from error
         return answer
@@ -174,6 +225,15 @@ class Client(Model):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _opened() -> Iterator[None]:
+    """Raises Unavailable where a call isn't begun because its channel is closed, which gRPC calls a ValueError."""
+    try:
+        yield
+    except ValueError:
+        raise closed() from None
 
 
 class _Call:
@@ -189,6 +249,8 @@ class _Call:
             raise error_of(self._future) from None
         except grpc.RpcError as error:
             raise error_of(error) from error
+        finally:  # whoever stops waiting, as by Ctrl-C, doesn't want it any more
+            self._future.cancel()
         return response_of(answer)
 
     def cancel(self) -> None:

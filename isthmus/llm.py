@@ -33,7 +33,7 @@ from isthmus.serve.prepare.answer import Answer
 from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, ThreadEnd, ThreadStream, deliver
 from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
 from isthmus.serve.prepare.workers import Workers
-from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt
+from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt, check_sized, check_string
 
 T = TypeVar("T")
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -93,7 +93,8 @@ class LLM(Model):
         self._engine = _load(self._model, engine or EngineConfig(), mesh or MeshShape(), kernels, progress)
         self._preparation = Preparation.of(self._model, self._engine.config.context_length)
         self._workers = Workers()
-        self._closing = weakref.finalize(self, _close, self._engine, self._workers)
+        self._process = os.getpid()
+        self._closing = weakref.finalize(self, _close, self._engine, self._workers, self._process)
         self._closing.atexit = False
         atexit.register(self._closing)  # runs before JAX's exit handler, which was registered earlier
 
@@ -115,9 +116,11 @@ class LLM(Model):
         return AsyncLLM(self)
 
     def begin(self, question: Question, timeout: float | None = None) -> _Begun:
+        self._check_open()
         return _Begun(self, self._submitted(self._preparation.request(question), ThreadEnd()), timeout)
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
+        self._check_open()
         deadline = _deadline(timeout)
         outputs = ThreadStream()
         request = self._submitted(self._preparation.request(question), outputs)
@@ -158,6 +161,8 @@ class LLM(Model):
     def _check_open(self) -> None:
         if not self._closing.alive:
             raise Unavailable("this model was closed", None)
+        if self._process != os.getpid():  # the engine's thread isn't there, so nothing would ever be answered
+            raise Unavailable("this model was opened in another process, of which this is a fork: open it here", None)
 
     def _submitted(self, request: Request, receiver: ThreadEnd | ThreadStream | LoopEnd | LoopStream) -> Request:
         self._check_open()
@@ -237,16 +242,16 @@ class AsyncLLM(AsyncModel):
 
     async def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
         work = partial(self._llm.tokenize, text, parse_special=parse_special)
-        return await self._run(len(text), work)
+        return await self._run(len(check_string("text", text)), work)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        return await self._run(len(token_ids), partial(self._llm.detokenize, token_ids))
+        return await self._run(len(check_sized("token_ids", token_ids)), partial(self._llm.detokenize, token_ids))
 
     async def _prepared(self, question: Question) -> Request:
         prompt = question.prompt
         template = isinstance(prompt, Conversation)  # a template is a program: even a short text may take it a second
-        size = len(prompt.text) if isinstance(prompt, TextPrompt) else 0
-        size = len(prompt.ids) if isinstance(prompt, TokenPrompt) else size
+        size = len(check_string("prompt", prompt.text)) if isinstance(prompt, TextPrompt) else 0
+        size = len(check_sized("prompt", prompt.ids)) if isinstance(prompt, TokenPrompt) else size
         return await self._run(size, partial(self._llm._preparation.request, question), always=template)
 
     async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
@@ -281,15 +286,16 @@ def _shown(progress: bool | None) -> Iterator[Callable[[str], None]]:
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda text: None
         return
-    from rich.console import Console
+    from isthmus.model.process.progress import Display, working
 
-    from isthmus.model.process.progress import working
-
-    with working(Console(stderr=True, soft_wrap=True), "loading") as show:
+    with working(Display(stderr=True, soft_wrap=True), "loading") as show:
         yield show
 
 
-def _close(engine: Engine, workers: Workers) -> None:
+def _close(engine: Engine, workers: Workers, process: int) -> None:
+    """process: the one that opened it; in a fork of that nothing is closed, whose threads and locks it doesn't have."""
+    if process != os.getpid():
+        return
     workers.close()
     if not engine.close(CLOSE_SECONDS):
         raise RequestFailed(f"the step under way hasn't ended in {CLOSE_SECONDS:g} s: the device's memory is not freed")

@@ -30,6 +30,8 @@ from isthmus.types import (
     SamplingParams,
     TextPrompt,
     TokenLogprobs,
+    check_sized,
+    check_string,
     check_turn,
 )
 from isthmus.v1 import inference_pb2
@@ -69,17 +71,19 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
     message = inference_pb2.GenerateRequest(request_id=question.request_id)
     match question.prompt:
         case TextPrompt(text, parse_special):
-            fitting("prompt", lambda: setattr(message, "text", text))
-            message.parse_special = parse_special
+            message.text = check_string("prompt", text)
+            fitting("parse_special", lambda: setattr(message, "parse_special", parse_special))
         case Conversation(messages, arguments):
             turns = [check_turn(index, turn) for index, turn in enumerate(messages)]
             fitting("messages", lambda: message.messages.messages.extend(inference_pb2.ChatMessage(**t) for t in turns))
             message.messages.SetInParent()
             if arguments:
-                message.messages.template_arguments_json = _json(arguments)
+                written = _json(arguments)
+                fitting("template_arguments", lambda: setattr(message.messages, "template_arguments_json", written))
         case prompt:
+            ids = check_sized("prompt", prompt.ids)
             message.token_ids.SetInParent()
-            fitting("prompt", lambda: message.token_ids.ids.extend(prompt.ids))
+            fitting("prompt", lambda: message.token_ids.ids.extend(ids))
     _set_sampling(message, question.sampling)
     message.output.token_ids = token_ids
     return message
@@ -93,15 +97,16 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
         fitting("max_tokens", lambda: setattr(message.stop, "max_tokens", sampling.max_tokens))
     if sampling.logprobs is not None:
         fitting("logprobs", lambda: setattr(message.output, "logprobs", sampling.logprobs))
-    fitting("stop_token_ids", lambda: message.stop.token_ids.extend(sampling.stop_token_ids))
-    message.stop.ignore_eos = sampling.ignore_eos
+    stops = check_sized("stop_token_ids", sampling.stop_token_ids)
+    fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
+    fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))
 
 
 def fitting(field: str, put: Callable[[], T]) -> T:
     """Returns put(), which sets a field of a message. Raises InvalidRequest if the value doesn't fit."""
     try:
         return put()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidRequest(field, str(error)) from None
 
 
@@ -187,10 +192,13 @@ def error_of(call: grpc.RpcError, *, generating: bool = True) -> RequestError:
             return InvalidRequest(field, message)
         case grpc.StatusCode.ALREADY_EXISTS:
             return DuplicateRequest(field, message)
-        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in message:  # gRPC's own limit of a message
+        # gRPC's own limits, of a message and of metadata, which hold the token
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in message or "metadata size" in message:
             return InvalidRequest("", message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             return Overloaded(message, after)
+        case grpc.StatusCode.CANCELLED if "Channel closed" in message:  # by closing the client, here
+            return Unavailable("this client was closed", None)
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(message, after)
         case grpc.StatusCode.INTERNAL:

@@ -28,6 +28,7 @@ from isthmus.types import (
     SamplingParams,
     TextPrompt,
     TokenPrompt,
+    check_timeout,
 )
 
 P = TypeVar("P", bound=Prompt)
@@ -102,6 +103,7 @@ class Model(Protocol):
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Continues a text or token ids. Raises RequestError."""
+        timeout = check_timeout(timeout)
         if (prompts := _prompts(prompt)) is None:
             return self.begin(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout).result()
         questions = [to_question(one, sampling, options, parse_special) for one in prompts]
@@ -141,6 +143,7 @@ class Model(Protocol):
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
+        timeout = check_timeout(timeout)
         if (talks := _conversations(messages)) is None:
             talk = _talk(messages)
             return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
@@ -224,6 +227,7 @@ class AsyncModel(Protocol):
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Continues a text or token ids. Raises RequestError."""
+        timeout = check_timeout(timeout)
         if (prompts := _prompts(prompt)) is None:
             return await self.ask(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout)
         questions = [to_question(one, sampling, options, parse_special) for one in prompts]
@@ -263,6 +267,7 @@ class AsyncModel(Protocol):
         **options: Unpack[SamplingOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
+        timeout = check_timeout(timeout)
         if (talks := _conversations(messages)) is None:
             talk = _talk(messages)
             return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
@@ -319,8 +324,10 @@ def to_question(
     parse_special: bool = False,
     arguments: Mapping[str, object] | None = None,
 ) -> Question:
-    """The question that the arguments of a call ask. Raises TypeError for an unknown option, and InvalidRequest for one
-    that doesn't go with the prompt."""
+    """The question that the arguments of a call ask. Raises TypeError for an unknown option and for sampling that isn't
+    SamplingParams, and InvalidRequest for an option that doesn't go with the prompt."""
+    if sampling is not None and not isinstance(sampling, SamplingParams):
+        raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
     asked = (sampling or SamplingParams()).replace(**options)
     if isinstance(prompt, str):
         kind: TextPrompt | TokenPrompt | Conversation = TextPrompt(prompt, parse_special)
@@ -334,6 +341,8 @@ def to_question(
         raise InvalidRequest("parse_special", "is for a text only: in messages a special token is always read as one")
     if arguments is not None and not isinstance(kind, Conversation):
         raise InvalidRequest("template_arguments", "are for messages only")
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise InvalidRequest("template_arguments", f"must be a mapping, not {type(arguments).__name__}")
     return Question(kind, asked)
 
 
@@ -351,7 +360,7 @@ def streamed(
         cast(bool, parsed),
         cast("Mapping[str, object] | None", arguments),
     )
-    return asked, cast("float | None", timeout)
+    return asked, check_timeout(cast("float | None", timeout))
 
 
 def _is_conversation(prompt: object) -> bool:

@@ -7,6 +7,8 @@ what it returns is added as a field of Completion and Delta with a default.
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -161,16 +163,56 @@ class Conversation:
     """Variables of the template, such as {"enable_thinking": False}; they reach it in this order"""
 
 
+NO_LIMIT = 1e8
+"""Seconds, about three years: a timeout that is longer is none, because clocks can't hold every number"""
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """A call's timeout in seconds; None where there is none. Raises InvalidRequest for what isn't a number."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) or math.isnan(timeout):
+        raise InvalidRequest("timeout", f"must be a number of seconds or None, not {timeout!r:.80}")
+    return None if timeout > NO_LIMIT else float(timeout)
+
+
+def check_string(field: str, text: str) -> str:
+    """The text. Raises InvalidRequest for what is no string, and for one that UTF-8 can't hold."""
+    if not isinstance(text, str):
+        raise InvalidRequest(field, f"must be a string, not {type(text).__name__}")
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            field, f"has U+{ord(text[error.start]):04X} at {error.start}, half of a surrogate pair, which is no text"
+        ) from None
+    return text
+
+
+def check_sized(field: str, ids: Sequence[int]) -> Sequence[int]:
+    """Token ids, which are not looked at. Raises InvalidRequest for what is no sequence, and for text and bytes."""
+    try:
+        len(ids), iter(ids)
+        sized = not isinstance(ids, str | bytes | bytearray | Mapping)
+    except TypeError:
+        sized = False
+    if not sized:
+        raise InvalidRequest(field, f"must be a sequence of token ids, not {type(ids).__name__}")
+    return ids
+
+
 def check_turn(index: int, turn: Message) -> dict[str, str]:
-    """A turn with role and content. Raises InvalidRequest for an empty role, for other keys, and for values that aren't
-    strings."""
+    """A turn with role and content. Raises InvalidRequest for what isn't a message, for an empty role, for other keys,
+    and for values that aren't strings."""
     where = f"messages[{index}]"
-    if unknown := sorted(turn.keys() - {"role", "content"}):
+    if not isinstance(turn, Mapping):
+        raise InvalidRequest(where, f"must be a message with role and content, not {type(turn).__name__}")
+    if unknown := sorted(turn.keys() - {"role", "content"}, key=repr):
         raise InvalidRequest(where, f"has the key {unknown[0]!r}; a message has role and content")
     checked = {"role": turn.get("role", ""), "content": turn.get("content", "")}
     for key, value in checked.items():
-        if not isinstance(value, str):
-            raise InvalidRequest(f"{where}.{key}", f"must be a string, not {type(value).__name__}")
+        check_string(f"{where}.{key}", value)
     if not checked["role"]:
         raise InvalidRequest(f"{where}.role", "must not be empty")
     return checked

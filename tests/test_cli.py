@@ -288,6 +288,7 @@ def test_generate_takes_what_serve_takes(chat_folder: Path, capsys: pytest.Captu
         (["a", "--merge-adapter"], "--merge-adapter needs --model"),
         (["a", "--engine.context-length", "64"], "--engine needs --model"),
         (["a", "--address", ""], "address=''"),
+        (["a", "--address", "127.0.0.1:99999"], "must have a port of 1 to 65535"),
         (["a", "--address", "http://127.0.0.1:50051"], "HOST:PORT"),
         (["a", "--max-tokens", "-5"], "max_tokens=-5 must be"),
         (["a", "--max-tokens", "99999999999"], "max_tokens=99999999999 must be"),

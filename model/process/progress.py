@@ -15,6 +15,13 @@ LINE_SECONDS = 10.0
 """Time between two lines where there is no terminal"""
 
 
+class Display(Console):
+    """A console for what accompanies the work, which goes on when nobody reads that any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 @contextlib.contextmanager
 def working(console: Console, text: str) -> Iterator[Callable[[str], None]]:
     """Shows `text`, and yields a function that shows another text, which may be called from any thread."""

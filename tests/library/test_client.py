@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import pickle
-from collections.abc import Callable, Iterator
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -27,10 +29,10 @@ from isthmus import (
 )
 from isthmus.proto import API_FIELDS, PROMPT_FIELDS, rename
 from isthmus.serve.api.errors import invalid, plain, status_of
-from isthmus.types import SamplingParams
+from isthmus.types import Question, SamplingParams, TextPrompt
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
-from tests.serve.api.harness import PATIENCE, PROMPT, RunningServer, wait_for
+from tests.serve.api.harness import LONG, PATIENCE, PROMPT, RunningServer, wait_for
 
 
 class Answering(grpc.GenericRpcHandler):
@@ -44,6 +46,17 @@ class Answering(grpc.GenericRpcHandler):
             return (self._ends.pop(0) if len(self._ends) > 1 else self._ends[0])(context)
 
         return grpc.unary_unary_rpc_method_handler(end)
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """Interrupts the main thread inside, as Ctrl-C does."""
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
 
 
 def refuse(error: RequestError) -> Callable[[grpc.ServicerContext], bytes]:
@@ -136,6 +149,87 @@ def test_no_server_is_unavailable() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(Unavailable) as refused:
         client.generate("a", timeout=PATIENCE)
     assert refused.value.retry_after is None
+
+
+def test_what_can_not_be_a_client_is_told_at_once() -> None:
+    """A list would wait for ever with no call at a time, and gRPC says of a token only that metadata is invalid."""
+    for kind in (Client, AsyncClient):
+        for at_once in (0, -1, 1.5):
+            with pytest.raises(ValueError, match="at_once must be a whole number of at least 1"):
+                kind("127.0.0.1:1", at_once=at_once)  # type: ignore[arg-type]
+        for token in ("", "ü", "a\n", "a\x00"):
+            with pytest.raises(ValueError, match="token must be a line of printable ASCII"):
+                kind("127.0.0.1:1", token=token)
+
+
+def test_a_client_that_was_closed_says_so(server: RunningServer) -> None:
+    """gRPC raises a ValueError of its own, which nobody who handles a RequestError catches."""
+    client = Client(server.address)
+    left = client.stream(PROMPT, max_tokens=LONG, ignore_eos=True)
+    next(left)
+    waiting = client.begin(Question(TextPrompt(PROMPT), SamplingParams(max_tokens=LONG, ignore_eos=True)))
+    client.close()
+    calls: list[Callable[[], object]] = [
+        waiting.result,
+        lambda: list(left),
+        lambda: client.generate("a"),
+        lambda: next(client.stream("a")),
+        lambda: client.tokenize("a"),
+        client.model_info,
+        lambda: client.cancel(["a"]),
+    ]
+    for call in calls:
+        with pytest.raises(Unavailable, match="this client was closed"):
+            call()
+    assert [type(each) for each in client.generate(["a", "b"], return_errors=True)] == [Unavailable] * 2
+    wait_for(lambda: server.engine.in_flight == 0, "the requests to end")
+
+
+def test_an_async_client_that_was_closed_says_so(server: RunningServer) -> None:
+    """gRPC crashes the process when a stream is begun on a closed channel, and cancels tasks that nobody cancelled."""
+
+    async def work() -> None:
+        client = AsyncClient(server.address)
+        left = client.stream(PROMPT, max_tokens=LONG, ignore_eos=True)
+        await anext(left)
+        waiting = asyncio.create_task(client.generate(PROMPT, max_tokens=LONG, ignore_eos=True))
+        await asyncio.to_thread(wait_for, lambda: server.engine.in_flight == 2, "both requests")
+        await client.close()
+        unused = AsyncClient(server.address)
+        await unused.close()
+        calls: list[Awaitable[object]] = [
+            waiting,
+            anext(left),
+            client.generate("a"),
+            anext(client.stream("a")),
+            client.tokenize("a"),
+            client.model_info(),
+            unused.generate("a"),
+        ]
+        for call in calls:
+            with pytest.raises(Unavailable, match="this client was closed"):
+                await call
+        assert [type(each) for each in await client.generate(["a"], return_errors=True)] == [Unavailable]
+
+    asyncio.run(work())
+    wait_for(lambda: server.engine.in_flight == 0, "the requests to end")
+
+
+def test_an_async_client_belongs_to_one_loop(server: RunningServer) -> None:
+    client = AsyncClient(server.address)
+    asyncio.run(client.tokenize("a"))
+    with pytest.raises(Unavailable, match="another event loop"):
+        asyncio.run(client.tokenize("a"))
+
+
+def test_a_call_that_is_interrupted_ends_its_request(server: RunningServer) -> None:
+    """Ctrl-C in a notebook keeps the traceback, and with it a call that would run to its end."""
+    with Client(server.address) as client:
+        pending = client.begin(Question(TextPrompt(PROMPT), SamplingParams(max_tokens=LONG, ignore_eos=True)))
+        wait_for(lambda: server.engine.in_flight == 1, "the request")
+        with pytest.raises(KeyboardInterrupt), interrupted():
+            pending.result()
+        wait_for(lambda: server.engine.in_flight == 0, "the request to end")
 
 
 def test_a_message_that_is_too_large_is_the_requests_fault(server: RunningServer) -> None:

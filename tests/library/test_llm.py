@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from isthmus import (
@@ -119,6 +123,28 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"stop_token_ids": [1, 512]}, "stop_token_ids[1]"),
     ([1], {"parse_special": True}, "parse_special"),
     ("word " * 200_000, {}, "prompt"),
+    (None, {}, "prompt"),
+    (5, {}, "prompt"),
+    (b"12", {}, "prompt"),
+    ("half \ud800", {}, "prompt"),
+    ([1, 2.5], {}, "prompt"),
+    ((1, "2"), {}, "prompt"),
+    (((1, 2), (3, 4)), {}, "prompt"),
+    ("a", {"temperature": "hot"}, "temperature"),
+    ("a", {"temperature": [1]}, "temperature"),
+    ("a", {"top_k": 1.5}, "top_k"),
+    ("a", {"seed": 0.5}, "seed"),
+    ("a", {"seed": 10**5000}, "seed"),
+    ("a", {"max_tokens": float("nan")}, "max_tokens"),
+    ("a", {"max_tokens": "5"}, "max_tokens"),
+    ("a", {"max_tokens": True}, "max_tokens"),
+    ("a", {"stop_token_ids": None}, "stop_token_ids"),
+    ("a", {"stop_token_ids": [1.5]}, "stop_token_ids"),
+    ("a", {"stop_token_ids": [[1]]}, "stop_token_ids"),
+    ("a", {"ignore_eos": "no"}, "ignore_eos"),
+    ("a", {"parse_special": "no"}, "parse_special"),
+    ("a", {"timeout": "1"}, "timeout"),
+    ("a", {"timeout": float("nan")}, "timeout"),
 ]
 
 
@@ -135,6 +161,98 @@ def test_what_can_not_work_is_the_same_error_everywhere(
                 call(prompt, **options)
             assert refused.value.field.split("[")[0] == field.split("[")[0]
             assert len(field.split("[")) == 1 or refused.value.field == field
+
+
+def test_an_item_of_a_wrong_type_costs_no_other(llm: LLM, client: Client) -> None:
+    """A missing value in a table would lose the batch, or end another's request."""
+    prompts: list[Any] = ["a", None, "\ud800", [1.5], 3.0, "b"]
+    for model in (llm, client):
+        found = model.generate(prompts, DRAWN, return_errors=True)
+        assert [isinstance(each, InvalidRequest) for each in found] == [False, True, True, True, True, False]
+
+
+def test_numbers_of_numpy_are_numbers(llm: LLM, client: Client) -> None:
+    """Prompts and options often come out of arrays."""
+    ids = np.array([5, 6, 7])
+    options: dict[str, Any] = {"max_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.uint64(1 << 63)}
+    found = [model.generate(ids, **options) for model in (llm, client)]  # type: ignore[call-overload]
+    plain = llm.generate([5, 6, 7], max_tokens=3, temperature=0.5, seed=1 << 63)
+    assert [each.token_ids for each in found] == [plain.token_ids] * 2
+    assert type(found[0].seed) is int
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 10**20])
+def test_a_timeout_that_never_comes_is_none(timeout: float, llm: LLM, client: Client) -> None:
+    """Clocks can't hold every number: some raise OverflowError, others are over at once."""
+    for model in (llm, client):
+        assert model.generate("a", DRAWN, timeout=timeout).token_ids == llm.generate("a", DRAWN).token_ids
+
+
+WRONG_TALKS: list[tuple[Any, str]] = [
+    ([{"role": "user", "content": "a"}, "b"], "messages[1]"),
+    ([{"role": "user", "content": "a"}, None], "messages[1]"),
+    ([{1: 2, "a": 3}], "messages[0]"),
+    ([{"role": "user", "content": "\ud800"}], "messages[0].content"),
+]
+
+
+def test_a_wrong_message_is_named(chat_server: RunningServer, open_model: OpenModel) -> None:
+    """An AttributeError of ours would be taken for a fault of ours."""
+    arguments: Any = 5
+    with Client(chat_server.address) as client, open_model(chat_server.config.model) as llm:
+        for model in (llm, client):
+            for talk, field in WRONG_TALKS:
+                with pytest.raises(InvalidRequest) as refused:
+                    model.chat(talk)
+                assert refused.value.field == field
+            with pytest.raises(InvalidRequest) as unmapped:
+                model.chat(TALK, template_arguments=arguments)
+            assert unmapped.value.field == "template_arguments"
+
+
+def test_texts_and_ids_of_wrong_types_are_named(llm: LLM, client: Client) -> None:
+    """tokenizers' and numpy's own errors say nothing of the argument."""
+    texts: list[Any] = [5, b"a", "\ud800"]
+    ids: list[Any] = [5, "12", b"12", [1.5], [[1]]]
+    for model in (llm, client):
+        for text in texts:
+            with pytest.raises(InvalidRequest) as refused:
+                model.tokenize(text)
+            assert refused.value.field == "text"
+        for given in ids:
+            with pytest.raises(InvalidRequest) as unread:
+                model.detokenize(given)
+            assert unread.value.field == "token_ids"
+
+
+@pytest.mark.filterwarnings("ignore")  # of JAX and Python: forking a process with threads is risky
+def test_a_fork_is_told_to_open_its_own(llm: LLM) -> None:
+    """The engine's thread isn't there: the fork would wait for ever."""
+    child = os.fork()
+    if not child:
+        signal.alarm(int(PATIENCE))
+        try:
+            llm.generate("a")
+        except Unavailable as error:
+            os._exit(0 if "another process" in error.message else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert llm.generate("a", DRAWN)
+
+
+def test_a_bar_that_nobody_reads_ends_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich would end the process and send standard output nowhere."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    before = sys.stdout
+    monkeypatch.setattr("sys.stderr", Gone())
+    found = llm.generate(["a", "b"], DRAWN, progress=True)
+    assert sys.stdout is before
+    assert len(found) == 2
 
 
 def test_a_conversation_is_answered_alike(chat_server: RunningServer, open_model: OpenModel) -> None:

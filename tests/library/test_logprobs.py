@@ -83,8 +83,9 @@ def test_they_are_the_same_bits_beside_others(open_model: OpenModel) -> None:
     assert kernels and [one.logprobs for one in alone] == [one and one.logprobs for one in together]
 
 
-@pytest.mark.parametrize("count", [-1, 21])
-def test_too_many_are_refused_by_name(models: tuple[Model, ...], count: int) -> None:
+@pytest.mark.parametrize("count", [-1, 21, 1 << 40, 1.5, "2"])
+def test_another_number_is_refused_by_name(models: tuple[Model, ...], count: int) -> None:
+    """The field and the limit say what to change."""
     for model in models:
         with pytest.raises(InvalidRequest) as refused:
             model.generate(PROMPT, logprobs=count)
