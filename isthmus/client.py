@@ -71,18 +71,21 @@ def read_token(path: Path) -> str:
 
 
 def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
-    """Credentials to call a server with TLS. Raises OSError.
+    """Credentials to call a server with TLS. Raises OSError, and ValueError for what isn't a PEM file.
 
     ca: a PEM file with the certificate of the authority that signed the server's, or with a self-signed server's own.
     """
-    return grpc.ssl_channel_credentials(Path(ca).read_bytes())
+    data = Path(ca).read_bytes()
+    if b"-----BEGIN " not in data:
+        raise ValueError(f"tls_ca: {ca} is not a PEM file, which has a line -----BEGIN CERTIFICATE-----")
+    return grpc.ssl_channel_credentials(data)
 
 
 def choose_credentials(
     credentials: grpc.ChannelCredentials | None, tls_ca: Path | str | None
 ) -> grpc.ChannelCredentials | None:
-    """The credentials that are given or made from tls_ca; None is plain text. Raises ValueError if both are given, and
-    OSError if tls_ca can't be read."""
+    """The credentials that are given or made from tls_ca; None is plain text. Raises ValueError if both are given,
+    and what `tls_credentials` raises."""
     if tls_ca is None:
         return credentials
     if credentials is not None:

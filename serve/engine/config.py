@@ -27,6 +27,16 @@ class Bucket(NamedTuple):
         return self.rows + self.blocks
 
 
+MOST = {
+    "max_sequences": 1 << 13,
+    "page_size": 1 << 12,
+    "prefill_tokens": 1 << 17,
+    "block_size": 1 << 12,
+    "max_waiting": 1 << 20,
+}
+"""The largest sizes that an engine takes. Beyond them a slip of the pen would compile for hours."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How much the engine holds, and how its work is divided into steps."""
@@ -55,9 +65,9 @@ class EngineConfig:
         """These sizes with every 0 replaced by its default. Raises ConfigError naming the field that can't work."""
         import dataclasses
 
-        for name in ("max_sequences", "page_size", "prefill_tokens", "block_size", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"engine.{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"engine.{name}={getattr(self, name)} must be 1 to {most}")
         context = self.context_length or model.context_length
         if not 2 <= context <= model.context_length:
             raise ConfigError(f"engine.context_length={context} must be 2 to the model's {model.context_length}")

@@ -141,3 +141,11 @@ def test_a_folder_that_can_not_be_loaded_ends_the_start(tmp_path: Path) -> None:
     next(path.glob("*.safetensors")).unlink()
     with pytest.raises(ConfigError, match="safetensors"):
         build_executor(model, EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32), MeshShape())
+
+
+@pytest.mark.parametrize("field", ["max_sequences", "page_size", "prefill_tokens", "block_size", "max_waiting"])
+@pytest.mark.parametrize("size", [0, -1, 10**9])
+def test_sizes_that_no_engine_has_are_refused(field: str, size: int) -> None:
+    """A billion sequences would compile for hours before the memory ran out."""
+    with pytest.raises(ConfigError, match=rf"^engine\.{field}={size} must be 1 to \d+$"):
+        EngineConfig(**{field: size}).resolve(ModelConfig())  # type: ignore[arg-type]
