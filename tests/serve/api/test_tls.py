@@ -142,5 +142,5 @@ def test_credentials_are_given_once() -> None:
 def test_a_file_that_is_no_certificate_is_said(tmp_path: Path) -> None:
     """Every call would end as UNAVAILABLE, as if the server were at fault."""
     (tmp_path / "key").write_bytes(b"\x00" * 40)
-    with pytest.raises(ValueError, match="^tls_ca: .* is not a PEM file"):
+    with pytest.raises(ValueError, match=r"^tls_ca: .* is not a PEM file"):
         ApiClient(tls_ca=tmp_path / "key")
