@@ -15,7 +15,7 @@ from isthmus.benchmarks.machine import better, describe, measure_limits
 from isthmus.benchmarks.models import preset
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.roofline import StepWork, cost, limit_seconds, workload
-from isthmus.benchmarks.step_times import Timing, build_plan, measure_overhead, time_plan, with_room
+from isthmus.benchmarks.step_times import Timing, build_plan, measure_overhead, measure_samplings, time_plan, with_room
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.model.device.hardware import Limits, default_dtype
@@ -26,6 +26,7 @@ from isthmus.model.sharding import MeshShape, build_mesh, check_divisible
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class StepBench(Bench):
     """Steps of each bucket before the measured ones"""
     overhead_tokens: int = 64
     """Tokens that the whole engine decodes for each sequence, all sequences at once; 0 leaves that part out"""
+    samplings: bool = True
+    """Time the largest step without prompts for each way to draw tokens, beside greedy"""
     kernels: str = "auto"
     """Kernels that compute, as for `isthmus serve`: auto, reference, or the name of kernels such as cpu"""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -123,9 +126,10 @@ def run(bench: StepBench, console: Console) -> Record:
     with progress_bar(console, "timing steps", len(buckets)) as tick:
         for bucket in buckets:
             work = workload(bucket, depth)
-            plan = build_plan(executor.engine, bucket, work, bench.temperature)
+            plan = build_plan(executor.engine, bucket, work, Sampling(bench.temperature))
             timings.append((bucket, work, time_plan(executor, plan, bench.warmup, bench.repeats)))
             tick()
+    samplings = measure_samplings(executor, depth, bench.repeats) if bench.samplings else []
     overhead = measure_overhead(executor, bench.overhead_tokens, bench.temperature) if bench.overhead_tokens else None
     recompilations = executor.recompilations  # before the limits' own programs are compiled again
     limits = better(before, measure_limits(dtype, bench.tp))
@@ -135,6 +139,7 @@ def run(bench: StepBench, console: Console) -> Record:
         "parameters": config.parameters,
         "compile_seconds": executor.compile_seconds,
         "buckets": [bucket_figures(executor.served, *timing, limits) for timing in timings],
+        "samplings": samplings,
         "overhead": overhead,
         "recompilations": recompilations,
     }
@@ -158,7 +163,16 @@ def show(record: Record, _: Qualities) -> str:
         f"{figures['depth']} positions. The limit is the time to read the weights once, and to read and write the KV "
         f"cache, at the machine's bandwidth, or to compute the FLOPs at its peak, whichever is longer."
     )
-    return paragraphs(text, table_of(figures["buckets"], columns), _overhead(figures["overhead"]))
+    drawing = _samplings(figures.get("samplings", []))
+    return paragraphs(text, table_of(figures["buckets"], columns), drawing, _overhead(figures["overhead"]))
+
+
+def _samplings(rows: list[dict[str, Any]]) -> str:
+    """How much slower it is to draw than to take the likeliest; empty for an older result."""
+    if not rows:
+        return ""
+    parts = ", ".join(f"{row['name']} {number(row['seconds'] * 1e3)} ({row['greedy_ratio']:.2f}x)" for row in rows)
+    return f"The largest step without prompts by how its tokens are drawn, ms, and the rate beside greedy's: {parts}."
 
 
 def _overhead(over: dict[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from isthmus.benchmarks.comparison import rotated
 from isthmus.benchmarks.engine import Driver, SeenStep
 from isthmus.benchmarks.figures import median
 from isthmus.benchmarks.roofline import StepWork
@@ -33,14 +34,14 @@ def with_room(engine: EngineConfig, depth: int) -> EngineConfig:
     return dataclasses.replace(engine, pages=max(engine.pages, 1 + rows + prompts), max_waiting=waiting)
 
 
-def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, temperature: float) -> StepPlan:
+def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, sampling: Sampling) -> StepPlan:
     """The plan of a step that does `work`. Every sequence has pages of its own, so that none is found in a processor's
     cache because another sequence has read it."""
     packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
     arrays = split_plan(packed, bucket, engine.pages_per_sequence)
     arrays.positions[:] = PADDING
     draws = np.zeros(bucket.samples, DRAW)
-    draws[:] = draw_of(Sampling(temperature))
+    draws[:] = draw_of(sampling)
     draws["seed_low"] = np.arange(bucket.samples)
     draws["slot"] = engine.max_sequences
     draws["slot"][: work.rows] = np.arange(work.rows)
@@ -112,6 +113,44 @@ def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> 
     return Timing(np.diff(results), np.asarray(launches[1:]), sum(inline) * 2 > len(inline))
 
 
+SAMPLINGS = {
+    "greedy": Sampling(temperature=0.0),
+    "temperature 1": Sampling(),
+    "top_k 50": Sampling(top_k=50),
+    "top_p 0.95": Sampling(top_p=0.95),
+    "all filters": Sampling(0.8, 50, 0.95, 0.05),
+    "all filters, 5 logprobs": Sampling(0.8, 50, 0.95, 0.05, logprobs=5),
+}
+"""What people ask for, by the name in the result."""
+ROUNDS = 5
+
+
+def measure_samplings(executor: Executor, depth: int, repeats: int) -> list[dict[str, Any]]:
+    """The step of the largest bucket without prompts, by how its tokens are drawn. The kinds take turns, so that a
+    machine that changes its pace changes it for all.
+
+    seconds: the median interval between results. greedy_ratio: the rate of the kind over that of greedy, the median
+    over the rounds.
+    """
+    config = executor.engine
+    bucket = config.bucket(config.max_sequences, 0)
+    work = StepWork(bucket.rows, depth, ())
+    plans = {name: build_plan(config, bucket, work, sampling) for name, sampling in SAMPLINGS.items()}
+    found: dict[str, list[float]] = {name: [] for name in plans}
+    for turn in range(ROUNDS):
+        for name in rotated(list(plans), turn):
+            found[name].append(median(time_plan(executor, plans[name], 1, repeats).intervals.tolist()))
+    greedy = found["greedy"]
+    return [
+        {
+            "name": name,
+            "seconds": median(seconds),
+            "greedy_ratio": median([one / other for one, other in zip(greedy, seconds, strict=True)]),
+        }
+        for name, seconds in found.items()
+    ]
+
+
 def measure_overhead(executor: Executor, tokens: int, temperature: float) -> dict[str, Any]:
     """Decodes `tokens` tokens, or as many as the context holds, of max_sequences sequences at once in a real engine.
     Times are seconds per step.
@@ -136,7 +175,7 @@ def measure_overhead(executor: Executor, tokens: int, temperature: float) -> dic
 def _bare_steps(executor: Executor, depth: int, temperature: float) -> tuple[list[float], bool]:
     config = executor.engine
     bucket = config.bucket(config.max_sequences, 0)
-    plan = build_plan(config, bucket, StepWork(bucket.rows, depth, ()), temperature)
+    plan = build_plan(config, bucket, StepWork(bucket.rows, depth, ()), Sampling(temperature))
     timing = time_plan(executor, plan, 3, BARE_REPEATS)
     return timing.intervals.tolist(), timing.inline
 

@@ -35,6 +35,7 @@ from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import split_plan
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.train.data import TrainingData
 from tests.support import as_kept
 
@@ -106,7 +107,7 @@ def test_the_slower_limit_binds() -> None:
 def test_a_plan_does_its_workload_on_pages_of_its_own(bucket: Bucket) -> None:
     engine = with_room(ENGINE.resolve(TINY), depth=20)
     work = roofline.workload(bucket, 20)
-    plan = build_plan(engine, bucket, work, 0.5)
+    plan = build_plan(engine, bucket, work, Sampling(0.5))
     arrays = split_plan(plan.packed, bucket, engine.pages_per_sequence)
     assert (arrays.positions >= 0).sum() == work.tokens
     assert (arrays.positions[:2] == 19).all()
@@ -225,6 +226,9 @@ def test_step_measures_every_bucket_and_the_report_shows_it(tiny_preset: str, tm
     assert [(b["rows"], b["blocks"]) for b in buckets] == [(1, 0), (2, 0), (2, 1)]
     assert all(b["seconds"] > 0 and b["limit_seconds"] > 0 and b["bound"] in ("memory", "compute") for b in buckets)
     assert all(b["limit_share"] == pytest.approx(b["limit_seconds"] / b["seconds"]) for b in buckets)
+    drawn = {row["name"]: row for row in record.figures["samplings"]}
+    assert len(drawn) > 4 and drawn["greedy"]["greedy_ratio"] == 1
+    assert all(row["seconds"] > 0 and row["greedy_ratio"] > 0 for row in drawn.values())
     over = record.figures["overhead"]
     assert over["sequences"] == 2 and over["steps"] > 4
     assert record.figures["recompilations"] == 0
@@ -235,7 +239,7 @@ def test_step_measures_every_bucket_and_the_report_shows_it(tiny_preset: str, tm
     names = {written.name for written in write_report(tmp_path)}
     assert names == {"README.md", "cpu-step-tiny.png", "cpu-serve-m.png"}
     text = (tmp_path / "README.md").read_text()
-    assert "| 2 + 1x16 | 18 |" in text and "cpu-serve-m.png" in text and "nan" not in text
+    assert "| 2 + 1x16 | 18 |" in text and "(1.00x), temperature 1 " in text and "cpu-serve-m.png" in text and "nan" not in text
 
 
 def test_train_runs_the_trainer_on_symbols(tiny_preset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
