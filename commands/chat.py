@@ -23,6 +23,8 @@ def chat(complete: Callable[[Sequence[Mapping[str, str]]], Answer], first: str |
     At a terminal, an error is printed and the turn that failed is forgotten; otherwise the error is raised.
     """
     interactive = sys.stdin.isatty()
+    if interactive:
+        print("Ctrl-D or /exit ends, /reset starts anew, Ctrl-C stops an answer.", file=sys.stderr)
     start: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     history = list(start)
     for line in _turns(first, interactive):

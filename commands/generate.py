@@ -113,7 +113,9 @@ class GenerateConfig:
     def validate(self) -> None:
         """Raises ConfigError for settings that are out of range or don't go together."""
         if self.prompt is None and not self.chat:
-            raise ConfigError("a prompt is missing: isthmus generate PROMPT, or isthmus generate --chat")
+            raise ConfigError(
+                "a prompt is missing: isthmus generate PROMPT, - to read it from standard input, or --chat"
+            )
         if self.system is not None and not self.chat:
             raise ConfigError("--system needs --chat")
         if self.parse_special and self.chat:

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"isthmus {version('isthmus')}")
         return 0
     if words[0] not in COMMANDS:
-        print(f"isthmus: there is no command {words[0]!r}\n\n{usage()}", file=sys.stderr)
+        meant = "; isthmus generate --chat holds a conversation" if words[0] == "chat" else ""
+        print(f"isthmus: there is no command {words[0]!r}{meant}\n\n{usage()}", file=sys.stderr)
         return 2
     import importlib
 

@@ -25,4 +25,6 @@ def main(address: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} HOST:PORT")
     sys.exit(main(sys.argv[1]))

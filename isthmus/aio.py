@@ -17,6 +17,7 @@ from isthmus.client import (
     bearer,
     cancel_request,
     check_at_once,
+    check_target,
     choose_credentials,
     closed,
     detokenize_request,
@@ -45,7 +46,7 @@ class AsyncClient(AsyncModel):
         at_once: int = AT_ONCE,
     ) -> None:
         """Takes the arguments of `Client`, and raises the same errors."""
-        self._target, self._at_once = target, check_at_once(at_once)
+        self._target, self._at_once = check_target(target), check_at_once(at_once)
         self._credentials = choose_credentials(credentials, tls_ca)
         self._metadata = bearer(token)
         self._closed = False

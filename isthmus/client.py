@@ -81,6 +81,13 @@ def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(data)
 
 
+def check_target(target: str) -> str:
+    """The address of a server. Raises ValueError for a host without a port, which gRPC would read as port 443."""
+    if ":" not in target:
+        raise ValueError(f"target={target!r} must be HOST:PORT, such as 127.0.0.1:50051")
+    return target
+
+
 def choose_credentials(
     credentials: grpc.ChannelCredentials | None, tls_ca: Path | str | None
 ) -> grpc.ChannelCredentials | None:
@@ -148,9 +155,11 @@ class Client(Model):
         credentials, the PEM file that `tls_credentials` takes. at_once: most items of a list that are asked at once.
 
         Without credentials and tls_ca, calls are plain text. Raises OSError if tls_ca can't be read, and ValueError if
-        both are given, for a token that isn't a line of printable ASCII, and for an at_once below 1.
+        both are given, for a target without a port, for a token that isn't a line of printable ASCII, and for an
+        at_once below 1.
         """
         self._at_once, self._metadata = check_at_once(at_once), bearer(token)
+        check_target(target)
         chosen = choose_credentials(credentials, tls_ca)
         if chosen is not None:
             self.channel = grpc.secure_channel(target, chosen, OPTIONS)

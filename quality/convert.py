@@ -47,7 +47,7 @@ class ConvertConfig:
     quantize: str = "none"
     """Make matrices integers: int8, int6, int5 or int4 (the last three keep embedding and head in 8 bits, and int4
     attention's values in 6), or rules joined by commas, of which the first that matches a matrix decides:
-    "head=none,.*mlp.*=int4:32,.*=int8" """
+    "embedding=none,.*mlp.*=int4:32,.*=int8" """
     gate: Annotated[GateConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=GateConfig)
 
 

@@ -75,7 +75,9 @@ class QualityGate:
             self.console.print(doubt, style="yellow", markup=False)
         if not passes(found, bits) and not self.config.force:
             instead = self._instead(rules, write)
-            raise QualityError(f"{quantize} moves this model too far: the bounds are {bounds(bits)}; {instead}")
+            raise QualityError(
+                f"{quantize} moves this model too far: {described(found)}; the bounds are {bounds(bits)}; {instead}"
+            )
         self._cost(quantize, found).save(self.folder)
 
     def _measure(self, rules: Sequence[str], folder: Path, write: Write, most: int | None = None) -> Quality:

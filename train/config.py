@@ -127,7 +127,8 @@ class TrainConfig:
     keep: int = 2
     """How many of the newest checkpoints to keep"""
     log_every: int = 10
-    """Steps between two measurements of speed in the log; the loss is logged at every step"""
+    """Steps between two measurements of speed in metrics.jsonl, which has the loss of every step, and how many losses
+    the printed one is the mean of"""
     resume: bool = False
     """Go on from the newest checkpoint in --out, with the settings that were saved there"""
 

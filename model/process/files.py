@@ -42,9 +42,13 @@ def present(path: Path) -> bool:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file whole or not at all, and replaces an existing one. write(place) fills a temporary file, which then
-    takes the name `path`. Raises OSError, and what `write` raises."""
+    takes the name `path`. Its mode is that of any new file, whatever `write` gave it. Raises OSError, and what `write`
+    raises."""
     part = path.with_name(f"{path.name}.part")
+    part.touch()
+    mode = part.stat().st_mode
     write(part)
+    part.chmod(mode)  # safetensors makes files that only their owner may read
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -50,7 +50,10 @@ def find_folder(path: Path, *, download: bool = False, revision: str | None = No
         raise ConfigError(f"{path} is {_kind_of_file(path)}")
     name = str(path)
     if not is_hub_name(name):
-        raise ConfigError(f"{shortened(name)}: there is no such folder or GGUF file")
+        raise ConfigError(
+            f"{shortened(name)}: there is no such folder or GGUF file; a model of a hub is named Org/Name, and "
+            "--download fetches it"
+        )
     return _download(name, revision) if download else _cached(name, revision)
 
 
@@ -108,10 +111,14 @@ def _cached(name: str, revision: str | None) -> Path:
     kept = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
     if files := sorted(kept.glob("*/*.gguf")):
         raise ConfigError(f"{name}: the Hugging Face cache holds GGUF files of it: name one, as {files[0]}")
+    folder = Path(name).parent
+    if revision is None and folder.is_dir():  # a slip in a path, rather than a name of the hub
+        found = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir())[:5])
+        raise ConfigError(f"{name}: there is no such folder or GGUF file; {folder} holds {found or 'no folders'}")
     version = "" if revision is None else f" at revision {shortened(revision)}"
     raise ConfigError(
-        f"{name}{version}: there is no such folder, and the Hugging Face cache ({constants.HF_HUB_CACHE}) hasn't it; "
-        "--download fetches it"
+        f"{name}{version}: there is no such folder or GGUF file, and the Hugging Face cache ({constants.HF_HUB_CACHE}) "
+        "doesn't have it; --download fetches it"
     )
 
 

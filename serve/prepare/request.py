@@ -124,7 +124,9 @@ class Preparation:
     def _rendered(self, conversation: Conversation) -> str:
         """The conversation as the model's template writes it. Raises InvalidRequest."""
         if self.chat is None:
-            raise InvalidRequest("chat_template", "this model has no chat template: give text or token_ids")
+            raise InvalidRequest(
+                "chat_template", "this model has no chat template: give it a text or token ids instead of messages"
+            )
         if not 1 <= len(conversation.messages) <= MAX_MESSAGES:
             raise InvalidRequest("messages", f"has {len(conversation.messages)}; give 1 to {MAX_MESSAGES}")
         turns = [check_turn(index, turn) for index, turn in enumerate(conversation.messages)]

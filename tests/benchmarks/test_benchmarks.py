@@ -239,7 +239,12 @@ def test_step_measures_every_bucket_and_the_report_shows_it(tiny_preset: str, tm
     names = {written.name for written in write_report(tmp_path)}
     assert names == {"README.md", "cpu-step-tiny.png", "cpu-serve-m.png"}
     text = (tmp_path / "README.md").read_text()
-    assert "| 2 + 1x16 | 18 |" in text and "(1.00x), temperature 1 " in text and "cpu-serve-m.png" in text and "nan" not in text
+    assert (
+        "| 2 + 1x16 | 18 |" in text
+        and "(1.00x), temperature 1 " in text
+        and "cpu-serve-m.png" in text
+        and "nan" not in text
+    )
 
 
 def test_train_runs_the_trainer_on_symbols(tiny_preset: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

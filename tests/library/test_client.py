@@ -154,6 +154,8 @@ def test_no_server_is_unavailable() -> None:
 def test_what_can_not_be_a_client_is_told_at_once() -> None:
     """A list would wait for ever with no call at a time, and gRPC says of a token only that metadata is invalid."""
     for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="target='localhost' must be HOST:PORT"):
+            kind("localhost")
         for at_once in (0, -1, 1.5):
             with pytest.raises(ValueError, match="at_once must be a whole number of at least 1"):
                 kind("127.0.0.1:1", at_once=at_once)  # type: ignore[arg-type]

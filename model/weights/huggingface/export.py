@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.rounding import narrowed
+from isthmus.model.process.files import replace_file
 from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights.huggingface.families import FAMILIES, Family, read_fields
 from isthmus.model.weights.huggingface.fields import Fields
@@ -149,7 +151,7 @@ def write_weights(
             placed[name] = file
             on_progress(targets[name].nbytes)
         try:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            replace_file(folder / file, partial(save_file, tensors, metadata={"format": "pt"}))
         except SafetensorError as error:
             raise ConfigError(f"{folder / file} can't be written: {error}") from None
     if len(shards) > 1:

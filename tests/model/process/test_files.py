@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import ConfigError
-from isthmus.model.process.files import appearing, read_bytes, read_json
+from isthmus.model.process.files import appearing, read_bytes, read_json, replace_file
 from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.huggingface.files import INDEX, SINGLE, TensorFiles
 from tests.model.weights.huggingface.folders import write_folder
@@ -124,3 +124,17 @@ def test_two_that_write_to_one_name_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="made by somebody else"):
             other.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.partial"]
+
+
+def test_a_file_has_the_mode_of_any_new_one(tmp_path: Path) -> None:
+    """safetensors makes files that only their owner may read; a server of another user, or in a container, must be able
+    to read a model that was exported."""
+
+    def private(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+
+    (tmp_path / "plain").touch()
+    for _ in range(2):  # also where it replaces one
+        replace_file(tmp_path / "written", private)
+        assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode

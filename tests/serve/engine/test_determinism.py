@@ -1,0 +1,82 @@
+"""A request gives the same tokens, and log-probabilities of the same bits, whatever happens around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from isthmus.model.config import ModelConfig
+from isthmus.model.execution import Execution
+from isthmus.model.ops.cpu import library
+from isthmus.model.transformer import Params
+from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sampling import Sampling
+from tests.serve.engine.harness import Arrival, play
+from tests.support import TINY, as_kept, narrowest_dtype, random_params
+
+ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)
+"""Pages for two of the longest sequences, so that requests are preempted"""
+REQUESTS = 24
+# Products of experts and of latent attention's heads have no kernel of ours, and XLA sums them by the bucket's size.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "windows": {"windows": (12, 0)},
+}
+
+
+def requests(prefix: str, vocab: int) -> list[Request]:
+    """Of every length and kind, alike for every prefix; some begin alike, so that the cache serves them."""
+    rng = np.random.default_rng(3)
+    shared = rng.integers(0, vocab, 48).tolist()
+    made = []
+    for index in range(REQUESTS):
+        prompt = rng.integers(0, vocab, int(rng.integers(1, 40))).tolist()
+        if index % 3 == 0:
+            prompt = shared[: int(rng.integers(17, 48))] + prompt[:4]
+        sampling = Sampling(
+            temperature=float(rng.choice([0.0, 0.7, 1.0])),
+            top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1.0, 0.8])),
+            seed=index,
+            logprobs=int(rng.choice([-1, 0, 3])),
+        )
+        made.append(Request(f"{prefix}{index}", prompt, sampling, int(rng.integers(1, 64 - len(prompt)))))
+    return made
+
+
+@pytest.mark.parametrize("dtype", dict.fromkeys(("float32", narrowest_dtype())))
+@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_together_and_alone_are_the_same_bits(network: str, cache_dtype: Any, dtype: Any, mesh: Mesh) -> None:
+    """Bits that differ are a text that changes with the load: nobody can reproduce it, test it or train on it."""
+    if reason := library.why_not():
+        pytest.skip(reason)
+    config = dataclasses.replace(TINY, **NETWORKS[network])
+    executor = made(config, cache_dtype, dtype, mesh)
+    together = requests("t", config.vocab_size)
+    steps = np.random.default_rng(4).integers(0, 30, REQUESTS)
+    arrivals = [Arrival(request, int(step)) for request, step in zip(together, steps, strict=True)]
+    cancelled = [Arrival(Request(f"c{n}", [n] * 20, Sampling(seed=n), 30), 3 * n, cancel_after=4) for n in range(5)]
+    engine = play(executor, [*arrivals, *cancelled]).engine
+    counters = engine.scheduler.counters
+    assert counters.preemptions > 0 and counters.cached_prompt_tokens > 0, "nothing happened around them"
+    for one, other in zip(together, requests("a", config.vocab_size), strict=True):
+        play(executor, [Arrival(other)])
+        assert one.completion == other.completion, one.id
+        assert one.logprobs == other.logprobs, one.id
+        assert len(one.logprobs) == (len(one.completion) if one.sampling.logprobs >= 0 else 0)
+
+
+def made(config: ModelConfig, cache_dtype: Any, dtype: Any, mesh: Mesh) -> Executor:
+    engine = dataclasses.replace(ENGINE, cache_dtype=cache_dtype).resolve(config)
+    served = Served(config, engine, config.vocab_size, Execution(dtype)).with_kernels("auto", mesh)
+    params: Params = as_kept(config, mesh, random_params(config, mesh), dtype)
+    executor = Executor(served, params, mesh)
+    executor.warm_up()
+    return executor
