@@ -298,7 +298,7 @@ def test_a_refusal_says_what_would_pass(
     flags = ["convert", str(folder), str(tmp_path / "small"), "--text", str(prose), "--windows", "2"]
     assert main([*flags, "--quantize", "int6"]) == 2
     text = said(capsys)
-    assert "int6 moves this model too far: the bounds are KL 0.0" in text and "--force" in text
+    assert "int6 moves this model too far: KL 0.0" in text and "; the bounds are KL 0.0" in text and "--force" in text
     suggested = re.search(r"--quantize '([^']+)' would pass", text)
     assert suggested is not None and suggested[1] == "int8"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prose.txt"]
