@@ -60,6 +60,8 @@ class Row {
   int64_t cells() const { return (vocab_ + kCell - 1) / kCell; }
   int64_t blocks() const { return (vocab_ + kBlock - 1) / kBlock; }
   void weigh(float least);
+  void weigh_cell(int64_t cell);
+  float unkept_mass(int64_t block, float least) const;
   float rank_bound(int64_t rank);
   float by_rank(int64_t rank, float least);
   float by_mass(double share, float least);
@@ -71,6 +73,7 @@ class Row {
   const float* logits_;
   int64_t vocab_;
   float top_, temperature_;
+  float weighed_;                        // every cell with a scaled logit of at least this is in scaled_ and weights_
   bool nan_;
   std::vector<float> largest_;           // of each cell; first logits, then scaled
   std::vector<float> scaled_, weights_;  // of the tokens in cells that may matter
@@ -113,25 +116,44 @@ int32_t Row::likeliest() const {
   return int32_t(std::find(x, logits_ + vocab_, top_) - logits_);
 }
 
-// Scales and weighs the tokens of every cell that holds one of at least `least`.
+// Scales and weighs the tokens of every cell that holds one of at least `least`, unless that was done.
 void Row::weigh(float least) {
-  scaled_.resize(cells() * kCell);
-  weights_.resize(cells() * kCell);
-  for (int64_t cell = 0; cell < cells(); cell++) {
-    largest_[cell] = scaled(largest_[cell]);
+  for (int64_t cell = 0; cell < cells(); cell++)
+    if (largest_[cell] >= least && !(largest_[cell] >= weighed_)) weigh_cell(cell);
+  weighed_ = std::min(weighed_, least);
+}
+
+void Row::weigh_cell(int64_t cell) {
+  const int64_t at = cell * kCell, end = std::min(at + kCell, vocab_);
+  int64_t i = at;
+  for (; i + kLanes <= end; i += kLanes) {
+    Floats value = (load<Floats>(logits_ + i) - splat(top_)) / splat(temperature_);
+    store(&scaled_[i], value);
+    store(&weights_[i], exp(value));
+  }
+  for (; i < at + kCell; i++) {
+    scaled_[i] = i < end ? scaled(logits_[i]) : -kInfinity;
+    weights_[i] = exp(splat(scaled_[i]))[0];
+  }
+}
+
+// What the tokens of a block weigh that are at least `least`, with nothing kept: memory is slower than the exponential.
+float Row::unkept_mass(int64_t block, float least) const {
+  Floats sums = {};
+  float rest = 0;
+  const int64_t first = block * kBlock / kCell, last = std::min(first + kBlock / kCell, cells());
+  for (int64_t cell = first; cell < last; cell++) {
     if (!(largest_[cell] >= least)) continue;
-    const int64_t at = cell * kCell, end = std::min(at + kCell, vocab_);
-    int64_t i = at;
+    const int64_t end = std::min((cell + 1) * kCell, vocab_);
+    int64_t i = cell * kCell;
     for (; i + kLanes <= end; i += kLanes) {
       Floats value = (load<Floats>(logits_ + i) - splat(top_)) / splat(temperature_);
-      store(&scaled_[i], value);
-      store(&weights_[i], exp(value));
+      sums += value >= splat(least) ? exp(value) : Floats{};
     }
-    for (; i < at + kCell; i++) {
-      scaled_[i] = i < end ? scaled(logits_[i]) : -kInfinity;
-      weights_[i] = exp(splat(scaled_[i]))[0];
-    }
+    for (; i < end; i++)
+      if (scaled(logits_[i]) >= least) rest += exp(splat(scaled(logits_[i])))[0];
   }
+  return sum(sums) + rest;
 }
 
 // A logit that at least `rank` tokens reach: as many cells do. -inf where there are fewer cells.
@@ -188,17 +210,17 @@ double Row::mass(float least) const {
 
 // The largest scaled logit such that the tokens from it on weigh at least `share` of those from `least` on.
 float Row::by_mass(double share, float least) {
-  const double wanted = share * mass(least);
-  if (mass(0) >= wanted) return 0;
-  float low = std::max(least, kLowest), high = 0;
-  for (float guess : {-4.f, -16.f}) {  // most of a trained model's probability lies within a few nats
-    if (guess <= low) break;
-    if (mass(guess) >= wanted) {
-      low = guess;
-      break;
-    }
-    high = guess;
+  double whole = 0;
+  for (int64_t block = 0; block < blocks(); block++) whole += unkept_mass(block, least);
+  const double wanted = share * whole;
+  float low = 0, high = 0;
+  for (float guess : {0.f, -4.f, -16.f, kLowest}) {  // most of a trained model's probability lies within a few nats
+    high = low;
+    low = std::max(guess, least);
+    weigh(low);
+    if (low == least || mass(low) >= wanted) break;
   }
+  if (low == 0) return 0;
   for (int i = 0; i < kHalvings; i++) {
     const float middle = low + (high - low) / 2;
     (mass(middle) >= wanted ? low : high) = middle;
@@ -233,22 +255,27 @@ int64_t pick(int64_t count, double share, F weight) {
 
 int32_t Row::draw(const Filters& filters, float first, float second) {
   temperature_ = filters.temperature;
+  for (float& logit : largest_) logit = scaled(logit);
+  scaled_.resize(cells() * kCell);
+  weights_.resize(cells() * kCell);
+  weighed_ = kInfinity;
   const bool ranks = filters.top_k > 0 && filters.top_k < vocab_, sums = filters.top_p < 1;
-  const float least = filters.min_p > 0 ? std::log(filters.min_p) : -kInfinity;
-  // min_p comes last, and what it takes away counts for top_p.
-  float floor = sums ? -kInfinity : least;
-  if (ranks) floor = std::max(floor, scaled(rank_bound(filters.top_k)));
-  weigh(floor);
-  if (ranks) floor = by_rank(filters.top_k, floor);
-  if (sums) floor = std::max({floor, by_mass(filters.top_p, floor), least});
+  float floor = -kInfinity;
+  if (ranks) {
+    floor = rank_bound(filters.top_k);
+    weigh(floor);
+    floor = by_rank(filters.top_k, floor);
+  }
+  if (sums) floor = by_mass(filters.top_p, floor);
+  if (filters.min_p > 0) floor = std::max(floor, std::log(filters.min_p));
 
   masses_.resize(blocks());
-  for (int64_t block = 0; block < blocks(); block++) masses_[block] = block_mass(block, floor);
+  for (int64_t block = 0; block < blocks(); block++)
+    masses_[block] = floor >= weighed_ ? block_mass(block, floor) : unkept_mass(block, floor);
   const int64_t block = pick(blocks(), first, [&](int64_t i) { return masses_[i]; });
   const int64_t at = block * kBlock, size = std::min(kBlock, cells() * kCell - at);
-  return int32_t(at + pick(size, second, [&](int64_t i) {
-    return largest_[(at + i) / kCell] >= floor && scaled_[at + i] >= floor ? weights_[at + i] : 0.f;
-  }));
+  for (int64_t cell = at / kCell; cell < (at + size) / kCell; cell++) weigh_cell(cell);
+  return int32_t(at + pick(size, second, [&](int64_t i) { return scaled_[at + i] >= floor ? weights_[at + i] : 0.f; }));
 }
 
 float Row::log_total() const {
