@@ -98,4 +98,4 @@ class Output:
     token: int | None
     finish_reason: FinishReason | None
     logprobs: Logprobs | None = None
-    """Of the token, if they were asked for"""
+    """What is told about the token, if it was asked for"""

@@ -33,7 +33,7 @@ class Sampling:
 
 
 MOST_LOGPROBS = 20
-"""As the OpenAI API has it. Every step has room for so many."""
+"""The OpenAI API has the same limit. Every step has room for so many."""
 
 DRAW = np.dtype(
     [
