@@ -29,6 +29,7 @@ from isthmus.serve.engine.executor import (
     lower_forward,
 )
 from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
+from isthmus.serve.engine.sampling import MOST_LOGPROBS
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.optimizer import build_optimizer
@@ -81,7 +82,9 @@ def test_an_engine_step_is_the_same_for_every_platform(bucket: Bucket, dtype: An
     step, args = draw_and_arguments(served, bucket.samples, mesh)
     exported = export_flat(step, args, mesh)
     assert set(exported.platforms) == set(PLATFORMS)
-    assert [tuple(out.shape) for out in exported.out_avals] == [(ENGINE.max_sequences + 1,), (bucket.samples,)]
+    rows, told = (bucket.samples,), (bucket.samples, MOST_LOGPROBS)
+    slots = (ENGINE.max_sequences + 1,)
+    assert [tuple(out.shape) for out in exported.out_avals] == [slots, rows, rows, told, told]
 
 
 def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:

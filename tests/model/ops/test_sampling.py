@@ -112,7 +112,7 @@ FILTERS = ["", "top_k", "top_p", "min_p", "top_k top_p", "top_k min_p", "top_p m
 
 
 @pytest.mark.parametrize("spread", ["peaked", "flat", "ties", "holes"])
-@pytest.mark.parametrize("vocab", [1, 2, 50, 64, 511, 513, 1500, 5000])
+@pytest.mark.parametrize("vocab", [1, 50, 64, 513, 5000])
 @pytest.mark.parametrize("names", FILTERS, ids=lambda names: names or "none")
 def test_a_draw_is_the_one_that_sorting_gives(run: Run, names: str, vocab: int, spread: str) -> None:
     """A filter that keeps too much gives nonsense now and then; one that keeps too little repeats itself. A token in

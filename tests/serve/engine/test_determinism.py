@@ -22,7 +22,7 @@ from tests.support import TINY, as_kept, narrowest_dtype, random_params
 
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)
 """Pages for two of the longest sequences, so that requests are preempted"""
-REQUESTS = 24
+REQUESTS = 16
 # Products of experts and of latent attention's heads have no kernel of ours, and XLA sums them by the bucket's size.
 NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
