@@ -169,7 +169,7 @@ inline float largest(Floats x) {
 inline bool any(Ints x) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
   return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && defined(__FMA__)
   return _mm256_movemask_epi8((__m256i)x);
 #else
   return over_lanes(x, [](Ints a, Ints b) { return a | b; });
