@@ -11,6 +11,7 @@ demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight
 	$(BIN)/isthmus demo
 
 test: $(VENV)/.ready-dev  ## everything but the slow tests and those that need another environment
+	@$(BIN)/python -c "from isthmus.model.ops.cpu import library; library.why_not()"  # once, and not in every worker
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not peers"
 
 test-all: $(VENV)/.ready-dev  ## what CI runs

@@ -111,22 +111,23 @@ def picked(weights: np.ndarray, uniform: float) -> tuple[int, bool]:
 FILTERS = ["", "top_k", "top_p", "min_p", "top_k top_p", "top_k min_p", "top_p min_p", "top_k top_p min_p"]
 
 
-@pytest.mark.parametrize("spread", ["peaked", "flat", "ties", "holes"])
 @pytest.mark.parametrize("vocab", [1, 50, 64, 513, 5000])
 @pytest.mark.parametrize("names", FILTERS, ids=lambda names: names or "none")
-def test_a_draw_is_the_one_that_sorting_gives(run: Run, names: str, vocab: int, spread: str) -> None:
+def test_a_draw_is_the_one_that_sorting_gives(run: Run, names: str, vocab: int) -> None:
     """A filter that keeps too much gives nonsense now and then; one that keeps too little repeats itself. A token in
     the wrong place would make another distribution."""
-    rng = np.random.default_rng([vocab, len(names), len(spread)])
-    rows = 64
-    logits = random_logits(rng, rows, vocab, spread)
+    rng = np.random.default_rng([vocab, len(names)])
+    rows = 160
+    logits = np.concatenate([random_logits(rng, rows // 4, vocab, spread) for spread in SPREADS])
     temperature = rng.uniform(0.3, 2, rows).astype(np.float32)
     ranks = rng.integers(0, 2, rows) * (vocab - rng.integers(0, 60, rows)) + rng.integers(0, 60, rows)
     top_k = np.maximum(ranks, 0).astype(np.int32) * ("top_k" in names)
     top_p = np.where(("top_p" in names) & (rng.random(rows) < 0.8), rng.uniform(0, 1, rows), 1).astype(np.float32)
     min_p = np.where(("min_p" in names) & (rng.random(rows) < 0.8), rng.uniform(0, 0.5, rows), 0).astype(np.float32)
     uniform = rng.random((rows, 2), np.float32)
-    uniform[:3] = [[0, 0], [1 - 2**-24, 1 - 2**-24], [0, 1 - 2**-24]]
+    uniform[::20] = [0, 0]
+    uniform[1::20] = [1 - 2**-24, 1 - 2**-24]
+    uniform[2::20] = [0, 1 - 2**-24]
     got = run(logits, temperature, top_k, top_p, min_p, uniform=uniform)
     compared = 0
     for row in range(rows):
@@ -137,7 +138,10 @@ def test_a_draw_is_the_one_that_sorting_gives(run: Run, names: str, vocab: int, 
         if not (close or close_draw):
             compared += 1
             assert got[row] == token, f"row {row}"
-    assert compared > (0.6 if vocab > 1000 and "flat" in spread else 0.75) * rows or vocab == 1
+    assert compared > 0.7 * rows or vocab == 1
+
+
+SPREADS = ("peaked", "flat", "ties", "holes")
 
 
 def random_logits(rng: np.random.Generator, rows: int, vocab: int, spread: str = "peaked") -> np.ndarray:
@@ -235,9 +239,7 @@ def test_log_probabilities_are_the_models_own(run: Run, vocab: int) -> None:
     """They are what evaluations sum: of the model's distribution, whatever temperature and filters drew from, to 1e-5;
     the likeliest come in order, and of equal ones the first."""
     rng = np.random.default_rng(vocab)
-    logits = np.concatenate(
-        [random_logits(rng, 16, vocab + 3, spread) for spread in ("peaked", "flat", "ties", "holes")]
-    )
+    logits = np.concatenate([random_logits(rng, 16, vocab + 3, spread) for spread in SPREADS])
     judged = np.arange(len(logits)) % (MOST + 2) - 1
     drawn = run(logits, 0.7, 3, 0.9, 0.01, seed=np.arange(64), vocab=vocab, judged=judged)
     alone = run(logits, 0.7, 3, 0.9, 0.01, seed=np.arange(64), vocab=vocab)

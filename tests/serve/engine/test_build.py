@@ -100,7 +100,7 @@ def test_devices_share_the_cache_unless_it_is_latent() -> None:
     [
         ("none", "auto", 1),
         ("int4", "auto", 1),
-        ("int8", "reference", 2),
+        pytest.param("int8", "reference", 2, marks=pytest.mark.slow),
         ("converted", "auto", 1),
         ("converted", "reference", 2),
     ],
