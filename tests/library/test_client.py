@@ -224,14 +224,20 @@ def test_an_async_client_belongs_to_one_loop(server: RunningServer) -> None:
         asyncio.run(client.tokenize("a"))
 
 
-def test_a_call_that_is_interrupted_ends_its_request(server: RunningServer) -> None:
+def test_a_call_that_is_interrupted_ends_its_request() -> None:
     """Ctrl-C in a notebook keeps the traceback, and with it a call that would run to its end."""
-    with Client(server.address) as client:
-        pending = client.begin(Question(TextPrompt(PROMPT), SamplingParams(max_tokens=LONG, ignore_eos=True)))
-        wait_for(lambda: server.engine.in_flight == 1, "the request")
+    ended = threading.Event()
+
+    def hold(context: grpc.ServicerContext) -> bytes:
+        context.add_callback(ended.set)
+        ended.wait(PATIENCE)
+        return answer(context)
+
+    with answering(hold) as address, Client(address) as client:
+        pending = client.begin(Question(TextPrompt(PROMPT), SamplingParams()))
         with pytest.raises(KeyboardInterrupt), interrupted():
             pending.result()
-        wait_for(lambda: server.engine.in_flight == 0, "the request to end")
+        assert ended.wait(PATIENCE / 2), "the call goes on"
 
 
 def test_a_message_that_is_too_large_is_the_requests_fault(server: RunningServer) -> None:
