@@ -83,7 +83,7 @@ def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
 
 def check_target(target: str) -> str:
     """The address of a server. Raises ValueError for a host without a port, which gRPC would read as port 443."""
-    if ":" not in target:
+    if not isinstance(target, str) or ":" not in target:
         raise ValueError(f"target={target!r} must be HOST:PORT, such as 127.0.0.1:50051")
     return target
 

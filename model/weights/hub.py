@@ -3,6 +3,7 @@ network is used only when a download is asked for."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -113,8 +114,12 @@ def _cached(name: str, revision: str | None) -> Path:
         raise ConfigError(f"{name}: the Hugging Face cache holds GGUF files of it: name one, as {files[0]}")
     folder = Path(name).parent
     if revision is None and folder.is_dir():  # a slip in a path, rather than a name of the hub
-        found = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir())[:5])
-        raise ConfigError(f"{name}: there is no such folder or GGUF file; {folder} holds {found or 'no folders'}")
+        with contextlib.suppress(OSError):  # a folder that can't be listed holds nothing to suggest
+            found = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir())[:5])
+            raise ConfigError(
+                f"{name}: there is no such folder or GGUF file, nor is it in the Hugging Face cache; {folder} holds "
+                f"{found or 'no folders'}, and --download asks the hub"
+            )
     version = "" if revision is None else f" at revision {shortened(revision)}"
     raise ConfigError(
         f"{name}{version}: there is no such folder or GGUF file, and the Hugging Face cache ({constants.HF_HUB_CACHE}) "

@@ -274,7 +274,7 @@ def lower_forward(served: Served, bucket: Bucket, mesh: Mesh, params: Params | N
 
 
 def lower_draw(served: Served, samples: int, mesh: Mesh) -> jax.stages.Lowered:
-    """The same for the draws of so many samples."""
+    """Lowers the draws of so many samples, in the same way as `lower_forward`."""
     step, args = draw_and_arguments(served, samples, mesh)
     with use_mesh(mesh):
         return step.lower(*args)
@@ -285,7 +285,6 @@ def forward_and_arguments(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The jitted `forward_step` of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
     engine, execution = served.engine, served.execution
-    replicated = NamedSharding(mesh, PartitionSpec())
     if params is None:
         params = abstract_params(served.model, mesh, stacked=execution.scan_layers, dtype=execution.dtype)
     cache = abstract_cache(served, mesh)
@@ -294,7 +293,7 @@ def forward_and_arguments(
     step = jax.jit(
         partial(forward_step, served, bucket),
         donate_argnums=1,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), replicated),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), _logits_sharding(mesh)),
     )
     return step, args
 
@@ -303,12 +302,18 @@ def draw_and_arguments(served: Served, samples: int, mesh: Mesh) -> tuple[Any, t
     """The jitted `isthmus.serve.engine.sampling.draw` of so many samples and its abstract arguments on `mesh`."""
     slots = served.engine.max_sequences + 1
     args = (
-        _whole(mesh, jnp.float32, samples, served.model.vocab_size),
+        jax.ShapeDtypeStruct((samples, served.model.vocab_size), jnp.float32, sharding=_logits_sharding(mesh)),
         _whole(mesh, jnp.int32, slots),
         _whole(mesh, jnp.int32, samples, len(DRAW.names or ())),
     )
     run = partial(draw, vocab=served.vocab, implementation=served.execution.kernels.sampling)
     return jax.jit(run, donate_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec())), args
+
+
+def _logits_sharding(mesh: Mesh) -> NamedSharding:
+    """Each device keeps the logits of its part of the vocabulary, so that a draw moves a few numbers for each row and
+    not the row."""
+    return named_sharding(mesh, None, "vocab")
 
 
 def _whole(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -156,6 +156,8 @@ def test_what_can_not_be_a_client_is_told_at_once() -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(ValueError, match="target='localhost' must be HOST:PORT"):
             kind("localhost")
+        with pytest.raises(ValueError, match="target=5 must be HOST:PORT"):
+            kind(5)  # type: ignore[arg-type]
         for at_once in (0, -1, 1.5):
             with pytest.raises(ValueError, match="at_once must be a whole number of at least 1"):
                 kind("127.0.0.1:1", at_once=at_once)  # type: ignore[arg-type]

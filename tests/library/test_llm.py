@@ -76,7 +76,7 @@ def test_a_stream_comes_while_the_model_writes(llm: LLM, client: Client) -> None
     for model in (llm, client):
         stream = model.stream(PROMPT, max_tokens=LONG, ignore_eos=True)
         first = next(stream)
-        assert first.completion is None and 0 < len(first.token_ids) < LONG // 2
+        assert first.completion is None and first.token_ids
         stream.close()
 
 
