@@ -34,10 +34,10 @@ from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink, StepTimes
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 
-FAILED = (FinishReason.ERROR, FinishReason.CANCELLED)
+FAILED = (Ending.ERROR, Ending.CANCELLED)
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class _Watch:
         self.error: str | None = None
         self.done = threading.Event()
 
-    def take(self, outputs: list[Output]) -> None:
+    def take(self, events: list[Event]) -> None:
         """Notes a step, and submits a waiting request for each one that ended."""
         now = time.perf_counter()
-        outputs = [output for output in outputs if output.request in self._own]
-        if not outputs or self.done.is_set():
+        events = [event for event in events if event.request in self._own]
+        if not events or self.done.is_set():
             return
-        drawn = [output.request for output in outputs if output.token is not None]
-        ended = [output.finish_reason for output in outputs if output.finish_reason is not None]
+        drawn = [event.request for event in events for _ in event.tokens]
+        ended = [event.end.reason for event in events if event.end is not None]
         for _ in ended[: len(self._waiting)]:
             self._engine.submit(self._waiting.popleft())
         self._begun.update(drawn)
@@ -102,9 +102,9 @@ class Driver:
         self._watch: _Watch | None = None
         self._questions = 0
 
-    def _take(self, outputs: list[Output]) -> None:
+    def _take(self, events: list[Event]) -> None:
         if (watch := self._watch) is not None:
-            watch.take(outputs)
+            watch.take(events)
 
     def run(
         self, requests: Sequence[Request], streams: int, enough: Callable[[list[SeenStep]], bool]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import dataclasses
 import logging
 import os
 import queue
@@ -28,7 +29,7 @@ from isthmus.protocol import AsyncModel, Model
 from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.answer import Answer
 from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, ThreadEnd, ThreadStream, deliver
 from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
@@ -122,12 +123,12 @@ class LLM(Model):
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         self._check_open()
         deadline = _deadline(timeout)
-        outputs = ThreadStream()
-        request = self._submitted(self._preparation.request(question), outputs)
+        events = ThreadStream()
+        request = self._submitted(self._preparation.request(question), events)
         answer, ended = Answer(self._model.tokenizer, request), False
         try:
             while not ended:
-                delta = answer.take([outputs.get(_left(deadline))])
+                delta = answer.take([events.get(_left(deadline))])
                 ended = delta.completion is not None
                 if ended or delta.text or delta.token_ids:
                     yield delta
@@ -166,7 +167,7 @@ class LLM(Model):
 
     def _submitted(self, request: Request, receiver: ThreadEnd | ThreadStream | LoopEnd | LoopStream) -> Request:
         self._check_open()
-        request.reply_to = receiver
+        request = dataclasses.replace(request, reply_to=receiver)
         self._engine.submit(request)
         return request
 
@@ -185,7 +186,9 @@ class _Begun:
                 raise _too_late(self._timeout)
         finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the request any more
             self.cancel()
-        return Answer(self._llm._model.tokenizer, self._request).whole()
+        end = self._end.end
+        assert end is not None
+        return Answer(self._llm._model.tokenizer, self._request).whole(end)
 
     def cancel(self) -> None:
         self._llm._engine.cancel(self._request)
@@ -208,29 +211,28 @@ class AsyncLLM(AsyncModel):
         llm = self._llm
         try:
             async with asyncio.timeout(timeout):
-                request = await self._prepared(question)
-                end = LoopEnd()
-                llm._submitted(request, end)
+                receiver = LoopEnd()
+                request = llm._submitted(await self._prepared(question), receiver)
                 try:
-                    await end.ended
+                    end = await receiver.ended
                 finally:
                     llm._engine.cancel(request)
         except TimeoutError:
             raise _too_late(timeout) from None
         answer = Answer(llm._model.tokenizer, request)
-        return await llm._workers.run(4 * len(request.completion), answer.whole)
+        return await llm._workers.run(4 * len(end.tokens), partial(answer.whole, end))
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         llm, deadline = self._llm, _deadline(timeout)
         request = await self._prepared(question)
-        outputs = LoopStream()
-        llm._submitted(request, outputs)
+        events = LoopStream()
+        request = llm._submitted(request, events)
         answer, ended = Answer(llm._model.tokenizer, request), False
         try:
             while not ended:
                 try:
                     async with asyncio.timeout(_left(deadline)):
-                        some = await outputs.some(MOST_AT_ONCE)
+                        some = await events.some(MOST_AT_ONCE)
                 except TimeoutError:
                     raise _too_late(timeout) from None
                 delta = answer.take(some)

@@ -12,7 +12,7 @@ from isthmus.errors import InvalidRequest
 from isthmus.serve.api.errors import abort, status_of
 from isthmus.serve.api.mapping import finished, in_api_words, logprobs, question_of, started
 from isthmus.serve.api.session import Session
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.answer import Answer
 from isthmus.serve.prepare.delivery import LoopStream
 from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
@@ -77,10 +77,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         preparation = Preparation.of(self._session.model, engine.config.context_length)
         program = message.HasField("messages")  # a chat template: even a short text may take it a second
         try:
-            ours = await self._session.workers.run(
+            prepared = await self._session.workers.run(
                 message.ByteSize(), lambda: preparation.request(question_of(message)), always=program
             )
-            self._session.submit(ours)
+            ours = self._session.submit(prepared)
         except InvalidRequest as error:
             await abort(context, status_of(in_api_words(error, message)))
         self._session.answering += 1
@@ -93,10 +93,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _deltas(self, message: pb.GenerateRequest, ours: Request) -> AsyncIterator[Delta]:
         """Yields what the engine gives, several steps at once if the client is slow."""
         with_text = message.output.text if message.output.HasField("text") else True
-        answer, outputs = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.reply_to
-        assert isinstance(outputs, LoopStream)
+        answer, events = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.reply_to
+        assert isinstance(events, LoopStream)
         ended = False
         while not ended:
-            delta = answer.take(await outputs.some(MOST_AT_ONCE))
+            delta = answer.take(await events.some(MOST_AT_ONCE))
             ended = delta.completion is not None
             yield delta

@@ -9,7 +9,7 @@ from google.protobuf import duration_pb2
 
 from isthmus.errors import InvalidRequest
 from isthmus.proto import API_FIELDS, PROMPT_FIELDS, rename
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.types import Completion, Conversation, Question, SamplingParams, TextPrompt, TokenLogprobs, TokenPrompt
 from isthmus.v1 import inference_pb2 as pb
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import grpc
 from google.rpc import code_pb2
 
@@ -10,7 +12,7 @@ from isthmus.model.weights.folder import ModelFolder
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.errors import abort, retry_later
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.delivery import LoopStream
 from isthmus.serve.prepare.workers import Workers
 
@@ -46,11 +48,12 @@ class Session:
             await abort(context, retry_later(code_pb2.UNAVAILABLE, "the model is still loading"))
         return self.engine
 
-    def submit(self, request: Request) -> None:
-        """Hands a request to the engine, which must be ready; its outputs come through its reply_to. Called on
+    def submit(self, request: Request) -> Request:
+        """Hands a request to the engine, which must be ready. Returns it with a LoopStream as its reply_to. Called on
         the event loop. Raises RequestError if the request isn't taken."""
         assert self.engine is not None
-        request.reply_to = LoopStream()
+        request = dataclasses.replace(request, reply_to=LoopStream())
         if self.stalled:
             raise Unavailable(f"the engine's step has taken {self.engine.busy_seconds:.0f} s and hasn't ended")
         self.engine.submit(request)
+        return request

@@ -16,19 +16,12 @@ from dataclasses import dataclass
 from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Request
 from isthmus.serve.engine.scheduler import Counters, Scheduler
 
 logger = logging.getLogger("isthmus.engine")
 
-Sink = Callable[[list[Output]], None]
-
-
-@dataclass(frozen=True)
-class _Cancel:
-    """A message that ends this request, and not another that has come since with the same id."""
-
-    request: Request
+Sink = Callable[[list[Event]], None]
 
 
 @dataclass(frozen=True)
@@ -62,17 +55,17 @@ class Engine:
     """Runs requests until they finish, from `start` to `close`."""
 
     def __init__(self, executor: Executor, sink: Sink) -> None:
-        """executor: warmed up. sink: called on the engine thread with the outputs of a step; it must return quickly."""
+        """executor: warmed up. sink: called on the engine thread with the events of a step; it must return quickly."""
         self.executor = executor
         self.config: EngineConfig = executor.engine
         self.scheduler = Scheduler(self.config, executor.model.rope_switch)
         self.times = StepTimes()
         self._sink = sink
-        self._inbox: deque[Request | _Cancel] = deque()
+        self._inbox: deque[Request | Cancel] = deque()
         self._wake = threading.Condition()
         self._live: dict[str, Request] = {}
         self._cancelled: set[Request] = set()
-        """Cancelled requests whose last output isn't delivered yet"""
+        """Cancelled requests whose last event isn't delivered yet"""
         self._draining = False
         self._closing = False
         self._busy_since: float | None = None
@@ -102,7 +95,7 @@ class Engine:
             raise InvalidRequest("max_tokens", f"with the prompt makes {total} tokens; the context holds {limit}")
 
     def submit(self, request: Request) -> None:
-        """Hands a request over; its outputs come through the sink. Thread-safe.
+        """Hands a request over; its events come through the sink. Thread-safe.
 
         Raises InvalidRequest, DuplicateRequest, Overloaded, Unavailable, or RequestFailed where the engine has ended.
         """
@@ -129,7 +122,7 @@ class Engine:
             if live is None or request not in (live, live.id):
                 return False
             self._cancelled.add(self._live.pop(live.id))
-            self._inbox.append(_Cancel(live))
+            self._inbox.append(Cancel(live))
             self._wake.notify()
             return True
 
@@ -160,19 +153,19 @@ class Engine:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds since the step under way began with its plan; 0 once its outputs are delivered. Thread-safe."""
+        """Seconds since the step under way began with its plan; 0 once its events are delivered. Thread-safe."""
         since = self._busy_since
         return 0.0 if since is None else time.perf_counter() - since
 
     def close(self, timeout: float | None = None) -> bool:
-        """Ends the thread once the step in flight is read and its outputs are delivered. Requests that are left end as
+        """Ends the thread once the step in flight is read and its events are delivered. Requests that are left end as
         CLOSED, also if the thread doesn't end. Returns whether it ended within `timeout` seconds."""
         with self._wake:
             self._draining = self._closing = True
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join(timeout)
-        self._abandon(FinishReason.CLOSED)
+        self._abandon(Ending.CLOSED)
         return not self._thread.is_alive()
 
     # the engine thread
@@ -186,23 +179,21 @@ class Engine:
                 self.error = error
             failure = self._death()
             failure.__cause__ = error
-            self._abandon(FinishReason.ERROR, failure)
+            self._abandon(Ending.ERROR, failure)
 
     @staticmethod
     def _death() -> RequestFailed:
         return RequestFailed("the engine has ended on an error", "ENGINE_DEAD")
 
-    def _abandon(self, reason: FinishReason, failure: Exception | None = None) -> None:
+    def _abandon(self, reason: Ending, failure: Exception | None = None) -> None:
         """Ends every request that is left, and delivers that."""
         with self._wake:
             left = [*self._live.values(), *self._cancelled]
             self._live.clear()
             self._cancelled.clear()
-        for request in left:
-            request.finish_reason = request.finish_reason or reason
-            request.failure = request.failure or failure
         if left:
-            self._sink([Output(request, None, reason) for request in left])
+            end = End(reason, failure=failure, finished_at=time.perf_counter())
+            self._sink([Event(request, end=end) for request in left])
 
     def _loop(self) -> None:
         clock = time.perf_counter
@@ -221,9 +212,9 @@ class Engine:
             if in_flight is not None:
                 drawn = in_flight.read()
                 t3 = clock()
-                outputs = self.scheduler.commit(in_flight.plan, drawn)
+                events = self.scheduler.commit(in_flight.plan, drawn, t3)
                 t4 = clock()
-                self._deliver(outputs)
+                self._deliver(events)
                 times = self.times
                 times.wait, times.commit, times.deliver = (
                     times.wait + t3 - t2,
@@ -249,27 +240,21 @@ class Engine:
         for message in messages:
             if isinstance(message, Request):
                 self.scheduler.add(message)
-            elif message.request.finish_reason is None:  # else it has ended since, or was cancelled twice
-                self.scheduler.finish(message.request, FinishReason.CANCELLED)
-                cancelled.append(Output(message.request, None, FinishReason.CANCELLED))
+            else:
+                cancelled += self.scheduler.cancel(message.request, time.perf_counter())
         self._deliver(cancelled)
 
-    def _deliver(self, outputs: list[Output]) -> None:
-        if not outputs:
-            return
-        now = time.perf_counter()
-        for output in outputs:
-            request = output.request
-            if output.token is not None and request.first_token_at is None:
-                request.first_token_at = now
-            if output.finish_reason is not None:
-                request.finished_at = now
+    def _deliver(self, events: list[Event]) -> None:
+        """Gives events to the sink, but for requests that were abandoned meanwhile: they have heard their end."""
         with self._wake:
-            for output in outputs:
-                request = output.request
-                if output.finish_reason is None:
-                    continue
-                self._cancelled.discard(request)
-                if self._live.get(request.id) is request:
-                    del self._live[request.id]
-        self._sink(outputs)
+            events = [event for event in events if self._awaits(event.request)]
+            for event in events:
+                if event.end is not None:
+                    self._cancelled.discard(event.request)
+                    if self._live.get(event.request.id) is event.request:
+                        del self._live[event.request.id]
+        if events:
+            self._sink(events)
+
+    def _awaits(self, request: Request) -> bool:
+        return self._live.get(request.id) is request or request in self._cancelled

@@ -9,22 +9,22 @@ import numpy as np
 
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from isthmus.serve.engine.request import Request
 from isthmus.serve.engine.sampling import DRAW
+from isthmus.serve.engine.sequence import Sequence
 
 
 @dataclass(eq=False)
 class Work:
-    """Tokens that a step computes for a request: [start, start + count)."""
+    """Tokens that a step computes for a sequence: [start, start + count)."""
 
-    request: Request
+    sequence: Sequence
     start: int
     count: int
 
     @property
     def draws(self) -> bool:
         """Whether these reach the end of the sequence as it is so far, so that the step draws its next token."""
-        return self.start + self.count >= self.request.length
+        return self.start + self.count >= self.sequence.length
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
         """Cuts the tokens into blocks (start, count) of at most `size`."""
@@ -34,29 +34,29 @@ class Work:
 
 @dataclass(eq=False)
 class Step:
-    """What a step computes: requests with a single token, and requests with blocks of their prompt."""
+    """What a step computes: sequences with a single token, and sequences with blocks of their prompt."""
 
     singles: list[Work] = field(default_factory=list)
     chunks: list[Work] = field(default_factory=list)
     blocks: int = 0
 
-    def drop(self, request: Request, block_size: int) -> None:
-        """Removes what was scheduled for `request`."""
-        self.singles = [work for work in self.singles if work.request is not request]
-        self.chunks = [work for work in self.chunks if work.request is not request]
+    def drop(self, sequence: Sequence, block_size: int) -> None:
+        """Removes what was scheduled for `sequence`."""
+        self.singles = [work for work in self.singles if work.sequence is not sequence]
+        self.chunks = [work for work in self.chunks if work.sequence is not sequence]
         self.blocks = sum(-(-work.count // block_size) for work in self.chunks)
 
 
-_Draw = tuple[int, int, Request]
-"""(row of the head, index on the token axis of the last known token, request)"""
+_Draw = tuple[int, int, Sequence]
+"""(row of the head, index on the token axis of the last known token, sequence)"""
 
 
 class RequestFault(Exception):
-    """Packing failed because of this request; __cause__ is the error. No request has been changed."""
+    """Packing failed because of this sequence; __cause__ is the error. No sequence has been changed."""
 
-    def __init__(self, request: Request) -> None:
-        super().__init__(request.id)
-        self.request = request
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__(sequence.request.id)
+        self.sequence = sequence
 
 
 class Packer:
@@ -71,7 +71,7 @@ class Packer:
         """Each slot's row, but for the position"""
 
     def pack(self, step: Step) -> StepPlan:
-        """The step as arrays. Adds each token that it draws to its request's tokens_in_flight. Raises RequestFault."""
+        """The step as arrays. Adds each token that it draws to its sequence's tokens_in_flight. Raises RequestFault."""
         bucket = self._config.bucket(len(step.singles), step.blocks)
         per_sequence = self._config.pages_per_sequence
         packed = np.zeros(plan_size(bucket, per_sequence), np.int32)
@@ -85,47 +85,47 @@ class Packer:
             try:
                 block, last = self._pack_chunk(arrays, bucket.rows, block, work)
             except Exception as error:
-                raise RequestFault(work.request) from error
+                raise RequestFault(work.sequence) from error
             if work.draws:
-                draws.append((bucket.rows + block - 1, last, work.request))
+                draws.append((bucket.rows + block - 1, last, work.sequence))
         self._pack_draws(plan, arrays, draws)
-        plan.samples = [(row, request) for row, _, request in draws]
+        plan.samples = [(row, sequence) for row, _, sequence in draws]
         plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
         return plan
 
     def _pack_singles(self, arrays: PlanArrays, singles: list[Work]) -> list[_Draw]:
         """Writes all rows at once: an assignment to an array costs as much for one number as for all of them."""
-        count, requests = len(singles), [work.request for work in singles]
-        slots = [request.slot for request in requests]
+        count, sequences = len(singles), [work.sequence for work in singles]
+        slots = [sequence.slot for sequence in sequences]
         arrays.tokens[:count] = [
-            work.request.tokens[work.start] if work.start < len(work.request.tokens) else FROM_DEVICE
+            work.sequence.tokens[work.start] if work.start < len(work.sequence.tokens) else FROM_DEVICE
             for work in singles
         ]
         arrays.positions[:count] = [work.start for work in singles]
         arrays.row_slot[:count] = slots
         arrays.tables[:count] = self.tables[slots]
-        arrays.uses_long_rope[:count] = [request.uses_long_rope for request in requests]
-        return [(row, row, work.request) for row, work in enumerate(singles) if work.draws]
+        arrays.uses_long_rope[:count] = [sequence.uses_long_rope for sequence in sequences]
+        return [(row, row, work.sequence) for row, work in enumerate(singles) if work.draws]
 
     def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:
         """Writes a chunk from `block` on. Returns the block after it, and its last token's index on the token axis."""
         size, last = self._config.block_size, 0
         for start, count in work.blocks(size):
             first = rows + block * size
-            arrays.tokens[first : first + count] = work.request.tokens[start : start + count]
+            arrays.tokens[first : first + count] = work.sequence.tokens[start : start + count]
             arrays.positions[first : first + count] = np.arange(start, start + count)
-            arrays.tables[rows + block] = self.tables[work.request.slot]
-            arrays.uses_long_rope[rows + block] = work.request.uses_long_rope
+            arrays.tables[rows + block] = self.tables[work.sequence.slot]
+            arrays.uses_long_rope[rows + block] = work.sequence.uses_long_rope
             block, last = block + 1, first + count - 1
         return block, last
 
     def _pack_draws(self, plan: StepPlan, arrays: PlanArrays, draws: list[_Draw]) -> None:
-        for _, _, request in draws:
-            if not request.may_grow:
-                raise RequestFault(request) from AssertionError(f"{request.id} would draw more than it may have")
+        for _, _, sequence in draws:
+            if not sequence.may_grow:
+                raise RequestFault(sequence) from AssertionError("it would draw more than it may have")
         rows, tokens = [row for row, _, _ in draws], [token for _, token, _ in draws]
         arrays.sample_token[rows] = tokens
-        plan.draws[rows] = self.draws[[request.slot for _, _, request in draws]]
+        plan.draws[rows] = self.draws[[sequence.slot for _, _, sequence in draws]]
         plan.draws["position"][rows] = arrays.positions[tokens] + 1
-        for _, _, request in draws:
-            request.tokens_in_flight += 1
+        for _, _, sequence in draws:
+            sequence.tokens_in_flight += 1

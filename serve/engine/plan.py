@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from isthmus.serve.engine.config import Bucket
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.sequence import Sequence
 
 FROM_DEVICE = -1
 """Stands for the token that the slot drew last, which the host may not know yet."""
@@ -67,7 +67,7 @@ class StepPlan:
     """PlanArrays in one array, int32[plan_size]"""
     draws: np.ndarray
     """DRAW[samples], a row for each row of the head"""
-    samples: list[tuple[int, Request]] = field(default_factory=list)
-    """(row of the head, request) of each token drawn"""
+    samples: list[tuple[int, Sequence]] = field(default_factory=list)
+    """(row of the head, sequence) of each token drawn"""
     scheduled_tokens: int = 0
     """Tokens that are not padding"""

@@ -1,4 +1,4 @@
-"""How outputs travel from the engine's thread to whoever waits for them: on a thread of its own, or on an event loop,
+"""How events travel from the engine's thread to whoever waits for them: on a thread of its own, or on an event loop,
 which is woken once a step. A request's `reply_to` is one of these receivers, and the engine's sink is `deliver`."""
 
 from __future__ import annotations
@@ -11,40 +11,40 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import ClassVar
 
-from isthmus.serve.engine.request import Output
+from isthmus.serve.engine.messages import End, Event
 
 
 class Receiver(ABC):
-    """Takes the outputs of a request."""
+    """Takes the events of a request."""
 
     streams: ClassVar[bool]
-    """Whether it gets each output as it comes, or only the last"""
+    """Whether it gets each event as it comes, or only the last one"""
     loop: asyncio.AbstractEventLoop | None = None
-    """The event loop on which it gets outputs; None is the engine's thread"""
+    """The event loop on which it gets events; None is the engine's thread"""
 
     @abstractmethod
-    def put_nowait(self, item: Output, /) -> None:
-        """Takes an output; must return quickly."""
+    def put_nowait(self, item: Event, /) -> None:
+        """Takes an event of the engine; must return quickly."""
 
 
 class ThreadStream(Receiver):
-    """Outputs for a thread, as they come."""
+    """Events for a thread, as they come."""
 
     streams = True
 
     def __init__(self) -> None:
-        self._outputs: SimpleQueue[Output] = SimpleQueue()
+        self._events: SimpleQueue[Event] = SimpleQueue()
 
-    def put_nowait(self, output: Output, /) -> None:
-        self._outputs.put(output)
+    def put_nowait(self, event: Event, /) -> None:
+        self._events.put(event)
 
-    def get(self, timeout: float | None) -> Output:
-        """The next output. Raises queue.Empty after `timeout` seconds."""
-        return self._outputs.get(timeout=timeout)
+    def get(self, timeout: float | None) -> Event:
+        """The next event. Raises queue.Empty after `timeout` seconds."""
+        return self._events.get(timeout=timeout)
 
 
-class LoopStream(asyncio.Queue[Output], Receiver):
-    """Outputs for a task on the event loop that it is made on, as they come."""
+class LoopStream(asyncio.Queue[Event], Receiver):
+    """Events for a task on the event loop that it is made on, as they come."""
 
     streams = True
 
@@ -52,12 +52,12 @@ class LoopStream(asyncio.Queue[Output], Receiver):
         super().__init__()
         self.loop = asyncio.get_running_loop()
 
-    async def some(self, most: int) -> list[Output]:
-        """Waits for an output. Returns those that have come, at most `most`: of several steps if the reader is slow."""
-        outputs = [await self.get()]
-        while not self.empty() and len(outputs) < most:
-            outputs.append(self.get_nowait())
-        return outputs
+    async def some(self, most: int) -> list[Event]:
+        """Waits for an event. Returns those that have come, at most `most`: of several steps if the reader is slow."""
+        events = [await self.get()]
+        while not self.empty() and len(events) < most:
+            events.append(self.get_nowait())
+        return events
 
 
 class ThreadEnd(Receiver):
@@ -66,12 +66,15 @@ class ThreadEnd(Receiver):
     streams = False
 
     def __init__(self) -> None:
+        self.end: End | None = None
+        """How it ended; None until then"""
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._then: list[Callable[[], object]] = []
 
-    def put_nowait(self, output: Output, /) -> None:
+    def put_nowait(self, event: Event, /) -> None:
         with self._lock:
+            self.end = event.end
             self._ended.set()
         for call in self._then:
             call()
@@ -96,29 +99,29 @@ class LoopEnd(Receiver):
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[None] = self.loop.create_future()
+        self.ended: asyncio.Future[End] = self.loop.create_future()
 
-    def put_nowait(self, output: Output, /) -> None:
-        if not self.ended.done():
-            self.ended.set_result(None)
+    def put_nowait(self, event: Event, /) -> None:
+        if event.end is not None and not self.ended.done():
+            self.ended.set_result(event.end)
 
 
-def deliver(outputs: list[Output]) -> None:
-    """Gives a step's outputs to their receivers, called on the engine's thread. Each event loop is woken once."""
-    batches: dict[asyncio.AbstractEventLoop, list[Output]] = {}
-    for output in outputs:
-        receiver: Receiver = output.request.reply_to
-        if output.finish_reason is None and not receiver.streams:
+def deliver(events: list[Event]) -> None:
+    """Gives a step's events to their receivers, called on the engine's thread. Each event loop is woken once."""
+    batches: dict[asyncio.AbstractEventLoop, list[Event]] = {}
+    for event in events:
+        receiver: Receiver = event.request.reply_to
+        if event.end is None and not receiver.streams:
             continue
         if receiver.loop is None:
-            receiver.put_nowait(output)
+            receiver.put_nowait(event)
         else:
-            batches.setdefault(receiver.loop, []).append(output)
+            batches.setdefault(receiver.loop, []).append(event)
     for loop, batch in batches.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits any more
             loop.call_soon_threadsafe(_put, batch)
 
 
-def _put(outputs: list[Output]) -> None:
-    for output in outputs:
-        output.request.reply_to.put_nowait(output)
+def _put(events: list[Event]) -> None:
+    for event in events:
+        event.request.reply_to.put_nowait(event)

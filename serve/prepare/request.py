@@ -18,7 +18,7 @@ from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import MOST_LOGPROBS, Sampling
 from isthmus.types import (
     Conversation,

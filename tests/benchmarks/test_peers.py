@@ -35,7 +35,7 @@ from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.engine import Sink, StepTimes
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 
 QUIET = Console(quiet=True)
@@ -220,21 +220,23 @@ class _Engine:
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self.times, self.submitted = sink, StepTimes(), []
-        self.steps: list[list[tuple[int, FinishReason | None]]] = []
+        self.steps: list[list[tuple[int, Ending | None]]] = []
 
     def submit(self, request: Request) -> None:
         self.submitted.append(request)
 
     def start(self) -> None:
-        self._sink([Output(Request("of the question before", [1], Sampling(), 9), None, FinishReason.CANCELLED)])
+        self._sink([Event(Request("of the question before", [1], Sampling(), 9), end=End(Ending.CANCELLED))])
         for step in self.steps:
-            self._sink([Output(self.submitted[at], None if reason else 5, reason) for at, reason in step])
+            self._sink(
+                [Event(self.submitted[at], () if end else (5,), end=None if end is None else End(end)) for at, end in step]
+            )
 
     def cancel(self, request: Request) -> None:
         pass
 
 
-def _driver(steps: list[list[tuple[int, FinishReason | None]]]) -> Driver:
+def _driver(steps: list[list[tuple[int, Ending | None]]]) -> Driver:
     driver = Driver(_Engine)  # type: ignore[arg-type]
     driver.engine.steps = steps  # type: ignore[attr-defined]
     return driver
@@ -248,11 +250,11 @@ def test_decoding_is_timed_from_everybodys_first_token() -> None:
     with pytest.raises(RuntimeError, match="less than a token of each of 2"):
         _driver([[a, b], [a]]).steps([[1], [1]], 5, 9)
     with pytest.raises(RuntimeError, match="a request failed"):
-        _driver([[a, (1, FinishReason.ERROR)]]).steps([[1], [1]], 5, 9)
+        _driver([[a, (1, Ending.ERROR)]]).steps([[1], [1]], 5, 9)
 
 
 def test_a_closed_loop_of_the_engine_submits_the_next_when_one_ends() -> None:
-    done = FinishReason.LENGTH
+    done = Ending.LENGTH
     driver = _driver([[(0, None)], [(0, done), (1, None)], [(1, done)], [(2, None)], [(2, done)]])
     planned = [PlannedRequest(0.0, [1], 2, 0)] * 3
     assert driver.closed_loop(planned, 2, 0.0)["tokens"] == 3

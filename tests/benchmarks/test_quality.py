@@ -28,7 +28,7 @@ from isthmus.quality.costs import KNOWN, Cost
 from isthmus.quality.divergence import Divergence, Gathered, kl_divergence
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.serve.engine.harness import Arrival, play
@@ -160,9 +160,9 @@ def test_what_is_measured_is_what_an_engine_says(folder: Path, tmp_path: Path) -
     quantize, dtype, cache_dtype = "int4", "bfloat16", "int8"
     config = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, cache_dtype=cache_dtype)
     executor = build_executor(open_model(folder, dtype, quantize=quantize), config, MeshShape())
-    request = Request("one", [9, 8, 7], Sampling(temperature=0), 45)
-    play(executor, [Arrival(request)])
-    tokens = np.array([[*request.prompt, *request.completion]], np.int32)
+    arrival = Arrival(Request("one", [9, 8, 7], Sampling(temperature=0), 45))
+    play(executor, [arrival])
+    tokens = np.array([arrival.tokens], np.int32)
     assert tokens.size == 48
     certain = lambda _: np.where(np.eye(executor.model.vocab_size)[np.roll(tokens[0], -1)] > 0, 16.0, 0.0)  # noqa: E731
     found = measure(folder, quantize, dtype, cache_dtype, write_base(tmp_path / "base", tokens, certain))

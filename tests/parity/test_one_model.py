@@ -23,9 +23,10 @@ from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served, abstract_cache, forward_step
-from isthmus.serve.engine.request import FinishReason, Request
+from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
+from isthmus.serve.engine.sequence import Sequence
 from tests.serve.engine.harness import Arrival, only_tokens, play
 from tests.support import forward, next_tokens, packed_params, random_params
 
@@ -79,46 +80,50 @@ def random_arrivals(count: int, sampling: Any = lambda index: GREEDY, seed: int 
     return arrivals
 
 
+def training_texts(params: Params, arrivals: list[Arrival]) -> list[list[int]]:
+    """What the training's forward pass finds likeliest after each token before those that were drawn."""
+    likeliest = next_tokens(CONFIG, params, [arrival.tokens for arrival in arrivals], VOCAB)
+    prompts = [len(arrival.request.prompt) for arrival in arrivals]
+    ends = [len(arrival.tokens) - 1 for arrival in arrivals]
+    return [row[size - 1 : end].tolist() for row, size, end in zip(likeliest, prompts, ends, strict=True)]
+
+
 def test_served_tokens_are_the_training_forwards(executor: Executor, params: Params) -> None:
     """A model that is evaluated in training and served otherwise is another model."""
     arrivals = random_arrivals(64)
     engine = play(executor, arrivals).engine
-    requests = [arrival.request for arrival in arrivals]
-    likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
-    for request, row in zip(requests, likeliest, strict=True):
-        assert len(request.completion) == request.max_tokens
-        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
+    for arrival, want in zip(arrivals, training_texts(params, arrivals), strict=True):
+        assert len(arrival.completion) == arrival.request.max_tokens
+        assert arrival.completion == want, arrival.request.id
     counters = engine.scheduler.counters
     assert counters.preemptions > 0, "pages were never short, so preemption isn't tested"
     assert counters.cached_prompt_tokens > 0, "no prefix was shared, so sharing isn't tested"
-    assert counters.completion_tokens == sum(request.max_tokens for request in requests)
-    distinct = [len(set(r.completion)) / len(r.completion) for r in requests if len(r.completion) >= 20]
+    assert counters.completion_tokens == sum(arrival.request.max_tokens for arrival in arrivals)
+    distinct = [len(set(a.completion)) / len(a.completion) for a in arrivals if len(a.completion) >= 20]
     assert np.mean(distinct) > 0.3, "the model only repeats itself, so any engine would look right"
 
 
 def test_stopping_is_the_training_forwards_too(executor: Executor, params: Params) -> None:
     """The text must end exactly where the model ends it."""
     eos, stop = 3, frozenset(range(60, 66))
-    requests = [
-        dataclasses.replace(
-            arrival.request, id=f"s{index}", max_tokens=96 - len(arrival.request.prompt), eos_ids=frozenset({eos})
+    arrivals = random_arrivals(24, seed=2)
+    for index, arrival in enumerate(arrivals):
+        room = 96 - len(arrival.request.prompt)
+        arrival.request = dataclasses.replace(
+            arrival.request, max_tokens=room, eos_ids=frozenset({eos}), stop_ids=stop
         )
-        for index, arrival in enumerate(random_arrivals(24, seed=2))
-    ]
-    requests = [dataclasses.replace(request, stop_ids=stop) for request in requests]
-    play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
-    likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
-    for request, row in zip(requests, likeliest, strict=True):
-        want = row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist()
-        assert request.completion == want
+        arrival.step = index
+    play(executor, arrivals)
+    for arrival, want in zip(arrivals, training_texts(params, arrivals), strict=True):
+        assert arrival.completion == want
         assert not {eos, *stop} & set(want[:-1]), "it went on after its end"
         if want[-1] == eos:
-            assert request.finish_reason is FinishReason.EOS
+            assert arrival.ending is Ending.EOS
         elif want[-1] in stop:
-            assert request.finish_reason is FinishReason.STOP_TOKEN
+            assert arrival.ending is Ending.STOP_TOKEN
         else:
-            assert request.finish_reason is FinishReason.CONTEXT_LENGTH
-    assert len({request.finish_reason for request in requests}) == 3, "not every way to end came up"
+            assert arrival.ending is Ending.CONTEXT_LENGTH
+    assert len({arrival.ending for arrival in arrivals}) == 3, "not every way to end came up"
 
 
 def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> None:
@@ -133,10 +138,10 @@ def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> N
     assert engine.scheduler.counters.preemptions > 0
     for arrival in crowd[::4]:
         request = arrival.request
-        alone = Request("alone", request.prompt, request.sampling, request.max_tokens)
-        play(executor, [Arrival(alone)])
-        assert alone.completion == request.completion, request.id
-    texts = {tuple(arrival.request.completion[:8]) for arrival in crowd if arrival.request.max_tokens >= 8}
+        alone = Arrival(Request("alone", request.prompt, request.sampling, request.max_tokens))
+        play(executor, [alone])
+        assert alone.completion == arrival.completion, request.id
+    texts = {tuple(arrival.completion[:8]) for arrival in crowd if arrival.request.max_tokens >= 8}
     assert len(texts) == sum(arrival.request.max_tokens >= 8 for arrival in crowd), "two seeds gave one text"
 
 
@@ -147,10 +152,8 @@ def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
     arrivals = random_arrivals(16)
     counters = play(split, arrivals).engine.scheduler.counters
     assert counters.preemptions > 0
-    requests = [arrival.request for arrival in arrivals]
-    likeliest = next_tokens(CONFIG, params, [request.tokens for request in requests], VOCAB)
-    for request, row in zip(requests, likeliest, strict=True):
-        assert request.completion == row[len(request.prompt) - 1 : len(request.tokens) - 1].tolist(), request.id
+    for arrival, want in zip(arrivals, training_texts(params, arrivals), strict=True):
+        assert arrival.completion == want, arrival.request.id
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "reference"])
@@ -167,26 +170,24 @@ def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Para
     scheduler = Scheduler(engine)
     rng = random.Random(3)
     prompts = [[rng.randrange(VOCAB) for _ in range(size)] for size in (1, 15, 16, 17, 40, 60)]
-    requests = [Request(f"{i}", prompt, GREEDY, 20 + 3 * i) for i, prompt in enumerate(prompts)]
-    for request in requests:
-        scheduler.add(request)
+    sequences = [scheduler.add(Request(f"{i}", prompt, GREEDY, 20 + 3 * i)) for i, prompt in enumerate(prompts)]
     # Stale pages of others may hold anything, NaN included.
     shape = abstract_cache(served, mesh).pages.shape
     cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
     none_in_flight = jnp.zeros(engine.max_sequences + 1, jnp.int32)
-    seen: list[tuple[Request, int, np.ndarray]] = []
+    seen: list[tuple[Sequence, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
             cache, logits = run(kept, cache, none_in_flight, plan.packed)
         rows = np.asarray(logits)
-        seen += [(request, len(request.tokens) - 1, rows[row]) for row, request in plan.samples]
+        seen += [(sequence, len(sequence.tokens) - 1, rows[row]) for row, sequence in plan.samples]
         scheduler.commit(plan, only_tokens(rows[:, :VOCAB].argmax(axis=1)))
         scheduler.check()
     assert scheduler.idle and scheduler.counters.preemptions > 0
-    tokens = np.zeros((len(requests), CONFIG.context_length), np.int32)
-    for row, request in zip(tokens, requests, strict=True):
-        row[: len(request.tokens)] = request.tokens
-    want = dict(zip(requests, forward(CONFIG, params, tokens), strict=True))
-    assert len(seen) >= sum(request.max_tokens for request in requests)
-    assert max(np.abs(logits - want[request][position]).max() for request, position, logits in seen) <= 1e-4
+    tokens = np.zeros((len(sequences), CONFIG.context_length), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence.tokens)] = sequence.tokens
+    want = dict(zip(sequences, forward(CONFIG, params, tokens), strict=True))
+    assert len(seen) >= sum(sequence.request.max_tokens for sequence in sequences)
+    assert max(np.abs(logits - want[sequence][position]).max() for sequence, position, logits in seen) <= 1e-4

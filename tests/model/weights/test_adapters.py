@@ -26,7 +26,7 @@ from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapte
 from isthmus.model.weights.layout import unstack_params
 from isthmus.model.weights.lora import split
 from isthmus.serve.engine.build import build_executor, open_model
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.model.weights.test_lora import ENGINE, EVERYTHING, LORA, assert_same, some_tokens, zero_b
 from tests.parity.weights import family_tensors
@@ -155,10 +155,10 @@ def test_serving_an_adapter_folder(merge_adapter: bool, tp: int, own: ModelFolde
     model = open_model(tmp_path / "adapter", "float32", merge_adapter=merge_adapter)
     assert bool(model.config.lora.rank) != merge_adapter
     executor = build_executor(model, ENGINE, MeshShape(tp=tp))
-    request = Request("one", [5, 6, 7], Sampling(temperature=0), 20)
-    play(executor, [Arrival(request)])
-    row = next_tokens(config, params, [request.tokens], model.tokenizer.vocab_size)[0]
-    assert request.completion == row[2 : len(request.tokens) - 1].tolist()
+    arrival = Arrival(Request("one", [5, 6, 7], Sampling(temperature=0), 20))
+    play(executor, [arrival])
+    row = next_tokens(config, params, [arrival.tokens], model.tokenizer.vocab_size)[0]
+    assert arrival.completion == row[2 : len(arrival.tokens) - 1].tolist()
 
 
 def test_the_base_is_found_beside_the_adapter(own: ModelFolder, mesh: Mesh, tmp_path: Path) -> None:

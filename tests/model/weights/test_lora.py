@@ -30,7 +30,7 @@ from isthmus.model.weights.lora import Merge, split
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, merged, next_tokens, on_host, random_params, relative_error
@@ -136,17 +136,19 @@ def test_the_engine_serves_the_adapted_model(tp: int) -> None:
     params = random_params(config, mesh)
     rng = random.Random(0)
     prompts = [[rng.randrange(90) for _ in range(rng.randrange(1, 40))] for _ in range(6)]
-    requests = [Request(f"{i}", prompt, Sampling(temperature=0), 16) for i, prompt in enumerate(prompts)]
+    arrivals = [
+        Arrival(Request(f"{i}", prompt, Sampling(temperature=0), 16), step=i) for i, prompt in enumerate(prompts)
+    ]
     executor = Executor(Served(config, ENGINE.resolve(config), 90).with_kernels("auto", mesh), params, mesh)
     executor.warm_up()
-    play(executor, [Arrival(request, step=index) for index, request in enumerate(requests)])
-    sequences, single = [request.tokens for request in requests], on_host(params)
+    play(executor, arrivals)
+    sequences, single = [arrival.tokens for arrival in arrivals], on_host(params)
     adapted = next_tokens(config, single, sequences, 90)
     plain = next_tokens(without(config), split(config, single)[0], sequences, 90)
-    for request, row, other in zip(requests, adapted, plain, strict=True):
-        part = slice(len(request.prompt) - 1, len(request.tokens) - 1)
-        assert request.completion == row[part].tolist(), request.id
-        assert request.completion != other[part].tolist(), "the adapter decides nothing"
+    for arrival, row, other in zip(arrivals, adapted, plain, strict=True):
+        part = slice(len(arrival.request.prompt) - 1, len(arrival.tokens) - 1)
+        assert arrival.completion == row[part].tolist(), arrival.request.id
+        assert arrival.completion != other[part].tolist(), "the adapter decides nothing"
 
 
 def merged_inside(config: ModelConfig, params: Params) -> Params:

@@ -38,7 +38,7 @@ from isthmus.model.weights.quantization import (
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.train.step import packed_attention
 from tests.model.weights.huggingface.folders import write_folder
@@ -237,11 +237,11 @@ def test_the_engine_generates_with_integers(scheme: str, cache_dtype: Any, mesh:
         served = Served(CONFIG, engine, CONFIG.vocab_size).with_kernels(kernels, mesh)
         executor = Executor(served, params, mesh)
         executor.warm_up()
-        requests = [Request(f"{i}", [i, 7, 3 * i + 1], GREEDY, 24) for i in range(6)]
-        play(executor, [Arrival(request) for request in requests])
-        texts[kernels] = [request.completion for request in requests]
-        for request, text in zip(requests, texts[kernels], strict=True):
-            logits = forward(CONFIG, params, np.asarray([request.tokens]))[0, len(request.prompt) - 1 : -1]
+        arrivals = [Arrival(Request(f"{i}", [i, 7, 3 * i + 1], GREEDY, 24)) for i in range(6)]
+        play(executor, arrivals)
+        texts[kernels] = [arrival.completion for arrival in arrivals]
+        for arrival, text in zip(arrivals, texts[kernels], strict=True):
+            logits = forward(CONFIG, params, np.asarray([arrival.tokens]))[0, 2:-1]
             lost = logits.max(axis=1) - logits[np.arange(len(text)), text]
             assert np.median(lost) < 0.05 and lost.max() < 0.6 * logits.std(), "not even near the likeliest"
     first = [a[0] == b[0] for a, b in zip(texts["auto"], texts["reference"], strict=True)]
@@ -253,11 +253,11 @@ def test_a_batch_does_not_change_a_quantized_row(mesh: Mesh) -> None:
     params = quantized(CONFIG, random_params(CONFIG, mesh), "int4")
     executor = Executor(Served(CONFIG, ENGINE, CONFIG.vocab_size), params, mesh)
     executor.warm_up()
-    alone = Request("alone", [5, 6, 7], GREEDY, 20)
-    play(executor, [Arrival(alone)])
-    crowd = [Request(f"{i}", [i, 5, 6, 7], GREEDY, 30) for i in range(3)]
-    again = Request("again", [5, 6, 7], GREEDY, 20)
-    play(executor, [*(Arrival(request) for request in crowd), Arrival(again, step=2)])
+    alone = Arrival(Request("alone", [5, 6, 7], GREEDY, 20))
+    play(executor, [alone])
+    crowd = [Arrival(Request(f"{i}", [i, 5, 6, 7], GREEDY, 30)) for i in range(3)]
+    again = Arrival(Request("again", [5, 6, 7], GREEDY, 20), step=2)
+    play(executor, [*crowd, again])
     assert again.completion == alone.completion
 
 

@@ -217,8 +217,8 @@ def test_a_client_that_has_not_read_for_long_is_served_in_parts(server: RunningS
     alone = client.generate(PROMPT, **options)
     events = client.stream(PROMPT, **options)
     first = [next(events), next(events)]
-    (request,) = server.engine._live.values()
-    asyncio.run_coroutine_threadsafe(_stand_still(lambda: len(request.completion) > 4 * MOST_AT_ONCE), server._loop)
+    (sequence,) = server.engine.scheduler.running
+    asyncio.run_coroutine_threadsafe(_stand_still(lambda: len(sequence.completion) > 4 * MOST_AT_ONCE), server._loop)
     streamed = collect([*first, *events])
     assert streamed.token_ids == alone.token_ids and streamed.text == alone.text
     assert MOST_AT_ONCE / 2 < max(len(delta.token_ids) for delta in streamed.deltas) <= MOST_AT_ONCE

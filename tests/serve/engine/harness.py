@@ -15,7 +15,7 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched, Served
 from isthmus.serve.engine.plan import StepPlan
-from isthmus.serve.engine.request import Output, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 
 CONFIG = ModelConfig(
@@ -34,7 +34,7 @@ SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
 
 
 class HookedExecutor(Executor):
-    """Calls `hook` on the engine thread while a step is under way: after the inbox was read, before outputs go out."""
+    """Calls `hook` on the engine thread while a step is under way: after the inbox was read, before events go out."""
 
     hook: Callable[[], None] = staticmethod(lambda: None)
 
@@ -54,20 +54,23 @@ def make(name: str, prompt: int = 3, max_tokens: int = 8) -> Request:
 
 
 class Client:
-    """Collects outputs and waits for ends."""
+    """Collects events and waits for ends."""
 
     def __init__(self, executor: Executor) -> None:
-        self.outputs: list[Output] = []
+        self.events: list[Event] = []
         self._changed = threading.Condition()
         self.engine = Engine(executor, self._sink)
 
-    def _sink(self, outputs: list[Output]) -> None:
+    def _sink(self, events: list[Event]) -> None:
         with self._changed:
-            self.outputs += outputs
+            self.events += events
             self._changed.notify_all()
 
     def ends(self) -> Counter[str]:
-        return Counter(output.request.id for output in self.outputs if output.finish_reason is not None)
+        return Counter(event.request.id for event in self.events if event.end is not None)
+
+    def end(self, request: Request) -> End:
+        return end_of(request, self.events)
 
     def wait_for_ends(self, count: int) -> None:
         with self._changed:
@@ -78,15 +81,37 @@ class Client:
 class Arrival:
     request: Request
     step: int = 0
-    """Comes with the outputs of this step, counted in steps that gave any"""
+    """Comes with the events of this step, counted in steps that gave any"""
     cancel_after: int | None = None
     """Cancelled when it has this many tokens"""
+    end: End | None = None
+    """How it ended, once it was played"""
+
+    @property
+    def completion(self) -> list[int]:
+        assert self.end is not None
+        return list(self.end.tokens)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.request.prompt, *self.completion]
+
+    @property
+    def ending(self) -> Ending:
+        assert self.end is not None
+        return self.end.reason
+
+
+def end_of(request: Request, events: Sequence[Event]) -> End:
+    """The one end of a request among events."""
+    (end,) = (event.end for event in events if event.request is request and event.end is not None)
+    return end
 
 
 @dataclass
 class Played:
     engine: Engine
-    outputs: list[Output] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 def play(executor: Executor, arrivals: Sequence[Arrival], on_step: Callable[[int], None] = lambda step: None) -> Played:
@@ -94,6 +119,7 @@ def play(executor: Executor, arrivals: Sequence[Arrival], on_step: Callable[[int
     waiting = sorted(arrivals, key=lambda arrival: arrival.step)
     cancels = {a.request.id: a.cancel_after for a in arrivals if a.cancel_after is not None}
     finished, done = 0, threading.Event()
+    drawn: Counter[str] = Counter()
     errors: list[BaseException] = []
     step = 0
 
@@ -101,19 +127,20 @@ def play(executor: Executor, arrivals: Sequence[Arrival], on_step: Callable[[int
         while waiting and waiting[0].step <= due:
             engine.submit(waiting.pop(0).request)
 
-    def sink(outputs: list[Output]) -> None:
+    def sink(events: list[Event]) -> None:
         nonlocal finished, step
         if errors:
             return
         try:
-            played.outputs += outputs
+            played.events += events
             step += 1
             on_step(step)
-            for output in outputs:
-                finished += output.finish_reason is not None
-                request = output.request
-                if output.finish_reason is None and len(request.completion) == cancels.get(request.id):
-                    engine.cancel(request.id)
+            for event in events:
+                finished += event.end is not None
+                name = event.request.id
+                drawn[name] += len(event.tokens)
+                if event.end is None and drawn[name] == cancels.get(name):
+                    engine.cancel(name)
             submit_due(step)
             if engine.in_flight == 0 and waiting:  # nothing would ever come again
                 submit_due(waiting[0].step)
@@ -129,11 +156,13 @@ def play(executor: Executor, arrivals: Sequence[Arrival], on_step: Callable[[int
     submit_due(waiting[0].step)
     engine.start()
     try:
-        assert done.wait(300), "the engine stopped giving outputs"
+        assert done.wait(300), "the engine stopped giving events"
     finally:
         engine.close()
     if errors or engine.error is not None:
         raise (errors or [engine.error])[0]  # type: ignore[misc]
     engine.scheduler.check()
     assert engine.scheduler.idle and engine.scheduler.pool.in_use == 0
+    for arrival in arrivals:
+        arrival.end = end_of(arrival.request, played.events)
     return played

@@ -17,9 +17,10 @@ from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
+from isthmus.serve.engine.sequence import Sequence
 from tests.serve.engine.harness import only_tokens
 
 VOCAB = 7
@@ -78,8 +79,8 @@ class Simulation:
         self.cache: dict[tuple[int, int], Entry] = {}
         self.last_token: dict[int, int] = {}
         self.in_flight: InFlight | None = None
-        self.live: dict[str, Request] = {}
-        self.finished: list[Request] = []
+        self.live: dict[str, Sequence] = {}
+        self.finished: list[Sequence] = []
         self.poison: set[str] = set()
         """Requests whose next row comes out not finite"""
         self.steps = 0
@@ -93,66 +94,67 @@ class Simulation:
         max_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
         stop_ids: frozenset[int] = frozenset(),
-    ) -> Request:
+    ) -> Sequence:
         name = f"r{len(self.live) + len(self.finished)}"
         request = Request(name, prompt, Sampling(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids)
-        self.live[name] = request
-        self.scheduler.add(request)
-        return request
+        self.live[name] = self.scheduler.add(request)
+        return self.live[name]
 
     def cancel(self, name: str) -> None:
-        request = self.live.pop(name)
-        self.scheduler.finish(request, FinishReason.CANCELLED)
-        self._finished(request)
+        sequence = self.live.pop(name)
+        (event,) = self.scheduler.cancel(sequence.request)
+        self._finished(sequence, event)
 
     # one turn of the engine's loop: plan and launch t + 1, then read and commit t
 
-    def step(self) -> list[Output]:
+    def step(self) -> list[Event]:
         plan = self.scheduler.plan()
         self.scheduler.pool.check()
         launched = None
         if plan is not None:
             self._check_plan(plan)
             launched = InFlight(plan, self._launch(plan))
-        outputs: list[Output] = []
+        events: list[Event] = []
         if self.in_flight is not None:
-            outputs = self.scheduler.commit(self.in_flight.plan, only_tokens(self.in_flight.drawn))
+            events = self.scheduler.commit(self.in_flight.plan, only_tokens(self.in_flight.drawn))
         self.in_flight = launched
         self.scheduler.check()
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._finished(self.live.pop(output.request.id))
+        for event in events:
+            if event.end is not None:
+                self._finished(self.live.pop(event.request.id), event)
         self.steps += 1
-        return outputs
+        return events
 
     def drain(self) -> None:
         """Runs until nothing is left, which must come: a request that never ends holds its client for ever."""
-        work = sum(len(r.prompt) + r.max_tokens for r in self.live.values())
+        work = sum(len(s.request.prompt) + s.request.max_tokens for s in self.live.values())
         limit = self.steps + 20 * (work + 10)
         while self.live or self.in_flight is not None:
             self.step()
-            assert self.steps < limit, f"no end in sight: {[(r.id, r.computed, r.length) for r in self.live.values()]}"
+            assert self.steps < limit, f"no end in sight: {[(s.request.id, s.computed, s.length) for s in self.live.values()]}"
         assert self.scheduler.idle
         assert self.scheduler.pool.in_use == 0, "a page is held by nobody"
         self.scheduler.check()
 
-    def _finished(self, request: Request) -> None:
-        self.finished.append(request)
-        want = expected_completion(request)
-        got = request.completion
-        if request.finish_reason in (FinishReason.CANCELLED, FinishReason.ERROR):
+    def _finished(self, sequence: Sequence, event: Event) -> None:
+        self.finished.append(sequence)
+        request, end = sequence.request, event.end
+        assert end is not None
+        want, got = expected_completion(request), list(end.tokens)
+        assert got == sequence.completion
+        if end.reason in (Ending.CANCELLED, Ending.ERROR):
             assert got == want[: len(got)], f"{request.id} read another prefix than its own"
             return
         assert got == want, f"{request.id} read another prefix than its own"
         if got[-1] in request.eos_ids:
-            assert request.finish_reason is FinishReason.EOS and request.stop_token in request.eos_ids
+            assert end.reason is Ending.EOS and end.stop_token in request.eos_ids
         elif got[-1] in request.stop_ids:
-            assert request.finish_reason is FinishReason.STOP_TOKEN and request.stop_token == got[-1]
-        elif len(request.tokens) == self.config.context_length:
-            assert request.finish_reason is FinishReason.CONTEXT_LENGTH
+            assert end.reason is Ending.STOP_TOKEN and end.stop_token == got[-1]
+        elif len(sequence.tokens) == self.config.context_length:
+            assert end.reason is Ending.CONTEXT_LENGTH
         else:
-            assert request.finish_reason is FinishReason.LENGTH
-        assert request.slot == -1 and not request.pages
+            assert end.reason is Ending.LENGTH
+        assert sequence.slot == -1 and not sequence.pages
 
     # the device
 
@@ -209,15 +211,15 @@ class Simulation:
 
     def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes]) -> np.ndarray:
         drawn = np.full(plan.bucket.samples, 10**6, np.int32)  # what padding draws must interest nobody
-        for row, request in plan.samples:
+        for row, sequence in plan.samples:
             prefix = prefixes[int(arrays.sample_token[row])]
-            known = prefix_of(request.tokens)
-            if len(request.tokens) < int(arrays.positions[arrays.sample_token[row]]) + 1:
-                known = extend(known, self.last_token[request.slot])  # drawn by the step in flight
-            assert prefix == known, f"{request.id} draws after another prefix than its own"
+            known = prefix_of(sequence.tokens)
+            if len(sequence.tokens) < int(arrays.positions[arrays.sample_token[row]]) + 1:
+                known = extend(known, self.last_token[sequence.slot])  # drawn by the step in flight
+            assert prefix == known, f"{sequence.request.id} draws after another prefix than its own"
             drawn[row] = draw(prefix)
-            if request.id in self.poison:
-                self.poison.discard(request.id)
+            if sequence.request.id in self.poison:
+                self.poison.discard(sequence.request.id)
                 drawn[row] = BAD_ROW
             self.last_token[int(plan.draws["slot"][row])] = int(drawn[row])
         return drawn
@@ -226,10 +228,10 @@ class Simulation:
 
     def _check_plan(self, plan: StepPlan) -> None:
         arrays, pool = self._arrays(plan), self.scheduler.pool
-        holder: dict[int, list[Request]] = {}
-        for request in self.scheduler.running:
-            for page in request.pages:
-                holder.setdefault(page, []).append(request)
+        holder: dict[int, list[Sequence]] = {}
+        for sequence in self.scheduler.running:
+            for page in sequence.pages:
+                holder.setdefault(page, []).append(sequence)
         written: set[tuple[int, int]] = set()
         scheduled = 0
         for row, indices in self._rows(arrays, plan):
@@ -263,14 +265,14 @@ class Simulation:
     def _check_samples(self, plan: StepPlan, arrays: PlanArrays) -> None:
         nobody = self.config.max_sequences
         rows = [row for row, _ in plan.samples]
-        assert len({id(request) for _, request in plan.samples}) == len(rows) == len(set(rows))
+        assert len({id(sequence) for _, sequence in plan.samples}) == len(rows) == len(set(rows))
         for row in range(plan.bucket.samples):
             if row not in rows:
                 assert plan.draws["slot"][row] == nobody, "a draw that nobody asked for is kept"
-        for row, request in plan.samples:
-            assert plan.draws["slot"][row] == request.slot and request.tokens_in_flight in (1, 2)
-            assert arrays.positions[arrays.sample_token[row]] == request.computed - 1 == request.length - 2
-            assert plan.draws["position"][row] == request.computed
+        for row, sequence in plan.samples:
+            assert plan.draws["slot"][row] == sequence.slot and sequence.tokens_in_flight in (1, 2)
+            assert arrays.positions[arrays.sample_token[row]] == sequence.computed - 1 == sequence.length - 2
+            assert plan.draws["position"][row] == sequence.computed
 
 
 def run_until(simulation: Simulation, done: Callable[[], bool], limit: int = 1000) -> None:

@@ -17,7 +17,7 @@ from isthmus.serve.engine import build
 from isthmus.serve.engine.build import build_executor, fit_memory, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.model.weights.huggingface.folders import write_folder
 from tests.serve.engine.harness import Arrival, play
@@ -128,10 +128,10 @@ def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: str, 
 
 
 def completion(executor: Executor) -> list[int]:
-    request = Request("one", [5, 6, 7], Sampling(temperature=0), 20)
-    play(executor, [Arrival(request)])
+    arrival = Arrival(Request("one", [5, 6, 7], Sampling(temperature=0), 20))
+    play(executor, [arrival])
     assert executor.recompilations == 0
-    return request.completion
+    return arrival.completion
 
 
 def test_a_folder_that_can_not_be_loaded_ends_the_start(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from isthmus.model.ops.cpu import library
 from isthmus.model.transformer import Params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, as_kept, narrowest_dtype, random_params
@@ -66,11 +66,13 @@ def test_together_and_alone_are_the_same_bits(network: str, cache_dtype: Any, dt
     engine = play(executor, [*arrivals, *cancelled]).engine
     counters = engine.scheduler.counters
     assert counters.preemptions > 0 and counters.cached_prompt_tokens > 0, "nothing happened around them"
-    for one, other in zip(together, requests("a", config.vocab_size), strict=True):
-        play(executor, [Arrival(other)])
-        assert one.completion == other.completion, one.id
-        assert one.logprobs == other.logprobs, one.id
-        assert len(one.logprobs) == (len(one.completion) if one.sampling.logprobs >= 0 else 0)
+    for one, request in zip(arrivals, requests("a", config.vocab_size), strict=True):
+        alone = Arrival(request)
+        play(executor, [alone])
+        assert one.end is not None and alone.end is not None
+        assert one.end.tokens == alone.end.tokens, request.id
+        assert one.end.logprobs == alone.end.logprobs, request.id
+        assert len(one.end.logprobs) == (len(one.end.tokens) if request.sampling.logprobs >= 0 else 0)
 
 
 def made(config: ModelConfig, cache_dtype: Any, dtype: Any, mesh: Mesh) -> Executor:

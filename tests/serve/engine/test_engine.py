@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import FinishReason, Output
-from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, Client, HookedExecutor, make, play
+from isthmus.serve.engine.messages import Ending, Event
+from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, Client, HookedExecutor, end_of, make, play
 from tests.support import random_params
 
 
@@ -34,23 +34,24 @@ def test_cancelling_twice_ends_a_request_once(executor: HookedExecutor) -> None:
     assert client.engine.alive
     client.engine.close()
     assert client.ends() == {"twice": 1, "beside": 1}
-    assert twice.finish_reason is FinishReason.CANCELLED and beside.finish_reason is FinishReason.LENGTH
+    assert client.end(twice).reason is Ending.CANCELLED and client.end(beside).reason is Ending.LENGTH
 
 
 def test_a_cancel_that_comes_too_late_spares_the_next_request_of_that_name(executor: HookedExecutor) -> None:
     """A client may reuse its id once it has heard the end; a cancel of the old request must not hit the new one."""
     first, second = make("name", max_tokens=3), make("name", max_tokens=4)
-    ended = threading.Event()
+    ended, told = threading.Event(), []
 
-    def sink(outputs: list[Output]) -> None:
-        for output in outputs:
-            if output.request is first and output.finish_reason is not None:
+    def sink(events: list[Event]) -> None:
+        told.extend(events)
+        for event in events:
+            if event.request is first and event.end is not None:
                 engine.submit(second)
-            elif output.finish_reason is not None:
+            elif event.end is not None:
                 ended.set()
 
     def cancel_at_the_last_moment() -> None:
-        if len(first.tokens) == len(first.prompt) + 2:  # its last token is on its way
+        if sum(len(event.tokens) for event in told if event.request is first) == 2:  # its last token is on its way
             executor.hook = lambda: None
             engine.cancel("name")
 
@@ -63,28 +64,28 @@ def test_a_cancel_that_comes_too_late_spares_the_next_request_of_that_name(execu
     assert ended.wait(60), engine.error
     engine.close()
     assert engine.error is None
-    assert first.finish_reason is FinishReason.LENGTH
-    assert second.finish_reason is FinishReason.LENGTH and len(second.completion) == 4
+    assert end_of(first, told).reason is Ending.LENGTH
+    assert end_of(second, told).reason is Ending.LENGTH and len(end_of(second, told).tokens) == 4
 
 
 def test_a_cancelled_request_gives_its_room_to_the_next(executor: HookedExecutor) -> None:
     """Clients that hang up in mid-text, more of them than there are slots, must leave none taken."""
     arrivals = [Arrival(make(f"r{i}", max_tokens=20), step=3 * i, cancel_after=2) for i in range(9)]
     played = play(executor, arrivals)
-    assert all(arrival.request.finish_reason is FinishReason.CANCELLED for arrival in arrivals)
-    assert all(2 <= len(arrival.request.completion) <= 3 for arrival in arrivals)
-    assert Counter(o.request.id for o in played.outputs if o.finish_reason) == {f"r{i}": 1 for i in range(9)}
+    assert all(arrival.ending is Ending.CANCELLED for arrival in arrivals)
+    assert all(2 <= len(arrival.completion) <= 3 for arrival in arrivals)
+    assert Counter(event.request.id for event in played.events if event.end) == {f"r{i}": 1 for i in range(9)}
 
 
-def test_each_output_is_one_token_of_its_request(executor: HookedExecutor) -> None:
+def test_events_hold_the_tokens_of_their_request(executor: HookedExecutor) -> None:
     """The front end streams what the sink is given: a token lost or doubled there is lost or doubled for the client."""
     arrivals = [Arrival(make(f"r{i}", prompt=1 + 7 * i, max_tokens=4 + i), step=i) for i in range(4)]
     played = play(executor, arrivals)
     for arrival in arrivals:
-        mine = [output for output in played.outputs if output.request is arrival.request]
-        assert [output.token for output in mine] == arrival.request.completion
-        assert [output.finish_reason for output in mine[:-1]] == [None] * (len(mine) - 1)
-        assert mine[-1].finish_reason is FinishReason.LENGTH
+        mine = [event for event in played.events if event.request is arrival.request]
+        assert [token for event in mine for token in event.tokens] == arrival.completion
+        assert [event.end for event in mine[:-1]] == [None] * (len(mine) - 1)
+        assert arrival.ending is Ending.LENGTH
 
 
 def test_a_finished_name_is_free_again(executor: HookedExecutor) -> None:
@@ -142,7 +143,7 @@ def test_draining_ends_what_runs_and_takes_nothing_new(executor: HookedExecutor)
         client.engine.submit(make("late"))
     client.engine.start()
     client.wait_for_ends(1)
-    assert running.finish_reason is FinishReason.LENGTH and client.engine.load().draining
+    assert client.end(running).reason is Ending.LENGTH and client.engine.load().draining
     client.engine.close()
 
 
@@ -172,7 +173,7 @@ def test_a_dead_engine_tells_everybody_and_takes_nothing_new(
     client.engine.start()
     client.wait_for_ends(3)
     assert client.ends() == {"a": 1, "b": 1, "c": 1}
-    assert {o.finish_reason for o in client.outputs} == {FinishReason.ERROR}
+    assert {event.end.reason for event in client.events if event.end} == {Ending.ERROR}
     assert not client.engine.alive and "the engine thread died" in caplog.text
     with pytest.raises(RequestFailed) as refused:
         client.engine.submit(make("d"))
@@ -196,7 +197,7 @@ def test_what_the_cache_held_before_reaches_nobody(kernels: str, cache_dtype: An
             return jax.device_put(np.full(leaf.shape, value, leaf.dtype), leaf.sharding)
 
         executor._cache = jax.tree.map(fill, executor._cache)
-        requests = [make("short", 3), make("long", 19, 10)]
-        play(executor, [Arrival(request) for request in requests])
-        texts.append([request.completion for request in requests])
+        arrivals = [Arrival(make("short", 3)), Arrival(make("long", 19, 10))]
+        play(executor, arrivals)
+        texts.append([arrival.completion for arrival in arrivals])
     assert texts[0] == texts[1] and [len(text) for text in texts[1]] == [8, 10]

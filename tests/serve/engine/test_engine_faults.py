@@ -4,6 +4,7 @@ who wants to leave."""
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from isthmus.errors import Overloaded
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, Client, HookedExecutor, make, play
 
@@ -61,13 +62,13 @@ def test_an_error_of_one_request_ends_that_one_alone(
     fault: Callable[[], Request], step: int, executor: HookedExecutor
 ) -> None:
     """Else one odd request takes everybody's streams with it. `play` checks that all pages and slots are back."""
-    alone = make("alone", max_tokens=20)
-    play(executor, [Arrival(alone)])
-    request, beside, after = fault(), make("beside", max_tokens=20), make("after", max_tokens=20)
-    played = play(executor, [Arrival(beside), Arrival(request, step), Arrival(after, step)])
-    ends = {o.request.id: o.finish_reason for o in played.outputs if o.finish_reason is not None}
-    assert ends == {"broken": FinishReason.ERROR, "beside": FinishReason.LENGTH, "after": FinishReason.LENGTH}
-    assert request.failure is not None
+    alone = Arrival(make("alone", max_tokens=20))
+    play(executor, [alone])
+    beside, after = Arrival(make("beside", max_tokens=20)), Arrival(make("after", max_tokens=20), step)
+    failing = Arrival(fault(), step)
+    play(executor, [beside, failing, after])
+    assert (failing.ending, beside.ending, after.ending) == (Ending.ERROR, Ending.LENGTH, Ending.LENGTH)
+    assert failing.end is not None and failing.end.failure is not None
     assert beside.completion == after.completion == alone.completion
 
 
@@ -80,7 +81,7 @@ def test_an_error_that_loses_pages_ends_the_engine(executor: HookedExecutor) -> 
     client.engine.start()
     client.wait_for_ends(2)
     assert isinstance(client.engine.error, RuntimeError) and not client.engine.alive
-    assert {o.finish_reason for o in client.outputs if o.finish_reason} == {FinishReason.ERROR}
+    assert {event.end.reason for event in client.events if event.end} == {Ending.ERROR}
     client.engine.close()
 
 
@@ -115,11 +116,10 @@ def test_closing_reads_the_step_in_flight(nth: int, executor: HookedExecutor) ->
         pass
     gate.opened.set()
     closing.join(PATIENCE)
-    told = [output.token for output in client.outputs if output.token is not None]
-    assert len(told) == sum(len(request.completion) for request in requests)
+    told = Counter(event.request.id for event in client.events for _ in event.tokens)
     # A step has room for one prompt: the first draws from the first step on, the second from the second.
-    assert [len(request.completion) for request in requests] == [nth, nth - 1]
-    assert all(request.tokens_in_flight == 0 and request.finish_reason is FinishReason.CLOSED for request in requests)
+    assert (told["a"], told["b"]) == (nth, nth - 1)
+    assert all(client.end(request).reason is Ending.CLOSED for request in requests)
     assert client.ends() == {"a": 1, "b": 1}
 
 
@@ -157,13 +157,13 @@ def test_a_cancelled_name_is_free_at_once(executor: HookedExecutor) -> None:
     assert not client.engine.cancel(first), "it would hit the second"
     gate.opened.set()
     client.wait_for_ends(2)
-    assert first.finish_reason is FinishReason.CANCELLED and second.finish_reason is FinishReason.LENGTH
+    assert client.end(first).reason is Ending.CANCELLED and client.end(second).reason is Ending.LENGTH
     client.engine.close()
 
 
 def test_cancels_do_not_make_room_without_end(executor: HookedExecutor) -> None:
     """While a step is under way, callers who come and go must not fill the memory."""
-    engine = Engine(executor, lambda outputs: None)
+    engine = Engine(executor, lambda events: None)
     with pytest.raises(Overloaded):
         for index in range(1000):
             engine.submit(make(f"r{index}"))
@@ -172,10 +172,10 @@ def test_cancels_do_not_make_room_without_end(executor: HookedExecutor) -> None:
 
 
 def test_closing_tells_those_who_were_cancelled_and_never_ran(executor: HookedExecutor) -> None:
-    outputs: list[Output] = []
-    engine = Engine(executor, outputs.extend)
+    events: list[Event] = []
+    engine = Engine(executor, events.extend)
     request = make("r")
     engine.submit(request)
     engine.cancel("r")
     engine.close()
-    assert [(o.request, o.finish_reason) for o in outputs] == [(request, FinishReason.CLOSED)]
+    assert [(event.request, event.end and event.end.reason) for event in events] == [(request, Ending.CLOSED)]

@@ -37,10 +37,10 @@ def test_its_text_is_the_models(head_dim: int, kernels: str, tp: int) -> None:
     served = Served(config, INT8, config.vocab_size).with_kernels(kernels, mesh)
     executor = Executor(served, random_params(config, mesh), mesh)
     executor.warm_up()
-    requests = [make(f"{i}", size, 12) for i, size in enumerate((1, 7, 19))]
-    play(executor, [Arrival(request) for request in requests])
+    arrivals = [Arrival(make(f"{i}", size, 12)) for i, size in enumerate((1, 7, 19))]
+    play(executor, arrivals)
     params = random_params(config, build_mesh(MeshShape()))
-    for request in requests:
-        logits = forward(config, params, np.asarray([request.tokens]))[0, len(request.prompt) - 1 : -1]
-        lost = logits.max(axis=1) - logits[np.arange(len(request.completion)), request.completion]
-        assert len(request.completion) == 12 and lost.max() < 0.05 * logits.std()
+    for arrival in arrivals:
+        logits = forward(config, params, np.asarray([arrival.tokens]))[0, len(arrival.request.prompt) - 1 : -1]
+        lost = logits.max(axis=1) - logits[np.arange(len(arrival.completion)), arrival.completion]
+        assert len(arrival.completion) == 12 and lost.max() < 0.05 * logits.std()

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.request import FinishReason, Request
+from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
@@ -56,8 +56,8 @@ def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert events == [], "something was traced or compiled"
     assert executor.recompilations == 0
-    reasons = {arrival.request.finish_reason for arrival in arrivals}
-    assert reasons == set(FinishReason) - {FinishReason.ERROR, FinishReason.CLOSED}, "not every way to end came up"
+    reasons = {arrival.ending for arrival in arrivals}
+    assert reasons == set(Ending) - {Ending.ERROR, Ending.CLOSED}, "not every way to end came up"
     assert counters.preemptions > 0 and counters.cached_prompt_tokens == 0
     jax.jit(lambda x: x + len(arrivals))(1).block_until_ready()
     assert executor.recompilations == 1, "the counter that production watches counts nothing"

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.request import FinishReason, Request
+from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import only_tokens
@@ -115,7 +115,7 @@ def test_a_long_crowded_run(name: str) -> None:
     counters = simulation.scheduler.counters
     assert len(simulation.finished) == 200
     assert counters.completion_tokens == sum(len(r.completion) for r in simulation.finished)
-    assert counters.prompt_tokens == sum(len(r.prompt) for r in simulation.finished)
+    assert counters.prompt_tokens == sum(s.prompt_length for s in simulation.finished)
     if name in ("few pages", "the fewest pages", "a page a block", "many slots", "a token a page"):
         assert counters.preemptions > 5, "the pages were enough, so running out of them isn't tested"
     if name in ("room for all", "one sequence"):
@@ -129,7 +129,7 @@ def test_a_preempted_request_goes_on_where_it_was() -> None:
     requests = [simulation.submit(FAMILIES[i][:6], 30) for i in range(2)]
     simulation.drain()
     assert sum(r.preemptions for r in requests) > 0
-    assert all(r.completion == expected_completion(r) and len(r.completion) == 30 for r in requests)
+    assert all(r.completion == expected_completion(r.request) and len(r.completion) == 30 for r in requests)
     assert requests[0].preemptions == 0, "the oldest must go on, or nobody ever ends"
 
 
@@ -198,10 +198,10 @@ def test_a_bad_row_ends_its_request_alone() -> None:
     simulation = Simulation(CONFIGS["room for all"])
     good, bad = (simulation.submit(FAMILIES[i][:9], 12) for i in range(2))
     run_until(simulation, lambda: len(bad.completion) == 3)
-    simulation.poison.add(bad.id)
+    simulation.poison.add(bad.request.id)
     simulation.drain()
-    assert bad.finish_reason is FinishReason.ERROR and len(bad.completion) < 12
-    assert good.finish_reason is FinishReason.LENGTH
+    assert bad.ending is Ending.ERROR and len(bad.completion) < 12
+    assert good.ending is Ending.LENGTH
 
 
 def test_cancelling_frees_pages_at_once() -> None:
@@ -212,7 +212,7 @@ def test_cancelling_frees_pages_at_once() -> None:
     run_until(simulation, lambda: len(first.completion) == 1)
     assert second.slot == -1, "there is no room for both"
     held = simulation.scheduler.pool.in_use
-    simulation.cancel(first.id)
+    simulation.cancel(first.request.id)
     assert held > 0 and simulation.scheduler.pool.in_use == 0
     simulation.step()
     assert second.slot >= 0
@@ -276,17 +276,16 @@ def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
         Sampling(1.5, 1 << 30, 0.1, 1.0, (1 << 64) - 1),
         Sampling(0.3, 2, 1.0, 0.0, 1 << 32),
     ]
-    requests = [Request(str(i), [1, 2, 3], sampling, 2 + i % 2) for i, sampling in enumerate(asked)]
-    for request in requests:
-        scheduler.add(request)
+    for index, sampling in enumerate(asked):
+        scheduler.add(Request(str(index), [1, 2, 3], sampling, 2 + index % 2))
     seen = set()
     while (plan := scheduler.plan()) is not None:
-        for row, request in plan.samples:
-            got, want = plan.draws[row], request.sampling
-            assert got["slot"] == request.slot and got["position"] == request.computed
+        for row, sequence in plan.samples:
+            got, want = plan.draws[row], sequence.request.sampling
+            assert got["slot"] == sequence.slot and got["position"] == sequence.computed
             for name in ("temperature", "top_k", "top_p", "min_p"):
                 assert got[name] == got.dtype[name].type(getattr(want, name))
             assert int(got["seed_low"]) | int(got["seed_high"]) << 32 == want.seed
-            seen.add((request.id, row, plan.bucket.blocks > 0))
+            seen.add((sequence.request.id, row, plan.bucket.blocks > 0))
         scheduler.commit(plan, only_tokens(np.full(plan.bucket.samples, 9, np.int32)))
     assert {name for name, _, _ in seen} == {"0", "1", "2", "3"} and {prompt for _, _, prompt in seen} == {True, False}

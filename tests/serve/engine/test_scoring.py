@@ -15,7 +15,7 @@ from isthmus.model.weights.folder import open_folder
 from isthmus.model.weights.quantization import quantize_params
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.request import Request
+from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
@@ -38,12 +38,12 @@ def test_the_likeliest_token_is_what_an_engine_says(
     one; the window here is one step."""
     model = open_model(folder, dtype, quantize=quantize)
     config = EngineConfig(max_sequences=2, context_length=96, prefill_tokens=32, cache_dtype=cache_dtype)
-    request = Request("one", [*range(9, 49)], Sampling(temperature=0), 50)
-    play(build_executor(model, config, MeshShape()), [Arrival(request)])
-    window = np.array([[*request.prompt, *request.completion]], np.int32)
-    (logits,) = predictions(model, cache_dtype, window, len(request.prompt) - 1)
+    arrival = Arrival(Request("one", [*range(9, 49)], Sampling(temperature=0), 50))
+    play(build_executor(model, config, MeshShape()), [arrival])
+    window = np.array([arrival.tokens], np.int32)
+    (logits,) = predictions(model, cache_dtype, window, len(arrival.request.prompt) - 1)
     assert logits.dtype == np.float32 and logits.shape == (50, model.config.vocab_size)
-    assert logits.argmax(axis=1).tolist() == list(request.completion)
+    assert logits.argmax(axis=1).tolist() == arrival.completion
 
 
 @pytest.mark.parametrize("rules", [(), (".*mlp.*=int4", ".*=int8")])

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from isthmus.serve.engine.request import FinishReason, Output, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, Receiver, ThreadEnd, ThreadStream, deliver
 
 
-def output(receiver: Receiver, *, last: bool = False) -> Output:
+def event(receiver: Receiver, *, last: bool = False) -> Event:
     request = Request("r", [1], Sampling(), 8, reply_to=receiver)
-    return Output(request, 5, FinishReason.LENGTH if last else None)
+    return Event(request, (5,), end=End(Ending.LENGTH, (5,)) if last else None)
 
 
 def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,9 +33,9 @@ def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", count)
         streams, ends = [LoopStream() for _ in range(3)], [LoopEnd() for _ in range(3)]
-        first = [output(receiver) for receiver in (*streams, *ends)]
-        last = [output(receiver, last=True) for receiver in (*streams, *ends)]
-        deliver([output(end) for end in ends])
+        first = [event(receiver) for receiver in (*streams, *ends)]
+        last = [event(receiver, last=True) for receiver in (*streams, *ends)]
+        deliver([event(end) for end in ends])
         assert woken == 0
         deliver(first)
         deliver(last)
@@ -52,10 +52,10 @@ def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_get_theirs() -> None:
     stream, end, called = ThreadStream(), ThreadEnd(), threading.Event()
     end.then(called.set)
-    step = [output(stream), output(end)]
+    step = [event(stream), event(end)]
     deliver(step)
     assert stream.get(0) is step[0] and not end.wait(0) and not called.is_set()
-    deliver([output(end, last=True)])
+    deliver([event(end, last=True)])
     assert end.wait(0) and called.is_set()
     called.clear()
     end.then(called.set)
@@ -69,6 +69,6 @@ def test_a_loop_that_is_closed_holds_nobody_up() -> None:
         return LoopStream()
 
     gone, stream = asyncio.run(make()), ThreadStream()
-    step = [output(gone), output(stream)]
+    step = [event(gone), event(stream)]
     deliver(step)
     assert stream.get(0) is step[1]

@@ -1,0 +1,97 @@
+"""What goes into an engine and what comes out of it. All of it is immutable, so any thread may read it at any time."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from isthmus.serve.engine.sampling import Sampling
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One sequence that the engine is asked for. Two requests are never equal, even with the same id."""
+
+    id: str
+    prompt: Sequence[int]
+    """Token ids, at least one"""
+    sampling: Sampling
+    max_tokens: int
+    """Most tokens to draw"""
+    stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
+    """Tokens that end the text; empty goes on past them"""
+    reply_to: Any = None
+    """The receiver of its events, which the engine doesn't look at"""
+    arrival: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Ends this request, and not another that has come since with the same id."""
+
+    request: Request
+
+
+class Ending(enum.Enum):
+    """Why a request ended."""
+
+    EOS = "eos"
+    STOP_TOKEN = "stop token"
+    LENGTH = "max_tokens"
+    CONTEXT_LENGTH = "context is full"
+    CANCELLED = "cancelled"
+    CLOSED = "the engine was closed"
+    ERROR = "error"
+
+
+class Logprobs(NamedTuple):
+    """What a step told about a drawn token, in the model's own distribution, before temperature and filters."""
+
+    token: float
+    """The log-probability of the token that was drawn"""
+    top_tokens: tuple[int, ...]
+    """The likeliest tokens there, the likeliest first, as many as were asked for"""
+    top: tuple[float, ...]
+    """Their log-probabilities"""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a request ended, and all that it got."""
+
+    reason: Ending
+    tokens: tuple[int, ...] = ()
+    """All tokens that were drawn, the one that ended the sequence included"""
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each token, if they were asked for"""
+    failure: Exception | None = None
+    """The exception that ended it with ERROR; None if its logits weren't finite"""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were read from the prefix cache"""
+    recomputed_tokens: int = 0
+    """Tokens that were computed again after a preemption"""
+    preemptions: int = 0
+    admitted_at: float | None = None
+    """When it was started, in seconds on the clock of Request.arrival, as the next two"""
+    first_token_at: float | None = None
+    finished_at: float = 0.0
+
+    @property
+    def stop_token(self) -> int | None:
+        """The token that ended the sequence, if one did."""
+        return self.tokens[-1] if self.reason in (Ending.EOS, Ending.STOP_TOKEN) else None
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step gave one request: tokens, its end, or both."""
+
+    request: Request
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
+    """What is told about each token, if it was asked for"""
+    end: End | None = None

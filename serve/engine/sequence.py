@@ -1,0 +1,69 @@
+"""A request in the scheduler's hands: how far it has come. Only the engine thread has one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
+
+
+@dataclass(eq=False)
+class Sequence:
+    """`tokens` grows by one a step once the prompt is computed."""
+
+    request: Request
+    tokens: list[int] = field(init=False)
+    """The prompt and the tokens that were drawn, as far as the host knows them"""
+    logprobs: list[Logprobs] = field(default_factory=list, init=False)
+    """One for each token that was drawn, if they were asked for"""
+    computed: int = field(default=0, init=False)
+    """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
+    tokens_in_flight: int = field(default=0, init=False)
+    """Tokens drawn by launched steps and not read yet: at most 1, or 2 from a plan to the commit of the step before"""
+    uses_long_rope: bool = field(default=False, init=False)
+    """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
+    slot: int = field(default=-1, init=False)
+    pages: list[int] = field(default_factory=list, init=False)
+    registered: int = field(default=0, init=False)
+    """How many of its first pages the prefix cache knows"""
+    page_keys: list[bytes] = field(default_factory=list, init=False)
+    ending: Ending | None = field(default=None, init=False)
+    cached_tokens: int = field(default=0, init=False)
+    recomputed_tokens: int = field(default=0, init=False)
+    preemptions: int = field(default=0, init=False)
+    admitted_at: float | None = field(default=None, init=False)
+    first_token_at: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence, including those in flight."""
+        return len(self.tokens) + self.tokens_in_flight
+
+    @property
+    def completion(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether max_tokens leaves room for one more token than those drawn."""
+        return self.length - self.prompt_length < self.request.max_tokens
+
+    def end(self, now: float, failure: Exception | None = None) -> End:
+        """How it ended, at `now`."""
+        assert self.ending is not None
+        return End(
+            self.ending,
+            tuple(self.completion),
+            tuple(self.logprobs),
+            failure,
+            self.cached_tokens,
+            self.recomputed_tokens,
+            self.preemptions,
+            self.admitted_at,
+            self.first_token_at,
+            now,
+        )
