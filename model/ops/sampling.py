@@ -13,12 +13,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from isthmus.model.ops.adjustments import Adjustments, adjust
 from isthmus.model.ops.cpu import sampling as cpu
 from isthmus.model.ops.cpu.kernel import cpu_kernel
 from isthmus.model.ops.operation import REFERENCE, Operation
 
 BAD_ROW = -1
-"""Drawn for a row whose largest logit is not finite, or that holds a NaN."""
+"""Drawn for a row whose largest logit is not finite, or that holds a NaN; and where nothing may be drawn."""
 BLOCK = 512
 """Ids in a block."""
 
@@ -59,6 +60,7 @@ def sample(
     judged: jax.Array,
     vocab: int,
     most: int,
+    adjustments: Adjustments | None = None,
     *,
     implementation: str = REFERENCE,
 ) -> Drawn:
@@ -66,27 +68,36 @@ def sample(
 
     uniform: float32[rows, 2], in [0, 1). judged: int32[rows]: how many of the likeliest tokens to tell; -1 also spares
     the log-probability of the one that is drawn. vocab: ids from here on are never drawn. most: the largest number in
-    `judged`, and the width of what is told.
+    `judged`, and the width of what is told. adjustments: what a draw sees instead of the logits, of which alone is
+    told.
     """
-    return Drawn(*SAMPLING[implementation](logits, filters, uniform, judged, vocab, most))
+    return Drawn(*SAMPLING[implementation](logits, filters, uniform, judged, vocab, most, adjustments))
 
 
 def _reference(
-    logits: jax.Array, filters: Filters, uniform: jax.Array, judged: jax.Array, vocab: int, most: int
+    logits: jax.Array,
+    filters: Filters,
+    uniform: jax.Array,
+    judged: jax.Array,
+    vocab: int,
+    most: int,
+    adjustments: Adjustments | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     logits = logits[:, :vocab]
     logits = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # which a maximum always shows; NaN it may lose on CPU
     top = logits.max(axis=-1, keepdims=True)
-    greedy = _first_of(logits, top)
+    seen = logits if adjustments is None else adjust(logits, adjustments)
+    best = top if adjustments is None else seen.max(axis=-1, keepdims=True)
+    greedy = _first_of(seen, best)
 
     def draw() -> jax.Array:
         # The difference first: logits over a tiny temperature overflow, and inf - inf is no number.
-        scaled = (logits - top) / jnp.where(filters.temperature > 0, filters.temperature, 1.0)[:, None]
+        scaled = (seen - best) / jnp.where(filters.temperature > 0, filters.temperature, 1.0)[:, None]
         kept = filter_logits(scaled, filters.top_k, filters.top_p, filters.min_p)
         return jnp.where(filters.temperature > 0, _invert(jnp.exp(kept), uniform), greedy)
 
     drawn = jax.lax.cond((filters.temperature > 0).any(), draw, lambda: greedy)
-    token = jnp.where(jnp.isfinite(top[:, 0]), drawn, BAD_ROW)
+    token = jnp.where((jnp.isfinite(top) & jnp.isfinite(best))[:, 0], drawn, BAD_ROW)
     asked = jnp.where(token == BAD_ROW, -1, judged)
 
     def judge() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -179,7 +190,10 @@ def _threshold(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.
     return jax.lax.fori_loop(0, 32, try_bit, jnp.zeros_like(like))
 
 
-Draw = Callable[[jax.Array, Filters, jax.Array, jax.Array, int, int], tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
+Draw = Callable[
+    [jax.Array, Filters, jax.Array, jax.Array, int, int, Adjustments | None],
+    tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+]
 SAMPLING: Operation[Draw] = Operation(
     "sampling", _reference, (cpu_kernel(cpu.sample),), is_used=lambda setting: setting.page_size > 0
 )

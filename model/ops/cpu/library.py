@@ -45,6 +45,7 @@ HANDLERS = (
     "rotate_pairs",
     "gated_product",
     "sample",
+    "sample_adjusted",
 )
 """What the library exports; each is the target "isthmus_NAME" of jax.ffi."""
 COMPILERS = ("c++", "g++", "clang++")

@@ -1,7 +1,7 @@
 // Draws a token of each row of logits, as model/ops/sampling.py says. A row's draw depends on that row alone.
 //
 // A filter keeps the tokens from some logit on, so most of a row need never be looked at again: the largest logit of every
-// cell of 64 tokens says which cells hold a token that may stay.
+// cell of 64 tokens says which cells hold a token that may stay. Where an adjustment changes a logit, its cell is copied.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -23,6 +23,7 @@ constexpr int64_t kBlock = 512;  // BLOCK of sampling.py
 constexpr int kHalvings = 12;    // of the range that holds a threshold, before the tokens within it are sorted
 constexpr float kLowest = -88;   // e to it is 0 here
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLeast = -std::numeric_limits<float>::max();  // a token below it can't be drawn
 constexpr int32_t kBadRow = -1;
 static_assert(kBlock % kCell == 0 && kCell % kLanes == 0);
 
@@ -32,18 +33,32 @@ struct Filters {
   float top_p, min_p;
 };
 
+// What changes a row before its draw, as model/ops/adjustments.py says.
+struct Adjustment {
+  const int32_t* bias_ids;
+  const float* bias;
+  int64_t biased;
+  float repetition, frequency, presence;
+  const int32_t* tokens;
+  int64_t prompt, length;
+  const int32_t* allowed;
+};
+
 class Row {
  public:
   // Reads a row of logits. The memory is kept from row to row.
   void read(const float* logits, int64_t vocab);
 
+  // Changes what the draw sees; to be called after what is told of the model's own logits, and before the draw.
+  void adjust(const Adjustment& by);
+
   // Whether a token can be drawn at all.
-  bool is_finite() const { return !nan_ && std::isfinite(top_); }
+  bool is_finite() const { return !nan_ && std::isfinite(top_) && std::isfinite(best_); }
 
   // The first of the tokens with the largest logit.
   int32_t likeliest() const;
 
-  // A token of those that the filters leave, by two numbers in [0, 1).
+  // A token of those that the filters leave, by two numbers in [0, 1). It may be called once.
   int32_t draw(const Filters& filters, float first, float second);
 
   // The logarithm of what all tokens weigh before temperature and filters, the likeliest weighing 1.
@@ -56,9 +71,14 @@ class Row {
   const std::vector<int32_t>& likeliest(int64_t count);
 
  private:
-  float scaled(float logit) const { return (logit - top_) / temperature_; }
+  float scaled(float logit) const { return (logit - best_) / temperature_; }
   int64_t cells() const { return (vocab_ + kCell - 1) / kCell; }
   int64_t blocks() const { return (vocab_ + kBlock - 1) / kBlock; }
+  const float* cell_at(int64_t cell) const;
+  float* changed(int64_t cell);
+  float& changed_logit(int32_t token) { return changed(token / kCell)[token % kCell]; }
+  void penalize(const Adjustment& by);
+  void mask(const int32_t* allowed);
   void weigh(float least);
   void weigh_cell(int64_t cell);
   float unkept_mass(int64_t block, float least) const;
@@ -72,7 +92,9 @@ class Row {
 
   const float* logits_;
   int64_t vocab_;
-  float top_, temperature_;
+  float top_;                            // the largest logit
+  float best_;                           // the largest that the draw sees
+  float temperature_;
   float weighed_;                        // every cell with a scaled logit of at least this is in scaled_ and weights_
   bool nan_;
   std::vector<float> largest_;           // of each cell; first logits, then scaled
@@ -81,6 +103,10 @@ class Row {
   std::vector<std::pair<float, float>> between_;
   std::vector<float> masses_;  // of each block
   std::vector<int32_t> found_;
+  std::vector<int32_t> copy_of_;  // of each cell; its place in copies_, or -1. Empty where nothing is changed
+  std::vector<float> copies_;
+  std::vector<int64_t> changed_;  // the cells that are in copies_
+  std::vector<int32_t> counts_;   // of each token; 0 between rows
 };
 
 void Row::read(const float* logits, int64_t vocab) {
@@ -106,14 +132,79 @@ void Row::read(const float* logits, int64_t vocab) {
     }
     largest_[cell] = std::max(largest(best), rest);
   }
-  top_ = *std::max_element(largest_.begin(), largest_.end());
+  best_ = top_ = *std::max_element(largest_.begin(), largest_.end());
   nan_ = rest_nan || any(nan);
+  copy_of_.clear();
 }
 
 int32_t Row::likeliest() const {
-  const int64_t cell = std::find(largest_.begin(), largest_.end(), top_) - largest_.begin();
-  const float* x = logits_ + cell * kCell;
-  return int32_t(std::find(x, logits_ + vocab_, top_) - logits_);
+  const int64_t cell = std::find(largest_.begin(), largest_.end(), best_) - largest_.begin();
+  const float* x = cell_at(cell);
+  return int32_t(cell * kCell + (std::find(x, x + std::min(kCell, vocab_ - cell * kCell), best_) - x));
+}
+
+// The logits of a cell as the draw sees them.
+const float* Row::cell_at(int64_t cell) const {
+  if (copy_of_.empty() || copy_of_[cell] < 0) return logits_ + cell * kCell;
+  return copies_.data() + copy_of_[cell] * kCell;
+}
+
+// The same, to be changed. The pointer holds until the next call for another cell.
+float* Row::changed(int64_t cell) {
+  if (copy_of_[cell] < 0) {
+    copy_of_[cell] = int32_t(changed_.size());
+    changed_.push_back(cell);
+    copies_.resize(changed_.size() * kCell, -kInfinity);
+    const float* x = logits_ + cell * kCell;
+    std::copy(x, x + std::min(kCell, vocab_ - cell * kCell), copies_.end() - kCell);
+  }
+  return copies_.data() + copy_of_[cell] * kCell;
+}
+
+void Row::adjust(const Adjustment& by) {
+  copy_of_.assign(cells(), -1);
+  copies_.clear();
+  changed_.clear();
+  for (int64_t i = 0; i < by.biased; i++)
+    if (by.bias_ids[i] >= 0 && by.bias_ids[i] < vocab_) changed_logit(by.bias_ids[i]) += by.bias[i];
+  if (by.repetition != 1 || by.frequency != 0 || by.presence != 0) penalize(by);
+  for (int64_t cell : changed_) largest_[cell] = *std::max_element(cell_at(cell), cell_at(cell) + kCell);
+  mask(by.allowed);
+  best_ = *std::max_element(largest_.begin(), largest_.end());
+}
+
+void Row::penalize(const Adjustment& by) {
+  counts_.resize(vocab_, 0);
+  auto held = [&](int64_t i) { return by.tokens[i] >= 0 && by.tokens[i] < vocab_; };
+  for (int64_t i = 0; i < by.length; i++)  // 1 for being there, and 2 for each time that it was drawn
+    if (held(i)) counts_[by.tokens[i]] = (counts_[by.tokens[i]] | 1) + (i >= by.prompt ? 2 : 0);
+  for (int64_t i = 0; i < by.length; i++) {
+    if (!held(i) || counts_[by.tokens[i]] == 0) continue;
+    const float drawn = counts_[by.tokens[i]] / 2;
+    counts_[by.tokens[i]] = 0;
+    float& logit = changed_logit(by.tokens[i]);
+    logit = logit > 0 ? logit / by.repetition : logit * by.repetition;
+    logit = logit - by.frequency * drawn - (drawn > 0 ? by.presence : 0);
+  }
+}
+
+// A cell without an allowed token has -inf as its largest logit, and is never looked at.
+void Row::mask(const int32_t* allowed) {
+  for (int64_t cell = 0; cell < cells(); cell++) {
+    const int64_t size = std::min(kCell, vocab_ - cell * kCell);
+    const uint64_t inside = size == kCell ? ~uint64_t(0) : (uint64_t(1) << size) - 1;
+    const uint64_t low = uint32_t(allowed[2 * cell]), high = size > 32 ? uint32_t(allowed[2 * cell + 1]) : 0;
+    const uint64_t kept = (high << 32 | low) & inside;
+    if (kept == inside) continue;
+    if (kept == 0) {
+      largest_[cell] = -kInfinity;
+      continue;
+    }
+    float* x = changed(cell);
+    for (int64_t i = 0; i < kCell; i++)
+      if (!(kept >> i & 1)) x[i] = -kInfinity;
+    largest_[cell] = *std::max_element(x, x + kCell);
+  }
 }
 
 // Scales and weighs the tokens of every cell that holds one of at least `least`, unless that was done.
@@ -124,16 +215,18 @@ void Row::weigh(float least) {
 }
 
 void Row::weigh_cell(int64_t cell) {
-  const int64_t at = cell * kCell, end = std::min(at + kCell, vocab_);
-  int64_t i = at;
-  for (; i + kLanes <= end; i += kLanes) {
-    Floats value = (load<Floats>(logits_ + i) - splat(top_)) / splat(temperature_);
-    store(&scaled_[i], value);
-    store(&weights_[i], exp(value));
+  const int64_t at = cell * kCell, size = std::min(kCell, vocab_ - at);
+  const float* x = cell_at(cell);
+  float *scales = &scaled_[at], *weights = &weights_[at];
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    Floats value = (load<Floats>(x + i) - splat(best_)) / splat(temperature_);
+    store(scales + i, value);
+    store(weights + i, exp(value));
   }
-  for (; i < at + kCell; i++) {
-    scaled_[i] = i < end ? scaled(logits_[i]) : -kInfinity;
-    weights_[i] = exp(splat(scaled_[i]))[0];
+  for (; i < kCell; i++) {
+    scales[i] = i < size ? scaled(x[i]) : -kInfinity;
+    weights[i] = exp(splat(scales[i]))[0];
   }
 }
 
@@ -144,14 +237,15 @@ float Row::unkept_mass(int64_t block, float least) const {
   const int64_t first = block * kBlock / kCell, last = std::min(first + kBlock / kCell, cells());
   for (int64_t cell = first; cell < last; cell++) {
     if (!(largest_[cell] >= least)) continue;
-    const int64_t end = std::min((cell + 1) * kCell, vocab_);
-    int64_t i = cell * kCell;
-    for (; i + kLanes <= end; i += kLanes) {
-      Floats value = (load<Floats>(logits_ + i) - splat(top_)) / splat(temperature_);
+    const int64_t size = std::min(kCell, vocab_ - cell * kCell);
+    const float* x = cell_at(cell);
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) {
+      Floats value = (load<Floats>(x + i) - splat(best_)) / splat(temperature_);
       sums += value >= splat(least) ? exp(value) : Floats{};
     }
-    for (; i < end; i++)
-      if (scaled(logits_[i]) >= least) rest += exp(splat(scaled(logits_[i])))[0];
+    for (; i < size; i++)
+      if (scaled(x[i]) >= least) rest += exp(splat(scaled(x[i])))[0];
   }
   return sum(sums) + rest;
 }
@@ -260,9 +354,9 @@ int32_t Row::draw(const Filters& filters, float first, float second) {
   weights_.resize(cells() * kCell);
   weighed_ = kInfinity;
   const bool ranks = filters.top_k > 0 && filters.top_k < vocab_, sums = filters.top_p < 1;
-  float floor = -kInfinity;
+  float floor = kLeast;
   if (ranks) {
-    floor = rank_bound(filters.top_k);
+    floor = std::max(rank_bound(filters.top_k), kLeast);
     weigh(floor);
     floor = by_rank(filters.top_k, floor);
   }
@@ -274,7 +368,10 @@ int32_t Row::draw(const Filters& filters, float first, float second) {
     masses_[block] = floor >= weighed_ ? block_mass(block, floor) : unkept_mass(block, floor);
   const int64_t block = pick(blocks(), first, [&](int64_t i) { return masses_[i]; });
   const int64_t at = block * kBlock, size = std::min(kBlock, cells() * kCell - at);
-  for (int64_t cell = at / kCell; cell < (at + size) / kCell; cell++) weigh_cell(cell);
+  for (int64_t cell = at / kCell; cell < (at + size) / kCell; cell++) {
+    weigh_cell(cell);
+    if (!(largest_[cell] >= floor)) std::fill_n(&scaled_[cell * kCell], kCell, -kInfinity);
+  }
   return int32_t(at + pick(size, second, [&](int64_t i) { return scaled_[at + i] >= floor ? weights_[at + i] : 0.f; }));
 }
 
@@ -308,12 +405,16 @@ const std::vector<int32_t>& Row::likeliest(int64_t count) {
   return found_;
 }
 
-ffi::Error sample_rows(ffi::Buffer<ffi::F32, 2> logits, ffi::Buffer<ffi::F32, 1> temperature,
-                       ffi::Buffer<ffi::S32, 1> top_k, ffi::Buffer<ffi::F32, 1> top_p,
-                       ffi::Buffer<ffi::F32, 1> min_p, ffi::Buffer<ffi::F32, 2> uniform,
-                       ffi::Buffer<ffi::S32, 1> judged, ffi::ResultBuffer<ffi::S32, 1> drawn,
-                       ffi::ResultBuffer<ffi::F32, 1> log_probability, ffi::ResultBuffer<ffi::S32, 2> top_tokens,
-                       ffi::ResultBuffer<ffi::F32, 2> top_log_probabilities, int64_t vocab) {
+using Logits = ffi::Buffer<ffi::F32, 2>;
+using Numbers = ffi::Buffer<ffi::F32, 1>;
+using Integers = ffi::Buffer<ffi::S32, 1>;
+using Table = ffi::Buffer<ffi::S32, 2>;
+
+// The draws of all rows; adjust(i, row) is called before each.
+template <class F>
+ffi::Error draw_rows(Logits logits, Numbers temperature, Integers top_k, Numbers top_p, Numbers min_p, Logits uniform,
+                     Integers judged, ffi::Result<Integers> drawn, ffi::Result<Numbers> log_probability,
+                     ffi::Result<Table> top_tokens, ffi::Result<Logits> top_log_probabilities, int64_t vocab, F adjust) {
   const int64_t rows = logits.dimensions()[0], width = logits.dimensions()[1];
   for (int64_t size : {temperature.dimensions()[0], top_k.dimensions()[0], top_p.dimensions()[0],
                        min_p.dimensions()[0], uniform.dimensions()[0], judged.dimensions()[0], drawn->dimensions()[0],
@@ -338,32 +439,87 @@ ffi::Error sample_rows(ffi::Buffer<ffi::F32, 2> logits, ffi::Buffer<ffi::F32, 1>
     if (!row.is_finite()) return;
     const int64_t wanted = std::min<int64_t>(judged.typed_data()[i], most);
     const float total = wanted < 0 ? 0 : row.log_total();
-    if (wanted > 0)
-      for (int32_t likely : row.likeliest(wanted)) {
-        *tokens++ = likely;
-        *log_probabilities++ = row.log_probability(likely, total);
-      }
+    const auto told = wanted > 0 ? row.likeliest(wanted) : std::vector<int32_t>();
+    adjust(i, row);
+    if (!row.is_finite()) return;
     token = filters.temperature > 0 ? row.draw(filters, numbers[0], numbers[1]) : row.likeliest();
+    for (int32_t likely : told) {
+      *tokens++ = likely;
+      *log_probabilities++ = row.log_probability(likely, total);
+    }
     if (wanted >= 0) log_probability->typed_data()[i] = row.log_probability(token, total);
   });
   return ffi::Error::Success();
 }
 
-auto sample_binding() {
-  using Numbers = ffi::Buffer<ffi::F32, 1>;
+ffi::Error sample_rows(Logits logits, Numbers temperature, Integers top_k, Numbers top_p, Numbers min_p, Logits uniform,
+                       Integers judged, ffi::Result<Integers> drawn, ffi::Result<Numbers> log_probability,
+                       ffi::Result<Table> top_tokens, ffi::Result<Logits> top_log_probabilities, int64_t vocab) {
+  return draw_rows(logits, temperature, top_k, top_p, min_p, uniform, judged, drawn, log_probability, top_tokens,
+                   top_log_probabilities, vocab, [](int64_t, Row&) {});
+}
+
+ffi::Error sample_adjusted_rows(Logits logits, Numbers temperature, Integers top_k, Numbers top_p, Numbers min_p,
+                                Logits uniform, Integers judged, Table bias_ids, Logits bias, Numbers repetition,
+                                Numbers frequency, Numbers presence, Table tokens, Integers slot, Integers prompt,
+                                Integers length, Table allowed, ffi::Result<Integers> drawn,
+                                ffi::Result<Numbers> log_probability, ffi::Result<Table> top_tokens,
+                                ffi::Result<Logits> top_log_probabilities, int64_t vocab) {
+  const int64_t rows = logits.dimensions()[0], biased = bias_ids.dimensions()[1], context = tokens.dimensions()[1];
+  const int64_t words = allowed.dimensions()[1];
+  for (int64_t size : {bias_ids.dimensions()[0], bias.dimensions()[0], repetition.dimensions()[0],
+                       frequency.dimensions()[0], presence.dimensions()[0], slot.dimensions()[0],
+                       prompt.dimensions()[0], length.dimensions()[0], allowed.dimensions()[0]})
+    if (size != rows) return ffi::Error::InvalidArgument("sampling: each adjustment must have as many rows as the logits");
+  if (bias.dimensions()[1] != biased || words * 32 < vocab)
+    return ffi::Error::InvalidArgument("sampling: each bias must have an id, and a mask bits for the whole vocabulary");
+  for (int64_t i = 0; i < rows; i++)
+    if (slot.typed_data()[i] < 0 || slot.typed_data()[i] >= tokens.dimensions()[0] || length.typed_data()[i] > context)
+      return ffi::Error::InvalidArgument("sampling: a row's sequence must lie in a slot");
+  return draw_rows(logits, temperature, top_k, top_p, min_p, uniform, judged, drawn, log_probability, top_tokens,
+                   top_log_probabilities, vocab, [&](int64_t i, Row& row) {
+                     row.adjust({bias_ids.typed_data() + i * biased, bias.typed_data() + i * biased, biased,
+                                 repetition.typed_data()[i], frequency.typed_data()[i], presence.typed_data()[i],
+                                 tokens.typed_data() + slot.typed_data()[i] * context, prompt.typed_data()[i],
+                                 length.typed_data()[i], allowed.typed_data() + i * words});
+                   });
+}
+
+template <class Binding>
+auto with_results(Binding binding) {
+  return std::move(binding)
+      .template Ret<Integers>()
+      .template Ret<Numbers>()
+      .template Ret<Table>()
+      .template Ret<Logits>()
+      .template Attr<int64_t>("vocab");
+}
+
+auto sample_arguments() {
   return ffi::Ffi::Bind()
-      .Arg<ffi::Buffer<ffi::F32, 2>>()
+      .Arg<Logits>()
       .Arg<Numbers>()
-      .Arg<ffi::Buffer<ffi::S32, 1>>()
+      .Arg<Integers>()
       .Arg<Numbers>()
       .Arg<Numbers>()
-      .Arg<ffi::Buffer<ffi::F32, 2>>()
-      .Arg<ffi::Buffer<ffi::S32, 1>>()
-      .Ret<ffi::Buffer<ffi::S32, 1>>()
-      .Ret<Numbers>()
-      .Ret<ffi::Buffer<ffi::S32, 2>>()
-      .Ret<ffi::Buffer<ffi::F32, 2>>()
-      .Attr<int64_t>("vocab");
+      .Arg<Logits>()
+      .Arg<Integers>();
+}
+
+auto sample_binding() { return with_results(sample_arguments()); }
+
+auto sample_adjusted_binding() {
+  return with_results(sample_arguments()
+                          .Arg<Table>()
+                          .Arg<Logits>()
+                          .Arg<Numbers>()
+                          .Arg<Numbers>()
+                          .Arg<Numbers>()
+                          .Arg<Table>()
+                          .Arg<Integers>()
+                          .Arg<Integers>()
+                          .Arg<Integers>()
+                          .Arg<Table>());
 }
 
 }  // namespace
@@ -371,3 +527,4 @@ auto sample_binding() {
 
 using namespace isthmus;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sample, sample_rows, sample_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(sample_adjusted, sample_adjusted_rows, sample_adjusted_binding());

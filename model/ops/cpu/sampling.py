@@ -10,9 +10,16 @@ import numpy as np
 
 
 def sample(
-    logits: jax.Array, filters: Sequence[jax.Array], uniform: jax.Array, judged: jax.Array, vocab: int, most: int
+    logits: jax.Array,
+    filters: Sequence[jax.Array],
+    uniform: jax.Array,
+    judged: jax.Array,
+    vocab: int,
+    most: int,
+    adjustments: Sequence[jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The draw of model/ops/sampling.py. filters: in the order of its Filters; the result: in that of its Drawn."""
+    """The draw of model/ops/sampling.py. filters, adjustments: in the order of their classes there; the result: in that
+    of Drawn."""
     rows = logits.shape[0]
     results = (
         jax.ShapeDtypeStruct((rows,), jnp.int32),
@@ -20,6 +27,6 @@ def sample(
         jax.ShapeDtypeStruct((rows, most), jnp.int32),
         jax.ShapeDtypeStruct((rows, most), jnp.float32),
     )
-    call = jax.ffi.ffi_call("isthmus_sample", results)
-    token, own, top, theirs = call(logits, *filters, uniform, judged, vocab=np.int64(vocab))
+    call = jax.ffi.ffi_call("isthmus_sample" if adjustments is None else "isthmus_sample_adjusted", results)
+    token, own, top, theirs = call(logits, *filters, uniform, judged, *(adjustments or ()), vocab=np.int64(vocab))
     return token, own, top, theirs
