@@ -51,12 +51,12 @@ class StepWork:
 
 
 def workload(bucket: Bucket, depth: int) -> StepWork:
-    """The work that fills a bucket: every row decodes at `depth`; blocks hold prompts of up to `depth` tokens, in whole
-    blocks."""
+    """The work that fills a bucket as far as an engine with a slot for each row can: blocks hold prompts of up to
+    `depth` tokens, in whole blocks, and a row for each slot that is left decodes at `depth`."""
     per_prompt = max(1, depth // bucket.block_size)
     whole, rest = divmod(bucket.blocks, per_prompt)
-    blocks = [per_prompt] * whole + [rest] * bool(rest)
-    return StepWork(bucket.rows, depth, tuple(count * bucket.block_size for count in blocks))
+    blocks = ([per_prompt] * whole + [rest] * bool(rest))[: bucket.rows]
+    return StepWork(bucket.rows - len(blocks), depth, tuple(count * bucket.block_size for count in blocks))
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from isthmus.benchmarks.engine import Driver, SeenStep
 from isthmus.benchmarks.figures import median
 from isthmus.benchmarks.roofline import StepWork
 from isthmus.benchmarks.workload import PlannedRequest
+from isthmus.model.ops.adjustments import words_for
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched
-from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from isthmus.serve.engine.sampling import DRAW, Sampling, draw_of
+from isthmus.serve.engine.plan import FROM_DEVICE, PlanArrays, StepPlan, empty_plan
+from isthmus.serve.engine.sampling import DRAW, Bias, Sampling, draw_of
 
 PROMPT_TOKENS = 16
 BARE_REPEATS = 20
@@ -37,40 +38,48 @@ def with_room(engine: EngineConfig, depth: int) -> EngineConfig:
 def build_plan(engine: EngineConfig, bucket: Bucket, work: StepWork, sampling: Sampling) -> StepPlan:
     """The plan of a step that does `work`. Every sequence has pages of its own, so that none is found in a processor's
     cache because another sequence has read it."""
-    packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
-    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-    arrays.positions[:] = PADDING
+    packed, arrays = empty_plan(engine, bucket)
     draws = np.zeros(bucket.samples, DRAW)
     draws[:] = draw_of(sampling)
     draws["seed_low"] = np.arange(bucket.samples)
-    draws["slot"] = engine.max_sequences
+    draws["slot"] = engine.nobody
     draws["slot"][: work.rows] = np.arange(work.rows)
-    first_page = _decode_rows(engine, arrays, work)
-    _prompts(engine, bucket, arrays, work, first_page)
-    return StepPlan(bucket, packed, draws, scheduled_tokens=work.tokens)
+    draws["position"] = work.depth - 1
+    _decode_rows(arrays, work)
+    _prompts(bucket, arrays, work)
+    bias = Bias.none(bucket.samples) if sampling.adjusts else None
+    return StepPlan(
+        bucket, packed, draws, list(enumerate(_tables(engine, work))), bias=bias, scheduled_tokens=work.tokens
+    )
 
 
-def _decode_rows(engine: EngineConfig, arrays: PlanArrays, work: StepWork) -> int:
-    """Fills in the rows that decode; returns the first page that is left."""
-    pages = -(-work.depth // engine.page_size)
-    rows = np.arange(work.rows)
+def _tables(engine: EngineConfig, work: StepWork) -> np.ndarray:
+    """int32[sequences, pages_per_sequence]: pages of their own for each row and then for each prompt."""
+    counts = [-(-tokens // engine.page_size) for tokens in [work.depth] * work.rows + list(work.prompts)]
+    tables, first = np.zeros((len(counts), engine.pages_per_sequence), np.int32), 1
+    for table, pages in zip(tables, counts, strict=True):
+        table[:pages] = np.arange(first, first + pages)
+        first += pages
+    return tables
+
+
+def _decode_rows(arrays: PlanArrays, work: StepWork) -> None:
+    """Fills in the rows that decode, in the first slots."""
+    for array in (arrays.slots, arrays.sample_token):
+        array[: work.rows] = np.arange(work.rows)
     arrays.tokens[: work.rows] = FROM_DEVICE
     arrays.positions[: work.rows] = work.depth - 1
-    for array in (arrays.row_slot, arrays.sample_token):
-        array[: work.rows] = rows
-    arrays.tables[: work.rows, :pages] = 1 + rows[:, None] * pages + np.arange(pages)
-    return 1 + work.rows * pages
 
 
-def _prompts(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, work: StepWork, first_page: int) -> None:
-    """Fills in the blocks of prompts. The last block of each draws a token, which goes to the place of `last_token`
-    that belongs to no sequence."""
+def _prompts(bucket: Bucket, arrays: PlanArrays, work: StepWork) -> None:
+    """Fills in the blocks of prompts, in the slots after those of rows. The last block of each draws a token, which is
+    kept for nobody."""
     row, token = bucket.rows, bucket.rows
-    for tokens in work.prompts:
-        pages, blocks = tokens // engine.page_size, tokens // bucket.block_size
+    for index, tokens in enumerate(work.prompts):
+        blocks = tokens // bucket.block_size
         arrays.positions[token : token + tokens] = np.arange(tokens)
-        arrays.tables[row : row + blocks, :pages] = first_page + np.arange(pages)
-        first_page, row, token = first_page + pages, row + blocks, token + tokens
+        arrays.slots[row : row + blocks] = work.rows + index
+        row, token = row + blocks, token + tokens
         arrays.sample_token[row - 1] = token - 1
 
 
@@ -88,7 +97,10 @@ class Timing:
 
 def _start(executor: Executor, plan: StepPlan) -> Launched:
     launched = executor.launch(plan)
-    executor.sample(launched)
+    mask = None
+    if plan.bias is not None:
+        mask = np.full((plan.bucket.samples, words_for(executor.model.vocab_size)), -1, np.int32)
+    executor.sample(launched, mask)
     return launched
 
 
@@ -96,6 +108,8 @@ def time_plan(executor: Executor, plan: StepPlan, warmup: int, repeats: int) -> 
     """Runs `plan` with one step launched ahead, as the engine does."""
     clock = time.perf_counter
     inline = []
+    _start(executor, plan).read()
+    plan = dataclasses.replace(plan, tables=[])  # which the device has from now on
     for _ in range(warmup):
         launched = _start(executor, plan)
         inline.append(bool(launched.drawn.token.is_ready()))  # type: ignore[union-attr]

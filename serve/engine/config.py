@@ -84,6 +84,11 @@ class EngineConfig:
         return dataclasses.replace(self, context_length=context, pages=pages)
 
     @property
+    def nobody(self) -> int:
+        """The slot that stands for padding, after those of sequences."""
+        return self.max_sequences
+
+    @property
     def pages_per_sequence(self) -> int:
         return -(-self.context_length // self.page_size)
 

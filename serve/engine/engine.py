@@ -58,7 +58,7 @@ class Engine:
         """executor: warmed up. sink: called on the engine thread with the events of a step; it must return quickly."""
         self.executor = executor
         self.config: EngineConfig = executor.engine
-        self.scheduler = Scheduler(self.config, executor.model.rope_switch)
+        self.scheduler = Scheduler(self.config, executor.model.rope_switch, executor.model.vocab_size)
         self.times = StepTimes()
         self._sink = sink
         self._inbox: deque[Request | Cancel] = deque()
@@ -207,7 +207,7 @@ class Engine:
             launched = None
             if plan is not None:
                 launched = self.executor.launch(plan)
-                self.executor.sample(launched)
+                self.executor.sample(launched, None if plan.bias is None else self.scheduler.mask(plan))
             t2 = clock()
             if in_flight is not None:
                 drawn = in_flight.read()

@@ -1,14 +1,14 @@
 """Runs plans on the device, each step by two programs: the forward pass, one for each bucket, and the draws, one for
-each number of samples. The cache and the last tokens are donated from step to step."""
+each number of samples, plain or adjusted. The state is donated from program to program."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,16 @@ from isthmus.model.layers import Attend
 from isthmus.model.ops.attention import Scoring
 from isthmus.model.ops.kernels import choose
 from isthmus.model.ops.operation import Setting
-from isthmus.model.ops.paged_attention import empty_cache, paged_step
-from isthmus.model.ops.paged_cache import PagedCache, PagedStep, scales_of
+from isthmus.model.ops.paged_attention import paged_step
+from isthmus.model.ops.paged_cache import PagedCache, PagedStep
 from isthmus.model.ops.sampling import Drawn
 from isthmus.model.sharding import named_sharding, use_mesh
 from isthmus.model.transformer import Params, Transformer, abstract_params, bind, parameter_specs
 from isthmus.model.weights.packing import is_packed, pack_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.plan import PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from isthmus.serve.engine.sampling import DRAW, draw, words
+from isthmus.serve.engine.plan import FROM_DEVICE, StepPlan, empty_plan, plan_size, split_plan
+from isthmus.serve.engine.sampling import DRAW, Adjusting, Bias, abstract_adjusting, draw, no_draws, words
+from isthmus.serve.engine.state import State, abstract_state, empty_state, place
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Served:
     def cache_dtype(self) -> str:
         """The dtype of the cache's pages."""
         return self.execution.dtype if self.engine.cache_dtype == "model" else self.engine.cache_dtype
+
+    def abstract_state(self, mesh: Mesh) -> State:
+        """The shapes, dtypes and shardings of what the engine keeps on these devices."""
+        return abstract_state(self.model, self.engine, self.cache_dtype, mesh)
 
     def setting(self, mesh: Mesh) -> Setting:
         """What kernels are chosen by, on these devices."""
@@ -69,29 +74,14 @@ class Served:
         return dataclasses.replace(self, execution=dataclasses.replace(self.execution, kernels=kernels))
 
 
-def abstract_cache(served: Served, mesh: Mesh) -> PagedCache:
-    """One array for all layers, so that no layer is sliced out. Split over the key heads; a latent belongs to all
-    heads, and so to all devices."""
-    model, engine = served.model, served.engine
-    shape = (model.layers * engine.pages, engine.page_size, model.cache_heads, model.head_dim)
-    axes = ("pages", None, "latent_head" if model.latent.rank else "kv_heads", None)
-    dtype = jnp.dtype(served.cache_dtype)
-    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
-    if dtype != jnp.int8:
-        return PagedCache(pages)
-    scales = (*shape[:2], shape[2] * scales_of(model.head_dim))
-    return PagedCache(pages, jax.ShapeDtypeStruct(scales, jnp.float32, sharding=named_sharding(mesh, *axes[:3])))
-
-
 def sequence_of_token(bucket: Bucket) -> jax.Array:
     """int32[tokens]: which row or block each token belongs to."""
     blocks = jnp.repeat(jnp.arange(bucket.blocks), bucket.block_size)
     return jnp.concatenate([jnp.arange(bucket.rows), bucket.rows + blocks])
 
 
-def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, implementation: str) -> Attend:
+def paged_attention(engine: EngineConfig, step: PagedStep, implementation: str) -> Attend:
     """The serving side of the seam, by an implementation of model/ops/paged_attention.py."""
-    step = PagedStep(bucket.rows, arrays.tables, arrays.positions)
 
     def attend(
         layer: jax.Array,
@@ -109,31 +99,36 @@ def paged_attention(engine: EngineConfig, bucket: Bucket, arrays: PlanArrays, im
 
 
 def forward(
-    model: Transformer, engine: EngineConfig, bucket: Bucket, cache: PagedCache, arrays: PlanArrays
-) -> tuple[jax.Array, PagedCache]:
-    """Hidden states [tokens, dim] of a step's tokens, all of them known, and the cache with their keys and values."""
+    model: Transformer, engine: EngineConfig, bucket: Bucket, state: State, packed: jax.Array
+) -> tuple[jax.Array, State]:
+    """Hidden states [tokens, dim] of a step's tokens, and the state with their keys and values and the rows' pages.
+
+    packed: int32[plan_size], see PlanArrays.
+    """
+    arrays = split_plan(packed, bucket)
+    known, singles, slots = arrays.positions >= 0, arrays.positions[: bucket.rows], arrays.slots[: bucket.rows]
+    at = jnp.maximum(arrays.positions, 0)
+    drawn = state.tokens[slots, at[: bucket.rows]]
+    rows = jnp.where(arrays.tokens[: bucket.rows] == FROM_DEVICE, drawn, arrays.tokens[: bucket.rows])
     # Padding is no token of the vocabulary: it stays zero all the way, and the CPU's kernels don't multiply zeros.
-    tokens = jnp.where(arrays.positions < 0, model.config.vocab_size, arrays.tokens)
-    attend = paged_attention(engine, bucket, arrays, model.execution.kernels.paged_attention)
+    tokens = jnp.where(known, jnp.concatenate([rows, arrays.tokens[bucket.rows :]]), model.config.vocab_size)
+    page = jnp.where(singles < 0, 0, singles // engine.page_size)
+    tables = state.tables.at[slots, page].set(arrays.row_page)
+    step = PagedStep(bucket.rows, tables[arrays.slots], arrays.positions)
+    attend = paged_attention(engine, step, model.execution.kernels.paged_attention)
     uses_long_rope = arrays.uses_long_rope[sequence_of_token(bucket)] > 0
-    return model(tokens, jnp.maximum(arrays.positions, 0), attend, cache, uses_long_rope)
+    hidden, cache = model(tokens, at, attend, state.cache, uses_long_rope)
+    return hidden, State(cache, tables, state.tokens)
 
 
 def forward_step(
-    served: Served, bucket: Bucket, params: Params, cache: PagedCache, last_token: jax.Array, packed: jax.Array
-) -> tuple[PagedCache, jax.Array]:
-    """A step's forward pass: the cache with its tokens, and float32 logits [samples, ids]. Pure; the first two
-    arguments are static.
-
-    last_token: int32[max_sequences + 1], what each slot drew last. packed: int32, see PlanArrays.
-    """
-    arrays = split_plan(packed, bucket, served.engine.pages_per_sequence)
-    singles = arrays.tokens[: bucket.rows]
-    singles = jnp.where(singles < 0, last_token[arrays.row_slot], singles)
-    tokens = jnp.concatenate([singles, arrays.tokens[bucket.rows :]])
+    served: Served, bucket: Bucket, params: Params, state: State, packed: jax.Array
+) -> tuple[State, jax.Array]:
+    """A step's forward pass: the state after it, and float32 logits [samples, ids]. Pure; the first two arguments are
+    static. packed: as in `forward`."""
     model = bind(served.model, served.execution, params)
-    hidden, cache = forward(model, served.engine, bucket, cache, arrays._replace(tokens=tokens))
-    return cache, model.logits(hidden[arrays.sample_token])
+    hidden, state = forward(model, served.engine, bucket, state, packed)
+    return state, model.logits(hidden[split_plan(packed, bucket).sample_token])
 
 
 @dataclass(eq=False)
@@ -168,24 +163,17 @@ class Executor:
             params = pack_params(parameter_specs(served.model), dict(params))
         self.served, self.model, self.engine, self.mesh = served, served.model, served.engine, mesh
         self.params = params
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._programs = Compiled({}, {}, 0.0)
+        self._programs = Compiled()
         self.warmup_seconds = 0.0
         self._compilations_when_ready = 0
-        self._reset_state()
-
-    def _reset_state(self) -> None:
-        abstract = abstract_cache(self.served, self.mesh)
-        implementation = self.served.execution.kernels.paged_attention
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        self._cache = jax.jit(lambda: empty_cache(abstract, implementation), out_shardings=shardings)()
-        self._last_token = jax.device_put(np.zeros(self.engine.max_sequences + 1, np.int32), self._replicated)
+        implementation = served.execution.kernels.paged_attention
+        self.state = empty_state(served.abstract_state(mesh), implementation)
 
     def free(self) -> None:
-        """Gives back the memory of parameters, cache and programs. No step may be under way, and none can follow."""
-        for leaf in jax.tree.leaves((self.params, self._cache, self._last_token)):
+        """Gives back the memory of parameters, state and programs. No step may be under way, and none can follow."""
+        for leaf in jax.tree.leaves((self.params, self.state)):
             leaf.delete()
-        self._programs = Compiled({}, {}, 0.0)
+        self._programs = Compiled()
 
     def warm_up(
         self, ready: Compiled | None = None, on_progress: Callable[[Bucket], None] = lambda bucket: None
@@ -212,36 +200,56 @@ class Executor:
         return compilations() - self._compilations_when_ready
 
     def _warm(self, bucket: Bucket) -> None:
-        packed = np.zeros(plan_size(bucket, self.engine.pages_per_sequence), np.int32)
-        arrays = split_plan(packed, bucket, self.engine.pages_per_sequence)
-        arrays.positions[:] = PADDING
-        draws = np.zeros(bucket.samples, DRAW)
-        draws["slot"], draws["logprobs"] = self.engine.max_sequences, -1
-        launched = self.launch(StepPlan(bucket, packed, draws))
-        self.sample(launched)
-        launched.read()
+        nobody, samples = self.engine.nobody, bucket.samples
+        plan = StepPlan(bucket, empty_plan(self.engine, bucket)[0], no_draws(samples, nobody))
+        plan.tables = [(nobody, np.zeros(self.engine.pages_per_sequence, np.int32))]
+        plan.tokens = [(nobody, np.zeros(self.engine.context_length, np.int32))]
+        for bias in (None, Bias.none(samples)):
+            plan.bias = bias
+            launched = self.launch(plan)
+            mask = abstract_adjusting(samples, self.model.vocab_size).allowed
+            self.sample(launched, None if bias is None else np.full(mask.shape, -1, np.int32))
+            launched.read()
 
     def launch(self, plan: StepPlan) -> Launched:
         """Starts a step's forward pass and returns at once. The step must be sampled before the next is launched."""
-        forward = self._programs.forward[plan.bucket]
-        self._cache, logits = forward(self.params, self._cache, self._last_token, plan.packed)
+        programs, state = self._programs, self.state
+        for slot, row in plan.tables:
+            state = state._replace(tables=programs.place_table(state.tables, np.int32(slot), row))
+        for slot, row in plan.tokens:
+            state = state._replace(tokens=programs.place_tokens(state.tokens, np.int32(slot), row))
+        self.state, logits = programs.forward[plan.bucket](self.params, state, plan.packed)
         return Launched(plan, logits)
 
-    def sample(self, launched: Launched) -> None:
-        """Starts a step's draws and returns at once."""
-        draw = self._programs.draw[launched.plan.bucket.samples]
-        self._last_token, launched.drawn = draw(launched.logits, self._last_token, words(launched.plan.draws))
+    def sample(self, launched: Launched, mask: np.ndarray | None = None) -> None:
+        """Starts a step's draws and returns at once. mask: int32[samples, words], where draws are adjusted."""
+        plan, tokens = launched.plan, self.state.tokens
+        if plan.bias is None:
+            draw = self._programs.draw[plan.bucket.samples]
+            tokens, launched.drawn = draw(launched.logits, tokens, words(plan.draws), None)
+        else:
+            assert mask is not None, "an adjusted draw needs a mask"
+            draw = self._programs.draw_adjusted[plan.bucket.samples]
+            tokens, launched.drawn = draw(launched.logits, tokens, words(plan.draws), Adjusting(*plan.bias, mask))
+        self.state = self.state._replace(tokens=tokens)
         for part in launched.drawn if launched.tells else launched.drawn[:1]:
             part.copy_to_host_async()
 
 
-class Compiled(NamedTuple):
+Program = Callable[..., Any]
+
+
+@dataclass
+class Compiled:
     """The programs of an engine, and how long they took."""
 
-    forward: dict[Bucket, Callable[..., Any]]
-    draw: dict[int, Callable[..., Any]]
-    """By the number of samples"""
-    seconds: float
+    forward: dict[Bucket, Program] = field(default_factory=dict)
+    draw: dict[int, Program] = field(default_factory=dict)
+    """By the number of samples, as the next"""
+    draw_adjusted: dict[int, Program] = field(default_factory=dict)
+    place_table: Program = place
+    place_tokens: Program = place
+    seconds: float = 0.0
 
 
 def compile_steps(
@@ -250,13 +258,18 @@ def compile_steps(
     """Compiles every program, or reads it from JAX's persistent cache, for abstract parameters; on_progress(bucket)
     after each bucket's."""
     start = time.perf_counter()
-    compiled = Compiled({}, {}, 0.0)
+    state = served.abstract_state(mesh)
+    compiled = Compiled(
+        place_table=lower_place(state.tables, mesh).compile(), place_tokens=lower_place(state.tokens, mesh).compile()
+    )
     for bucket in served.engine.buckets:
         compiled.forward[bucket] = lower_forward(served, bucket, mesh, params).compile()
         if bucket.samples not in compiled.draw:
             compiled.draw[bucket.samples] = lower_draw(served, bucket.samples, mesh).compile()
+            compiled.draw_adjusted[bucket.samples] = lower_draw(served, bucket.samples, mesh, adjusted=True).compile()
         on_progress(bucket)
-    return compiled._replace(seconds=time.perf_counter() - start)
+    compiled.seconds = time.perf_counter() - start
+    return compiled
 
 
 def abstract_like(params: Params) -> Params:
@@ -273,38 +286,47 @@ def lower_forward(served: Served, bucket: Bucket, mesh: Mesh, params: Params | N
         return step.lower(*args)
 
 
-def lower_draw(served: Served, samples: int, mesh: Mesh) -> jax.stages.Lowered:
+def lower_draw(served: Served, samples: int, mesh: Mesh, *, adjusted: bool = False) -> jax.stages.Lowered:
     """Lowers the draws of so many samples, in the same way as `lower_forward`."""
-    step, args = draw_and_arguments(served, samples, mesh)
+    step, args = draw_and_arguments(served, samples, mesh, adjusted=adjusted)
     with use_mesh(mesh):
         return step.lower(*args)
+
+
+def lower_place(rows: Any, mesh: Mesh) -> jax.stages.Lowered:
+    """Lowers the program that replaces a slot of an array of the state."""
+    with use_mesh(mesh):
+        args = (rows, _whole(mesh, jnp.int32), _whole(mesh, jnp.int32, rows.shape[1]))
+        return jax.jit(place, donate_argnums=0, out_shardings=rows.sharding).lower(*args)
 
 
 def forward_and_arguments(
     served: Served, bucket: Bucket, mesh: Mesh, params: Params | None = None
 ) -> tuple[Any, tuple[Any, ...]]:
     """The jitted `forward_step` of a bucket and its abstract arguments on `mesh`; to be traced under use_mesh(mesh)."""
-    engine, execution = served.engine, served.execution
+    execution = served.execution
     if params is None:
         params = abstract_params(served.model, mesh, stacked=execution.scan_layers, dtype=execution.dtype)
-    cache = abstract_cache(served, mesh)
-    numbers = plan_size(bucket, engine.pages_per_sequence)
-    args = (params, cache, _whole(mesh, jnp.int32, engine.max_sequences + 1), _whole(mesh, jnp.int32, numbers))
+    state = served.abstract_state(mesh)
     step = jax.jit(
         partial(forward_step, served, bucket),
         donate_argnums=1,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, cache), _logits_sharding(mesh)),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), _logits_sharding(mesh)),
     )
-    return step, args
+    return step, (params, state, _whole(mesh, jnp.int32, plan_size(bucket)))
 
 
-def draw_and_arguments(served: Served, samples: int, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def draw_and_arguments(
+    served: Served, samples: int, mesh: Mesh, *, adjusted: bool = False
+) -> tuple[Any, tuple[Any, ...]]:
     """The jitted `isthmus.serve.engine.sampling.draw` of so many samples and its abstract arguments on `mesh`."""
-    slots = served.engine.max_sequences + 1
+    ids = served.model.vocab_size
+    adjusting = abstract_adjusting(samples, ids) if adjusted else None
     args = (
-        jax.ShapeDtypeStruct((samples, served.model.vocab_size), jnp.float32, sharding=_logits_sharding(mesh)),
-        _whole(mesh, jnp.int32, slots),
+        jax.ShapeDtypeStruct((samples, ids), jnp.float32, sharding=_logits_sharding(mesh)),
+        served.abstract_state(mesh).tokens,
         _whole(mesh, jnp.int32, samples, len(DRAW.names or ())),
+        jax.tree.map(lambda leaf: _whole(mesh, leaf.dtype, *leaf.shape), adjusting),
     )
     run = partial(draw, vocab=served.vocab, implementation=served.execution.kernels.sampling)
     return jax.jit(run, donate_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec())), args

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, plan_size, split_plan
-from isthmus.serve.engine.sampling import DRAW
+from isthmus.serve.engine.plan import FROM_DEVICE, PlanArrays, StepPlan, empty_plan
+from isthmus.serve.engine.sampling import DRAW, Bias, draw_of, no_draws
 from isthmus.serve.engine.sequence import Sequence
 
 
@@ -69,16 +69,28 @@ class Packer:
         """Each slot's pages"""
         self.draws = np.zeros(config.max_sequences, DRAW)
         """Each slot's row, but for the position"""
+        self._bias = Bias.none(config.nobody + 1)
+        self._to_place: dict[int, Sequence] = {}
+        """Sequences whose pages, and perhaps tokens, the device doesn't have yet, by slot"""
+
+    def start(self, sequence: Sequence) -> None:
+        """Takes in a sequence that has just got its slot and pages. Raises what its sampling has wrong."""
+        request, slot = sequence.request, sequence.slot
+        self.draws[slot] = draw_of(request.sampling, sequence.prompt_length)
+        self.draws["slot"][slot] = slot
+        self._bias.set(slot, request.sampling.bias)
+        self.place(sequence)
+
+    def place(self, sequence: Sequence) -> None:
+        """Takes in all pages of a sequence anew."""
+        self.tables[sequence.slot, : len(sequence.pages)] = sequence.pages
+        self._to_place[sequence.slot] = sequence
 
     def pack(self, step: Step) -> StepPlan:
         """The step as arrays. Adds each token that it draws to its sequence's tokens_in_flight. Raises RequestFault."""
         bucket = self._config.bucket(len(step.singles), step.blocks)
-        per_sequence = self._config.pages_per_sequence
-        packed = np.zeros(plan_size(bucket, per_sequence), np.int32)
-        arrays = split_plan(packed, bucket, per_sequence)
-        arrays.positions[:] = PADDING
-        plan = StepPlan(bucket, packed, np.zeros(bucket.samples, DRAW))
-        plan.draws["slot"], plan.draws["logprobs"] = self._config.max_sequences, -1
+        packed, arrays = empty_plan(self._config, bucket)
+        plan = StepPlan(bucket, packed, no_draws(bucket.samples, self._config.nobody))
         draws = self._pack_singles(arrays, step.singles)
         block = 0
         for work in step.chunks:
@@ -91,7 +103,19 @@ class Packer:
         self._pack_draws(plan, arrays, draws)
         plan.samples = [(row, sequence) for row, _, sequence in draws]
         plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
+        self._pack_placed(plan)
         return plan
+
+    def _pack_placed(self, plan: StepPlan) -> None:
+        for slot, sequence in self._to_place.items():
+            if sequence.slot != slot:  # it has left again
+                continue
+            plan.tables.append((slot, self.tables[slot].copy()))
+            if sequence.request.sampling.looks_back:
+                tokens = np.zeros(self._config.context_length, np.int32)
+                tokens[: len(sequence.tokens)] = sequence.tokens
+                plan.tokens.append((slot, tokens))
+        self._to_place.clear()
 
     def _pack_singles(self, arrays: PlanArrays, singles: list[Work]) -> list[_Draw]:
         """Writes all rows at once: an assignment to an array costs as much for one number as for all of them."""
@@ -101,9 +125,10 @@ class Packer:
             work.sequence.tokens[work.start] if work.start < len(work.sequence.tokens) else FROM_DEVICE
             for work in singles
         ]
-        arrays.positions[:count] = [work.start for work in singles]
-        arrays.row_slot[:count] = slots
-        arrays.tables[:count] = self.tables[slots]
+        positions = [work.start for work in singles]
+        arrays.positions[:count] = positions
+        arrays.slots[:count] = slots
+        arrays.row_page[:count] = self.tables[slots, np.asarray(positions, np.int32) // self._config.page_size]
         arrays.uses_long_rope[:count] = [sequence.uses_long_rope for sequence in sequences]
         return [(row, row, work.sequence) for row, work in enumerate(singles) if work.draws]
 
@@ -114,7 +139,7 @@ class Packer:
             first = rows + block * size
             arrays.tokens[first : first + count] = work.sequence.tokens[start : start + count]
             arrays.positions[first : first + count] = np.arange(start, start + count)
-            arrays.tables[rows + block] = self.tables[work.sequence.slot]
+            arrays.slots[rows + block] = work.sequence.slot
             arrays.uses_long_rope[rows + block] = work.sequence.uses_long_rope
             block, last = block + 1, first + count - 1
         return block, last
@@ -127,5 +152,9 @@ class Packer:
         arrays.sample_token[rows] = tokens
         plan.draws[rows] = self.draws[[sequence.slot for _, _, sequence in draws]]
         plan.draws["position"][rows] = arrays.positions[tokens] + 1
+        if any(sequence.request.sampling.adjusts for _, _, sequence in draws):
+            slots = np.full(plan.bucket.samples, self._config.nobody)
+            slots[rows] = [sequence.slot for _, _, sequence in draws]
+            plan.bias = self._bias.rows(slots.tolist())
         for _, _, sequence in draws:
             sequence.tokens_in_flight += 1

@@ -3,7 +3,6 @@ transfer, and a row for each draw."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -11,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from isthmus.serve.engine.config import Bucket
+from isthmus.serve.engine.config import Bucket, EngineConfig
+from isthmus.serve.engine.sampling import Bias
 from isthmus.serve.engine.sequence import Sequence
 
 FROM_DEVICE = -1
-"""Stands for the token that the slot drew last, which the host may not know yet."""
+"""Stands for the token that was drawn for that slot and position, which the host may not know yet."""
 
 PADDING = -1
 """The position of tokens that belong to nobody."""
@@ -28,34 +28,40 @@ class PlanArrays(NamedTuple):
     """int32[tokens]: ids, or FROM_DEVICE"""
     positions: Any
     """int32[tokens]: position in its sequence, or PADDING"""
-    tables: Any
-    """int32[rows + blocks, pages_per_sequence]: the pages of the sequence that a row or block belongs to"""
+    slots: Any
+    """int32[rows + blocks]: the slot of the sequence that a row or block belongs to"""
+    row_page: Any
+    """int32[rows]: the page that takes a row's token, which its slot's table may not hold yet"""
     uses_long_rope: Any
     """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
     sample_token: Any
     """int32[samples]: index on the token axis of the token after which one is drawn"""
-    row_slot: Any
-    """int32[rows]: the slot whose last token FROM_DEVICE stands for"""
 
 
 @lru_cache(maxsize=256)
-def _layout(bucket: Bucket, pages_per_sequence: int) -> tuple[tuple[slice, tuple[int, ...]], ...]:
-    """Where each part lies, and its shape. It is cached, because a plan is made every step."""
-    tokens, samples = (bucket.tokens,), (bucket.samples,)
-    sequences = bucket.rows + bucket.blocks
-    tables = (sequences, pages_per_sequence)
-    shapes = PlanArrays(tokens, tokens, tables, (sequences,), samples, (bucket.rows,))
-    ends = list(accumulate(map(math.prod, shapes)))
-    return tuple((slice(end - math.prod(shape), end), shape) for end, shape in zip(ends, shapes, strict=True))
+def _layout(bucket: Bucket) -> tuple[slice, ...]:
+    """Where each part lies. It is cached, because a plan is made every step."""
+    tokens, sequences = bucket.tokens, bucket.rows + bucket.blocks
+    sizes = PlanArrays(tokens, tokens, sequences, bucket.rows, sequences, bucket.samples)
+    return tuple(slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True))
 
 
-def plan_size(bucket: Bucket, pages_per_sequence: int) -> int:
-    return _layout(bucket, pages_per_sequence)[-1][0].stop
+def plan_size(bucket: Bucket) -> int:
+    return int(_layout(bucket)[-1].stop)
 
 
-def split_plan(packed: Any, bucket: Bucket, pages_per_sequence: int) -> PlanArrays:
+def split_plan(packed: Any, bucket: Bucket) -> PlanArrays:
     """The parts of `packed`, int32[plan_size]: views of a numpy array, slices of a traced one."""
-    return PlanArrays(*(packed[part].reshape(shape) for part, shape in _layout(bucket, pages_per_sequence)))
+    return PlanArrays(*(packed[part] for part in _layout(bucket)))
+
+
+def empty_plan(engine: EngineConfig, bucket: Bucket) -> tuple[np.ndarray, PlanArrays]:
+    """A packed step that computes nothing, and its parts to write to."""
+    packed = np.zeros(plan_size(bucket), np.int32)
+    arrays = split_plan(packed, bucket)
+    arrays.positions[:] = PADDING
+    arrays.slots[:] = engine.nobody
+    return packed, arrays
 
 
 @dataclass(eq=False)
@@ -67,6 +73,12 @@ class StepPlan:
     """PlanArrays in one array, int32[plan_size]"""
     draws: np.ndarray
     """DRAW[samples], a row for each row of the head"""
+    tables: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """(slot, its pages) of sequences whose table on the device is to be replaced first"""
+    tokens: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """(slot, its tokens) of sequences whose draws look at tokens that the device doesn't have"""
+    bias: Bias | None = None
+    """What is added to logits, where a draw is adjusted at all; None where none is"""
     samples: list[tuple[int, Sequence]] = field(default_factory=list)
     """(row of the head, sequence) of each token drawn"""
     scheduled_tokens: int = 0

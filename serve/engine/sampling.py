@@ -6,12 +6,15 @@ A draw depends on the row's logits, its parameters, its seed and its position, a
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from isthmus.model.ops.adjustments import Adjustments, words_for
 from isthmus.model.ops.sampling import Drawn, Filters, sample
 
 
@@ -30,10 +33,39 @@ class Sampling:
     logprobs: int = -1
     """How many of the likeliest tokens to tell at each position, at most MOST_LOGPROBS, besides the log-probability of
     the one drawn; -1 tells nothing"""
+    repetition_penalty: float = 1.0
+    """This and what follows is as in `isthmus.model.ops.adjustments`"""
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit), at most MOST_BIASED, of each id once"""
+    allowed: frozenset[int] | None = None
+    """The only ids that may be drawn; None is all"""
+    bad: frozenset[int] = frozenset()
+    """Ids that are never drawn"""
+    min_tokens: int = 0
+    """As many tokens are drawn before one that ends the sequence may be"""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on the tokens before it, other than by the logits."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether a draw sees other logits than the model's."""
+        return self.looks_back or self.masks or bool(self.bias)
+
+    @property
+    def masks(self) -> bool:
+        """Whether some ids may not be drawn."""
+        return self.allowed is not None or bool(self.bad) or self.min_tokens > 0
 
 
 MOST_LOGPROBS = 20
 """The OpenAI API has the same limit. Every step has room for so many."""
+MOST_BIASED = 300
+"""The OpenAI API has the same limit. Every step with an adjusted draw has room for so many."""
 
 DRAW = np.dtype(
     [
@@ -46,20 +78,53 @@ DRAW = np.dtype(
         ("seed_low", np.uint32),
         ("seed_high", np.uint32),
         ("logprobs", np.int32),
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("prompt", np.int32),  # tokens of the prompt
     ]
 )
 """What decides a draw, 32 bits each, so that a plan's draws travel as one array of words."""
 
 
-def draw_of(sampling: Sampling) -> np.ndarray:
-    """DRAW[]: the row of a request, whose slot and position are still to be said. Raises OverflowError for a number
-    that has no place in it."""
+def draw_of(sampling: Sampling, prompt: int = 0) -> np.ndarray:
+    """DRAW[]: the row of a request with a prompt of so many tokens, whose slot and position are still to be said.
+    Raises OverflowError for a number that has no place in it."""
     row = np.zeros((), DRAW)
-    fields = asdict(sampling)
-    seed = fields.pop("seed")
-    for name, value in {**fields, "seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32}.items():
-        row[name] = value
+    seed = sampling.seed
+    more = {"seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32, "prompt": prompt, "slot": 0, "position": 0}
+    for name in DRAW.names or ():
+        row[name] = more[name] if name in more else getattr(sampling, name)
     return row
+
+
+def no_draws(count: int, nobody: int) -> np.ndarray:
+    """DRAW[count]: draws that nobody asked for, by the slot `nobody`."""
+    draws = np.zeros(count, DRAW)
+    draws["slot"], draws["logprobs"], draws["repetition_penalty"] = nobody, -1, 1
+    return draws
+
+
+class Bias(NamedTuple):
+    """What is added to logits."""
+
+    ids: np.ndarray
+    """int32[rows, MOST_BIASED]; -1 where nothing is added"""
+    values: np.ndarray
+    """float32[rows, MOST_BIASED]"""
+
+    @classmethod
+    def none(cls, rows: int) -> Bias:
+        return cls(np.full((rows, MOST_BIASED), -1, np.int32), np.zeros((rows, MOST_BIASED), np.float32))
+
+    def set(self, row: int, bias: tuple[tuple[int, float], ...]) -> None:
+        """Replaces a row. Raises OverflowError or ValueError for what has no place in it."""
+        self.ids[row] = -1
+        if bias:
+            self.ids[row, : len(bias)], self.values[row, : len(bias)] = zip(*bias, strict=True)
+
+    def rows(self, rows: list[int]) -> Bias:
+        return Bias(self.ids[rows], self.values[rows])
 
 
 def words(draws: np.ndarray) -> np.ndarray:
@@ -68,21 +133,64 @@ def words(draws: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    logits: jax.Array, last_token: jax.Array, draws: jax.Array, vocab: int, implementation: str
+    logits: jax.Array, tokens: jax.Array, draws: jax.Array, adjusting: Adjusting | None, vocab: int, implementation: str
 ) -> tuple[jax.Array, Drawn]:
-    """The sampler's program: (last_token, drawn), from float32 logits [samples, ids].
+    """The sampler's program: (tokens, drawn), from float32 logits [samples, ids].
 
-    last_token: int32[max_sequences + 1], what each slot drew last; its last entry takes what is drawn for nobody.
-    draws: `words` of DRAW. vocab, implementation: as in `isthmus.model.ops.sampling.sample`.
+    tokens: as in `isthmus.serve.engine.state.State`. draws: `words` of DRAW. adjusting: where the draws see other
+    logits than the model's. vocab, implementation: as in `isthmus.model.ops.sampling.sample`.
     """
     column = {
         name: jax.lax.bitcast_convert_type(draws[:, index], DRAW[name]) for index, name in enumerate(DRAW.names or ())
     }
-    uniform = uniform_numbers(column["seed_low"], column["seed_high"], column["position"])
+    slot, position = column["slot"], column["position"]
+    uniform = uniform_numbers(column["seed_low"], column["seed_high"], position)
     filters = Filters(*(column[name] for name in Filters._fields))
+    by = None
+    if adjusting is not None:
+        by = Adjustments(
+            adjusting.bias_ids,
+            adjusting.bias,
+            column["repetition_penalty"],
+            column["frequency_penalty"],
+            column["presence_penalty"],
+            tokens,
+            slot,
+            column["prompt"],
+            position,
+            adjusting.allowed,
+        )
     judged = column["logprobs"]
-    drawn = sample(logits, filters, uniform, judged, vocab, MOST_LOGPROBS, implementation=implementation)
-    return last_token.at[column["slot"]].set(drawn.token), drawn
+    drawn = sample(logits, filters, uniform, judged, vocab, MOST_LOGPROBS, by, implementation=implementation)
+    return tokens.at[slot, position].set(drawn.token, mode="drop"), drawn
+
+
+class Adjusting(NamedTuple):
+    """What an adjusted draw takes beside its row of DRAW."""
+
+    bias_ids: Any
+    """int32[samples, MOST_BIASED]"""
+    bias: Any
+    """float32[samples, MOST_BIASED]"""
+    allowed: Any
+    """int32[samples, words]: bit i % 32 of word i // 32 says whether id i may be drawn"""
+
+
+def abstract_adjusting(samples: int, ids: int) -> Adjusting:
+    """The shapes and dtypes of an Adjusting."""
+    biased = (samples, MOST_BIASED)
+    return Adjusting(
+        jax.ShapeDtypeStruct(biased, jnp.int32),
+        jax.ShapeDtypeStruct(biased, jnp.float32),
+        jax.ShapeDtypeStruct((samples, words_for(ids)), jnp.int32),
+    )
+
+
+def mask_of(ids: Iterable[int], size: int) -> np.ndarray:
+    """int32[words]: a mask over `size` ids that has these. Raises IndexError for one beyond them."""
+    bits = np.zeros(32 * words_for(size), bool)
+    bits[list(ids)] = True
+    return np.packbits(bits, bitorder="little").view("<i4")
 
 
 def uniform_numbers(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array) -> jax.Array:

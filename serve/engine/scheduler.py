@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.model.ops.adjustments import words_for
 from isthmus.model.ops.sampling import BAD_ROW, Drawn
 from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.masks import masks_of
 from isthmus.serve.engine.messages import Ending, Event, Logprobs, Request
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
 from isthmus.serve.engine.pages import PagePool, page_key
 from isthmus.serve.engine.plan import StepPlan
-from isthmus.serve.engine.sampling import draw_of
 from isthmus.serve.engine.sequence import Sequence
 
 logger = logging.getLogger("isthmus.engine")
@@ -40,9 +41,9 @@ class Counters:
 class Scheduler:
     """Owns requests from `add` to their last event, and the pages that they hold."""
 
-    def __init__(self, config: EngineConfig, rope_switch: int = 0) -> None:
-        """config: resolved. rope_switch: as in ModelConfig."""
-        self.config, self._rope_switch = config, rope_switch
+    def __init__(self, config: EngineConfig, rope_switch: int = 0, vocab_size: int = 0) -> None:
+        """config: resolved. rope_switch, vocab_size: as in ModelConfig."""
+        self.config, self._rope_switch, self._vocab_size = config, rope_switch, vocab_size
         self.pool = PagePool(config.pages)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -169,9 +170,9 @@ class Scheduler:
             return False
         if step.blocks * self.config.block_size >= self.config.prefill_tokens:
             return False
-        draw = draw_of(sequence.request.sampling)
+        sequence.masks = masks_of(sequence.request, self._vocab_size)
         self.waiting.popleft()
-        self._start(sequence, hit, draw)
+        self._start(sequence, hit)
         if sequence.admitted_at is None:
             sequence.admitted_at = now
         self._schedule(sequence, self._next_count(sequence, step), step)
@@ -202,7 +203,7 @@ class Scheduler:
             parent = sequence.page_keys[-1] if sequence.page_keys else b"long" if sequence.uses_long_rope else b""
             sequence.page_keys.append(page_key(parent, sequence.tokens[page * size : (page + 1) * size]))
 
-    def _start(self, sequence: Sequence, hit: list[int], draw: np.ndarray) -> None:
+    def _start(self, sequence: Sequence, hit: list[int]) -> None:
         self.pool.hold(hit)
         fresh = self.pool.allocate(self._pages_for(sequence.length) - len(hit))
         assert fresh is not None, "admitted without pages"
@@ -215,10 +216,8 @@ class Scheduler:
             self.counters.cached_prompt_tokens += sequence.computed
         else:
             sequence.recomputed_tokens += sequence.length - sequence.computed
-        self._packer.tables[sequence.slot, : len(sequence.pages)] = sequence.pages
-        self._packer.draws[sequence.slot] = draw
-        self._packer.draws["slot"][sequence.slot] = sequence.slot
         self.running.append(sequence)
+        self._packer.start(sequence)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.config.page_size)
@@ -233,6 +232,8 @@ class Scheduler:
             return False
         sequence.pages += fresh
         self._packer.tables[sequence.slot, have : have + needed] = fresh
+        if tokens - sequence.computed > 1:  # a single token's page is part of its row
+            self._packer.place(sequence)
         return True
 
     def _schedule(self, sequence: Sequence, count: int, step: Step) -> None:
@@ -260,6 +261,14 @@ class Scheduler:
         sequence.registered = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
+
+    def mask(self, plan: StepPlan) -> np.ndarray:
+        """int32[samples, words]: which ids each draw of an adjusted plan may give. All tokens before them are known."""
+        mask = np.full((plan.bucket.samples, words_for(self._vocab_size)), -1, np.int32)
+        for row, sequence in plan.samples:
+            if sequence.masks is not None:
+                mask[row] = sequence.masks.at(int(plan.draws["position"][row]) - sequence.prompt_length)
+        return mask
 
     # commit: what a step drew
 

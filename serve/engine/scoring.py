@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.operation import AUTO
-from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params, bind, parameter_specs
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.model.weights.packing import Packing
 from isthmus.serve.engine.build import abstract_served, load_served
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Served, abstract_cache, forward
-from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
+from isthmus.serve.engine.executor import Served, forward
+from isthmus.serve.engine.plan import empty_plan
+from isthmus.serve.engine.state import State, empty_state
 
 
 def predictions(
@@ -46,11 +46,12 @@ def score(served: Served, mesh: Mesh, params: Params, windows: np.ndarray, first
     engine = served.engine
     bucket = engine.buckets[-1]
     with use_mesh(mesh):
-        cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_cache(served, mesh))
+        state = empty_state(served.abstract_state(mesh), served.execution.kernels.paged_attention)
+        state = state._replace(tables=state.tables.at[0].set(1 + jnp.arange(engine.pages_per_sequence)))
         span = range(first, windows.shape[1] - 1)
         step = jax.jit(partial(_logits, served, bucket, span), donate_argnums=1)
         for tokens in windows:
-            cache, logits = step(params, cache, _plan(bucket, engine, tokens, served.model.rope_switch))
+            state, logits = step(params, state, _plan(bucket, engine, tokens, served.model.rope_switch))
             yield np.asarray(logits)
 
 
@@ -71,23 +72,20 @@ def _logits(
     bucket: Bucket,
     span: range,
     params: Params,
-    cache: PagedCache,
+    state: State,
     packed: jax.Array,
-) -> tuple[PagedCache, jax.Array]:
+) -> tuple[State, jax.Array]:
     model = bind(served.model, served.execution, params)
-    arrays = split_plan(packed, bucket, served.engine.pages_per_sequence)
-    hidden, cache = forward(model, served.engine, bucket, cache, arrays)
-    return cache, model.logits(hidden[bucket.rows + span.start : bucket.rows + span.stop])
+    hidden, state = forward(model, served.engine, bucket, state, packed)
+    return state, model.logits(hidden[bucket.rows + span.start : bucket.rows + span.stop])
 
 
 def _plan(bucket: Bucket, engine: EngineConfig, tokens: np.ndarray, rope_switch: int) -> np.ndarray:
-    """A packed step that computes a whole prompt in the pages after the null page. tokens: int32, the prompt's ids."""
-    packed = np.zeros(plan_size(bucket, engine.pages_per_sequence), np.int32)
-    arrays = split_plan(packed, bucket, engine.pages_per_sequence)
-    arrays.positions[:] = PADDING
+    """A packed step that computes a whole prompt in the first slot. tokens: int32, the prompt's ids."""
+    packed, arrays = empty_plan(engine, bucket)
     prompt = slice(bucket.rows, bucket.rows + len(tokens))
     arrays.tokens[prompt] = tokens
     arrays.positions[prompt] = np.arange(len(tokens))
-    arrays.tables[bucket.rows :] = 1 + np.arange(engine.pages_per_sequence)
+    arrays.slots[bucket.rows :] = 0
     arrays.uses_long_rope[bucket.rows :] = 0 < rope_switch < len(tokens)
     return packed

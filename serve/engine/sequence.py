@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from isthmus.serve.engine.masks import Masks
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
 
 
@@ -22,6 +23,8 @@ class Sequence:
     """Tokens drawn by launched steps and not read yet: at most 1, or 2 from a plan to the commit of the step before"""
     uses_long_rope: bool = field(default=False, init=False)
     """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
+    masks: Masks | None = field(default=None, init=False)
+    """Which tokens may be drawn; None where all may"""
     slot: int = field(default=-1, init=False)
     pages: list[int] = field(default_factory=list, init=False)
     registered: int = field(default=0, init=False)

@@ -74,8 +74,9 @@ def test_cost_of_decoding_equals_a_count_by_hand() -> None:
 
 
 def test_cost_of_prompts_counts_the_head_once_a_prompt_and_the_keys_once_a_sequence() -> None:
-    work = roofline.workload(Bucket(2, 3, 4), depth=8)
+    work = roofline.workload(Bucket(4, 3, 4), depth=8)
     assert work.prompts == (8, 4), "two blocks make a prompt of the depth, and one is left"
+    assert work.rows == 2, "each prompt has a slot"
     assert (work.tokens, work.drawn, work.read) == (14, 4, 2 * 8 + 8 + 4)
     assert work.attended == 2 * 8 + 36 + 10
     headless = dataclasses.replace(SMALL, vocab_size=0)
@@ -108,14 +109,14 @@ def test_a_plan_does_its_workload_on_pages_of_its_own(bucket: Bucket) -> None:
     engine = with_room(ENGINE.resolve(TINY), depth=20)
     work = roofline.workload(bucket, 20)
     plan = build_plan(engine, bucket, work, Sampling(0.5))
-    arrays = split_plan(plan.packed, bucket, engine.pages_per_sequence)
+    arrays = split_plan(plan.packed, bucket)
     assert (arrays.positions >= 0).sum() == work.tokens
-    assert (arrays.positions[:2] == 19).all()
+    assert (arrays.positions[: work.rows] == 19).all()
     starts = arrays.positions[2:] == 0
     assert starts.sum() == len(work.prompts)
-    rows = [set(arrays.tables[row]) - {0} for row in range(2)]
-    blocks = [set(arrays.tables[2 + b]) - {0} for b in range(bucket.blocks)]
-    used = rows + [pages for b, pages in enumerate(blocks) if b == 0 or pages != blocks[b - 1]]
+    busy = {int(slot) for slot in arrays.slots} - {engine.nobody}
+    assert busy == {slot for slot, _ in plan.tables} == set(range(work.rows + len(work.prompts)))
+    used = [set(table) - {0} for _, table in plan.tables]
     assert sum(map(len, used)) == len(set().union(*used)), "two sequences share a page"
     assert max(max(pages) for pages in used) < engine.pages
     assert (plan.draws["temperature"] == 0.5).all()
@@ -240,7 +241,7 @@ def test_step_measures_every_bucket_and_the_report_shows_it(tiny_preset: str, tm
     assert names == {"README.md", "cpu-step-tiny.png", "cpu-serve-m.png"}
     text = (tmp_path / "README.md").read_text()
     assert (
-        "| 2 + 1x16 | 18 |" in text
+        "| 2 + 1x16 | 17 |" in text
         and "(1.00x), temperature 1 " in text
         and "cpu-serve-m.png" in text
         and "nan" not in text

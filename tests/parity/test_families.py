@@ -25,14 +25,14 @@ from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.load import leaves_of, parts_of
 from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served, abstract_cache, forward_step
+from isthmus.serve.engine.executor import Executor, Served, forward_step
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
 from isthmus.train.step import gradients, long_sequences, packed_attention
 from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load, others_slow
-from tests.serve.engine.harness import Arrival, only_tokens, play
+from tests.serve.engine.harness import Arrival, only_tokens, play, stale_state, with_tables
 from tests.support import packed_params, relative_error
 
 TOLERANCE = 2e-5
@@ -106,16 +106,13 @@ def run_logged(
     served = Served(config, engine, config.vocab_size).with_kernels(kernels, mesh)
 
     programs = {b: jax.jit(partial(forward_step, served, b), donate_argnums=1) for b in engine.buckets}
-    none_in_flight = jnp.zeros(engine.max_sequences + 1, jnp.int32)
     scheduler = Scheduler(engine, config.rope_switch)
     for request in requests:
         scheduler.add(request)
-    # Stale pages may hold anything.
-    shape = abstract_cache(served, mesh).pages.shape
-    cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
+    state = stale_state(served, mesh)
     while (plan := scheduler.plan()) is not None:
         with use_mesh(mesh):
-            cache, logits = programs[plan.bucket](params, cache, none_in_flight, plan.packed)
+            state, logits = programs[plan.bucket](params, with_tables(state, plan), plan.packed)
         rows = np.asarray(logits)
         drawn = rows.argmax(axis=1)
         for row, sequence in plan.samples:

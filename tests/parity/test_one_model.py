@@ -22,12 +22,12 @@ from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served, abstract_cache, forward_step
+from isthmus.serve.engine.executor import Executor, Served, forward_step
 from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.sequence import Sequence
-from tests.serve.engine.harness import Arrival, only_tokens, play
+from tests.serve.engine.harness import Arrival, only_tokens, play, stale_state, with_tables
 from tests.support import forward, next_tokens, packed_params, random_params
 
 VOCAB = 90
@@ -171,15 +171,12 @@ def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Para
     rng = random.Random(3)
     prompts = [[rng.randrange(VOCAB) for _ in range(size)] for size in (1, 15, 16, 17, 40, 60)]
     sequences = [scheduler.add(Request(f"{i}", prompt, GREEDY, 20 + 3 * i)) for i, prompt in enumerate(prompts)]
-    # Stale pages of others may hold anything, NaN included.
-    shape = abstract_cache(served, mesh).pages.shape
-    cache = PagedCache(jnp.full(shape, jnp.nan, jnp.float32))
-    none_in_flight = jnp.zeros(engine.max_sequences + 1, jnp.int32)
+    state = stale_state(served, mesh)
     seen: list[tuple[Sequence, int, np.ndarray]] = []
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
-            cache, logits = run(kept, cache, none_in_flight, plan.packed)
+            state, logits = run(kept, with_tables(state, plan), plan.packed)
         rows = np.asarray(logits)
         seen += [(sequence, len(sequence.tokens) - 1, rows[row]) for row, sequence in plan.samples]
         scheduler.commit(plan, only_tokens(rows[:, :VOCAB].argmax(axis=1)))

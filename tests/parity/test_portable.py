@@ -23,13 +23,13 @@ from isthmus.model.sharding import MESH_AXES, use_mesh
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import (
     Served,
-    abstract_cache,
     draw_and_arguments,
     forward_and_arguments,
     lower_forward,
 )
-from isthmus.serve.engine.plan import PADDING, plan_size, split_plan
+from isthmus.serve.engine.plan import empty_plan
 from isthmus.serve.engine.sampling import MOST_LOGPROBS
+from isthmus.serve.engine.state import State, empty_state
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.optimizer import build_optimizer
@@ -78,13 +78,14 @@ def test_an_engine_step_is_the_same_for_every_platform(bucket: Bucket, dtype: An
     step, args = forward_and_arguments(served, bucket, mesh)
     exported = export_flat(step, args, mesh)
     assert set(exported.platforms) == set(PLATFORMS)
-    assert tuple(exported.out_avals[0].shape) == abstract_cache(served, mesh).pages.shape
-    step, args = draw_and_arguments(served, bucket.samples, mesh)
-    exported = export_flat(step, args, mesh)
-    assert set(exported.platforms) == set(PLATFORMS)
-    rows, told = (bucket.samples,), (bucket.samples, MOST_LOGPROBS)
-    slots = (ENGINE.max_sequences + 1,)
-    assert [tuple(out.shape) for out in exported.out_avals] == [slots, rows, rows, told, told]
+    state = served.abstract_state(mesh)
+    assert tuple(exported.out_avals[0].shape) == state.cache.pages.shape
+    for adjusted in (False, True):
+        step, args = draw_and_arguments(served, bucket.samples, mesh, adjusted=adjusted)
+        exported = export_flat(step, args, mesh)
+        assert set(exported.platforms) == set(PLATFORMS)
+        rows, told = (bucket.samples,), (bucket.samples, MOST_LOGPROBS)
+        assert [tuple(out.shape) for out in exported.out_avals] == [state.tokens.shape, rows, rows, told, told]
 
 
 def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
@@ -92,25 +93,23 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     bucket = ENGINE.buckets[-1]
     step, args = forward_and_arguments(SERVED, bucket, mesh)
     exported = export_flat(step, args, mesh)
-    packed = np.zeros(plan_size(bucket, ENGINE.pages_per_sequence), np.int32)
-    arrays = split_plan(packed, bucket, ENGINE.pages_per_sequence)
-    arrays.positions[:] = PADDING
+    packed, arrays = empty_plan(ENGINE, bucket)
     arrays.positions[bucket.rows : bucket.rows + 13] = np.arange(13)
     arrays.tokens[bucket.rows : bucket.rows + 13] = np.arange(13)
-    arrays.tables[bucket.rows, :2] = (3, 5)
+    arrays.slots[bucket.rows] = 1
     arrays.sample_token[bucket.rows] = bucket.rows + 12
 
-    def state() -> tuple[PagedCache, jax.Array]:
-        shape = abstract_cache(SERVED, mesh).pages.shape
-        return PagedCache(jnp.zeros(shape)), jnp.zeros(ENGINE.max_sequences + 1, jnp.int32)
+    def state() -> State:
+        empty = empty_state(SERVED.abstract_state(mesh), "reference")
+        return empty._replace(tables=empty.tables.at[1, :2].set(jnp.asarray((3, 5))))
 
     params = random_params(TINY, mesh)
     with use_mesh(mesh):
-        want = step(params, *state(), packed)
-        got = exported.call(*jax.tree.leaves((params, *state(), packed)))
+        want = step(params, state(), packed)
+        got = exported.call(*jax.tree.leaves((params, state(), packed)))
     for one, other in zip(got, jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
-    assert np.abs(np.asarray(want[0].pages)).max() > 0
+    assert np.abs(np.asarray(want[0].cache.pages)).max() > 0
 
 
 # the cache stays in place

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from isthmus.model.config import ModelConfig
+from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.ops.sampling import Drawn
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
@@ -17,6 +20,7 @@ from isthmus.serve.engine.executor import Executor, Launched, Served
 from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.messages import End, Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
+from isthmus.serve.engine.state import State, empty_state
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -47,6 +51,19 @@ def only_tokens(tokens: np.ndarray) -> Drawn:
     """What a step gives that drew these, where nobody asked for more."""
     none = np.zeros((len(tokens), 0))
     return Drawn(tokens, np.zeros(len(tokens)), none, none)
+
+
+def stale_state(served: Served, mesh: Mesh) -> State:
+    """A state whose pages hold what no token may read."""
+    empty = empty_state(served.abstract_state(mesh), served.execution.kernels.paged_attention)
+    return empty._replace(cache=PagedCache(jnp.full(empty.cache.pages.shape, jnp.nan, empty.cache.pages.dtype)))
+
+
+def with_tables(state: State, plan: StepPlan) -> State:
+    """The state with the pages that a plan brings."""
+    for slot, pages in plan.tables:
+        state = state._replace(tables=state.tables.at[slot].set(pages))
+    return state
 
 
 def make(name: str, prompt: int = 3, max_tokens: int = 8) -> Request:

@@ -77,7 +77,9 @@ class Simulation:
         self.config = config
         self.scheduler = Scheduler(config)
         self.cache: dict[tuple[int, int], Entry] = {}
-        self.last_token: dict[int, int] = {}
+        self.tables = np.zeros((config.nobody + 1, config.pages_per_sequence), np.int32)
+        self.tokens: dict[tuple[int, int], int] = {}
+        """What was drawn for a slot and position"""
         self.in_flight: InFlight | None = None
         self.live: dict[str, Sequence] = {}
         self.finished: list[Sequence] = []
@@ -112,6 +114,7 @@ class Simulation:
         self.scheduler.pool.check()
         launched = None
         if plan is not None:
+            self._place(plan)
             self._check_plan(plan)
             launched = InFlight(plan, self._launch(plan))
         events: list[Event] = []
@@ -168,11 +171,20 @@ class Simulation:
             yield bucket.rows + block, range(first, first + bucket.block_size)
 
     def _arrays(self, plan: StepPlan) -> PlanArrays:
-        return split_plan(plan.packed, plan.bucket, self.config.pages_per_sequence)
+        return split_plan(plan.packed, plan.bucket)
 
-    def _place(self, arrays: PlanArrays, row: int, position: int) -> tuple[int, int]:
+    def _at(self, arrays: PlanArrays, row: int, position: int) -> tuple[int, int]:
         size = self.config.page_size
-        return int(arrays.tables[row][position // size]), position % size
+        return int(self.tables[arrays.slots[row]][position // size]), position % size
+
+    def _place(self, plan: StepPlan) -> None:
+        """Takes in the pages that a plan brings."""
+        for slot, pages in plan.tables:
+            self.tables[slot] = pages
+        arrays = self._arrays(plan)
+        for row in range(plan.bucket.rows):
+            if (position := int(arrays.positions[row])) != PADDING:
+                self.tables[arrays.slots[row], position // self.config.page_size] = arrays.row_page[row]
 
     def _launch(self, plan: StepPlan) -> np.ndarray:
         """Writes every token, then reads every token's prefix, as each layer does."""
@@ -184,12 +196,12 @@ class Simulation:
                     continue
                 token = int(arrays.tokens[index])
                 if token == FROM_DEVICE:
-                    token = self.last_token[int(arrays.row_slot[row])]
+                    token = self.tokens[int(arrays.slots[row]), position]
                 before = b""
                 if position:
-                    before = self.cache[self._place(arrays, row, position - 1)].prefix
+                    before = self.cache[self._at(arrays, row, position - 1)].prefix
                 entry = Entry(token, position, extend(before, token))
-                self.cache[self._place(arrays, row, position)] = entry
+                self.cache[self._at(arrays, row, position)] = entry
                 self.tokens_computed += 1
         prefixes: dict[int, bytes] = {}
         for row, indices in self._rows(arrays, plan):
@@ -202,7 +214,7 @@ class Simulation:
         """The prefix of a token as attention sees it: all positions before it, in order, from one sequence."""
         prefix = b""
         for at in range(position + 1):
-            entry = self.cache.get(self._place(arrays, row, at))
+            entry = self.cache.get(self._at(arrays, row, at))
             assert entry is not None, f"position {at} was never written"
             assert entry.position == at, f"position {at} holds position {entry.position}"
             prefix = extend(prefix, entry.token)
@@ -214,14 +226,15 @@ class Simulation:
         for row, sequence in plan.samples:
             prefix = prefixes[int(arrays.sample_token[row])]
             known = prefix_of(sequence.tokens)
-            if len(sequence.tokens) < int(arrays.positions[arrays.sample_token[row]]) + 1:
-                known = extend(known, self.last_token[sequence.slot])  # drawn by the step in flight
+            position = int(plan.draws["position"][row])
+            if len(sequence.tokens) < position:
+                known = extend(known, self.tokens[sequence.slot, position - 1])  # drawn by the step in flight
             assert prefix == known, f"{sequence.request.id} draws after another prefix than its own"
             drawn[row] = draw(prefix)
             if sequence.request.id in self.poison:
                 self.poison.discard(sequence.request.id)
                 drawn[row] = BAD_ROW
-            self.last_token[int(plan.draws["slot"][row])] = int(drawn[row])
+            self.tokens[int(plan.draws["slot"][row]), position] = int(drawn[row])
         return drawn
 
     # what must hold of every plan
@@ -240,30 +253,30 @@ class Simulation:
             scheduled += len(real)
             assert positions == real + [PADDING] * (len(positions) - len(real)), "padding amid tokens"
             if not real:
-                assert not arrays.tables[row].any(), "padding with a page table"
+                assert arrays.slots[row] == self.config.nobody, "padding in somebody's slot"
                 continue
             assert real == list(range(real[0], real[0] + len(real))), "positions are not consecutive"
             if len(indices) > 1:
                 assert real[0] % self.config.block_size == 0, "a block off the grid"
                 assert all(arrays.tokens[i] != FROM_DEVICE for i in indices), "a block takes known tokens only"
-            pages = {self._place(arrays, row, p)[0] for p in real}
+            pages = {self._at(arrays, row, p)[0] for p in real}
             owners = [r for r in self.scheduler.running if pages <= set(r.pages)]
             assert len(owners) == 1, "a row writes to pages that are not one running request's"
             assert owners[0].computed > real[-1], "computed doesn't count what was planned"
             covered = -(-(real[-1] + 1) // self.config.page_size)
-            assert arrays.tables[row][:covered].tolist() == owners[0].pages[:covered]
+            assert self.tables[arrays.slots[row]][:covered].tolist() == owners[0].pages[:covered]
             for page in pages:
                 assert page != NULL_PAGE
                 assert len(holder[page]) == 1 and pool._held[page] == 1, "a write to a page that others read"
                 assert pool._key_of[page] is None, "a write to a page that others may find"
-            places = {self._place(arrays, row, p) for p in real}
+            places = {self._at(arrays, row, p) for p in real}
             assert len(places) == len(real) and not places & written, "two tokens are written to one place"
             written |= places
         assert scheduled == plan.scheduled_tokens > 0
         self._check_samples(plan, arrays)
 
     def _check_samples(self, plan: StepPlan, arrays: PlanArrays) -> None:
-        nobody = self.config.max_sequences
+        nobody = self.config.nobody
         rows = [row for row, _ in plan.samples]
         assert len({id(sequence) for _, sequence in plan.samples}) == len(rows) == len(set(rows))
         for row in range(plan.bucket.samples):

@@ -196,7 +196,7 @@ def test_what_the_cache_held_before_reaches_nobody(kernels: str, cache_dtype: An
             value = values[leaf.dtype == jnp.int8]
             return jax.device_put(np.full(leaf.shape, value, leaf.dtype), leaf.sharding)
 
-        executor._cache = jax.tree.map(fill, executor._cache)
+        executor.state = executor.state._replace(cache=jax.tree.map(fill, executor.state.cache))
         arrivals = [Arrival(make("short", 3)), Arrival(make("long", 19, 10))]
         play(executor, arrivals)
         texts.append([arrival.completion for arrival in arrivals])

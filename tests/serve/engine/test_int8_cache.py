@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.serve.engine.executor import Executor, Served, abstract_cache
+from isthmus.serve.engine.executor import Executor, Served
 from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, make, play
 from tests.support import forward, random_params
 
@@ -21,7 +21,7 @@ INT8 = dataclasses.replace(ENGINE, cache_dtype="int8")
 def test_the_bytes_that_are_planned_are_those_that_are_taken(head_dim: int, mesh: Mesh) -> None:
     """Pages are counted from the memory that is left: counted too small, a server dies when it starts."""
     config = dataclasses.replace(CONFIG, head_dim=head_dim)
-    cache = abstract_cache(Served(config, INT8, config.vocab_size), mesh)
+    cache = Served(config, INT8, config.vocab_size).abstract_state(mesh).cache
     taken = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert taken == INT8.pages * INT8.page_size * INT8.kv_bytes_per_token(config, "float32")
     if head_dim % 64 == 0:  # 8.5 bits a number

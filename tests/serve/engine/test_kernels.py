@@ -16,7 +16,7 @@ from tests.serve.engine.harness import CONFIG, ENGINE
 from tests.support import packed_params, random_params
 
 SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
-CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product", "sample"}
+CALLS = {"linear_float32", "paged_attention", "rms_norm", "rotate_pairs", "gated_product", "sample", "sample_adjusted"}
 
 
 def calls(served: Served, mesh: Mesh) -> set[str]:
@@ -25,7 +25,8 @@ def calls(served: Served, mesh: Mesh) -> set[str]:
     if served.execution.kernels.packs_weights:
         params = packed_params(CONFIG, params)
     bucket = ENGINE.buckets[-1]
-    programs = lower_forward(served, bucket, mesh, abstract_like(params)), lower_draw(served, bucket.samples, mesh)
+    programs = [lower_forward(served, bucket, mesh, abstract_like(params))]
+    programs += [lower_draw(served, bucket.samples, mesh, adjusted=adjusted) for adjusted in (False, True)]
     return {call for program in programs for call in re.findall(r"@isthmus_(\w+)", program.as_text())}
 
 
@@ -38,14 +39,20 @@ def test_the_choice_reaches_every_operation(mesh: Mesh) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, call", [("norm", "rms_norm"), ("rotary", "rotate_pairs"), ("gated", "gated_product"), ("sampling", "sample")]
+    ("name", "called"),
+    [
+        ("norm", {"rms_norm"}),
+        ("rotary", {"rotate_pairs"}),
+        ("gated", {"gated_product"}),
+        ("sampling", {"sample", "sample_adjusted"}),
+    ],
 )
-def test_each_operation_heeds_its_own(name: str, call: str, mesh: Mesh) -> None:
+def test_each_operation_heeds_its_own(name: str, called: set[str], mesh: Mesh) -> None:
     """Where a kernel of one operation can't run, the others still do."""
     packed_params(CONFIG, random_params(CONFIG, mesh))
     kernels = dataclasses.replace(SERVED.with_kernels("cpu", mesh).execution.kernels, **{name: "reference"})
     served = dataclasses.replace(SERVED, execution=Execution(kernels=kernels))
-    assert calls(served, mesh) == CALLS - {call}
+    assert calls(served, mesh) == CALLS - called
 
 
 def test_an_engine_of_two_devices_refuses_kernels_for_one() -> None:
