@@ -38,11 +38,26 @@ from isthmus.v1 import inference_pb2
 
 T = TypeVar("T")
 
+SCALARS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
+"""The numbers that both SamplingParams have under one name"""
 API_FIELDS = {
     "messages": "messages.messages",
     "chat_template": "messages",
     "template_arguments": "messages.template_arguments_json",
-    **{name: f"sampling.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
+    **{name: f"sampling.{name}" for name in SCALARS},
+    "logit_bias": "sampling.logit_bias",
+    "allowed_token_ids": "sampling.allowed_token_ids.ids",
+    "bad_token_ids": "sampling.bad_token_ids",
+    "min_tokens": "stop.min_tokens",
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
     "logprobs": "output.logprobs",
@@ -90,13 +105,22 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
 
 
 def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingParams) -> None:
-    for name in ("temperature", "top_p", "top_k", "min_p", "seed"):
+    for name in SCALARS:
         if (value := getattr(sampling, name)) is not None:
             fitting(name, partial(setattr, message.sampling, name, value))
     if sampling.max_tokens is not None:
         fitting("max_tokens", lambda: setattr(message.stop, "max_tokens", sampling.max_tokens))
     if sampling.logprobs is not None:
         fitting("logprobs", lambda: setattr(message.output, "logprobs", sampling.logprobs))
+    if sampling.min_tokens is not None:
+        fitting("min_tokens", lambda: setattr(message.stop, "min_tokens", sampling.min_tokens))
+    if (allowed := sampling.allowed_token_ids) is not None:
+        message.sampling.allowed_token_ids.SetInParent()
+        ids = check_sized("allowed_token_ids", allowed)
+        fitting("allowed_token_ids", lambda: message.sampling.allowed_token_ids.ids.extend(ids))
+    bad = check_sized("bad_token_ids", sampling.bad_token_ids)
+    fitting("bad_token_ids", lambda: message.sampling.bad_token_ids.extend(bad))
+    fitting("logit_bias", lambda: message.sampling.logit_bias.update(sampling.logit_bias))
     stops = check_sized("stop_token_ids", sampling.stop_token_ids)
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
     fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))

@@ -36,6 +36,13 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
+    repetition_penalty: float | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logit_bias: Mapping[int, float]
+    allowed_token_ids: Sequence[int] | None
+    bad_token_ids: Sequence[int]
+    min_tokens: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,21 @@ class SamplingParams:
     logprobs: int | None = None
     """Tells the log-probability of each token that is drawn, and of so many of the likeliest tokens at its place, at
     most 20; None tells nothing"""
+    repetition_penalty: float | None = None
+    """Divides the logit of each token that prompt or answer has, if it is positive, and multiplies it otherwise; in
+    (0, 10], by default 1, which is off"""
+    frequency_penalty: float | None = None
+    """Subtracted from a token's logit for each time that the answer has it; in [-2, 2], by default 0"""
+    presence_penalty: float | None = None
+    """Subtracted from the logit of each token that the answer has; in [-2, 2], by default 0"""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """What is added to the logits of these token ids, at most 300, each in [-100, 100]; it comes before penalties"""
+    allowed_token_ids: Sequence[int] | None = None
+    """The only tokens that may be drawn; None allows all. The end of the text is one of them only if it is named"""
+    bad_token_ids: Sequence[int] = ()
+    """Tokens that are never drawn"""
+    min_tokens: int | None = None
+    """As many tokens are drawn before one may that ends the text; by default 0"""
 
     def replace(self, **options: Unpack[SamplingOptions]) -> SamplingParams:
         """A copy with these fields changed."""

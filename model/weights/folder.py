@@ -46,6 +46,7 @@ class GenerationDefaults:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     ignored: tuple[str, ...] = ()
     """Recommended settings that are not supported, each as NAME=VALUE"""
 
@@ -281,12 +282,12 @@ def _end_ids(path: Path) -> list[int]:
 
 def _generation(path: Path) -> GenerationDefaults:
     """Reads generation_config.json as transformers does. A file without do_sample recommends greedy decoding, whatever
-    else it says. A missing file recommends nothing."""
+    it says about temperature and filters; its repetition_penalty counts all the same. A missing file recommends
+    nothing."""
     if not present(path / "generation_config.json"):
         return GenerationDefaults()
     values = read_json_if_present(path / "generation_config.json")
     neutral = {
-        "repetition_penalty": 1.0,
         "no_repeat_ngram_size": 0,
         "typical_p": 1.0,
         "num_beams": 1,
@@ -295,9 +296,6 @@ def _generation(path: Path) -> GenerationDefaults:
     ignored = tuple(
         f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
     )
-    if not values.get("do_sample", False):
-        return GenerationDefaults(temperature=0.0, ignored=ignored)
-
     def number(name: str, low: float, high: float) -> Any:
         value = values.get(name)
         if value is None:
@@ -306,8 +304,11 @@ def _generation(path: Path) -> GenerationDefaults:
             raise ConfigError(f"{path / 'generation_config.json'}: {name}={value!r} must be {low:g} to {high:g}")
         return value
 
+    penalty = number("repetition_penalty", 1e-6, 10)
+    if not values.get("do_sample", False):
+        return GenerationDefaults(temperature=0.0, repetition_penalty=penalty, ignored=ignored)
     top_k = number("top_k", 0, 1 << 30)
     return GenerationDefaults(
         number("temperature", 0, 100), number("top_p", 1e-6, 1), None if top_k is None else int(top_k),
-        number("min_p", 0, 1), ignored,
+        number("min_p", 0, 1), penalty, ignored,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from isthmus.errors import InvalidRequest
-from isthmus.proto import API_FIELDS, PROMPT_FIELDS, rename
+from isthmus.proto import API_FIELDS, PROMPT_FIELDS, SCALARS, rename
 from isthmus.serve.engine.messages import Request
 from isthmus.types import Completion, Conversation, Question, SamplingParams, TextPrompt, TokenLogprobs, TokenPrompt
 from isthmus.v1 import inference_pb2 as pb
@@ -38,9 +38,12 @@ def _prompt(message: pb.GenerateRequest) -> TextPrompt | TokenPrompt | Conversat
 
 def _sampling(message: pb.GenerateRequest) -> SamplingParams:
     given, stop, output = message.sampling, message.stop, message.output
-    names = ("temperature", "top_p", "top_k", "min_p", "seed")
     return SamplingParams(
-        **{name: getattr(given, name) for name in names if given.HasField(name)},
+        **{name: getattr(given, name) for name in SCALARS if given.HasField(name)},
+        logit_bias=dict(given.logit_bias),
+        allowed_token_ids=given.allowed_token_ids.ids if given.HasField("allowed_token_ids") else None,
+        bad_token_ids=given.bad_token_ids,
+        min_tokens=stop.min_tokens if stop.HasField("min_tokens") else None,
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         stop_token_ids=stop.token_ids,
         ignore_eos=stop.ignore_eos,

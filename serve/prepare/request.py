@@ -3,47 +3,26 @@ library's argument (isthmus/types.py); a front end whose fields have other names
 
 from __future__ import annotations
 
-import math
-import operator
 import secrets
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
-
-import numpy as np
 
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.messages import Request
-from isthmus.serve.engine.sampling import MOST_LOGPROBS, Sampling
-from isthmus.types import (
-    Conversation,
-    Question,
-    SamplingParams,
-    TextPrompt,
-    TokenPrompt,
-    check_sized,
-    check_string,
-    check_turn,
-)
+from isthmus.serve.prepare.checks import check_flag, check_text, check_token_ids
+from isthmus.serve.prepare.sampling import drawing_of
+from isthmus.types import Conversation, Question, TextPrompt, TokenPrompt, check_sized, check_turn
 
-T = TypeVar("T", int, float)
-
-DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
-MAX_STOP_TOKENS = 64
-MAX_TEMPERATURE = 100.0
 MAX_MESSAGES = 1024
 MAX_TOKENS = 1 << 18
 """Most tokens of a text that `tokenized` or `detokenized` takes: more would hold up all streams while they become a
 list"""
-_MOST_BITS = 256
-"""Bits of a whole number that a message about it can show"""
 MAX_CHARACTERS = 4_000_000
 """Most characters of a text that `detokenized` returns"""
 
@@ -68,15 +47,15 @@ class Preparation:
     def request(self, question: Question) -> Request:
         """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
         prompt = self.prompt_ids(question.prompt)
-        asked = question.sampling
         left = self.context_length - len(prompt)
+        drawing = drawing_of(question.sampling, self.recommended, self.tokenizer, left)
         return Request(
             id=_request_id(question.request_id),
             prompt=prompt,
-            stop_ids=self._stop_ids(asked),
-            sampling=_sampling(asked, self.recommended),
-            max_tokens=_int("max_tokens", _first(asked.max_tokens, None, min(DEFAULT_MAX_TOKENS, left))),
-            eos_ids=frozenset() if _flag("ignore_eos", asked.ignore_eos) else self.tokenizer.eos_ids,
+            sampling=drawing.sampling,
+            max_tokens=drawing.max_tokens,
+            stop_ids=drawing.stop_ids,
+            eos_ids=drawing.eos_ids,
         )
 
     def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
@@ -87,7 +66,7 @@ class Preparation:
                 text = self._rendered(prompt)
                 return self._encoded("messages", text, self.tokenizer.encode_chat)
             case TextPrompt():
-                parsed = _flag("parse_special", prompt.parse_special)
+                parsed = check_flag("parse_special", prompt.parse_special)
                 encode = partial(self.tokenizer.encode, parse_special=parsed)
                 return self._encoded("prompt", check_text("prompt", prompt.text), encode)
             case TokenPrompt():
@@ -138,12 +117,6 @@ class Preparation:
             raise InvalidRequest("chat_template", "the chat template writes nothing for these messages")
         return text
 
-    def _stop_ids(self, asked: SamplingParams) -> frozenset[int]:
-        given = check_sized("stop_token_ids", asked.stop_token_ids)
-        if len(given) > MAX_STOP_TOKENS:
-            raise InvalidRequest("stop_token_ids", f"has {len(given)} ids; at most {MAX_STOP_TOKENS}")
-        return frozenset(check_token_ids("stop_token_ids", given, self.tokenizer.vocab_size).tolist())
-
 
 def tokenized(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
     """The token ids of a text that is no prompt. Raises InvalidRequest."""
@@ -167,106 +140,7 @@ def detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(checked.tolist())
 
 
-def check_text(field: str, text: str) -> str:
-    """Returns the text. Raises InvalidRequest if it is empty, or isn't text."""
-    if not check_string(field, text):
-        raise InvalidRequest(field, "must not be empty")
-    return text
-
-
-def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """The ids as int64[len(ids)]. Raises InvalidRequest for what aren't whole numbers, and for the first id that the
-    tokenizer doesn't have."""
-    try:
-        values = _integers(ids)
-    except (OverflowError, TypeError, ValueError):
-        raise InvalidRequest(field, "must hold whole numbers below 2^63") from None
-    wrong = np.flatnonzero((values < 0) | (values >= vocab_size))
-    if wrong.size:
-        token = values[wrong[0]]
-        raise InvalidRequest(f"{field}[{wrong[0]}]", f"{token} is not a token id; the vocabulary has {vocab_size}")
-    return values
-
-
-def _integers(ids: Sequence[int]) -> np.ndarray:
-    """int64[len(ids)]. Raises OverflowError or TypeError; numpy would cut fractions off and read numbers in strings."""
-    if isinstance(ids, list | tuple):
-        return np.frombuffer(array("q", ids), np.int64) if ids else np.zeros(0, np.int64)
-    values = np.asarray(ids)
-    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
-        raise TypeError
-    if values.size and int(values.max()) >= 1 << 63:
-        raise OverflowError
-    return values.astype(np.int64)
-
-
 def _request_id(given: str) -> str:
     if len(given) > MAX_REQUEST_ID or not given.isprintable():
         raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     return given or secrets.token_hex(8)
-
-
-def _sampling(asked: SamplingParams, recommended: GenerationDefaults) -> Sampling:
-    top_k = _first(asked.top_k, recommended.top_k, 0)
-    return Sampling(
-        temperature=_within("temperature", _first(asked.temperature, recommended.temperature, 1.0), 0, MAX_TEMPERATURE),
-        top_k=_whole("top_k", top_k, 31),
-        top_p=_within("top_p", _first(asked.top_p, recommended.top_p, 1.0), 0, 1, open_low=True),
-        min_p=_within("min_p", _first(asked.min_p, recommended.min_p, 0.0), 0, 1),
-        seed=_whole("seed", asked.seed, 64) if asked.seed is not None else secrets.randbits(63),
-        logprobs=_logprobs(asked.logprobs),
-    )
-
-
-def _logprobs(count: int | None) -> int:
-    if count is None:
-        return -1
-    count = _int("logprobs", count)
-    if not 0 <= count <= MOST_LOGPROBS:
-        raise InvalidRequest("logprobs", f"must be 0 to {MOST_LOGPROBS}, not {count}")
-    return count
-
-
-def _first(asked: T | None, recommended: T | None, default: T) -> T:
-    return asked if asked is not None else recommended if recommended is not None else default
-
-
-def _int(field: str, value: int) -> int:
-    """A whole number as Python's own. Raises InvalidRequest."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise InvalidRequest(field, f"must be a whole number, not {_shown(value)}") from None
-    if number.bit_length() > _MOST_BITS:
-        raise InvalidRequest(field, f"must have at most {_MOST_BITS} bits, not {number.bit_length()}")
-    return number
-
-
-def _shown(value: object) -> str:
-    """A wrong value for a message, whatever it is."""
-    return f"{value!r:.80}" if isinstance(value, str | bytes | float | bool | None) else f"a value of {type(value)}"
-
-
-def _flag(field: str, value: bool) -> bool:
-    if not isinstance(value, bool | np.bool_ | int):
-        raise InvalidRequest(field, f"must be True or False, not {_shown(value)}")
-    return bool(value)
-
-
-def _whole(field: str, value: int, bits: int) -> int:
-    value = _int(field, value)
-    if not 0 <= value < 1 << bits:
-        raise InvalidRequest(field, f"must be below 2^{bits}, not {value}" if value > 0 else f"must not be {value}")
-    return value
-
-
-def _within(field: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
-    try:
-        finite = math.isfinite(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidRequest(field, f"must be a number in [{low:g}, {high:g}], not {_shown(value)}") from None
-    if not finite or not low <= value <= high or (open_low and value == low):
-        raise InvalidRequest(field, f"must be a number in {'(' if open_low else '['}{low:g}, {high:g}], not {value}")
-    return value

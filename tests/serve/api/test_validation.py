@@ -12,7 +12,8 @@ import grpc
 import pytest
 
 from isthmus import generate_request
-from isthmus.serve.prepare.request import MAX_REQUEST_ID, MAX_STOP_TOKENS
+from isthmus.serve.prepare.request import MAX_REQUEST_ID
+from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.harness import (
     NETWORK,

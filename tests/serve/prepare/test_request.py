@@ -13,7 +13,8 @@ from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatTemplate
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
-from isthmus.serve.prepare.request import MAX_MESSAGES, MAX_STOP_TOKENS, Preparation, detokenized, tokenized
+from isthmus.serve.prepare.request import MAX_MESSAGES, Preparation, detokenized, tokenized
+from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
 from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
 
