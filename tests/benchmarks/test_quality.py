@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.benchmarks import quality
 from isthmus.benchmarks.comparison import with_comparison
 from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, parse
@@ -31,7 +32,6 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
-from tests.serve.engine.harness import Arrival, play
 from tests.support import forward
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.model.config import ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.ops.paged_cache import PagedCache
@@ -32,7 +33,7 @@ from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
 from isthmus.train.step import gradients, long_sequences, packed_attention
 from tests.parity.families import FAMILIES, GOLDEN, golden, gradient_norms, load, others_slow
-from tests.serve.engine.harness import Arrival, only_tokens, play, stale_state, with_tables
+from tests.serve.engine.harness import only_tokens, stale_state, with_tables
 from tests.support import packed_params, relative_error
 
 TOLERANCE = 2e-5

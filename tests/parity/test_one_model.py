@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
@@ -27,7 +28,7 @@ from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.sequence import Sequence
-from tests.serve.engine.harness import Arrival, only_tokens, play, stale_state, with_tables
+from tests.serve.engine.harness import only_tokens, stale_state, with_tables
 from tests.support import forward, next_tokens, packed_params, random_params
 
 VOCAB = 90

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.errors import ConfigError
 from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.sharding import MeshShape, build_mesh
@@ -30,7 +31,6 @@ from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.model.weights.test_lora import ENGINE, EVERYTHING, LORA, assert_same, some_tokens, zero_b
 from tests.parity.weights import family_tensors
-from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, merged, next_tokens, random_params, relative_error
 
 GOLDEN = Path(__file__).resolve().parents[2] / "parity" / "golden"

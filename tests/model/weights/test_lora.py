@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.errors import ConfigError
 from isthmus.model.block import Block
 from isthmus.model.config import LatentConfig, LoraConfig, MixtureConfig, ModelConfig
@@ -32,7 +33,6 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
-from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, merged, next_tokens, on_host, random_params, relative_error
 
 EVERYTHING = r"attention/(query_down|query|latent|out)|mlp/(shared/)?(gate|up|down)"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
@@ -44,7 +45,6 @@ from isthmus.train.step import packed_attention
 from tests.model.weights.huggingface.folders import write_folder
 from tests.parity.families import load
 from tests.parity.test_portable import PLATFORMS, export_flat
-from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, forward, random_params
 
 GREEDY = Sampling(temperature=0)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import MOST_BIASED, Sampling
-from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, as_kept, forward, random_params
 
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=15, max_waiting=64)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.config import LatentConfig, ModelConfig
@@ -20,7 +21,6 @@ from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from tests.model.weights.huggingface.folders import write_folder
-from tests.serve.engine.harness import Arrival, play
 
 LONG = ModelConfig(
     vocab_size=1000, dim=256, layers=8, heads=8, kv_heads=4, head_dim=32, mlp_dim=512, context_length=131072

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.model.config import ModelConfig
 from isthmus.model.execution import Execution
 from isthmus.model.ops.cpu import library
@@ -17,7 +18,6 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
-from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, as_kept, narrowest_dtype, random_params
 
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, end_of, play
 from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Ending, Event
-from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, Client, HookedExecutor, end_of, make, play
+from tests.serve.engine.harness import CONFIG, ENGINE, Client, HookedExecutor, make
 from tests.support import random_params
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.errors import Overloaded
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
-from tests.serve.engine.harness import Arrival, Client, HookedExecutor, make, play
+from tests.serve.engine.harness import Client, HookedExecutor, make
 
 PATIENCE = 60
 

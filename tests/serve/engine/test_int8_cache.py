@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.serve.engine.executor import Executor, Served
-from tests.serve.engine.harness import CONFIG, ENGINE, Arrival, make, play
+from tests.serve.engine.harness import CONFIG, ENGINE, make
 from tests.support import forward, random_params
 
 INT8 = dataclasses.replace(ENGINE, cache_dtype="int8")

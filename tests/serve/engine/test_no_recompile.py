@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
-from tests.serve.engine.harness import Arrival, play
 from tests.support import TINY, random_params
 
 CONFIG = dataclasses.replace(TINY, layers=1)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from isthmus.checks.crowd import Arrival, play
 from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
@@ -19,7 +20,6 @@ from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
-from tests.serve.engine.harness import Arrival, play
 from tests.support import forward, narrowest_dtype
 
 

@@ -1,0 +1,147 @@
+"""The command `isthmus check`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from isthmus.checks.determinism import Verdict, check, crowd_config, random_arrivals
+from isthmus.checks.networks import NETWORKS, Numbers, small_executor
+from isthmus.errors import ConfigError
+from isthmus.model.device.compilation import enable_compilation_cache
+from isthmus.model.ops.operation import AUTO
+from isthmus.model.parameter import Dtype
+from isthmus.model.process.progress import Display, stages
+from isthmus.model.sharding import MeshShape
+from isthmus.serve.engine.build import build_executor, open_model
+from isthmus.serve.engine.executor import Executor
+
+USAGE = """usage: isthmus check CHECK [options]
+
+Proves on this machine what Isthmus promises.
+
+  determinism   a request gets the same bits whatever happens around it
+
+isthmus check CHECK --help says more."""
+HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch, from a
+cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
+cancelled, pages run short; then each runs again alone, and every token is compared. Exits with 1 if a bit differs.
+
+examples:
+  isthmus check determinism                                    small networks of each kind
+  isthmus check determinism --requests 1000 --all              all kinds of numbers, too
+  isthmus check determinism --model models/llama --quantize int8"""
+
+
+@dataclass(frozen=True)
+class Determinism:
+    """Compares each request in a crowd with the same one alone."""
+
+    model: Path | None = None
+    """A model folder; without it, small networks with random weights are checked: dense, with windows, with experts and
+    with latent attention"""
+    requests: int = 200
+    """How many requests for each network"""
+    seed: int = 0
+    """Decides what is asked"""
+    dtype: Dtype | Literal["auto"] = "auto"
+    """What the network computes in; auto is bfloat16 except on CPU"""
+    quantize: str = "none"
+    """Makes matrices integers when they are loaded, as for isthmus serve"""
+    cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
+    """The dtype of keys and values"""
+    kernels: str = AUTO
+    """As for isthmus serve"""
+    context_length: int = 256
+    """Most tokens of a request to --model, prompt included"""
+    all: bool = False
+    """Without --model: float32, bfloat16, int8 and int4 weights and an int8 cache, for each network"""
+
+
+Subject = tuple[str, Callable[[], Executor]]
+
+ALL = (
+    Numbers("float32"),
+    Numbers("bfloat16"),
+    Numbers("float32", "int8"),
+    Numbers("bfloat16", "int4"),
+    Numbers("float32", cache_dtype="int8"),
+    Numbers("bfloat16", "int8", "int8"),
+)
+"""The kinds of numbers that --all checks."""
+
+
+def subjects(config: Determinism) -> Iterator[Subject]:
+    """What is to be checked, by name."""
+    if config.model is not None:
+        yield config.model.name, lambda: _of_folder(config, config.model)  # type: ignore[arg-type]
+        return
+    numbers = Numbers("float32" if config.dtype == "auto" else config.dtype, config.quantize, config.cache_dtype)
+    for each in ALL if config.all else (numbers,):
+        for name, network in NETWORKS.items():
+            engine = crowd_config(network.context_length)
+            yield (
+                f"{name}, {each}",
+                lambda network=network, each=each, engine=engine: small_executor(  # type: ignore[misc]
+                    network, each, engine, config.kernels
+                ),
+            )
+
+
+def _of_folder(config: Determinism, path: Path) -> Executor:
+    model = open_model(path, config.dtype, quantize=config.quantize)
+    engine = crowd_config(min(config.context_length, model.config.context_length))
+    engine = replace(engine, cache_dtype=config.cache_dtype)
+    return build_executor(model, engine, MeshShape(), kernels=config.kernels)
+
+
+def run(config: Determinism, console: Console) -> int:
+    """Prints a verdict for each subject. Returns 1 if any request got other bits in the crowd than alone."""
+    if config.requests < 1:
+        raise ConfigError(f"requests={config.requests} must be at least 1")
+    failed = 0
+    for name, build in subjects(config):
+        with stages(Display(stderr=True, soft_wrap=True)) as shown:
+            shown.say(f"{name}: loading and compiling")
+            executor = build()
+            vocab, context = executor.served.vocab, executor.engine.context_length
+            arrivals = random_arrivals(vocab, context, config.requests, config.seed)
+            stage = shown.begin(f"{name}: requests in the crowd and alone", 2 * config.requests, "requests")
+            verdict = check(executor, arrivals, stage.advance)
+        executor.free()
+        failed += not verdict.holds
+        _print(console, name, verdict)
+    return 1 if failed else 0
+
+
+def _print(console: Console, name: str, verdict: Verdict) -> None:
+    equal = verdict.requests - len(verdict.differences)
+    around = (
+        f"{verdict.tokens:,} tokens; {verdict.preemptions} preemptions, {verdict.cached_tokens:,} cached tokens, "
+        f"{verdict.cancelled} cancelled"
+    )
+    console.print(f"{name}: {equal:,} of {verdict.requests:,} requests with the same bits ({around})", highlight=False)
+    if verdict.differences:
+        console.print(f"  the first that differs: {verdict.differences[0]}", style="red", highlight=False, markup=False)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the process's exit status."""
+    words = list(argv)
+    if words[:1] != ["determinism"]:
+        asked = bool(words) and words[0] in ("-h", "--help")
+        print(USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    config = tyro.cli(Determinism, args=words[1:], prog="isthmus check determinism", description=HELP)
+    enable_compilation_cache()
+    try:
+        return run(config, Console(soft_wrap=True))
+    except ConfigError as error:
+        print(f"isthmus check: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,68 @@
+"""A check that proves a promise must see it broken, and say where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from isthmus.checks.determinism import check, compared, crowd_config, random_arrivals
+from isthmus.checks.networks import NETWORKS, Numbers, small_executor
+from isthmus.commands import main as command
+from isthmus.serve.engine.executor import Executor, Launched
+from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
+from isthmus.serve.engine.sampling import Sampling
+
+REQUEST = Request("r", [1, 2], Sampling(logprobs=1), 8)
+TOLD = (Logprobs(-0.5, (7,), (-0.25,)), Logprobs(-1.5, (9,), (-0.125,)))
+END = End(Ending.LENGTH, (7, 8), TOLD)
+
+
+@pytest.mark.parametrize(
+    ("other", "at"),
+    [
+        (END, None),
+        (replace(END, tokens=(7, 9)), 1),
+        (replace(END, tokens=(7,), logprobs=TOLD[:1]), 1),
+        (replace(END, reason=Ending.EOS), 2),
+        (replace(END, logprobs=(TOLD[0], Logprobs(float(np.nextafter(-1.5, 0)), (9,), (-0.125,)))), 1),
+        (replace(END, logprobs=(Logprobs(-0.5, (6,), (-0.25,)), TOLD[1])), 0),
+    ],
+    ids=["nothing", "a token", "a token less", "the reason", "the last bit of a logarithm", "another token's"],
+)
+def test_a_difference_is_seen_where_it_is(other: End, at: int | None) -> None:
+    found = list(compared(REQUEST, END, other))
+    assert [difference.at for difference in found[:1]] == ([] if at is None else [at])
+
+
+def test_a_cancelled_request_has_a_beginning_of_its_text() -> None:
+    cancelled = End(Ending.CANCELLED, (7,), TOLD[:1])
+    assert not list(compared(REQUEST, cancelled, END))
+    assert list(compared(REQUEST, replace(cancelled, tokens=(8,)), END))
+
+
+class Slipping(Executor):
+    """Draws one token more for a step that holds others: what a sum in another order does, only larger."""
+
+    def sample(self, launched: Launched, mask: np.ndarray | None = None) -> None:
+        if len(launched.plan.samples) > 1:
+            launched.plan.draws["seed_low"] += 1
+        super().sample(launched, mask)
+
+
+def test_a_batch_that_decides_is_found_out() -> None:
+    executor = small_executor(NETWORKS["dense"], Numbers(), crowd_config(192))
+    executor.__class__ = Slipping
+    arrivals = random_arrivals(199, 192, 6)
+    verdict = check(executor, arrivals)
+    assert not verdict.holds and "in the crowd" in str(verdict.differences[0])
+
+
+def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """With pages that run short, cancels and a warm cache, on each kind of network."""
+    assert command.main(["check", "determinism", "--requests", "16"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("16 of 16 requests with the same bits") == len(NETWORKS)
+    assert command.main(["check", "determinism", "--requests", "0"]) == 2
+    assert command.main(["check", "nonsense"]) == 2
