@@ -13,8 +13,9 @@ from flax import nnx
 
 from isthmus.model.config import MixtureConfig, ModelConfig
 from isthmus.model.layers import MLP, Linear, zeros
+from isthmus.model.ops.cpu.packed import Packed
 from isthmus.model.ops.gated import gated
-from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.ops.grouped_matmul import Matrices, grouped_matmul
 from isthmus.model.ops.kernels import Kernels
 from isthmus.model.parameter import INIT_STD, Role, parameter
 from isthmus.model.sharding import mesh_axes, partition_spec
@@ -80,10 +81,10 @@ class Mixture(nnx.Module):
         """float32[tokens, dim]. Over a mesh each device computes its own experts (and its part of their width) for all
         tokens of its data shard, and the parts are added up."""
         layers = (self.gate, self.up, self.down)
-        arrays = [(layer.kernel[...].astype(x.dtype), layer.bias_or_none()) for layer in layers]
-        mesh = jax.sharding.get_abstract_mesh()
+        arrays = [(layer.matrices(x.dtype), layer.bias_or_none()) for layer in layers]
+        mesh, count = jax.sharding.get_abstract_mesh(), self.config.mixture.experts
         if mesh.empty or mesh.size == 1:
-            return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0)
+            return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0, count)
 
         # A training batch is split, and joined over "ep" for this alone. Serving has all its tokens on every device.
         splits = x.shape[0] % math.prod(mesh.shape[axis] for axis in mesh_axes("routed")) == 0
@@ -92,8 +93,9 @@ class Mixture(nnx.Module):
         (experts_axis,) = mesh_axes("experts")
 
         def local(x: jax.Array, weights: jax.Array, experts: jax.Array, arrays: list) -> jax.Array:
-            first = jax.lax.axis_index(experts_axis) * arrays[0][0].shape[0]
-            return self._compute(x, weights, experts, arrays, jax.lax.psum, first)
+            mine = arrays[0][0].shape[0]
+            first = jax.lax.axis_index(experts_axis) * mine
+            return self._compute(x, weights, experts, arrays, jax.lax.psum, first, mine)
 
         return jax.shard_map(
             local,
@@ -108,14 +110,14 @@ class Mixture(nnx.Module):
         x: jax.Array,
         weights: jax.Array,
         experts: jax.Array,
-        arrays: list[tuple[jax.Array, jax.Array | None]],
+        arrays: list[tuple[Matrices, jax.Array | None]],
         add_up: Callable[[jax.Array, tuple[str, ...]], jax.Array],
         first: jax.Array | int,
+        mine: int,
     ) -> jax.Array:
-        """The output's part that comes from the experts in `arrays`, whose numbers begin at `first`: sorts tokens by
-        expert, multiplies each group by its expert's matrices, and restores the order."""
+        """The output's part that comes from the experts in `arrays`, which are `mine` whose numbers begin at `first`:
+        sorts tokens by expert, multiplies each group by its expert's matrices, and restores the order."""
         (gate, gate_bias), (up, up_bias), (down, down_bias) = arrays
-        mine = gate.shape[0]
         local = experts.reshape(-1) - first
         local = jnp.where((local >= 0) & (local < mine), local, mine)  # others' tokens go last, and give 0
         order = jnp.argsort(local, stable=True)
@@ -125,7 +127,7 @@ class Mixture(nnx.Module):
 
         multiply = partial(grouped_matmul, implementation=self.kernels.grouped_matmul)
 
-        def layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        def layer(x: jax.Array, kernel: Matrices, bias: jax.Array | None) -> jax.Array:
             out = multiply(x, kernel, sizes)
             return (out if bias is None else out + bias[group]).astype(x.dtype)
 
@@ -154,10 +156,16 @@ class ExpertLinear(nnx.Module):
     ) -> None:
         sizes = {**experts, **inputs, **outputs}
         axes, start = tuple(sizes), nnx.initializers.normal(std)
-        self.kernel = parameter(rngs, tuple(sizes.values()), axes, Role.EXPERTS, initializer=start)
+        contracted = math.prod(inputs.values())
+        self.kernel = parameter(rngs, tuple(sizes.values()), axes, Role.EXPERTS, inputs=contracted, initializer=start)
         self.axes_here = tuple(None if axis == "embed" else axis for axis in axes)
         """The kernel's logical axes where it is multiplied: every device has all numbers of the stream"""
         self.bias = zeros(rngs, {**experts, **outputs}) if bias else None
+
+    def matrices(self, dtype: jax.typing.DTypeLike) -> Matrices:
+        """The experts' matrices: packed, or an array in `dtype`."""
+        kernel: Matrices = self.kernel.get_value()
+        return kernel if isinstance(kernel, Packed) else kernel.astype(dtype)
 
     def bias_or_none(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]
