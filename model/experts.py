@@ -17,6 +17,7 @@ from isthmus.model.ops.cpu.packed import Packed
 from isthmus.model.ops.gated import gated
 from isthmus.model.ops.grouped_matmul import Matrices, grouped_matmul
 from isthmus.model.ops.kernels import Kernels
+from isthmus.model.ops.routing import scores as router_scores
 from isthmus.model.parameter import INIT_STD, Role, parameter
 from isthmus.model.sharding import mesh_axes, partition_spec
 
@@ -29,20 +30,29 @@ class Router(nnx.Module):
         routes = {"routes": mixture.experts}
         self.linear = Linear({"embed": config.dim}, routes, kernels, rngs, bias=mixture.router_bias, role=Role.ROUTER)
         self.correction = zeros(rngs, routes, Role.CORRECTION) if mixture.correction else None
-        self.mixture = mixture
+        self.mixture, self.kernels = mixture, kernels
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
         mixture = self.mixture
         logits = self.linear(x.astype(jnp.float32))
-        scores = jax.nn.softmax(logits, axis=-1) if mixture.scores == "softmax" else jax.nn.sigmoid(logits)
+        scores = router_scores(mixture.scores, logits, implementation=self.kernels.routing)
         wanted = scores if self.correction is None else scores + self.correction[...].astype(jnp.float32)
         wanted = jax.lax.stop_gradient(best_groups(mixture, wanted))
         _, experts = jax.lax.top_k(wanted, mixture.per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if mixture.normalize:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+            weights = weights / (total(weights) + 1e-20)
         return weights * mixture.scale, experts.astype(jnp.int32)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, which stays with a size of 1, in one order of additions. XLA's own sum over that axis
+    takes an order that depends on how many rows there are, so a token's weights would on what else is in the batch."""
+    while (size := x.shape[-1]) > 1:
+        half = size // 2
+        x = jnp.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], axis=-1)
+    return x
 
 
 def best_groups(mixture: MixtureConfig, scores: jax.Array) -> jax.Array:

@@ -46,6 +46,7 @@ HANDLERS = (
     "rms_norm",
     "rotate_pairs",
     "gated_product",
+    "router_scores",
     "sample",
 )
 """What the library exports; each is the target "isthmus_NAME" of jax.ffi."""
