@@ -68,7 +68,7 @@ class Linear(nnx.Module):
         self.inputs, self.outputs = len(inputs), tuple(outputs.values())
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
-        self.lora_scale = 0.0
+        self.lora_rank, self.lora_scale = 0, 0.0
         self.dtype, self.kernels = dtype, kernels
 
     def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -77,10 +77,10 @@ class Linear(nnx.Module):
         inputs, outputs = self.kernel.get_value().shape[: self.inputs], self.outputs
         start = nnx.initializers.normal(1 / math.sqrt(math.prod(inputs)))
         a_axes, b_axes = (*self.axes[: self.inputs], None), (None, *self.axes[self.inputs :])
-        a = parameter(rngs, (*inputs, rank), a_axes, Role.ADAPTER, initializer=start)
-        b = parameter(rngs, (rank, *outputs), b_axes, Role.ADAPTER, initializer=nnx.initializers.zeros)
+        a = parameter(rngs, (*inputs, rank), a_axes, Role.ADAPTER, inputs=math.prod(inputs), initializer=start)
+        b = parameter(rngs, (rank, *outputs), b_axes, Role.ADAPTER, inputs=rank, initializer=nnx.initializers.zeros)
         self.lora_a, self.lora_b = nnx.data(a), nnx.data(b)
-        self.lora_scale = alpha / rank
+        self.lora_rank, self.lora_scale = rank, alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return project(x, self)[0]
@@ -92,8 +92,8 @@ class Linear(nnx.Module):
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
             product = partial(linear, implementation=self.kernels.linear)
-            hidden = product(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
-            out = out + self.lora_scale * product(hidden, self.lora_b[...], self.outputs)
+            hidden = product(x, self.lora_a.get_value(), (self.lora_rank,), self.inputs).astype(x.dtype)
+            out = out + self.lora_scale * product(hidden, self.lora_b.get_value(), self.outputs)
         return out.astype(self.dtype or x.dtype)
 
 

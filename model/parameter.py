@@ -59,7 +59,7 @@ class Role(enum.Enum):
     @property
     def multiplies(self) -> bool:
         """Whether activations are multiplied by it as by one or more matrices, which a kernel may want packed."""
-        return self.is_matrix or self in (Role.HEADS, Role.TURNED_HEADS, Role.EXPERTS, Role.ROUTER)
+        return self.is_matrix or self in (Role.HEADS, Role.TURNED_HEADS, Role.EXPERTS, Role.ROUTER, Role.ADAPTER)
 
 
 @dataclass(frozen=True)
