@@ -13,9 +13,11 @@ from flax import nnx
 
 from isthmus.model.config import MixtureConfig, ModelConfig
 from isthmus.model.layers import MLP, Linear, zeros
+from isthmus.model.ops.cpu.packed import Packed
 from isthmus.model.ops.gated import gated
-from isthmus.model.ops.grouped_matmul import grouped_matmul
+from isthmus.model.ops.grouped_matmul import Matrices, grouped_matmul
 from isthmus.model.ops.kernels import Kernels
+from isthmus.model.ops.routing import scores as router_scores
 from isthmus.model.parameter import INIT_STD, Role, parameter
 from isthmus.model.sharding import mesh_axes, partition_spec
 
@@ -28,20 +30,29 @@ class Router(nnx.Module):
         routes = {"routes": mixture.experts}
         self.linear = Linear({"embed": config.dim}, routes, kernels, rngs, bias=mixture.router_bias, role=Role.ROUTER)
         self.correction = zeros(rngs, routes, Role.CORRECTION) if mixture.correction else None
-        self.mixture = mixture
+        self.mixture, self.kernels = mixture, kernels
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns weights float32[tokens, per_token] and experts int32[tokens, per_token] for x [tokens, dim]."""
         mixture = self.mixture
         logits = self.linear(x.astype(jnp.float32))
-        scores = jax.nn.softmax(logits, axis=-1) if mixture.scores == "softmax" else jax.nn.sigmoid(logits)
+        scores = router_scores(mixture.scores, logits, implementation=self.kernels.routing)
         wanted = scores if self.correction is None else scores + self.correction[...].astype(jnp.float32)
         wanted = jax.lax.stop_gradient(best_groups(mixture, wanted))
         _, experts = jax.lax.top_k(wanted, mixture.per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
         if mixture.normalize:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+            weights = weights / (total(weights) + 1e-20)
         return weights * mixture.scale, experts.astype(jnp.int32)
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum over the last axis, which stays with a size of 1, in one order of additions. XLA's own sum over that axis
+    takes an order that depends on how many rows there are, so a token's weights would on what else is in the batch."""
+    while (size := x.shape[-1]) > 1:
+        half = size // 2
+        x = jnp.concatenate([x[..., :half] + x[..., half : 2 * half], x[..., 2 * half :]], axis=-1)
+    return x
 
 
 def best_groups(mixture: MixtureConfig, scores: jax.Array) -> jax.Array:
@@ -80,10 +91,10 @@ class Mixture(nnx.Module):
         """float32[tokens, dim]. Over a mesh each device computes its own experts (and its part of their width) for all
         tokens of its data shard, and the parts are added up."""
         layers = (self.gate, self.up, self.down)
-        arrays = [(layer.kernel[...].astype(x.dtype), layer.bias_or_none()) for layer in layers]
-        mesh = jax.sharding.get_abstract_mesh()
+        arrays = [(layer.matrices(x.dtype), layer.bias_or_none()) for layer in layers]
+        mesh, count = jax.sharding.get_abstract_mesh(), self.config.mixture.experts
         if mesh.empty or mesh.size == 1:
-            return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0)
+            return self._compute(x, weights, experts, arrays, lambda total, axes: total, 0, count)
 
         # A training batch is split, and joined over "ep" for this alone. Serving has all its tokens on every device.
         splits = x.shape[0] % math.prod(mesh.shape[axis] for axis in mesh_axes("routed")) == 0
@@ -92,8 +103,9 @@ class Mixture(nnx.Module):
         (experts_axis,) = mesh_axes("experts")
 
         def local(x: jax.Array, weights: jax.Array, experts: jax.Array, arrays: list) -> jax.Array:
-            first = jax.lax.axis_index(experts_axis) * arrays[0][0].shape[0]
-            return self._compute(x, weights, experts, arrays, jax.lax.psum, first)
+            mine = arrays[0][0].shape[0]
+            first = jax.lax.axis_index(experts_axis) * mine
+            return self._compute(x, weights, experts, arrays, jax.lax.psum, first, mine)
 
         return jax.shard_map(
             local,
@@ -108,14 +120,14 @@ class Mixture(nnx.Module):
         x: jax.Array,
         weights: jax.Array,
         experts: jax.Array,
-        arrays: list[tuple[jax.Array, jax.Array | None]],
+        arrays: list[tuple[Matrices, jax.Array | None]],
         add_up: Callable[[jax.Array, tuple[str, ...]], jax.Array],
         first: jax.Array | int,
+        mine: int,
     ) -> jax.Array:
-        """The output's part that comes from the experts in `arrays`, whose numbers begin at `first`: sorts tokens by
-        expert, multiplies each group by its expert's matrices, and restores the order."""
+        """The output's part that comes from the experts in `arrays`, which are `mine` whose numbers begin at `first`:
+        sorts tokens by expert, multiplies each group by its expert's matrices, and restores the order."""
         (gate, gate_bias), (up, up_bias), (down, down_bias) = arrays
-        mine = gate.shape[0]
         local = experts.reshape(-1) - first
         local = jnp.where((local >= 0) & (local < mine), local, mine)  # others' tokens go last, and give 0
         order = jnp.argsort(local, stable=True)
@@ -125,7 +137,7 @@ class Mixture(nnx.Module):
 
         multiply = partial(grouped_matmul, implementation=self.kernels.grouped_matmul)
 
-        def layer(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        def layer(x: jax.Array, kernel: Matrices, bias: jax.Array | None) -> jax.Array:
             out = multiply(x, kernel, sizes)
             return (out if bias is None else out + bias[group]).astype(x.dtype)
 
@@ -154,10 +166,16 @@ class ExpertLinear(nnx.Module):
     ) -> None:
         sizes = {**experts, **inputs, **outputs}
         axes, start = tuple(sizes), nnx.initializers.normal(std)
-        self.kernel = parameter(rngs, tuple(sizes.values()), axes, Role.EXPERTS, initializer=start)
+        contracted = math.prod(inputs.values())
+        self.kernel = parameter(rngs, tuple(sizes.values()), axes, Role.EXPERTS, inputs=contracted, initializer=start)
         self.axes_here = tuple(None if axis == "embed" else axis for axis in axes)
         """The kernel's logical axes where it is multiplied: every device has all numbers of the stream"""
         self.bias = zeros(rngs, {**experts, **outputs}) if bias else None
+
+    def matrices(self, dtype: jax.typing.DTypeLike) -> Matrices:
+        """The experts' matrices: packed, or an array in `dtype`."""
+        kernel: Matrices = self.kernel.get_value()
+        return kernel if isinstance(kernel, Packed) else kernel.astype(dtype)
 
     def bias_or_none(self) -> jax.Array | None:
         return None if self.bias is None else self.bias[...]

@@ -18,7 +18,9 @@ from flax import nnx
 
 from isthmus.model.config import LayerKind, ModelConfig
 from isthmus.model.ops.attention import Scoring
+from isthmus.model.ops.cpu.packed import Packed
 from isthmus.model.ops.gated import gated
+from isthmus.model.ops.grouped_matmul import multiply_heads
 from isthmus.model.ops.kernels import Kernels
 from isthmus.model.ops.linear import linear, linears
 from isthmus.model.ops.norm import rms_norm
@@ -66,7 +68,7 @@ class Linear(nnx.Module):
         self.inputs, self.outputs = len(inputs), tuple(outputs.values())
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
-        self.lora_scale = 0.0
+        self.lora_rank, self.lora_scale = 0, 0.0
         self.dtype, self.kernels = dtype, kernels
 
     def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -75,10 +77,10 @@ class Linear(nnx.Module):
         inputs, outputs = self.kernel.get_value().shape[: self.inputs], self.outputs
         start = nnx.initializers.normal(1 / math.sqrt(math.prod(inputs)))
         a_axes, b_axes = (*self.axes[: self.inputs], None), (None, *self.axes[self.inputs :])
-        a = parameter(rngs, (*inputs, rank), a_axes, Role.ADAPTER, initializer=start)
-        b = parameter(rngs, (rank, *outputs), b_axes, Role.ADAPTER, initializer=nnx.initializers.zeros)
+        a = parameter(rngs, (*inputs, rank), a_axes, Role.ADAPTER, inputs=math.prod(inputs), initializer=start)
+        b = parameter(rngs, (rank, *outputs), b_axes, Role.ADAPTER, inputs=rank, initializer=nnx.initializers.zeros)
         self.lora_a, self.lora_b = nnx.data(a), nnx.data(b)
-        self.lora_scale = alpha / rank
+        self.lora_rank, self.lora_scale = rank, alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return project(x, self)[0]
@@ -90,8 +92,8 @@ class Linear(nnx.Module):
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
             product = partial(linear, implementation=self.kernels.linear)
-            hidden = product(x, self.lora_a[...], self.lora_a.shape[-1:], self.inputs).astype(x.dtype)
-            out = out + self.lora_scale * product(hidden, self.lora_b[...], self.outputs)
+            hidden = product(x, self.lora_a.get_value(), (self.lora_rank,), self.inputs).astype(x.dtype)
+            out = out + self.lora_scale * product(hidden, self.lora_b.get_value(), self.outputs)
         return out.astype(self.dtype or x.dtype)
 
 
@@ -109,15 +111,28 @@ def zeros(rngs: nnx.Rngs, sizes: dict[str, int], role: Role = Role.VECTOR) -> nn
     return parameter(rngs, tuple(sizes.values()), tuple(sizes), role, initializer=nnx.initializers.zeros)
 
 
-class HeadLinear(Linear):
-    """A Linear whose kernel is multiplied head by head, by an einsum; the kernel is always a plain array."""
+class HeadLinear(nnx.Module):
+    """x[..., head, inputs] times the head's part of kernel[inputs, head, outputs]; of kernel[outputs, head, inputs] if
+    `turned`."""
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], kernels: Kernels, rngs: nnx.Rngs) -> None:
-        super().__init__(inputs, outputs, kernels, rngs, role=Role.HEADS)
+    def __init__(
+        self, rank: dict[str, int], heads: dict[str, int], kernels: Kernels, rngs: nnx.Rngs, *, turned: bool = False
+    ) -> None:
+        """rank, heads: the axes of the kernel."""
+        sizes = {**rank, **heads}
+        shape = tuple(sizes.values())
+        role, inputs = (Role.TURNED_HEADS, shape[-1]) if turned else (Role.HEADS, shape[0])
+        start = nnx.initializers.normal(INIT_STD)
+        self.kernel = parameter(rngs, shape, tuple(sizes), role, inputs=inputs, initializer=start)
+        self.equation = "...hd,rhd->...hr" if turned else "...hr,rhd->...hd"
+        self.kernels = kernels
 
-    def per_head(self, equation: str, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        return jnp.einsum(equation, x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel.get_value()
+        if isinstance(kernel, Packed):
+            return multiply_heads(x, kernel, implementation=self.kernels.grouped_matmul).astype(x.dtype)
+        out = jnp.einsum(self.equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        return out.astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -205,7 +220,7 @@ class LatentAttention(nnx.Module):
         self.query = Linear(squeezed if latent.query_rank else embed, query, kernels, rngs)
         self.latent = Linear(embed, {"latent": latent.rank + latent.rope_dim}, kernels, rngs)
         self.latent_norm = RMSNorm(latent.rank, "latent", LATENT_EPS, kernels, rngs)
-        self.key = HeadLinear(rank, {**heads, "head_dim": latent.nope_dim}, kernels, rngs)
+        self.key = HeadLinear(rank, {**heads, "head_dim": latent.nope_dim}, kernels, rngs, turned=True)
         self.value = HeadLinear(rank, {**heads, "head_dim": latent.value_dim}, kernels, rngs)
         out = {**heads, "head_dim": latent.value_dim}
         self.out = Linear(out, embed, kernels, rngs, std=INIT_STD / math.sqrt(2 * config.layers), dtype=STREAM)
@@ -223,11 +238,11 @@ class LatentAttention(nnx.Module):
         content, position = self.latent_norm(latent[..., : self.rank]), latent[..., None, self.rank :]
         if kind.rope != "none":
             turned, position = rotate(angles[kind.rope], turned, position, implementation=self.kernels.rotary)
-        plain = self.key.per_head("...hd,rhd->...hr", plain)
+        plain = self.key(plain)
         q = shard(jnp.concatenate([plain, turned], axis=-1), "heads", "head_dim")
         k = shard(jnp.concatenate([content[..., None, :], position], axis=-1), "latent_head", "head_dim")
         out, cache = attend(layer, q, k, None, cache, Scoring(self.scale, kind.window), None)
-        out = self.value.per_head("...hr,rhd->...hd", out[..., : self.rank])
+        out = self.value(out[..., : self.rank])
         return self.out(shard(out, "heads", "head_dim")), cache
 
 

@@ -27,9 +27,11 @@ class Role(enum.Enum):
     EMBEDDING = "embedding"
     """The embedding table [vocab, embed]; as integers or packed, it is the matrix that the head multiplies by"""
     HEADS = "heads"
-    """Multiplies activations head by head; always a plain array"""
+    """A matrix [inputs, head, outputs] for each head; never integers"""
+    TURNED_HEADS = "turned heads"
+    """A matrix [outputs, head, inputs] for each head; never integers"""
     EXPERTS = "experts"
-    """One matrix per expert in a single array; always a plain array"""
+    """A matrix [expert, inputs, outputs] for each expert; never integers"""
     ROUTER = "router"
     """The matrix that chooses experts; small, and always float32"""
     VECTOR = "vector"
@@ -51,8 +53,13 @@ class Role(enum.Enum):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the parameter is a single matrix, which may be kept as integers and packed."""
+        """Whether the parameter is a single matrix, which may be kept as integers."""
         return self in (Role.MATRIX, Role.EMBEDDING)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether activations are multiplied by it as by one or more matrices, which a kernel may want packed."""
+        return self.is_matrix or self in (Role.HEADS, Role.TURNED_HEADS, Role.EXPERTS, Role.ROUTER, Role.ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,12 @@ class Spec:
     def storage_dtype(self, dtype: str | None) -> str:
         """The dtype in which serving keeps the parameter when the network computes in `dtype`; float32 for None."""
         return "float32" if dtype is None or self.role.is_small else dtype
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices it is: one for each expert or head, and otherwise one."""
+        axis = {Role.EXPERTS: 0, Role.HEADS: 1, Role.TURNED_HEADS: 1}.get(self.role)
+        return 1 if axis is None else self.shape[axis]
 
     def as_matrix(self, array: jax.Array) -> jax.Array:
         """`array`, which holds this matrix, as [inputs, outputs]."""

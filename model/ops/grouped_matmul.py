@@ -1,7 +1,8 @@
 """Grouped matmul: rows sorted by group, each group with a matrix of its own. What a mixture of experts is made of.
 
 The reference is `jax.lax.ragged_dot`, except on CPU, where XLA expands that to a product with every group's matrix:
-there a loop over blocks of rows reads the matrices of those groups only that have rows, in place.
+there a loop over blocks of rows reads the matrices of those groups only that have rows, in place. Matrices that
+model/ops/cpu/packed.py has packed are multiplied by its C++ kernel, which is the implementation "cpu".
 """
 
 from __future__ import annotations
@@ -13,19 +14,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from isthmus.model.ops.operation import REFERENCE, Operation
+from isthmus.model.ops.cpu.kernel import cpu_kernel, is_not_packed
+from isthmus.model.ops.cpu.packed import Packed, multiply_groups
+from isthmus.model.ops.operation import REFERENCE, Operation, Setting
 
 MAX_BLOCK = 64
 """Rows that the CPU multiplies at a time: more fills the last block of a small group with others' rows for nothing."""
 
 
-def grouped_matmul(x: jax.Array, weights: jax.Array, sizes: jax.Array, *, implementation: str = REFERENCE) -> jax.Array:
+Matrices = jax.Array | Packed
+"""One for each group: an array [groups, inputs, outputs], or packed"""
+
+
+def grouped_matmul(x: jax.Array, weights: Matrices, sizes: jax.Array, *, implementation: str = REFERENCE) -> jax.Array:
     """x[row] @ weights[group of row], float32[rows, outputs].
 
-    x: [rows, inputs], sorted by group; weights: [groups, inputs, outputs], of x's dtype; sizes: int32[groups], the rows
-    of each group; rows past their sum give 0. A row's result depends on that row alone.
+    x: [rows, inputs], sorted by group; weights: of x's dtype, if they aren't packed; sizes: int32[groups], the rows of
+    each group; rows past their sum give 0. A row's result depends on that row alone; by the kernel, to the bit.
     """
     return GROUPED_MATMUL[implementation](x, weights, sizes)
+
+
+def multiply_heads(x: jax.Array, weights: Matrices, *, implementation: str) -> jax.Array:
+    """float32[..., heads, outputs] of x[..., heads, inputs], by a matrix for each head."""
+    *leading, heads, inputs = x.shape
+    by_head = x.reshape(-1, heads, inputs).swapaxes(0, 1)
+    rows = by_head.shape[1]
+    sizes = jnp.full(heads, rows, jnp.int32)
+    out = grouped_matmul(by_head.reshape(-1, inputs), weights, sizes, implementation=implementation)
+    return out.reshape(heads, rows, -1).swapaxes(0, 1).reshape(*leading, heads, -1)
 
 
 @jax.custom_vjp
@@ -66,8 +83,18 @@ def _backward(saved: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[Any, 
 
 _reference.defvjp(_forward, _backward)
 
-GROUPED_MATMUL: Operation[Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = Operation(
-    "grouped_matmul", _reference, is_used=lambda setting: setting.model.mixture.experts > 0
+
+def _cpu(x: jax.Array, weights: Matrices, sizes: jax.Array) -> jax.Array:
+    """What isn't packed as the reference does."""
+    return multiply_groups(x, weights, sizes) if isinstance(weights, Packed) else _reference(x, weights, sizes)
+
+
+def _is_used(setting: Setting) -> bool:
+    return setting.model.mixture.experts > 0 or setting.model.latent.rank > 0
+
+
+GROUPED_MATMUL: Operation[Callable[..., jax.Array]] = Operation(
+    "grouped_matmul", _reference, (cpu_kernel(_cpu, is_not_packed),), is_used=_is_used
 )
 """Called with x, the groups' matrices and their sizes."""
 

@@ -14,6 +14,7 @@ from isthmus.model.ops.norm import NORM
 from isthmus.model.ops.operation import AUTO, REFERENCE, Operation, Setting
 from isthmus.model.ops.paged_attention import PAGED_ATTENTION
 from isthmus.model.ops.rotary import ROTARY
+from isthmus.model.ops.routing import ROUTING
 from isthmus.model.ops.sampling import SAMPLING
 
 OPERATIONS: tuple[Operation[Any], ...] = (
@@ -23,6 +24,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     NORM,
     ROTARY,
     GATED,
+    ROUTING,
     GROUPED_MATMUL,
     SAMPLING,
 )
@@ -42,8 +44,10 @@ class Kernels:
     rotary: str = REFERENCE
     gated: str = REFERENCE
     """The hidden layer of a gated MLP: model/ops/gated.py"""
+    routing: str = REFERENCE
+    """The scores of a mixture's experts: model/ops/routing.py"""
     grouped_matmul: str = REFERENCE
-    """Products with the experts' matrices: model/ops/grouped_matmul.py"""
+    """Products with the matrices of experts, and of latent attention's heads: model/ops/grouped_matmul.py"""
     sampling: str = REFERENCE
     """Drawing tokens from logits, in serving: model/ops/sampling.py"""
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from isthmus.model.ops.cpu.kernel import cpu_kernel
+from isthmus.model.ops.cpu.kernel import cpu_kernel, is_not_packed
 from isthmus.model.ops.cpu.packed import Packed, multiply
-from isthmus.model.ops.operation import REFERENCE, Operation, Setting
+from isthmus.model.ops.operation import REFERENCE, Operation
 from isthmus.model.ops.quantized import Quantized, rotate
 from isthmus.model.sharding import constrain
 
@@ -103,12 +103,8 @@ def _product(x: jax.Array, weight: Weight | Observed) -> jax.Array:
             return _matmul(x, weight.reshape(x.shape[1], -1).astype(x.dtype))
 
 
-def _is_not_packed(setting: Setting) -> str | None:
-    return "it multiplies packed matrices, and layers that are scanned aren't packed" if setting.scans_layers else None
-
-
 LINEAR: Operation[Callable[[jax.Array, Sequence[Weight], jax.typing.DTypeLike], list[jax.Array]]] = Operation(
-    "linear", _reference, (cpu_kernel(_cpu, _is_not_packed),)
+    "linear", _reference, (cpu_kernel(_cpu, is_not_packed),)
 )
 """Called with x[rows, inputs], the weights and the dtype that is wanted; a product may be float32 as well."""
 

@@ -34,7 +34,7 @@ class Packing:
         for path, spec in specs.items():
             # An embedding that isn't also the head is only looked up, never multiplied by.
             only_looked_up = spec.role is Role.EMBEDDING and not tied and not isinstance(params[path], Quantized)
-            if spec.role.is_matrix and not only_looked_up:
+            if spec.role.multiplies and not only_looked_up:
                 alike.setdefault(_layout(spec, params[path]), []).append(path)
         self._names = [tuple(paths) for paths in alike.values()]
         self._places = {path: (n, index) for n, paths in enumerate(self._names) for index, path in enumerate(paths)}
@@ -48,12 +48,15 @@ class Packing:
         assert not isinstance(weight, Packed), "packed already"
         number, index = self._places[path]
         spec = self._specs[path]
-        transposed = spec.role is Role.EMBEDDING and not isinstance(weight, Quantized)
+        heads = spec.role in (Role.HEADS, Role.TURNED_HEADS)
+        transposed = spec.role in (Role.EMBEDDING, Role.TURNED_HEADS) and not isinstance(weight, Quantized)
         with self._one_at_a_time:
             stack = self._stacks[number]
+            array = weight.swapaxes(0, 1) if heads and isinstance(weight, jax.Array) else weight
             if stack is None:
-                stack = stack_like(len(self._names[number]), weight, spec.inputs, transposed=transposed)
-            self._stacks[number] = jax.block_until_ready(put(stack, index, weight, transposed=transposed))
+                size, count = len(self._names[number]), spec.matrices
+                stack = stack_like(size, array, spec.inputs, count=count, transposed=transposed)
+            self._stacks[number] = jax.block_until_ready(put(stack, index, array, transposed=transposed))
         return None
 
     def finish(self, params: Params) -> Params:

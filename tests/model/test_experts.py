@@ -20,7 +20,8 @@ from isthmus.model.config import MixtureConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.experts import Mixture, balanced
 from isthmus.model.ops.grouped_matmul import grouped_matmul
-from isthmus.model.ops.kernels import REFERENCES
+from isthmus.model.ops.kernels import REFERENCES, choose
+from isthmus.model.ops.operation import Setting
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, partition_spec, use_mesh
 from isthmus.model.transformer import Params, abstract_params, bind, by_path
 from isthmus.model.weights.layout import stack_params, unstack_params
@@ -28,7 +29,7 @@ from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
 from isthmus.train.step import balance_experts, gradients, packed_attention
 from tests.parity.test_families import batch_of
-from tests.support import TINY, on_host, random_params, relative_error
+from tests.support import TINY, on_host, packed_params, random_params, relative_error
 
 MIXTURE = MixtureConfig(
     experts=8, per_token=3, dim=16, shared_dim=16, dense_layers=(0,), router_bias=True, correction=True, scale=1.5
@@ -80,6 +81,21 @@ def test_a_row_of_a_product_depends_on_that_row_alone() -> None:
     other = np.asarray(product(moved, weights, jnp.array([0, 0, 96, 0], jnp.int32)))
     np.testing.assert_array_equal(other[:5], whole[30:35])
     np.testing.assert_array_equal(other[35:80], whole[35:80])
+
+
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_a_token_gets_the_same_bits_in_any_batch(scores: Any, mesh: Mesh) -> None:
+    """By the CPU's kernels: else a text of a mixture changes with the load, as XLA orders the sums of a router's
+    product and softmax by how many tokens there are."""
+    mixture = MixtureConfig(experts=32, per_token=8, dim=64, scores=scores)
+    config = dataclasses.replace(TINY, dim=256, mixture=mixture)
+    params = packed_params(config, random_params(config, mesh))
+    execution = Execution(kernels=choose("cpu", Setting(config, "float32", "cpu")))
+    run = jax.jit(lambda params, x: bind(config, execution, params).blocks[0].mlp(x)[0])
+    x = np.random.default_rng(2).standard_normal((512, 256)).astype(np.float32)
+    whole = np.asarray(run(params, x))
+    for rows in (1, 7, 64, 200):
+        np.testing.assert_array_equal(run(params, x[:rows]), whole[:rows])
 
 
 def forward(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -160,6 +160,32 @@ ffi::Error gated(ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::Result<ffi::AnyBuf
   });
 }
 
+// ---- scores of a router
+
+void softmax_row(const float* x, int64_t size, float* y) {
+  float top = x[0], sum = 0;
+  for (int64_t i = 1; i < size; i++) top = std::max(top, x[i]);
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) put(y + i, exp(load<Floats>(x + i) - splat(top)));
+  for (; i < size; i++) y[i] = exp(splat(x[i] - top))[0];
+  for (i = 0; i < size; i++) sum += y[i];
+  for (i = 0; i < size; i++) y[i] /= sum;
+}
+
+ffi::Error scores(ffi::Buffer<ffi::F32, 2> x, ffi::Result<ffi::Buffer<ffi::F32, 2>> y, bool softmax) {
+  REQUIRE(x.dimensions() == y->dimensions() && x.dimensions()[1] > 0, "scores must be as many as logits");
+  const int64_t size = x.dimensions()[1];
+  each_row(x.dimensions()[0], 4 * size, [&](int64_t row) {
+    const float* from = x.typed_data() + row * size;
+    float* to = y->typed_data() + row * size;
+    if (softmax) return softmax_row(from, size, to);
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) put(to + i, sigmoid(load<Floats>(from + i)));
+    for (; i < size; i++) to[i] = sigmoid(splat(from[i]))[0];
+  });
+  return ffi::Error::Success();
+}
+
 auto norm_binding() {
   return ffi::Ffi::Bind()
       .Arg<ffi::AnyBuffer>()
@@ -181,6 +207,11 @@ auto gated_binding() {
       .Attr<float>("limit");
 }
 
+auto scores_binding() {
+  using Matrix = ffi::Buffer<ffi::F32, 2>;
+  return ffi::Ffi::Bind().Arg<Matrix>().Ret<Matrix>().Attr<bool>("softmax");
+}
+
 }  // namespace
 }  // namespace isthmus
 
@@ -188,3 +219,4 @@ using namespace isthmus;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rms_norm, norm, norm_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rotate_pairs, rotate, rotate_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_product, gated, gated_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(router_scores, scores, scores_binding());

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +32,9 @@ def gated_product(activation: Activation, limit: float, gate: jax.Array, up: jax
     """The gate of model/ops/gated.py, of an activation that is among ACTIVATIONS."""
     call = jax.ffi.ffi_call("isthmus_gated_product", jax.ShapeDtypeStruct(gate.shape, gate.dtype))
     return call(gate, up, activation=np.int64(ACTIVATIONS[activation]), limit=np.float32(limit))
+
+
+def router_scores(kind: Literal["softmax", "sigmoid"], logits: jax.Array) -> jax.Array:
+    """The scores of model/ops/routing.py."""
+    call = jax.ffi.ffi_call("isthmus_router_scores", jax.ShapeDtypeStruct(logits.shape, logits.dtype))
+    return call(logits, softmax=kind == "softmax")

@@ -36,6 +36,8 @@ HANDLERS = (
     "pack_matrix",
     "linear_float32",
     "linear_bfloat16",
+    "linear_groups_float32",
+    "linear_groups_bfloat16",
     "linear_int8",
     "linear_int6",
     "linear_int5",
@@ -44,6 +46,7 @@ HANDLERS = (
     "rms_norm",
     "rotate_pairs",
     "gated_product",
+    "router_scores",
     "sample",
     "sample_adjusted",
 )

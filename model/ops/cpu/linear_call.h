@@ -16,9 +16,18 @@ namespace ffi = xla::ffi;
 using Index = ffi::BufferR0<ffi::S32>;
 using Stack = ffi::Buffer<ffi::U8, 4>;
 
-// Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py.
+// Of a matrix with so many inputs.
 template <class F>
-ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int64_t lines, int64_t group) {
+int64_t lines_of(int64_t inputs) {
+  return (inputs + F::kRun - 1) / F::kRun * F::kLines;
+}
+inline int64_t padded_to_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
+
+// Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py. count: how many matrices of the
+// stack belong to it.
+template <class F>
+ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int64_t lines, int64_t group,
+                                   int64_t count = 1) {
   auto fail = [](const char* what) { return ffi::Unexpected(ffi::Error::InvalidArgument(what)); };
   auto index = arguments.get<Index>(at);
   auto stack = arguments.get<Stack>(at + 1);
@@ -26,7 +35,7 @@ ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int6
   auto size = stack->dimensions();
   const int64_t matrices = size[0], panels = size[1], matrix = *index->typed_data();
   if (size[2] != lines || size[3] != kLine) return fail("linear: weights have other inputs than x");
-  if (matrix < 0 || matrix >= matrices) return fail("linear: weights have fewer matrices than the index says");
+  if (matrix < 0 || matrix > matrices - count) return fail("linear: weights have fewer matrices than the index says");
   Weights w{stack->typed_data() + matrix * panels * lines * kLine};
   w.padded = panels * kPanel;
   if constexpr (is_integers<F>) {
@@ -53,7 +62,7 @@ ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, int64_t group,
   auto first = arguments.get<Stack>(1);
   REQUIRE(first, "weights must be uint8[matrices, panels, lines, 64]");
   const int64_t lines = first->dimensions()[2];
-  REQUIRE(lines == (inputs + F::kRun - 1) / F::kRun * F::kLines, "weights have other inputs than x");
+  REQUIRE(lines == lines_of<F>(inputs), "weights have other inputs than x");
   std::vector<Product> products;
   for (size_t i = 0; i < results.size(); i++) {
     auto weights = read_weights<F>(arguments, i * kArguments, lines, group);
@@ -63,10 +72,13 @@ ffi::Error multiply_all(const X* x, int64_t rows, int64_t inputs, int64_t group,
     const bool bf16 = (*y)->element_type() == ffi::BF16;
     REQUIRE(bf16 || (*y)->element_type() == ffi::F32, "a result must be float32 or bfloat16");
     const int64_t outputs = (*y)->dimensions()[1];
-    REQUIRE(weights->padded == (outputs + kPanel - 1) / kPanel * kPanel, "weights have other outputs than the result");
+    REQUIRE(weights->padded == padded_to_panels(outputs), "weights have other outputs than the result");
     if (outputs) products.push_back({*weights, Out{(*y)->untyped_data(), bf16, outputs}});
   }
-  if (rows && !products.empty()) run<F>(x, rows, inputs, lines, rotated, products);
+  if (products.empty()) return ffi::Error::Success();
+  std::vector<Work> works;
+  works.push_back(prepare<F>(x, 0, rows, inputs, lines, rotated, std::move(products)));
+  run<F>(works);
   return ffi::Error::Success();
 }
 

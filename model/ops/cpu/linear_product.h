@@ -266,23 +266,41 @@ void part(const Rows& rows, const Product& product, int64_t depth, int64_t chunk
   }
 }
 
+// Rows and what multiplies them.
+struct Work {
+  Rows rows;
+  std::vector<Product> products;
+  int64_t depth = 0, chunks = 0;
+};
+
+// The rows [first, last) of x.
 template <class F, class X>
-void run(const X* x, int64_t count, int64_t inputs, int64_t lines, bool rotated, std::vector<Product>& products) {
+Work prepare(const X* x, int64_t first, int64_t last, int64_t inputs, int64_t lines, bool rotated,
+             std::vector<Product> products) {
   std::vector<int64_t> places;
-  for (int64_t row = 0; row < count; row++)
+  for (int64_t row = first; row < last; row++)
     if (!is_zero(x + row * inputs, inputs))
       places.push_back(row);
     else
       for (const Product& p : products) p.out.clear(row);
-  if (places.empty()) return;
-  const Rows rows = pack<F>(x, std::move(places), inputs, lines, rotated);
-  const int64_t depth = rows.tiles == 1 ? lines : std::min(lines, kBlockLines / F::kLines * F::kLines);
+  Work work;
+  if (places.empty()) return work;
+  work.rows = pack<F>(x, std::move(places), inputs, lines, rotated), work.products = std::move(products);
+  work.depth = work.rows.tiles == 1 ? lines : std::min(lines, kBlockLines / F::kLines * F::kLines);
+  for (Product& p : work.products) divide<F>(p, work.rows, work.depth), work.chunks += p.chunks;
+  return work;
+}
+
+template <class F>
+void run(const std::vector<Work>& works) {
   int64_t chunks = 0;
-  for (Product& p : products) divide<F>(p, rows, depth), chunks += p.chunks;
+  for (const Work& work : works) chunks += work.chunks;
   Pool::get().run(chunks, [&](int64_t chunk) {
-    size_t i = 0;
+    size_t w = 0, i = 0;
+    while (chunk >= works[w].chunks) chunk -= works[w++].chunks;
+    const std::vector<Product>& products = works[w].products;
     while (chunk >= products[i].chunks) chunk -= products[i++].chunks;
-    part<F>(rows, products[i], depth, chunk);
+    part<F>(works[w].rows, products[i], works[w].depth, chunk);
   });
 }
 

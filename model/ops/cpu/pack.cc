@@ -56,27 +56,30 @@ void pack_panel(const Matrix<T>& m, int64_t panel, int64_t lines, T* to) {
 
 using Stack = ffi::Buffer<ffi::U8, 4>;
 
-// Packs the matrix as number `index` of the stack, which is the result's memory. transposed: it is given as [outputs,
-// inputs].
-ffi::Error pack(ffi::AnyBuffer matrix, Stack stack, ffi::BufferR0<ffi::S32> index, ffi::Result<Stack> out,
+// Packs matrices as those from number `index` on of the stack, which is the result's memory. transposed: each is given as
+// [outputs, inputs].
+ffi::Error pack(ffi::AnyBuffer matrices, Stack stack, ffi::BufferR0<ffi::S32> index, ffi::Result<Stack> out,
                 bool transposed) {
-  auto md = matrix.dimensions(), od = out->dimensions();
-  REQUIRE(md.size() == 2 && od[3] == kLine, "expected a matrix and lines of 64 bytes");
+  auto md = matrices.dimensions(), od = out->dimensions();
+  REQUIRE(md.size() == 3 && od[3] == kLine, "expected matrices and lines of 64 bytes");
   REQUIRE(stack.typed_data() == out->typed_data(), "the stack must be the result's memory");
   const int32_t place = *index.typed_data();
-  REQUIRE(place >= 0 && place < od[0], "the stack has fewer matrices than the index says");
-  const int64_t rows = md[0], inputs = transposed ? md[1] : rows, outputs = transposed ? rows : md[1];
-  const int64_t panels = od[1], lines = od[2], k_step = transposed ? 1 : md[1], n_step = transposed ? md[1] : 1;
-  const int64_t numbers = matrix.element_type() == ffi::F32 ? 1 : matrix.element_type() == ffi::BF16 ? 2 : 4;
+  const int64_t count = md[0], rows = md[1], columns = md[2];
+  REQUIRE(place >= 0 && place <= od[0] - count, "the stack has fewer matrices than the index says");
+  const int64_t inputs = transposed ? columns : rows, outputs = transposed ? rows : columns;
+  const int64_t panels = od[1], lines = od[2], k_step = transposed ? 1 : columns, n_step = transposed ? columns : 1;
+  const int64_t numbers = matrices.element_type() == ffi::F32 ? 1 : matrices.element_type() == ffi::BF16 ? 2 : 4;
   REQUIRE(panels == (outputs + kPanel - 1) / kPanel && lines == (inputs + numbers - 1) / numbers,
           "the result has another size than the matrix");
   uint8_t* to = out->typed_data() + place * panels * lines * kLine;
   auto each = [&]<class T>(const T* from) {
-    Matrix<T> m{from, inputs, outputs, k_step, n_step};
-    Pool::get().run(panels, [&](int64_t panel) { pack_panel(m, panel, lines, (T*)(to + panel * lines * kLine)); });
+    for (int64_t i = 0; i < count; i++, from += rows * columns, to += panels * lines * kLine) {
+      Matrix<T> m{from, inputs, outputs, k_step, n_step};
+      Pool::get().run(panels, [&](int64_t panel) { pack_panel(m, panel, lines, (T*)(to + panel * lines * kLine)); });
+    }
   };
-  const void* data = matrix.untyped_data();
-  switch (matrix.element_type()) {
+  const void* data = matrices.untyped_data();
+  switch (matrices.element_type()) {
     case ffi::F32: each((const uint32_t*)data); break;
     case ffi::BF16: each((const uint16_t*)data); break;
     case ffi::U8: each((const uint8_t*)data); break;

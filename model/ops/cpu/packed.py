@@ -38,15 +38,17 @@ class Packed:
     scales: jax.Array | None
     """What integers are multiplied by, bfloat16 or float16[matrices, panels, groups, 16]; None of other kinds"""
     index: jax.Array | None
-    """int32[]: its place in the stack; None is the whole stack"""
+    """int32[]: the place of it, or of its first matrix, in the stack; None is the whole stack"""
     kind: Kind = field(metadata={"static": True})
     inputs: int = field(metadata={"static": True})
     outputs: int = field(metadata={"static": True})
     group: int = field(default=0, metadata={"static": True})
     rotated: bool = field(default=False, metadata={"static": True})
     """Whether integers are turned, as in Quantized"""
+    count: int = field(default=1, metadata={"static": True})
+    """How many matrices, one after the other, a weight has: one an expert, or one a head"""
     names: tuple[str, ...] = field(default=(), metadata={"static": True})
-    """The names of the matrices, where this is a whole stack among a network's parameters"""
+    """The names of the weights, where this is a whole stack among a network's parameters"""
 
     @property
     def layout(self) -> tuple[str, int, int, bool]:
@@ -54,8 +56,8 @@ class Packed:
         return (self.kind, self.lines.shape[2], self.group, self.rotated)
 
     def __getitem__(self, index: int) -> Packed:
-        """A matrix of the stack."""
-        return dataclasses.replace(self, index=jnp.int32(index), names=())
+        """A weight of the stack."""
+        return dataclasses.replace(self, index=jnp.int32(index * self.count), names=())
 
     def columns(self, indices: jax.Array) -> jax.Array:
         """float32[*indices.shape, inputs]; zeros for an index that isn't there."""
@@ -87,6 +89,7 @@ def multiply(x: jax.Array, weights: Sequence[Packed], dtype: jax.typing.DTypeLik
     """
     kind = weights[0].kind
     assert len({weight.layout for weight in weights}) == 1, [weight.layout for weight in weights]
+    assert all(weight.count == 1 for weight in weights), "a product of groups is multiply_groups'"
     assert all(weight.inputs == x.shape[1] for weight in weights), x.shape
     out = tuple(jax.ShapeDtypeStruct((x.shape[0], weight.outputs), dtype) for weight in weights)
     call = jax.ffi.ffi_call(f"isthmus_linear_{kind}", out)
@@ -96,38 +99,53 @@ def multiply(x: jax.Array, weights: Sequence[Packed], dtype: jax.typing.DTypeLik
     return list(call(x, *arguments, group=np.int64(weights[0].group), rotated=weights[0].rotated))
 
 
-def pack(matrix: jax.Array | Quantized, inputs: int, *, transposed: bool = False) -> Packed:
+def multiply_groups(x: jax.Array, weight: Packed, sizes: jax.Array) -> jax.Array:
+    """float32[rows, outputs] of x[rows, inputs], float32 or bfloat16: each group of rows times its matrix.
+
+    sizes: int32[matrices of the weight], the rows of each group, in their order; rows past their sum give 0. A row's
+    result depends on that row and its matrix alone.
+    """
+    assert weight.kind not in BITS and sizes.shape == (weight.count,) and weight.inputs == x.shape[1], x.shape
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.outputs), jnp.float32)
+    return jax.ffi.ffi_call(f"isthmus_linear_groups_{weight.kind}", out)(x, sizes, weight.index, weight.lines)
+
+
+def pack(matrix: jax.Array | Quantized, inputs: int, *, count: int = 1, transposed: bool = False) -> Packed:
     """An array [*inputs, *outputs] of float32 or bfloat16, or integers [padded inputs, outputs].
 
-    transposed: an array is given as [outputs, inputs].
+    count: the array is [count, *inputs, *outputs]. transposed: it is [*outputs, *inputs] for each of `count`.
     """
-    return put(stack_like(1, matrix, inputs, transposed=transposed), 0, matrix, transposed=transposed)[0]
+    stack = stack_like(1, matrix, inputs, count=count, transposed=transposed)
+    return put(stack, 0, matrix, transposed=transposed)[0]
 
 
-def stack_like(matrices: int, matrix: jax.Array | Quantized, inputs: int, *, transposed: bool = False) -> Packed:
-    """A stack for as many as `matrices` like this one, which is as `pack` takes it, with nothing in it yet. A matrix's
+def stack_like(
+    weights: int, matrix: jax.Array | Quantized, inputs: int, *, count: int = 1, transposed: bool = False
+) -> Packed:
+    """A stack for as many as `weights` like this one, which is as `pack` takes it, with nothing in it yet. A weight's
     part of the memory is only taken when it is put there."""
     if isinstance(matrix, Quantized):
         panels = math.ceil(matrix.outputs / PANEL)
-        lines = allocate((matrices, panels, matrix.values.shape[0] // 4, 64), "uint8")
-        scales = allocate((matrices, panels, matrix.scales.shape[0], PANEL), matrix.scales.dtype.name)
+        lines = allocate((weights, panels, matrix.values.shape[0] // 4, 64), "uint8")
+        scales = allocate((weights, panels, matrix.scales.shape[0], PANEL), matrix.scales.dtype.name)
         kind = KINDS[matrix.bits]
         return Packed(lines, scales, None, kind, inputs, matrix.outputs, matrix.group, matrix.rotated)
-    kind, outputs = "float32" if matrix.dtype == jnp.float32 else "bfloat16", matrix.size // inputs
+    kind, outputs = "float32" if matrix.dtype == jnp.float32 else "bfloat16", matrix.size // inputs // count
     assert matrix.dtype == kind, matrix.dtype
-    assert not transposed or matrix.shape == (outputs, inputs), matrix.shape
-    shape = (matrices, math.ceil(outputs / PANEL), math.ceil(inputs * matrix.dtype.itemsize / 4), 64)
-    return Packed(allocate(shape, "uint8"), None, None, kind, inputs, outputs)
+    assert not transposed or matrix.shape[-1] == inputs, matrix.shape
+    shape = (weights * count, math.ceil(outputs / PANEL), math.ceil(inputs * matrix.dtype.itemsize / 4), 64)
+    return Packed(allocate(shape, "uint8"), None, None, kind, inputs, outputs, count=count)
 
 
 @partial(jax.jit, static_argnames="transposed", donate_argnums=0)
 def put(stack: Packed, index: int, matrix: jax.Array | Quantized, *, transposed: bool = False) -> Packed:
-    """The stack, in the same memory, with a matrix at a place of it."""
-    place = jnp.asarray(index, jnp.int32)
+    """The stack, in the same memory, with a weight at a place of it."""
+    place = jnp.asarray(index, jnp.int32) * stack.count
     if isinstance(matrix, Quantized):
-        values = matrix.values
+        values = matrix.values[None]
     else:
-        values = matrix if transposed else matrix.reshape(stack.inputs, stack.outputs)
+        sides = (stack.outputs, stack.inputs) if transposed else (stack.inputs, stack.outputs)
+        values = matrix.reshape(stack.count, *sides)
     out = jax.ShapeDtypeStruct(stack.lines.shape, jnp.uint8)
     call = jax.ffi.ffi_call("isthmus_pack_matrix", out, input_output_aliases={1: 0})
     lines = call(values, stack.lines, place, transposed=transposed)

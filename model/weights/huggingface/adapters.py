@@ -33,7 +33,7 @@ from isthmus.model.weights.lora import Adapter, split
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _STORED = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-_MODULES = (Role.MATRIX, Role.HEADS, Role.EXPERTS, Role.ROUTER)
+_MODULES = (Role.MATRIX, Role.HEADS, Role.TURNED_HEADS, Role.EXPERTS, Role.ROUTER)
 """The roles of parameters that are the weight of a module in a published model. An embedding isn't one, because PEFT
 treats it as another kind of module."""
 

@@ -97,7 +97,10 @@ void check(int64_t bits, int64_t rows, int64_t inputs, int64_t outputs, int64_t 
   isthmus::Weights weights{w.bytes.data(), w.scales.data(), false, w.padded};
   if (group) weights.groups = w.groups(), weights.group = group / F::kRun;
   std::vector<isthmus::Product> products{{weights, isthmus::Out{y.data(), false, outputs}}};
-  isthmus::run<F>(x.data(), rows, inputs, w.lines, false, products);
+  std::vector<isthmus::Work> works;
+  const isthmus::Out out{y.data(), false, outputs};
+  works.push_back(isthmus::prepare<F>(x.data(), 0, rows, inputs, w.lines, false, {{weights, out}}));
+  isthmus::run<F>(works);
   for (int64_t row = 0; row < rows; row++) {
     for (int64_t k = 0; k < inputs; k++) read[k] = isthmus::number(&x[row * inputs], k);
     for (int64_t n = 0; n < outputs; n++) {

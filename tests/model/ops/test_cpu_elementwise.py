@@ -14,7 +14,8 @@ import pytest
 
 from isthmus.model.config import Activation
 from isthmus.model.ops import gated as gates
-from isthmus.model.ops import norm, rotary
+from isthmus.model.ops import norm, rotary, routing
+from isthmus.model.ops.routing import Scores
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -24,6 +25,7 @@ SIZES = (1, 3, 7, 8, 15, 16, 17, 64, 100, 768, 2050)
 gated = partial(gates.gated, implementation="cpu")
 rms_norm = partial(norm.rms_norm, implementation="cpu")
 rotate = partial(rotary.rotate, implementation="cpu")
+scores = partial(routing.scores, implementation="cpu")
 ROUNDING = {DTYPES[0]: 2e-6, BFLOAT16: 2.0**-8 * 1.001}
 """Relative: of float32, what a sum of 2,050 squares loses in plain C++'s four lanes, 512 additions each; of bfloat16,
 one rounding"""
@@ -143,6 +145,17 @@ def test_a_gate_that_is_no_number_stays_alone() -> None:
     assert np.argwhere(~np.isfinite(got)).tolist() == [[1, 3]]
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("size", [1, 4, 17, 60, 256])
+def test_a_routers_scores_are_the_exact_ones(size: int, kind: Scores) -> None:
+    """A score that is off weighs a token's experts wrongly, or sends it to others."""
+    logits = random(np.random.default_rng(5), 9, size, dtype=DTYPES[0], spread=1.5)
+    x = logits.astype(np.float64)
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    want = powers / powers.sum(axis=-1, keepdims=True) if kind == "softmax" else expit(x)
+    assert_near(with_kernels(lambda logits: scores(kind, logits), logits), want, DTYPES[0])
+
+
 def all_of(x: jax.Array, cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
     """Every operation, of rows of 96."""
     heads = rotate((cos, sin), x.reshape(-1, 3, 32))[0]
@@ -175,6 +188,7 @@ F32, I32 = jnp.float32, jnp.int32
         ("rotate_pairs", [((3, 8), F32), ((3, 6), F32), ((3, 2, 8), F32)], ((3, 2, 8), F32), {}),
         ("rotate_pairs", [((3, 7), F32), ((3, 7), F32), ((3, 2, 8), F32)], ((3, 2, 8), F32), {}),
         ("rotate_pairs", [((3, 8), F32), ((3, 8), F32), ((3, 2, 6), F32)], ((3, 2, 6), F32), {}),
+        ("router_scores", [((3, 8), F32)], ((3, 9), F32), {"softmax": 1}),
         ("gated_product", [((3, 8), F32), ((3, 7), F32)], ((3, 8), F32), {"activation": 0, "limit": 0.0}),
         ("gated_product", [((3, 8), F32), ((3, 8), F32)], ((3, 8), F32), {"activation": 3, "limit": 0.0}),
     ],
@@ -183,7 +197,7 @@ def test_a_wrong_call_is_an_error(
     target: str, shapes: list[tuple[tuple[int, ...], Any]], out: tuple[tuple[int, ...], Any], attributes: dict[str, Any]
 ) -> None:
     """A mistake in the Python above must not read or write beyond an array."""
-    kinds = {"activation": np.int64, "eps": np.float32, "offset": np.float32, "limit": np.float32}
+    kinds = {"activation": np.int64, "eps": np.float32, "offset": np.float32, "limit": np.float32, "softmax": bool}
     typed = {name: kinds[name](value) for name, value in attributes.items()}
     result: Any = jax.ShapeDtypeStruct(*out)
     if target == "rotate_pairs":

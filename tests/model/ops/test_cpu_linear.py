@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from isthmus.model.ops.cpu.packed import Packed, multiply, put, stack_like
+from isthmus.model.ops.cpu.packed import Packed, multiply, multiply_groups, put, stack_like
 from isthmus.model.ops.cpu.packed import pack as pack_eagerly
 from isthmus.model.ops.linear import linears
 from isthmus.model.ops.quantized import Bits, Quantized, as_bytes, shapes
@@ -33,7 +33,7 @@ SIZES = (
     *((96, 130), (127, 100), (129, 130), (1025, 40), (2051, 70), (2500, 37), (4200, 20), (8300, 18)),
 )
 """(inputs, outputs): on both sides of every vector, line, panel, group and block"""
-pack = jax.jit(pack_eagerly, static_argnums=1, static_argnames="transposed")
+pack = jax.jit(pack_eagerly, static_argnums=1, static_argnames=("count", "transposed"))
 ROWS = (0, 1, 2, 5, 6, 7, 12, 13, 47)
 
 
@@ -294,6 +294,26 @@ def test_a_row_gives_the_same_bits_in_any_batch(kind: str, dtype: str, inputs: i
     for size in (2, 3, 4, 5, 6, 7, 12, 13, 47):
         some = rng.permutation(47)[:size]
         assert_same_bits(product(x[some], weight), whole[some])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("inputs, outputs, transposed", [(100, 70, False), (2500, 33, True)])
+def test_a_group_of_rows_is_multiplied_by_its_matrix_as_if_alone(
+    inputs: int, outputs: int, transposed: bool, kind: str, dtype: Any
+) -> None:
+    """A token of a mixture must get its own expert, and the same bits from it whoever else goes there: empty groups,
+    rows of zeros in one and rows of nobody at the end."""
+    rng = np.random.default_rng(10)
+    x, sizes = random_x(rng, 47, inputs, dtype), np.array([0, 1, 13, 0, 26, 2, 0], np.int32)
+    x[[3, 20]] = 0
+    weights = np.asarray(rng.normal(size=(len(sizes), inputs, outputs)), np.dtype(kind))
+    given = jnp.asarray(weights.swapaxes(1, 2) if transposed else weights)
+    got = np.asarray(jax.jit(multiply_groups)(x, pack(given, inputs, count=len(sizes), transposed=transposed), sizes))
+    ends = np.cumsum(sizes)
+    for weight, size, end in zip(weights, sizes, ends, strict=True):
+        assert_same_bits(got[end - size : end], product(x[end - size : end], pack(jnp.asarray(weight), inputs)))
+    assert not got[ends[-1] :].any()
 
 
 @pytest.mark.parametrize("rows", [1, 9])

@@ -149,6 +149,34 @@ def test_weights_of_other_inputs_are_an_error(target: str) -> None:
         call(target, OUT * 2, *RIGHT[target], *other)
 
 
+GROUPS = jnp.array([1, 2], jnp.int32)
+
+
+@pytest.mark.parametrize("x", [zeros(3, 8), zeros(3, 8, dtype=jnp.bfloat16)])
+@pytest.mark.parametrize("kind, count", [("float32", 8), ("bfloat16", 4)])
+def test_a_wrong_call_with_groups_is_an_error(kind: str, count: int, x: jax.Array) -> None:
+    """As above, for rows that each have one of several matrices."""
+    right = (x, GROUPS, jnp.int32(MATRICES - 2), lines(2, count))
+    call(f"linear_groups_{kind}", OUT, *right)
+    for index, argument in (
+        (0, zeros(3, 8, dtype=jnp.int32)),
+        (0, zeros(3, 10)),
+        (0, zeros(1, 3, 8)),
+        (1, GROUPS * 2),
+        (1, GROUPS - 2),
+        (1, jnp.zeros(3, jnp.int32)),
+        (2, LAST),
+        (2, jnp.int32(-1)),
+        (3, lines(2, count + 1)),
+        (3, lines(3, count)),
+    ):
+        with pytest.raises(REFUSED, match="linear:"):
+            call(f"linear_groups_{kind}", OUT, *right[:index], argument, *right[index + 1 :])
+    for out in ((2, 20), jnp.float32), ((3, 20), jnp.bfloat16), ((60,), jnp.float32):
+        with pytest.raises(REFUSED, match="linear:"):
+            call(f"linear_groups_{kind}", [out], *right)
+
+
 @pytest.mark.parametrize(
     "matrix, panels, count, width",
     [
@@ -179,4 +207,4 @@ def test_packing_beyond_a_stack_is_an_error(index: int) -> None:
 def pack_into(stack: jax.Array, matrix: jax.Array, index: int = 0) -> None:
     out = jax.ShapeDtypeStruct(stack.shape, jnp.uint8)
     call = jax.ffi.ffi_call("isthmus_pack_matrix", out, input_output_aliases={1: 0})
-    jax.block_until_ready(jax.jit(partial(call, transposed=False))(matrix, stack, jnp.int32(index)))
+    jax.block_until_ready(jax.jit(partial(call, transposed=False))(matrix[None], stack, jnp.int32(index)))

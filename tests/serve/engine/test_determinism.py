@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.checks.crowd import Arrival, play
-from isthmus.model.config import ModelConfig
+from isthmus.model.config import LatentConfig, LoraConfig, MixtureConfig, ModelConfig
 from isthmus.model.execution import Execution
 from isthmus.model.ops.cpu import library
 from isthmus.model.transformer import Params
+from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Request
@@ -23,11 +24,30 @@ from tests.support import TINY, as_kept, narrowest_dtype, random_params
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)
 """Pages for two of the longest sequences, so that requests are preempted"""
 REQUESTS = 16
-# Products of experts and of latent attention's heads have no kernel of ours, and XLA sums them by the bucket's size.
+EXPERTS = MixtureConfig(experts=32, per_token=8, dim=24, shared_dim=16, router_bias=True)
 NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
     "windows": {"windows": (12, 0)},
+    "experts": {"mixture": EXPERTS},
+    "latent": {
+        "kv_heads": 1,
+        "head_dim": 32,
+        "latent": LatentConfig(rank=24, query_rank=16, rope_dim=8, nope_dim=12, value_dim=20),
+        "mixture": dataclasses.replace(EXPERTS, scores="sigmoid", groups=4, groups_per_token=2, group_score="top2"),
+    },
+    "adapters": {"lora": LoraConfig(rank=3)},
 }
+CASES: list[tuple[str, Any, str]] = [
+    ("dense", "model", "none"),
+    ("dense", "int8", "int8"),
+    ("windows", "int8", "none"),
+    ("experts", "model", "none"),
+    ("experts", "int8", "int4"),
+    ("latent", "model", "none"),
+    ("latent", "int8", "int8"),
+    ("adapters", "model", "none"),
+]
+"""(network, cache's dtype, the scheme of integers that matrices become)"""
 
 
 def requests(prefix: str, vocab: int) -> list[Request]:
@@ -51,14 +71,15 @@ def requests(prefix: str, vocab: int) -> list[Request]:
 
 
 @pytest.mark.parametrize("dtype", dict.fromkeys(("float32", narrowest_dtype())))
-@pytest.mark.parametrize("cache_dtype", ["model", "int8"])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_together_and_alone_are_the_same_bits(network: str, cache_dtype: Any, dtype: Any, mesh: Mesh) -> None:
+@pytest.mark.parametrize("network, cache_dtype, scheme", CASES)
+def test_together_and_alone_are_the_same_bits(
+    network: str, cache_dtype: Any, scheme: str, dtype: Any, mesh: Mesh
+) -> None:
     """Bits that differ are a text that changes with the load: nobody can reproduce it, test it or train on it."""
     if reason := library.why_not():
         pytest.skip(reason)
     config = dataclasses.replace(TINY, **NETWORKS[network])
-    executor = made(config, cache_dtype, dtype, mesh)
+    executor = made(config, cache_dtype, scheme, dtype, mesh)
     together = requests("t", config.vocab_size)
     steps = np.random.default_rng(4).integers(0, 30, REQUESTS)
     arrivals = [Arrival(request, int(step)) for request, step in zip(together, steps, strict=True)]
@@ -75,10 +96,11 @@ def test_together_and_alone_are_the_same_bits(network: str, cache_dtype: Any, dt
         assert len(one.end.logprobs) == (len(one.end.tokens) if request.sampling.logprobs >= 0 else 0)
 
 
-def made(config: ModelConfig, cache_dtype: Any, dtype: Any, mesh: Mesh) -> Executor:
+def made(config: ModelConfig, cache_dtype: Any, scheme: str, dtype: Any, mesh: Mesh) -> Executor:
     engine = dataclasses.replace(ENGINE, cache_dtype=cache_dtype).resolve(config)
     served = Served(config, engine, config.vocab_size, Execution(dtype)).with_kernels("auto", mesh)
     params: Params = as_kept(config, mesh, random_params(config, mesh), dtype)
+    quantize_params(config, params, SCHEMES[scheme])
     executor = Executor(served, params, mesh)
     executor.warm_up()
     return executor
