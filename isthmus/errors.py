@@ -93,7 +93,7 @@ class Unauthenticated(RequestError):
 
 class RequestFailed(RequestError):
     """The request failed by no fault of its own. `reason` is a constant that programs can match: ENGINE_DEAD,
-    REQUEST_FAILED, NON_FINITE_LOGITS or CALL_FAILED; it is empty if the server gave none."""
+    REQUEST_FAILED, CONSTRAINT_FAILED, NON_FINITE_LOGITS or CALL_FAILED; it is empty if the server gave none."""
 
     code = "INTERNAL"
 

@@ -97,6 +97,8 @@ class FinishReason(StrEnum):
     """An end-of-sequence token was drawn"""
     STOP_TOKEN = "STOP_TOKEN"
     """One of stop_token_ids was drawn"""
+    COMPLETE = "COMPLETE"
+    """The text is all that its form allows, and nothing may follow"""
     LENGTH = "LENGTH"
     """max_tokens were drawn"""
     CONTEXT_LENGTH = "CONTEXT_LENGTH"

@@ -207,7 +207,8 @@ class Engine:
             launched = None
             if plan is not None:
                 launched = self.executor.launch(plan)
-                self.executor.sample(launched, None if plan.bias is None else self.scheduler.mask(plan))
+                if not plan.awaits:
+                    self._sample(launched)
             t2 = clock()
             if in_flight is not None:
                 drawn = in_flight.read()
@@ -222,6 +223,8 @@ class Engine:
                     times.deliver + clock() - t4,
                 )
                 times.steps += 1
+            if launched is not None and launched.plan.awaits:  # the device computes its forward pass meanwhile
+                self._sample(launched)
             self._deliver(self.scheduler.take_failed())
             self._busy_since = None
             if closing:
@@ -229,6 +232,11 @@ class Engine:
             self.times.plan += t1 - t0
             self.times.launch += t2 - t1
             in_flight = launched
+
+    def _sample(self, launched: Launched) -> None:
+        plan = launched.plan
+        mask = None if plan.bias is None else self.scheduler.mask(plan, time.perf_counter())
+        self.executor.sample(launched, mask)
 
     def _take_inbox(self, *, block: bool) -> None:
         with self._wake:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.sampling import Sampling
 
 
@@ -24,6 +25,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end the text; empty goes on past them"""
+    constraint: Constraint | None = None
+    """What restricts the tokens that may be drawn, at its beginning: the engine steps a copy"""
     reply_to: Any = None
     """The receiver of its events, which the engine doesn't look at"""
     arrival: float = field(default_factory=time.perf_counter)
@@ -41,6 +44,7 @@ class Ending(enum.Enum):
 
     EOS = "eos"
     STOP_TOKEN = "stop token"
+    COMPLETE = "nothing may follow by its constraint"
     LENGTH = "max_tokens"
     CONTEXT_LENGTH = "context is full"
     CANCELLED = "cancelled"

@@ -152,7 +152,8 @@ class Packer:
         arrays.sample_token[rows] = tokens
         plan.draws[rows] = self.draws[[sequence.slot for _, _, sequence in draws]]
         plan.draws["position"][rows] = arrays.positions[tokens] + 1
-        if any(sequence.request.sampling.adjusts for _, _, sequence in draws):
+        plan.awaits = any(sequence.constraint is not None for _, _, sequence in draws)
+        if any(sequence.adjusts for _, _, sequence in draws):
             slots = np.full(plan.bucket.samples, self._config.nobody)
             slots[rows] = [sequence.slot for _, _, sequence in draws]
             plan.bias = self._bias.rows(slots.tolist())

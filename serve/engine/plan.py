@@ -81,5 +81,7 @@ class StepPlan:
     """What is added to logits, where a draw is adjusted at all; None where none is"""
     samples: list[tuple[int, Sequence]] = field(default_factory=list)
     """(row of the head, sequence) of each token drawn"""
+    awaits: bool = False
+    """Whether a draw's mask follows from tokens of the step before, so that it can be drawn only when they are known"""
     scheduled_tokens: int = 0
     """Tokens that are not padding"""

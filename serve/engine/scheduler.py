@@ -170,13 +170,21 @@ class Scheduler:
             return False
         if step.blocks * self.config.block_size >= self.config.prefill_tokens:
             return False
-        sequence.masks = masks_of(sequence.request, self._vocab_size)
+        self._restrict(sequence)
         self.waiting.popleft()
         self._start(sequence, hit)
         if sequence.admitted_at is None:
             sequence.admitted_at = now
         self._schedule(sequence, self._next_count(sequence, step), step)
         return True
+
+    def _restrict(self, sequence: Sequence) -> None:
+        """Takes in what the request says about its draws, unless that was done before a preemption."""
+        request = sequence.request
+        sequence.masks = masks_of(request, self._vocab_size)
+        sequence.adjusts = request.constraint is not None or request.sampling.adjusts
+        if sequence.constraint is None and request.constraint is not None:
+            sequence.constraint = request.constraint.copy()
 
     def _is_long(self, sequence: Sequence) -> bool:
         return 0 < self._rope_switch < sequence.length
@@ -262,12 +270,18 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
 
-    def mask(self, plan: StepPlan) -> np.ndarray:
-        """int32[samples, words]: which ids each draw of an adjusted plan may give. All tokens before them are known."""
+    def mask(self, plan: StepPlan, now: float = 0.0) -> np.ndarray:
+        """int32[samples, words]: which ids each draw of an adjusted plan may give. If the plan awaits the step before,
+        that is committed."""
         mask = np.full((plan.bucket.samples, words_for(self._vocab_size)), -1, np.int32)
         for row, sequence in plan.samples:
-            if sequence.masks is not None:
-                mask[row] = sequence.masks.at(int(plan.draws["position"][row]) - sequence.prompt_length)
+            if sequence.ending is not None or not sequence.adjusts:
+                continue
+            try:
+                sequence.fill_mask(mask[row], int(plan.draws["position"][row]) - sequence.prompt_length)
+            except Exception as error:
+                mask[row] = -1
+                self._fail(sequence, error, now)
         return mask
 
     # commit: what a step drew
@@ -307,6 +321,10 @@ class Scheduler:
             return Ending.EOS
         if token in request.stop_ids:
             return Ending.STOP_TOKEN
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token)
+            if sequence.constraint.done:
+                return Ending.COMPLETE
         if len(sequence.tokens) - sequence.prompt_length >= request.max_tokens:
             full = len(sequence.tokens) >= self.config.context_length
             return Ending.CONTEXT_LENGTH if full else Ending.LENGTH

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.masks import Masks
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
 
@@ -13,6 +16,7 @@ class Sequence:
     """`tokens` grows by one a step once the prompt is computed."""
 
     request: Request
+    prompt_length: int = field(init=False)
     tokens: list[int] = field(init=False)
     """The prompt and the tokens that were drawn, as far as the host knows them"""
     logprobs: list[Logprobs] = field(default_factory=list, init=False)
@@ -24,7 +28,11 @@ class Sequence:
     uses_long_rope: bool = field(default=False, init=False)
     """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
     masks: Masks | None = field(default=None, init=False)
-    """Which tokens may be drawn; None where all may"""
+    """Which tokens may be drawn by the request's options; None where all may"""
+    constraint: Constraint | None = field(default=None, init=False)
+    """Which may be drawn after the tokens that the host knows"""
+    adjusts: bool = field(default=False, init=False)
+    """Whether its draws see other logits than the model's"""
     slot: int = field(default=-1, init=False)
     pages: list[int] = field(default_factory=list, init=False)
     registered: int = field(default=0, init=False)
@@ -54,6 +62,14 @@ class Sequence:
     def may_grow(self) -> bool:
         """Whether max_tokens leaves room for one more token than those drawn."""
         return self.length - self.prompt_length < self.request.max_tokens
+
+    def fill_mask(self, row: np.ndarray, drawn: int) -> None:
+        """Clears the bits of ids, in int32[words], that may not come after `drawn` tokens, all of which are known. Where
+        constraint and options have no id in common, the constraint decides. Raises ConstraintError."""
+        if self.constraint is not None:
+            self.constraint.fill(row)
+        if self.masks is not None and (both := row & self.masks.at(drawn)).any():
+            row[:] = both
 
     def end(self, now: float, failure: Exception | None = None) -> End:
         """How it ended, at `now`."""

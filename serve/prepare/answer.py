@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from isthmus.errors import Cancelled, RequestError, RequestFailed, Unavailable
 from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.serve.engine.constraint import ConstraintError
 from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Request
 from isthmus.types import Completion, Delta, FinishReason, TokenLogprobs
 
 _REASONS = {
     Ending.EOS: FinishReason.EOS,
     Ending.STOP_TOKEN: FinishReason.STOP_TOKEN,
+    Ending.COMPLETE: FinishReason.COMPLETE,
     Ending.LENGTH: FinishReason.LENGTH,
     Ending.CONTEXT_LENGTH: FinishReason.CONTEXT_LENGTH,
 }
@@ -101,6 +103,8 @@ def error_of(end: End) -> RequestError:
         return Cancelled("the request was cancelled")
     if end.reason is Ending.CLOSED:
         return Unavailable("the engine was shut down before the request was done")
+    if isinstance(end.failure, ConstraintError):
+        return RequestFailed(f"the form of the text can't be kept: {end.failure}", "CONSTRAINT_FAILED")
     match end.failure:
         case None:
             return RequestFailed("the model gave logits that are not finite for this request", "NON_FINITE_LOGITS")
