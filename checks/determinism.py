@@ -111,11 +111,9 @@ def random_sampling(rng: np.random.Generator, vocab: int, seed: int) -> Sampling
     )
 
 
-def check(
-    executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[], None] = lambda: None
-) -> Verdict:
-    """Runs all in a crowd, and each again alone from a cold cache. on_done: called for each that has ended, in the crowd
-    and alone."""
+def check(executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[], None] = lambda: None) -> Verdict:
+    """Runs all in a crowd, and each again alone from a cold cache. on_done: called for each that has ended, in the
+    crowd and alone."""
 
     def report(events: Sequence[Event]) -> None:
         for event in events:

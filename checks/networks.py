@@ -18,9 +18,7 @@ from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 
-_DENSE = ModelConfig(
-    vocab_size=199, dim=64, layers=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=96, context_length=192
-)
+_DENSE = ModelConfig(vocab_size=199, dim=64, layers=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=96, context_length=192)
 _EXPERTS = MixtureConfig(experts=8, per_token=2, dim=64, shared_dim=32)
 NETWORKS: dict[str, ModelConfig] = {
     "dense": _DENSE,

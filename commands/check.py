@@ -29,8 +29,8 @@ Proves on this machine what Isthmus promises.
   determinism   a request gets the same bits whatever happens around it
 
 isthmus check CHECK --help says more."""
-HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch, from a
-cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
+HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch,
+from a cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
 cancelled, pages run short; then each runs again alone, and every token is compared. Exits with 1 if a bit differs.
 
 examples:

@@ -15,7 +15,10 @@ COMMANDS = {
     ),
     "generate": ("isthmus.commands.generate", "complete a prompt, on a running server or on a model folder"),
     "kernels": ("isthmus.commands.kernels", "compile the CPU's kernels ahead of time, or list them"),
-    "check": ("isthmus.commands.check", "prove on this machine that a request gets the same bits whatever is around it"),
+    "check": (
+        "isthmus.commands.check",
+        "prove on this machine that a request gets the same bits whatever is around it",
+    ),
     "bench": ("isthmus.commands.bench", "measure a step, a server or training against the hardware's limits"),
     "demo": ("isthmus.commands.demo", "train a small model on Python's own source, serve it and call it"),
 }

@@ -296,6 +296,7 @@ def _generation(path: Path) -> GenerationDefaults:
     ignored = tuple(
         f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
     )
+
     def number(name: str, low: float, high: float) -> Any:
         value = values.get(name)
         if value is None:

@@ -366,7 +366,9 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.ending is None and sequence.slot >= 0
             assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= 1
-            assert len(sequence.pages) >= self._pages_for(sequence.computed), f"{sequence.request.id} computes without pages"
+            assert len(sequence.pages) >= self._pages_for(sequence.computed), (
+                f"{sequence.request.id} computes without pages"
+            )
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot < 0 and sequence.computed == 0
 

@@ -64,8 +64,8 @@ class Sequence:
         return self.length - self.prompt_length < self.request.max_tokens
 
     def fill_mask(self, row: np.ndarray, drawn: int) -> None:
-        """Clears the bits of ids, in int32[words], that may not come after `drawn` tokens, all of which are known. Where
-        constraint and options have no id in common, the constraint decides. Raises ConstraintError."""
+        """Clears the bits of ids, in int32[words], that may not come after `drawn` tokens, all of which are known.
+        Where constraint and options have no id in common, the constraint decides. Raises ConstraintError."""
         if self.constraint is not None:
             self.constraint.fill(row)
         if self.masks is not None and (both := row & self.masks.at(drawn)).any():

@@ -56,7 +56,9 @@ def drawing_of(asked: SamplingParams, recommended: GenerationDefaults, tokenizer
         frequency_penalty=within(
             "frequency_penalty", first(asked.frequency_penalty, None, 0.0), -MAX_PENALTY, MAX_PENALTY
         ),
-        presence_penalty=within("presence_penalty", first(asked.presence_penalty, None, 0.0), -MAX_PENALTY, MAX_PENALTY),
+        presence_penalty=within(
+            "presence_penalty", first(asked.presence_penalty, None, 0.0), -MAX_PENALTY, MAX_PENALTY
+        ),
         bias=_bias(asked.logit_bias, vocab),
         allowed=None if asked.allowed_token_ids is None else _ids("allowed_token_ids", asked.allowed_token_ids, vocab),
         bad=_ids("bad_token_ids", asked.bad_token_ids, vocab),

@@ -229,7 +229,10 @@ class _Engine:
         self._sink([Event(Request("of the question before", [1], Sampling(), 9), end=End(Ending.CANCELLED))])
         for step in self.steps:
             self._sink(
-                [Event(self.submitted[at], () if end else (5,), end=None if end is None else End(end)) for at, end in step]
+                [
+                    Event(self.submitted[at], () if end else (5,), end=None if end is None else End(end))
+                    for at, end in step
+                ]
             )
 
     def cancel(self, request: Request) -> None:

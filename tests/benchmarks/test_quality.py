@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from isthmus.checks.crowd import Arrival, play
 from isthmus.benchmarks import quality
 from isthmus.benchmarks.comparison import with_comparison
 from isthmus.benchmarks.llama_perplexity import BaseLogits, divergence, parse
@@ -20,6 +19,7 @@ from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.quality import Ours, QualityBench, known, measure, ours
 from isthmus.benchmarks.record import Record, load_all
 from isthmus.benchmarks.report import write_report
+from isthmus.checks.crowd import Arrival, play
 from isthmus.commands import bench as command
 from isthmus.errors import ConfigError
 from isthmus.model.sharding import MeshShape, build_mesh

@@ -11,7 +11,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -19,7 +18,6 @@ from jax.sharding import Mesh
 from isthmus.checks.crowd import Arrival, play
 from isthmus.model.config import ModelConfig
 from isthmus.model.execution import DEFAULT_EXECUTION, Execution
-from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import use_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.model.weights.huggingface.families import read_config

@@ -12,14 +12,12 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from isthmus.checks.crowd import Arrival, play
 from isthmus.model.config import ModelConfig
-from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params
 from isthmus.serve.engine.config import Bucket, EngineConfig
@@ -110,9 +108,7 @@ def test_stopping_is_the_training_forwards_too(executor: Executor, params: Param
     arrivals = random_arrivals(24, seed=2)
     for index, arrival in enumerate(arrivals):
         room = 96 - len(arrival.request.prompt)
-        arrival.request = dataclasses.replace(
-            arrival.request, max_tokens=room, eos_ids=frozenset({eos}), stop_ids=stop
-        )
+        arrival.request = dataclasses.replace(arrival.request, max_tokens=room, eos_ids=frozenset({eos}), stop_ids=stop)
         arrival.step = index
     play(executor, arrivals)
     for arrival, want in zip(arrivals, training_texts(params, arrivals), strict=True):

@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh
 
 from isthmus.model.config import MixtureConfig, ModelConfig
 from isthmus.model.execution import Execution
-from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.sharding import MESH_AXES, use_mesh
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import (

@@ -77,9 +77,7 @@ def drawn(implementation: str, logits: np.ndarray, by: Adjustments | None, judge
     uniform = jnp.asarray(np.random.default_rng(7).random((rows, 2), np.float32))
     asked = jnp.full(rows, judged, jnp.int32)
     by = None if by is None else Adjustments(*map(jnp.asarray, by))
-    return Drawn(
-        *map(np.asarray, program(implementation)(jnp.asarray(logits), columns, uniform, asked, ids, MOST, by))
-    )
+    return Drawn(*map(np.asarray, program(implementation)(jnp.asarray(logits), columns, uniform, asked, ids, MOST, by)))
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "cpu"])

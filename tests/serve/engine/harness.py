@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from isthmus.checks.crowd import Arrival, end_of, play
+from isthmus.checks.crowd import end_of
 from isthmus.model.config import ModelConfig
 from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.ops.sampling import Drawn
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched, Served
-from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.messages import End, Event, Request
+from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.state import State, empty_state
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
-from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.sequence import Sequence
@@ -134,7 +134,9 @@ class Simulation:
         limit = self.steps + 20 * (work + 10)
         while self.live or self.in_flight is not None:
             self.step()
-            assert self.steps < limit, f"no end in sight: {[(s.request.id, s.computed, s.length) for s in self.live.values()]}"
+            assert self.steps < limit, (
+                f"no end in sight: {[(s.request.id, s.computed, s.length) for s in self.live.values()]}"
+            )
         assert self.scheduler.idle
         assert self.scheduler.pool.in_use == 0, "a page is held by nobody"
         self.scheduler.check()

@@ -94,7 +94,7 @@ def test_the_largest_bias_fits(mesh: Mesh) -> None:
     served = Served(config, ENGINE.resolve(config), config.vocab_size).with_kernels("auto", mesh)
     executor = Executor(served, as_kept(config, mesh, random_params(config, mesh), "float32"), mesh)
     executor.warm_up()
-    bias = tuple((token, -100.0) for token in range(MOST_BIASED - 1)) + ((MOST_BIASED + 6, 100.0),)
+    bias = (*((token, -100.0) for token in range(MOST_BIASED - 1)), (MOST_BIASED + 6, 100.0))
     arrival = Arrival(Request("r", [1, 2, 3], Sampling(temperature=0, bias=bias), 5))
     play(executor, [arrival])
     assert arrival.completion == [MOST_BIASED + 6] * 5

@@ -328,7 +328,9 @@ def test_recommended_sampling_is_read(tmp_path: Path) -> None:
     """What a model's makers recommend: greedy, if they don't ask for sampling. What we don't do is listed."""
     write_folder(tmp_path, "qwen2")
     path = tmp_path / "generation_config.json"
-    path.write_text('{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "num_beams": 3}')
+    path.write_text(
+        '{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "num_beams": 3}'
+    )
     recommended = open_folder(tmp_path).generation
     assert (recommended.temperature, recommended.top_p, recommended.top_k, recommended.min_p) == (0.7, 0.8, 20, None)
     assert recommended.repetition_penalty == 1.05
