@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.sampling import Sampling
 
 
@@ -42,6 +43,8 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end the text; empty goes on past them"""
+    constraint: Constraint | None = None
+    """What restricts the tokens that it may draw; its own"""
     reply_to: Any = None
     """The receiver of its outputs, which the engine doesn't look at"""
     arrival: float = field(default_factory=time.perf_counter)

@@ -1,7 +1,7 @@
 """Compiles what a text must be (isthmus/types.py: ResponseFormat) into a Constraint for the engine, by llguidance.
 
-A grammar is somebody else's program. Its text is bounded, compiling it and each of its steps too (`Limits`), and it is
-compiled on a stack that no text within the bounds fills. What is over a limit is an error of that request alone.
+A grammar is somebody else's program. Its text is bounded, it is compiled first in a process that can be ended, and each
+of its steps is bounded too (`Limits`). What is over a limit is an error of that request alone.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
@@ -22,17 +25,19 @@ from llguidance import LLMatcher, LLParserLimits
 from isthmus.errors import InvalidRequest, Overloaded
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
-from isthmus.serve.prepare import schema
+from isthmus.serve.prepare import grammar_trial, schema
 from isthmus.serve.prepare.vocabulary import Vocabulary
 from isthmus.types import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_string
 
 MAX_REGEX = 16 << 10
-MAX_GRAMMAR = 32 << 10
+MAX_GRAMMAR = 16 << 10
 MAX_CHOICES = 1000
 """Most choices; of all of them together, most bytes are MAX_GRAMMAR"""
 STACK = 256 << 20
 """Bytes of address space for the stack that compiles. llguidance recurses along references, and an overflow would end
-the process; the worst texts within the limits take less than a fourth of it, of which only that is memory"""
+the process; the worst texts within the limits take less than a fourth of it, and only what they take is memory"""
+PATIENCE = 30.0
+"""Seconds that a trial may take on a busy machine"""
 WHITESPACE = r"\x20|\n[\x20\t]{0,20}"
 """The most whitespace at each place of a JSON text that may have some: a space, or a line and its indentation"""
 ESCAPES = 'nrbtf\\"'
@@ -41,37 +46,41 @@ ESCAPES = 'nrbtf\\"'
 
 @dataclass(frozen=True)
 class Limits:
-    """What a grammar may take. The defaults keep compiling below a second and a step's mask below about 50 ms."""
+    """What a grammar may take. With the defaults compiling takes less than a second, and a mask mostly less than a
+    millisecond and at worst about 50."""
 
-    seconds: float = 2.0
-    """Longest time to compile. It bounds how long a request waits; the work itself is bounded by the numbers below"""
-    threads: int = 2
+    seconds: int = 1
+    """Most processor time for the trial of a grammar, of which the process's start is about a tenth"""
+    memory: int = 3 << 30
+    """Most address space for it, in bytes"""
+    trials: int = 2
     """Most grammars that are compiled at once"""
     cached: int = 32
     """Most compiled grammars that are kept"""
-    grammar_size: int = 100_000
+    grammar_size: int = 50_000
     """Most symbols in a grammar's rules"""
     lexer_states: int = 25_000
     """Most states of all regular expressions of a grammar together, of about 1 kB each"""
-    initial_fuel: int = 1_000_000
+    initial_fuel: int = 500_000
     """Most work on its regular expressions while it is compiled; 50,000 take about a millisecond"""
     step_fuel: int = 200_000
     """Most work on its regular expressions for one mask; 14,000 take about a millisecond"""
     step_items: int = 10_000
-    """Most items of the parser for one mask; 20,000 were said to take a millisecond, and took 4"""
-    row_items: int = 2_000
+    """Most items of the parser for one mask; 1,000 take up to 5 milliseconds"""
+    row_items: int = 3_000
     """Most items of the parser at one place of the text, about 4 for each property that may come next"""
 
-    def parser(self) -> LLParserLimits:
-        return LLParserLimits(
-            max_items_in_row=self.row_items,
-            initial_lexer_fuel=self.initial_fuel,
-            step_lexer_fuel=self.step_fuel,
-            step_max_items=self.step_items,
-            max_lexer_states=self.lexer_states,
-            max_grammar_size=self.grammar_size,
-            verbose_errors=False,
-        )
+    def parser(self) -> dict[str, Any]:
+        """The arguments of LLParserLimits. Errors don't repeat the text, which is the user's."""
+        return {
+            "max_items_in_row": self.row_items,
+            "initial_lexer_fuel": self.initial_fuel,
+            "step_lexer_fuel": self.step_fuel,
+            "step_max_items": self.step_items,
+            "max_lexer_states": self.lexer_states,
+            "max_grammar_size": self.grammar_size,
+            "verbose_errors": False,
+        }
 
 
 class Grammars:
@@ -81,14 +90,14 @@ class Grammars:
         """ids: the width of the model's logits, padding included."""
         self._tokenizer, self._ids = tokenizer, ids
         self._limits = limits or Limits()
-        self._places = threading.Semaphore(self._limits.threads)
+        self._places = threading.Semaphore(self._limits.trials)
         self._lock = threading.Lock()
         self._kept: OrderedDict[bytes, _Compiled | InvalidRequest] = OrderedDict()
 
     def constraint(self, asked: ResponseFormat) -> GrammarConstraint:
-        """The constraint of a new sequence. It may take as long as `Limits.seconds`, and the first one of all a second
-        more for the vocabulary. Raises InvalidRequest, naming the keyword of the library for the form, and Overloaded
-        while too many grammars are compiled."""
+        """The constraint of a new sequence. A form that wasn't asked for before takes a tenth of a second or two, the
+        first one of all a second more for the vocabulary. Raises InvalidRequest, naming the library's keyword for the
+        form, and Overloaded if the system has no time for it."""
         name, text = _written(asked)
         key = hashlib.sha256(f"{type(asked).__name__}\0{text}".encode()).digest()
         found = self._known(key)
@@ -97,11 +106,15 @@ class Grammars:
                 found = self._compiled(name, _grammar(asked, text))
             except InvalidRequest as error:
                 found = error
-            if not isinstance(found, _TooSlow):  # it might be quicker when less else runs
-                self._keep(key, found)
+            self._keep(key, found)
         if isinstance(found, InvalidRequest):
-            raise type(found)(found.field, found.message)
+            raise InvalidRequest(found.field, found.message)
         return GrammarConstraint(found, found.matcher.deep_copy())
+
+    def prepare(self) -> None:
+        """Does now what the first form would otherwise wait for."""
+        with self._lock:
+            _ = self._compile
 
     def _known(self, key: bytes) -> _Compiled | InvalidRequest | None:
         with self._lock:
@@ -122,76 +135,68 @@ class Grammars:
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self._tokenizer, self._ids)
 
-    def prepare(self) -> None:
-        """Does now what the first grammar would otherwise wait for."""
-        with self._lock:
-            _ = self._matching
-
     @cached_property
-    def _matching(self) -> Callable[[str], LLMatcher]:
-        tokens, limits = self._vocabulary.llguidance(), self._limits.parser()
-        return lambda grammar: LLMatcher(tokens, grammar, log_level=0, limits=limits)
+    def _compile(self) -> Callable[[str], LLMatcher]:
+        """Compiles a grammar that has been tried, and makes its first mask, which is when llguidance finds out that no
+        text fits."""
+        tokens, limits = self._vocabulary.llguidance(), LLParserLimits(**self._limits.parser())
 
-    def _compiled(self, name: str, grammar: str) -> _Compiled:
-        """Compiles a grammar and makes its first mask, which is when llguidance finds out that no text fits."""
-        self.prepare()
-
-        def work() -> LLMatcher:
-            matcher = self._matching(grammar)
-            if not matcher.is_error():
-                matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        def work(grammar: str) -> LLMatcher:
+            matcher = LLMatcher(tokens, grammar, log_level=0, limits=limits)
+            words = self._vocabulary.buffer()
+            matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
             return matcher
 
-        words = self._vocabulary.buffer()
-        begun = time.monotonic()
-        matcher = self._in_time(name, work)
+        return lambda grammar: _on_large_stack(lambda: work(grammar))
+
+    def _compiled(self, name: str, grammar: str) -> _Compiled:
+        with self._places:
+            if error := _tried(grammar, self._limits):
+                raise InvalidRequest(name, error)
+            self.prepare()
+            begun = time.monotonic()
+            matcher = self._compile(grammar)
         if matcher.is_error():
-            raise InvalidRequest(name, _reason(matcher))
-        if not (words[: len(self._vocabulary.text)] & self._vocabulary.text_or_end).any():
-            raise InvalidRequest(name, "no token of this model begins a text that fits")
-        again = _Again(lambda: self._in_time(name, lambda: self._matching(grammar)), time.monotonic() - begun)
-        return _Compiled(matcher, self._vocabulary, again)
-
-    def _in_time(self, name: str, work: Callable[[], LLMatcher]) -> LLMatcher:
-        """Returns work(), run on a thread of its own. Raises InvalidRequest if it isn't done in time; its place is free
-        when it is. Raises Overloaded if no place becomes free in that time."""
-        seconds = self._limits.seconds
-        if not self._places.acquire(timeout=seconds):
-            raise Overloaded("too many grammars are being compiled")
-        done = threading.Event()
-        results: list[LLMatcher] = []
-
-        def run() -> None:
-            try:
-                results.append(work())
-            finally:
-                self._places.release()
-                done.set()
-
-        _start(threading.Thread(target=run, name="grammar", daemon=True))
-        if not done.wait(seconds):
-            raise _TooSlow(name, f"takes longer than {seconds:g} s to compile: make it simpler")
-        if not results:
-            raise InvalidRequest(name, "can't be compiled")
-        return results[0]
+            raise InvalidRequest(name, _reason(matcher.get_error()))
+        compiled = _Compiled(matcher, self._vocabulary, lambda: self._compile(grammar), time.monotonic() - begun)
+        try:
+            GrammarConstraint(compiled, matcher.deep_copy()).fill(self._vocabulary.text.copy())
+        except ConstraintError as error:
+            raise InvalidRequest(name, str(error)) from None
+        return compiled
 
 
-class _TooSlow(InvalidRequest):
-    """A grammar took too long this time."""
+def _tried(grammar: str, limits: Limits) -> str | None:
+    """Why a grammar is refused, after its trial in another process; None if it isn't. Raises Overloaded."""
+    # The trial is run by its path, so that no module in the folder where the command runs is imported instead.
+    sizes = (str(size) for size in (limits.seconds, limits.memory, STACK))
+    command = [sys.executable, "-P", grammar_trial.__file__, *sizes, json.dumps(limits.parser())]
+    try:
+        done = subprocess.run(command, input=grammar.encode(), capture_output=True, check=False, timeout=PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Overloaded(f"a grammar couldn't be tried out: {type(error).__name__}") from None
+    if done.returncode:
+        return "takes too long, or too much memory, to compile: make it simpler"
+    return _reason(done.stdout.decode(errors="replace")) if done.stdout else None
 
 
 _STARTING = threading.Lock()
 
 
-def _start(thread: threading.Thread) -> None:
-    """Starts a thread with a stack of STACK bytes. That is a setting of the process for new threads: one that starts
-    elsewhere meanwhile gets it too, which costs it nothing."""
+def _on_large_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    """Returns work(), run on a thread with a stack of STACK bytes. That is a setting of the process for new threads:
+    one that starts elsewhere meanwhile gets it too, which costs it nothing."""
+    results: list[LLMatcher] = []
+    thread = threading.Thread(target=lambda: results.append(work()), name="grammar", daemon=True)
     with _STARTING:
         before = threading.stack_size(STACK)
         try:
             thread.start()
         finally:
             threading.stack_size(before)
+    thread.join()
+    (result,) = results
+    return result
 
 
 # Texts
@@ -277,25 +282,18 @@ def _check_lark(text: str) -> None:
             raise InvalidRequest("grammar", f"line {line}: {found[0]!r}: {_REFUSED[found.lastgroup]}")
 
 
-def _reason(matcher: LLMatcher) -> str:
-    """Why a matcher failed, in a line. A panic of the library, with its backtrace, is one that met a limit."""
-    error = matcher.get_error().removesuffix("<non-verbose/>").strip()
+def _reason(error: str) -> str:
+    """An error of llguidance in a line. A panic of it, which comes with a backtrace, has met a limit."""
+    error = error.removesuffix("<non-verbose/>").strip()
     if error.startswith("panic"):
         return "is too large to be compiled"
+    if error.startswith("NoExtensionBias"):
+        return "no text fits it"
     lines = [line for line in error.split("\n") if not re.match(r"\s*(\d+ \||\^|$)", line)]
-    return re.sub(r"^at \d+\(\d+\): ", "", " ".join(lines))[:300]
+    return re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(lines))[:300]
 
 
 # Sequences
-
-
-@dataclass
-class _Again:
-    """How a grammar is compiled again."""
-
-    compile: Callable[[], LLMatcher]
-    seconds: float
-    """What compiling it took the first time"""
 
 
 RENEWAL_SECONDS = 0.1
@@ -304,13 +302,16 @@ RENEWAL_SECONDS = 0.1
 
 @dataclass
 class _Compiled:
-    """A grammar. All copies of its matcher share the states of its regular expressions, which are so found once, and
+    """A grammar. All copies of its matcher share the states of its regular expressions, which so are found once, and
     the limit on them, which the copies of many requests reach together."""
 
     matcher: LLMatcher
     vocabulary: Vocabulary
-    again: _Again
-    spent: bool = field(default=False)
+    again: Callable[[], LLMatcher]
+    """Compiles it again"""
+    seconds: float
+    """What that takes"""
+    spent: bool = False
     """Whether that limit was reached. Its copies are of no more use, and the next request compiles it again"""
 
 
@@ -363,21 +364,14 @@ class GrammarConstraint:
         if step():
             return
         if not (self._exhausted() and self._renew() and step()):
-            raise ConstraintError(_reason(self._matcher))
+            raise ConstraintError(_reason(self._matcher.get_error()))
 
     def _exhausted(self) -> bool:
         return not self._alone and self._matcher.get_error().startswith("lexer error: too many")
 
     def _renew(self) -> bool:
         self._grammar.spent = True
-        if self._grammar.again.seconds > RENEWAL_SECONDS:
+        if self._grammar.seconds > RENEWAL_SECONDS:
             return False
-        try:
-            matcher = self._grammar.again.compile()
-        except (InvalidRequest, Overloaded):
-            return False
-        self._alone = True
-        if not matcher.consume_tokens(self._tokens):
-            return False
-        self._matcher = matcher
-        return True
+        self._matcher, self._alone = self._grammar.again(), True
+        return self._matcher.consume_tokens(self._tokens)

@@ -18,8 +18,10 @@ from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.request import Request
 from isthmus.serve.engine.sampling import MOST_LOGPROBS, Sampling
+from isthmus.serve.prepare.grammar import Grammars
 from isthmus.types import (
     Conversation,
     Question,
@@ -59,11 +61,13 @@ class Preparation:
     recommended: GenerationDefaults
     """The sampling settings for what a question leaves open"""
     context_length: int
+    grammars: Grammars | None = None
+    """Compiles what a text must be; None refuses to"""
 
     @classmethod
-    def of(cls, model: ModelFolder, context_length: int) -> Preparation:
+    def of(cls, model: ModelFolder, context_length: int, grammars: Grammars | None = None) -> Preparation:
         """The preparation for a model. context_length: the engine's, in tokens."""
-        return cls(model.tokenizer, model.chat, model.generation, context_length)
+        return cls(model.tokenizer, model.chat, model.generation, context_length, grammars)
 
     def request(self, question: Question) -> Request:
         """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
@@ -77,7 +81,17 @@ class Preparation:
             sampling=_sampling(asked, self.recommended),
             max_tokens=_int("max_tokens", _first(asked.max_tokens, None, min(DEFAULT_MAX_TOKENS, left))),
             eos_ids=frozenset() if _flag("ignore_eos", asked.ignore_eos) else self.tokenizer.eos_ids,
+            constraint=self._constraint(asked),
         )
+
+    def _constraint(self, asked: SamplingParams) -> Constraint | None:
+        if asked.response_format is None:
+            return None
+        if asked.ignore_eos:
+            raise InvalidRequest("ignore_eos", "goes on past the end that the form of the text has")
+        if self.grammars is None:
+            raise InvalidRequest("response_format", "this model is served without forms of text")
+        return self.grammars.constraint(asked.response_format)
 
     def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
         """Token ids of the prompt. Raises InvalidRequest; a text that can't fit into the context is refused before it

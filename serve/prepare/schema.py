@@ -21,6 +21,9 @@ MAX_MULTIPLE = 10_000
 MAX_PROPERTIES = 500
 """Most properties of an object; the time to compile it grows with their square"""
 
+MAX_PATTERNS = 16
+"""Most patternProperties of an object, of which each pair is compared"""
+
 _ANNOTATIONS = frozenset(
     [
         "$comment",
@@ -126,7 +129,7 @@ def _multiple(value: Any) -> str | None:
 
 
 def _too_narrow(schema: dict[str, Any]) -> bool:
-    """Whether it excludes a whole number that another bound is within 1 of, where llguidance lets the number through."""
+    """Whether it excludes a whole number that another bound is within 1 of: llguidance lets that number through."""
     if schema.get("type") == "integer":
         return False
     sides = (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
@@ -184,6 +187,12 @@ def _few(value: Any) -> str | None:
     return None if len(value) <= MAX_PROPERTIES else f"has {len(value)} properties; at most {MAX_PROPERTIES}"
 
 
+def _patterns(value: Any) -> str | None:
+    if isinstance(value, dict) and len(value) > MAX_PATTERNS:
+        return f"has {len(value)} patterns; at most {MAX_PATTERNS}"
+    return None
+
+
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(_COUNTS, _count),
     **dict.fromkeys(_NUMBERS, _number),
@@ -195,7 +204,7 @@ _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     "$ref": _reference,
     "required": _names,
     "properties": _few,
-    "patternProperties": _few,
+    "patternProperties": _patterns,
 }
 
 
