@@ -1,4 +1,4 @@
-"""The keywords of a call are the fields of SamplingParams."""
+"""The keywords of a call are the fields of SamplingParams, and the forms of a text."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ def test_keywords_and_fields_are_the_same() -> None:
     del options["response_format"]  # which the keywords for forms spell
     assert keywords == {**options, **forms}
     assert all(field.kw_only for field in dataclasses.fields(SamplingParams)), "a new one must not move the others"
-    assert fields == set(SamplingOptions.__optional_keys__)
+    assert fields == options.keys() | {"response_format"}
