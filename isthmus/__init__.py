@@ -31,7 +31,18 @@ if TYPE_CHECKING:
     from isthmus.serve.engine.config import EngineConfig
     from isthmus.train.config import TrainConfig
     from isthmus.train.loop import train
-    from isthmus.types import Completion, Delta, FinishReason, SamplingParams, TokenLogprobs
+    from isthmus.types import (
+        Choices,
+        Completion,
+        Delta,
+        FinishReason,
+        Grammar,
+        JsonObject,
+        JsonSchema,
+        Regex,
+        SamplingParams,
+        TokenLogprobs,
+    )
 
 _HOME = {
     "isthmus.aio": ("AsyncClient",),
@@ -54,7 +65,18 @@ _HOME = {
     "isthmus.protocol": ("AsyncModel", "Model"),
     "isthmus.serve.engine.config": ("EngineConfig",),
     "isthmus.train.config": ("TrainConfig",),
-    "isthmus.types": ("Completion", "Delta", "FinishReason", "SamplingParams", "TokenLogprobs"),
+    "isthmus.types": (
+        "Choices",
+        "Completion",
+        "Delta",
+        "FinishReason",
+        "Grammar",
+        "JsonObject",
+        "JsonSchema",
+        "Regex",
+        "SamplingParams",
+        "TokenLogprobs",
+    ),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
@@ -65,6 +87,7 @@ __all__ = [  # imported by __getattr__
     "AsyncModel",
     "BatchError",
     "Cancelled",
+    "Choices",
     "Client",
     "Completion",
     "ConfigError",
@@ -73,10 +96,14 @@ __all__ = [  # imported by __getattr__
     "DuplicateRequest",
     "EngineConfig",
     "FinishReason",
+    "Grammar",
     "InvalidRequest",
+    "JsonObject",
+    "JsonSchema",
     "MeshShape",
     "Model",
     "Overloaded",
+    "Regex",
     "RequestError",
     "RequestFailed",
     "SamplingParams",

@@ -251,10 +251,11 @@ class AsyncLLM(AsyncModel):
 
     async def _prepared(self, question: Question) -> Request:
         prompt = question.prompt
-        template = isinstance(prompt, Conversation)  # a template is a program: even a short text may take it a second
+        # A template and a grammar are programs: even a short one may take a second.
+        program = isinstance(prompt, Conversation) or question.sampling.response_format is not None
         size = len(check_string("prompt", prompt.text)) if isinstance(prompt, TextPrompt) else 0
         size = len(check_sized("prompt", prompt.ids)) if isinstance(prompt, TokenPrompt) else size
-        return await self._run(size, partial(self._llm._preparation.request, question), always=template)
+        return await self._run(size, partial(self._llm._preparation.request, question), always=program)
 
     async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
         self._llm._check_open()

@@ -23,10 +23,16 @@ from isthmus.errors import (
     Unavailable,
 )
 from isthmus.types import (
+    Choices,
     Completion,
     Conversation,
     FinishReason,
+    Grammar,
+    JsonObject,
+    JsonSchema,
     Question,
+    Regex,
+    ResponseFormat,
     SamplingParams,
     TextPrompt,
     TokenLogprobs,
@@ -61,6 +67,11 @@ API_FIELDS = {
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
     "logprobs": "output.logprobs",
+    "json": "response_format.json_object",
+    "schema": "response_format.json_schema",
+    "regex": "response_format.regex",
+    "grammar": "response_format.lark_grammar",
+    "choices": "response_format.choices.texts",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
@@ -100,6 +111,7 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
             message.token_ids.SetInParent()
             fitting("prompt", lambda: message.token_ids.ids.extend(ids))
     _set_sampling(message, question.sampling)
+    _set_format(message, question.sampling.response_format)
     message.output.token_ids = token_ids
     return message
 
@@ -124,6 +136,47 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
     stops = check_sized("stop_token_ids", sampling.stop_token_ids)
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
     fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))
+
+
+def _set_format(message: inference_pb2.GenerateRequest, form: ResponseFormat | None) -> None:
+    to = message.response_format
+    match form:
+        case None:
+            message.ClearField("response_format")
+        case JsonObject():
+            to.json_object.SetInParent()
+        case JsonSchema():
+            to.json_schema = form.text()
+        case Regex(pattern):
+            to.regex = check_string("regex", pattern)
+        case Grammar(lark):
+            to.lark_grammar = check_string("grammar", lark)
+        case Choices(texts):
+            to.choices.SetInParent()
+            if isinstance(texts, str):
+                raise InvalidRequest("choices", "must be a list of texts, not a string")
+            fitting("choices", lambda: to.choices.texts.extend(texts))
+        case _:
+            raise InvalidRequest("response_format", f"must be a form of text, not {type(form).__name__}")
+
+
+def format_of(message: inference_pb2.GenerateRequest) -> ResponseFormat | None:
+    """The form of text that a message asks for. Raises InvalidRequest if it names none."""
+    given = message.response_format
+    match given.WhichOneof("form"):
+        case "json_object":
+            return JsonObject()
+        case "json_schema":
+            return JsonSchema(given.json_schema)
+        case "regex":
+            return Regex(given.regex)
+        case "lark_grammar":
+            return Grammar(given.lark_grammar)
+        case "choices":
+            return Choices(list(given.choices.texts))
+    if message.HasField("response_format"):
+        raise InvalidRequest("response_format", "must have a form")
+    return None
 
 
 def fitting(field: str, put: Callable[[], T]) -> T:

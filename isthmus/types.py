@@ -1,18 +1,20 @@
 """Questions for a model and its answers, the same for LLM, Client and AsyncClient: frozen dataclasses, without jax.
 
 A later option is added as a field of SamplingParams whose default changes nothing, and as a key of SamplingOptions;
-what it returns is added as a field of Completion and Delta with a default.
+what it returns is added as a field of Completion and Delta with a default. A form of text is added as a class to
+ResponseFormat, and as a keyword to FormatOptions.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json as json_text
 import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypedDict, Unpack
+from typing import Protocol, TypedDict, Unpack, cast, runtime_checkable
 
 from isthmus.errors import InvalidRequest
 
@@ -24,8 +26,100 @@ Messages = Sequence[Message]
 """A conversation, in order"""
 
 
-class SamplingOptions(TypedDict, total=False):
-    """The fields of SamplingParams as keywords of a call."""
+# What a text must be
+
+
+@runtime_checkable
+class SchemaClass(Protocol):
+    """A class that knows its JSON schema, as pydantic's models do."""
+
+    def model_json_schema(self) -> Mapping[str, object]: ...
+
+
+Schema = str | Mapping[str, object] | SchemaClass
+"""A JSON schema: its text, a mapping whose order of keys is the order in the text that is written, or a class with
+`model_json_schema`, such as a pydantic model"""
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """Any JSON object."""
+
+
+@dataclass(frozen=True)
+class JsonSchema:
+    """JSON that a schema allows. The properties of an object come in the order in which the schema lists them."""
+
+    schema: Schema
+
+    def text(self) -> str:
+        """The schema as JSON. Raises InvalidRequest for what isn't a schema."""
+        given = self.schema
+        try:
+            if isinstance(given, SchemaClass):
+                given = given.model_json_schema()
+            if isinstance(given, Mapping):
+                given = json_text.dumps(dict(given), ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest("schema", f"can't be written as JSON: {error}") from None
+        return check_string("schema", given)
+
+
+@dataclass(frozen=True)
+class Regex:
+    """A text that a regular expression matches as a whole, in the syntax of Rust's regex crate."""
+
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A text of a context-free grammar, in llguidance's variant of Lark."""
+
+    lark: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of some texts."""
+
+    texts: Sequence[str]
+
+
+ResponseFormat = JsonObject | JsonSchema | Regex | Grammar | Choices
+
+
+class FormatOptions(TypedDict, total=False):
+    """The forms of a text as keywords of a call, of which it may have one."""
+
+    json: bool
+    """Any JSON object"""
+    schema: Schema
+    regex: str
+    grammar: str
+    choices: Sequence[str]
+
+
+def response_format(options: FormatOptions) -> ResponseFormat | None:
+    """The form that keywords ask for; None for json=False. Raises InvalidRequest if there are several."""
+    if len(options) > 1:
+        raise InvalidRequest(sorted(options)[1], f"can't be combined with {sorted(options)[0]}: a text has one form")
+    match options:
+        case {"json": wanted}:
+            if not isinstance(wanted, bool):
+                raise InvalidRequest("json", "must be True or False; a schema is given as schema=")
+            return JsonObject() if wanted else None
+        case {"schema": schema}:
+            return JsonSchema(schema)
+        case {"regex": pattern}:
+            return Regex(pattern)
+        case {"grammar": lark}:
+            return Grammar(lark)
+    return Choices(options["choices"])
+
+
+class SamplingOptions(FormatOptions, total=False):
+    """The fields of SamplingParams as keywords of a call, but for `response_format`, which FormatOptions spell."""
 
     temperature: float | None
     top_p: float | None
@@ -84,10 +178,17 @@ class SamplingParams:
     """Tokens that are never drawn"""
     min_tokens: int | None = None
     """As many tokens are drawn before one may that ends the text; by default 0"""
+    response_format: ResponseFormat | None = None
+    """What the text must be: tokens that lead elsewhere are never drawn. A text that max_tokens, the context or a stop
+    token cuts off is the beginning of such a text"""
 
     def replace(self, **options: Unpack[SamplingOptions]) -> SamplingParams:
-        """A copy with these fields changed."""
-        return dataclasses.replace(self, **options) if options else self
+        """A copy with these fields changed. Raises InvalidRequest for two forms of text."""
+        fields = cast("dict[str, object]", options)
+        forms = {name: fields.pop(name) for name in FormatOptions.__annotations__ if name in fields}
+        if forms:
+            fields["response_format"] = response_format(cast(FormatOptions, forms))
+        return dataclasses.replace(self, **fields) if fields else self  # type: ignore[arg-type]
 
 
 class FinishReason(StrEnum):

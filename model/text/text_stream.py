@@ -57,6 +57,24 @@ class Detokenizer:
             return _ByteStream(self._bytes, prompt)
         return _WindowStream(self._text, self._kinds, self._bytes if self._has_bytes else None, self._pieces, prompt)
 
+    def spellings(self, count: int) -> list[bytes]:
+        """The bytes that each id below `count` adds behind other text; none for special tokens, and for ids without a
+        token. Raises ValueError for a tokenizer where that depends on the tokens around it."""
+        if self._only_bytes:
+            return [self._bytes[token] for token in range(count)]
+        if self._pieces is None:
+            raise ValueError("what its tokens spell depends on the tokens around them")
+        kinds = [self._kinds[token] for token in range(count)]
+        texts = [token for token, kind in enumerate(kinds) if kind == _TEXT]
+        before = next((token for token in texts if self._text([token])), None)
+        found = [b"" if kind < 0 else bytes([kind]) for kind in kinds]
+        if before is not None:
+            start = len(self._text([before]))
+            behind = self._inner.decode_batch([[before, token] for token in texts], skip_special_tokens=True)
+            for token, text in zip(texts, behind, strict=True):
+                found[token] = text[start:].encode()
+        return found
+
     def _text(self, ids: list[int]) -> str:
         return self._inner.decode(ids, skip_special_tokens=True)
 

@@ -138,6 +138,11 @@ class Tokenizer:
         """
         return self._encode(self._with_special_tokens if parse_special else self._inner, text, most)
 
+    def encode_part(self, text: str) -> list[int]:
+        """Token ids of a text as it is inside of another: nothing is put around it, and nothing in it is special. A
+        tokenizer that begins every text with a space does so here. Raises TextError."""
+        return self._encode(self._inner, text, None, add_special_tokens=False)
+
     def encode_batch(self, texts: Sequence[str], *, parse_special: bool = False) -> list[list[int]]:
         """The token ids of several texts, encoded in parallel, each as by `encode`. Raises TextError."""
         inner = self._with_special_tokens if parse_special else self._inner
@@ -227,6 +232,15 @@ class Tokenizer:
         lengths = np.zeros(max(vocab.values()) + 1, np.int64)
         lengths[list(vocab.values())] = [len(token) for token in vocab]
         return lengths
+
+    def spellings(self, count: int) -> list[bytes]:
+        """The bytes that each id below `count` adds behind other text; none for special tokens, and for ids without a
+        token. It takes most of a second for a vocabulary of 256k. Raises TextError for a tokenizer where that depends
+        on the tokens around it."""
+        try:
+            return self._detokenizer.spellings(count)
+        except ValueError as error:
+            raise TextError(str(error)) from None
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """Opens a stream that returns the text of the tokens that follow `prompt`, as it is after the prompt's text."""

@@ -15,7 +15,7 @@ from isthmus.serve.api.session import Session
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.answer import Answer
 from isthmus.serve.prepare.delivery import LoopStream
-from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
+from isthmus.serve.prepare.request import detokenized, tokenized
 from isthmus.types import Delta
 from isthmus.v1 import inference_pb2 as pb
 from isthmus.v1 import inference_pb2_grpc
@@ -74,8 +74,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ) -> AsyncIterator[Request]:
         """Yields the request in the engine, with a LoopStream as its reply_to. Cancels it if the call ends first."""
         engine = await self._session.ready_engine(context)
-        preparation = Preparation.of(self._session.model, engine.config.context_length)
-        program = message.HasField("messages")  # a chat template: even a short text may take it a second
+        preparation = self._session.preparation(engine)
+        # A chat template and a grammar are programs: even a short one may take a second.
+        program = message.HasField("messages") or message.HasField("response_format")
         try:
             prepared = await self._session.workers.run(
                 message.ByteSize(), lambda: preparation.request(question_of(message)), always=program

@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf import duration_pb2
 
 from isthmus.errors import InvalidRequest
-from isthmus.proto import API_FIELDS, PROMPT_FIELDS, SCALARS, rename
+from isthmus.proto import API_FIELDS, PROMPT_FIELDS, SCALARS, format_of, rename
 from isthmus.serve.engine.messages import Request
 from isthmus.types import Completion, Conversation, Question, SamplingParams, TextPrompt, TokenLogprobs, TokenPrompt
 from isthmus.v1 import inference_pb2 as pb
@@ -48,6 +48,7 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
         stop_token_ids=stop.token_ids,
         ignore_eos=stop.ignore_eos,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
+        response_format=format_of(message),
     )
 
 

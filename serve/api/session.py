@@ -14,6 +14,7 @@ from isthmus.serve.api.errors import abort, retry_later
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.delivery import LoopStream
+from isthmus.serve.prepare.request import Preparation
 from isthmus.serve.prepare.workers import Workers
 
 
@@ -23,6 +24,7 @@ class Session:
     def __init__(self, model: ModelFolder, config: ServeConfig) -> None:
         self.model = model
         self.engine: Engine | None = None
+        self._preparation: Preparation | None = None
         self.workers = Workers()
         """Threads that parse messages and tokenize prompts"""
         self.tokenizing = Workers()
@@ -47,6 +49,12 @@ class Session:
         if self.engine is None:
             await abort(context, retry_later(code_pb2.UNAVAILABLE, "the model is still loading"))
         return self.engine
+
+    def preparation(self, engine: Engine) -> Preparation:
+        """What makes requests for the engine: one for all calls, because it keeps compiled grammars."""
+        if self._preparation is None:
+            self._preparation = Preparation.of(self.model, engine.config.context_length)
+        return self._preparation
 
     def submit(self, request: Request) -> Request:
         """Hands a request to the engine, which must be ready. Returns it with a LoopStream as its reply_to. Called on

@@ -12,10 +12,12 @@ from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.checks import check_flag, check_text, check_token_ids
+from isthmus.serve.prepare.grammar import Grammars
 from isthmus.serve.prepare.sampling import drawing_of
-from isthmus.types import Conversation, Question, TextPrompt, TokenPrompt, check_sized, check_turn
+from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt, check_sized, check_turn
 
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
@@ -38,11 +40,14 @@ class Preparation:
     recommended: GenerationDefaults
     """The sampling settings for what a question leaves open"""
     context_length: int
+    grammars: Grammars | None = None
+    """Compiles what a text must be, and keeps it for the next question; None refuses to"""
 
     @classmethod
     def of(cls, model: ModelFolder, context_length: int) -> Preparation:
         """The preparation for a model. context_length: the engine's, in tokens."""
-        return cls(model.tokenizer, model.chat, model.generation, context_length)
+        grammars = Grammars(model.tokenizer, model.config.vocab_size)
+        return cls(model.tokenizer, model.chat, model.generation, context_length, grammars)
 
     def request(self, question: Question) -> Request:
         """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
@@ -56,7 +61,17 @@ class Preparation:
             max_tokens=drawing.max_tokens,
             stop_ids=drawing.stop_ids,
             eos_ids=drawing.eos_ids,
+            constraint=self._constraint(question.sampling),
         )
+
+    def _constraint(self, asked: SamplingParams) -> Constraint | None:
+        if asked.response_format is None:
+            return None
+        if asked.ignore_eos:
+            raise InvalidRequest("ignore_eos", "goes on past the end that the form of the text has")
+        if self.grammars is None:
+            raise InvalidRequest("response_format", "this model is served without forms of text")
+        return self.grammars.constraint(asked.response_format)
 
     def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
         """Token ids of the prompt. Raises InvalidRequest; a text that can't fit into the context is refused before it
