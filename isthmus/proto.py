@@ -31,6 +31,7 @@ from isthmus.types import (
     TextPrompt,
     TokenLogprobs,
     check_sized,
+    check_stops,
     check_string,
     check_turn,
 )
@@ -45,6 +46,8 @@ API_FIELDS = {
     **{name: f"sampling.{name}" for name in ("temperature", "top_p", "top_k", "min_p", "seed")},
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
+    "stop": "stop.strings",
+    "include_stop": "stop.include_stop",
     "logprobs": "output.logprobs",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
@@ -99,6 +102,8 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
         fitting("logprobs", lambda: setattr(message.output, "logprobs", sampling.logprobs))
     stops = check_sized("stop_token_ids", sampling.stop_token_ids)
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
+    message.stop.strings.extend(check_stops(sampling.stop))
+    fitting("include_stop", lambda: setattr(message.stop, "include_stop", sampling.include_stop))
     fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))
 
 
@@ -151,6 +156,7 @@ def completion_of(
         logprobs=logprobs,
         finish_reason=FinishReason(finish_reason_name(finished.finish_reason)),
         stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
+        stop_string=finished.stop_string if finished.HasField("stop_string") else None,
         seed=started.seed,
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,

@@ -94,9 +94,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Yields what the engine gives, several steps at once if the client is slow."""
         with_text = message.output.text if message.output.HasField("text") else True
         answer, events = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.reply_to
-        assert isinstance(events, LoopStream)
+        engine = self._session.engine
+        assert isinstance(events, LoopStream) and engine is not None
         ended = False
         while not ended:
             delta = answer.take(await events.some(MOST_AT_ONCE))
             ended = delta.completion is not None
+            if ended:  # by a stop string, which the engine doesn't know of
+                engine.cancel(ours)
             yield delta

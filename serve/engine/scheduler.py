@@ -290,7 +290,7 @@ class Scheduler:
         reason = self._stops(sequence, token)
         if reason is not None:
             return self._finish(sequence, reason, now, (token,), logprobs)
-        return Event(sequence.request, (token,), logprobs)
+        return Event(sequence.request, (token,), logprobs, progress=sequence.progress(now))
 
     def _stops(self, sequence: Sequence, token: int) -> Ending | None:
         request = sequence.request
@@ -331,7 +331,8 @@ class Scheduler:
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
-        return Event(sequence.request, tokens, logprobs, sequence.end(now, failure))
+        end = sequence.end(now, failure)
+        return Event(sequence.request, tokens, logprobs, end, end.progress)
 
     def check(self) -> None:
         """Asserts every invariant that holds after a commit; for tests."""
@@ -339,7 +340,9 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.ending is None and sequence.slot >= 0
             assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= 1
-            assert len(sequence.pages) >= self._pages_for(sequence.computed), f"{sequence.request.id} computes without pages"
+            assert len(sequence.pages) >= self._pages_for(sequence.computed), (
+                f"{sequence.request.id} computes without pages"
+            )
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot < 0 and sequence.computed == 0
 

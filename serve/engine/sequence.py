@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
+from isthmus.serve.engine.messages import End, Ending, Logprobs, Progress, Request
 
 
 @dataclass(eq=False)
@@ -52,18 +52,18 @@ class Sequence:
         """Whether max_tokens leaves room for one more token than those drawn."""
         return self.length - self.prompt_length < self.request.max_tokens
 
-    def end(self, now: float, failure: Exception | None = None) -> End:
-        """How it ended, at `now`."""
-        assert self.ending is not None
-        return End(
-            self.ending,
-            tuple(self.completion),
-            tuple(self.logprobs),
-            failure,
+    def progress(self, now: float) -> Progress:
+        """How far it has come, at `now`."""
+        return Progress(
+            now,
+            self.admitted_at,
+            self.first_token_at,
             self.cached_tokens,
             self.recomputed_tokens,
             self.preemptions,
-            self.admitted_at,
-            self.first_token_at,
-            now,
         )
+
+    def end(self, now: float, failure: Exception | None = None) -> End:
+        """How it ended, at `now`."""
+        assert self.ending is not None
+        return End(self.ending, tuple(self.completion), tuple(self.logprobs), failure, self.progress(now))

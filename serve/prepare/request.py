@@ -16,10 +16,12 @@ import numpy as np
 
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
+from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS, StopStrings
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import MOST_LOGPROBS, Sampling
+from isthmus.serve.prepare.answer import TextOptions
 from isthmus.types import (
     Conversation,
     Question,
@@ -27,6 +29,7 @@ from isthmus.types import (
     TextPrompt,
     TokenPrompt,
     check_sized,
+    check_stops,
     check_string,
     check_turn,
 )
@@ -77,6 +80,7 @@ class Preparation:
             sampling=_sampling(asked, self.recommended),
             max_tokens=_int("max_tokens", _first(asked.max_tokens, None, min(DEFAULT_MAX_TOKENS, left))),
             eos_ids=frozenset() if _flag("ignore_eos", asked.ignore_eos) else self.tokenizer.eos_ids,
+            text_options=self._text_options(asked),
         )
 
     def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
@@ -144,6 +148,12 @@ class Preparation:
             raise InvalidRequest("stop_token_ids", f"has {len(given)} ids; at most {MAX_STOP_TOKENS}")
         return frozenset(check_token_ids("stop_token_ids", given, self.tokenizer.vocab_size).tolist())
 
+    def _text_options(self, asked: SamplingParams) -> TextOptions:
+        strings = _stops(asked.stop)
+        if not strings and not asked.ignore_eos:
+            strings = self.recommended.stop_strings
+        return TextOptions(StopStrings(strings) if strings else None, _flag("include_stop", asked.include_stop))
+
 
 def tokenized(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
     """The token ids of a text that is no prompt. Raises InvalidRequest."""
@@ -198,6 +208,16 @@ def _integers(ids: Sequence[int]) -> np.ndarray:
     if values.size and int(values.max()) >= 1 << 63:
         raise OverflowError
     return values.astype(np.int64)
+
+
+def _stops(given: str | Sequence[str]) -> tuple[str, ...]:
+    strings = check_stops(given)
+    if len(strings) > MAX_STOPS:
+        raise InvalidRequest("stop", f"has {len(strings)} strings; at most {MAX_STOPS}")
+    for index, string in enumerate(strings):
+        if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
+            raise InvalidRequest(f"stop[{index}]", f"has {len(string)} characters; give 1 to {MAX_STOP_CHARACTERS}")
+    return strings
 
 
 def _request_id(given: str) -> str:

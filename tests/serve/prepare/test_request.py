@@ -11,8 +11,10 @@ import pytest
 
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatTemplate
+from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
+from isthmus.serve.prepare.answer import TextOptions
 from isthmus.serve.prepare.request import MAX_MESSAGES, MAX_STOP_TOKENS, Preparation, detokenized, tokenized
 from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
@@ -41,6 +43,20 @@ def test_recommended_sampling_fills_what_is_absent(preparation: Preparation, tok
     assert (asked.temperature, asked.top_p, asked.top_k) == (0.0, 0.95, 0)
     nothing = Preparation(tokenizer, None, GenerationDefaults(), 64).request(Question(A)).sampling
     assert (nothing.temperature, nothing.top_p, nothing.top_k) == (1.0, 1.0, 0)
+
+
+def test_recommended_stops_hold_unless_others_are_asked_for(tokenizer: Tokenizer) -> None:
+    """An answer would go on into the next turn, or a benchmark with ignore_eos would end early."""
+    preparation = Preparation(tokenizer, None, GenerationDefaults(stop_strings=("User:",)), 64)
+
+    def stops(**sampling: Any) -> tuple[str, ...]:
+        options: TextOptions = preparation.request(Question(A, SamplingParams(**sampling))).text_options
+        return () if options.stops is None else options.stops.strings
+
+    assert stops() == ("User:",)
+    assert stops(stop="b") == ("b",)
+    assert stops(stop=["b", "c"], ignore_eos=True) == ("b", "c")
+    assert stops(ignore_eos=True) == ()
 
 
 def test_a_token_without_an_embedding_is_refused(preparation: Preparation, tokenizer: Tokenizer) -> None:
@@ -84,6 +100,13 @@ def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
         (A, {"seed": 1 << 64}, "seed"),
         (A, {"stop_token_ids": [0, 90]}, "stop_token_ids[1]"),
         (A, {"stop_token_ids": [0] * (MAX_STOP_TOKENS + 1)}, "stop_token_ids"),
+        (A, {"stop": ""}, "stop[0]"),
+        (A, {"stop": ["a", "b" * (MAX_STOP_CHARACTERS + 1)]}, "stop[1]"),
+        (A, {"stop": ["a"] * (MAX_STOPS + 1)}, "stop"),
+        (A, {"stop": ["a", 3]}, "stop[1]"),
+        (A, {"stop": b"a"}, "stop"),
+        (A, {"stop": None}, "stop"),
+        (A, {"include_stop": "no"}, "include_stop"),
     ],
 )
 def test_what_can_not_work_is_named(preparation: Preparation, prompt: Any, sampling: Any, field: str) -> None:
