@@ -49,6 +49,7 @@ API_FIELDS = {
     "stop": "stop.strings",
     "include_stop": "stop.include_stop",
     "logprobs": "output.logprobs",
+    "skip_special_tokens": "output.keep_special_tokens",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
@@ -100,6 +101,12 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
         fitting("max_tokens", lambda: setattr(message.stop, "max_tokens", sampling.max_tokens))
     if sampling.logprobs is not None:
         fitting("logprobs", lambda: setattr(message.output, "logprobs", sampling.logprobs))
+    if sampling.truncate_prompt_tokens is not None:
+        last = sampling.truncate_prompt_tokens
+        fitting("truncate_prompt_tokens", lambda: setattr(message, "truncate_prompt_tokens", last))
+    skip = sampling.skip_special_tokens  # set as it is first, so that a value of a wrong type is refused
+    fitting("skip_special_tokens", lambda: setattr(message.output, "keep_special_tokens", skip))
+    message.output.keep_special_tokens = not skip
     stops = check_sized("stop_token_ids", sampling.stop_token_ids)
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
     message.stop.strings.extend(check_stops(sampling.stop))

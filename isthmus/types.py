@@ -36,6 +36,8 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     stop: str | Sequence[str]
     include_stop: bool
+    skip_special_tokens: bool
+    truncate_prompt_tokens: int | None
     ignore_eos: bool
     logprobs: int | None
 
@@ -62,10 +64,15 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     """The text ends before the first of these strings that it comes to hold: at most 16, of at most 256 characters
     each. The first is the one that ends first; of those that end at the same character it is the longest. What the
-    prompt ends in is no part of it, and special tokens aren't text. By default those that the model's
-    generation_config.json names (stop_strings)"""
+    prompt ends in is no part of it. By default those that the model's generation_config.json names (stop_strings)"""
     include_stop: bool = False
     """Whether the text has the string of `stop` that ended it"""
+    skip_special_tokens: bool = True
+    """Whether special tokens are no text. False spells them out, and `stop` finds them; the token that ends the
+    sequence is no text all the same"""
+    truncate_prompt_tokens: int | None = None
+    """Keeps only so many of the prompt's last tokens, at least 1, whichever those are: one that the tokenizer or a
+    template puts first is cut off with the rest. None refuses a prompt that doesn't fit into the context"""
     ignore_eos: bool = False
     """Whether to go on past the end-of-sequence token, and past strings of generation_config.json"""
     logprobs: int | None = None

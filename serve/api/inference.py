@@ -77,7 +77,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         preparation = Preparation.of(self._session.model, engine.config.context_length)
         program = message.HasField("messages")  # a chat template: even a short text may take it a second
         try:
-            prepared = await self._session.workers.run(
+            workers = self._session.tokenizing if message.HasField("truncate_prompt_tokens") else self._session.workers
+            prepared = await workers.run(
                 message.ByteSize(), lambda: preparation.request(question_of(message)), always=program
             )
             ours = self._session.submit(prepared)

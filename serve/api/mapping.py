@@ -45,6 +45,8 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
         stop_token_ids=stop.token_ids,
         stop=tuple(stop.strings),
         include_stop=stop.include_stop,
+        skip_special_tokens=not output.keep_special_tokens,
+        truncate_prompt_tokens=(message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None),
         ignore_eos=stop.ignore_eos,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
     )

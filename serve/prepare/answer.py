@@ -31,6 +31,8 @@ class TextOptions:
     """Strings that end the text"""
     include_stop: bool = False
     """Whether the text has the one that ended it"""
+    keep_special: bool = False
+    """Whether special tokens are text"""
 
 
 class Answer:
@@ -41,7 +43,8 @@ class Answer:
         options: TextOptions = request.text_options or TextOptions()
         self._request, self._with_text = request, with_text
         self._search = None if options.stops is None else options.stops.search(include=options.include_stop)
-        self._stream = tokenizer.stream(request.prompt) if with_text or self._search else None
+        decoded = with_text or self._search is not None
+        self._stream = tokenizer.stream(request.prompt, keep_special=options.keep_special) if decoded else None
         self._texts: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []

@@ -15,7 +15,14 @@ from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
 from isthmus.serve.prepare.answer import TextOptions
-from isthmus.serve.prepare.request import MAX_MESSAGES, MAX_STOP_TOKENS, Preparation, detokenized, tokenized
+from isthmus.serve.prepare.request import (
+    MAX_MESSAGES,
+    MAX_STOP_TOKENS,
+    MAX_TOKENS,
+    Preparation,
+    detokenized,
+    tokenized,
+)
 from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
 
@@ -67,6 +74,23 @@ def test_a_token_without_an_embedding_is_refused(preparation: Preparation, token
         preparation.request(Question(A))
 
 
+def test_a_prompt_is_cut_to_its_last_tokens(preparation: Preparation, tokenizer: Tokenizer) -> None:
+    """A long log would be refused, or its beginning kept and its end, which is asked about, lost."""
+    letters = "abcdefgh" * 99
+    ids = tokenizer.encode(letters)
+    talk = Conversation([{"role": "user", "content": letters}])
+    for prompt, tokens in (
+        (TextPrompt(letters), ids),
+        (TokenPrompt(ids), ids),
+        (talk, tokenizer.encode_chat("user" + letters)),
+        (TextPrompt("abc"), tokenizer.encode("abc")),
+    ):
+        for last in (1, 5, 63):
+            request = preparation.request(Question(prompt, SamplingParams(truncate_prompt_tokens=last)))
+            assert list(request.prompt) == tokens[-last:]
+            assert request.max_tokens == 64 - len(request.prompt)
+
+
 def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
     """Without max_tokens a text must end somewhere, and fit."""
     assert preparation.request(Question(TokenPrompt([1] * 60))).max_tokens == 4
@@ -107,6 +131,12 @@ def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
         (A, {"stop": b"a"}, "stop"),
         (A, {"stop": None}, "stop"),
         (A, {"include_stop": "no"}, "include_stop"),
+        (A, {"skip_special_tokens": "no"}, "skip_special_tokens"),
+        (A, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        (A, {"truncate_prompt_tokens": 64}, "truncate_prompt_tokens"),
+        (TokenPrompt([90, *[1] * 99]), {"truncate_prompt_tokens": 2}, "prompt[0]"),
+        (TokenPrompt([1] * (MAX_TOKENS + 1)), {"truncate_prompt_tokens": 2}, "prompt"),
+        (TextPrompt("a" * (MAX_TOKENS + 9)), {"truncate_prompt_tokens": 2}, "prompt"),
     ],
 )
 def test_what_can_not_work_is_named(preparation: Preparation, prompt: Any, sampling: Any, field: str) -> None:
