@@ -87,13 +87,15 @@ class GenerateConfig:
     """Keep the k likeliest tokens; 0 is off"""
     min_p: float | None = None
     """Keep tokens that are at least this fraction as likely as the likeliest; 0 is off"""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """End the text before this string; may be given several times"""
     parse_special: bool = False
     """Read a special token that the prompt spells out, such as <|im_start|>, as that token instead of as text"""
     seed: int | None = None
     """The same seed draws the same text again; by default each run has another"""
 
     def sampling(self) -> SamplingParams:
-        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed")
+        names = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed")
         return SamplingParams(**{name: getattr(self, name) for name in names})
 
     def complete(self, model: Model, prompt: str | Messages) -> Generator[str, None, None]:

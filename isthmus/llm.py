@@ -13,6 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,7 +32,8 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.answer import Answer
-from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, ThreadEnd, ThreadStream, deliver
+from isthmus.serve.prepare.delivery import LoopStream, ThreadStream, deliver
+from isthmus.serve.prepare.reader import Reader, Whole
 from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
 from isthmus.serve.prepare.workers import Workers
 from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt, check_sized, check_string
@@ -94,8 +96,9 @@ class LLM(Model):
         self._engine = _load(self._model, engine or EngineConfig(), mesh or MeshShape(), kernels, progress)
         self._preparation = Preparation.of(self._model, self._engine.config.context_length)
         self._workers = Workers()
+        self._reader = Reader(self._model.tokenizer, self._engine.cancel)
         self._process = os.getpid()
-        self._closing = weakref.finalize(self, _close, self._engine, self._workers, self._process)
+        self._closing = weakref.finalize(self, _close, self._engine, self._workers, self._reader, self._process)
         self._closing.atexit = False
         atexit.register(self._closing)  # runs before JAX's exit handler, which was registered earlier
 
@@ -118,7 +121,7 @@ class LLM(Model):
 
     def begin(self, question: Question, timeout: float | None = None) -> _Begun:
         self._check_open()
-        return _Begun(self, self._submitted(self._preparation.request(question), ThreadEnd()), timeout)
+        return _Begun(self._engine, self._whole(self._preparation.request(question)), timeout)
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         self._check_open()
@@ -129,7 +132,8 @@ class LLM(Model):
         try:
             while not ended:
                 delta = answer.take([events.get(_left(deadline))])
-                ended = delta.completion is not None
+                if ended := delta.completion is not None:  # by a stop string, which the engine doesn't know of
+                    self._engine.cancel(request)
                 if ended or delta.text or delta.token_ids:
                     yield delta
         except queue.Empty:
@@ -165,7 +169,11 @@ class LLM(Model):
         if self._process != os.getpid():  # the engine's thread isn't there, so nothing would ever be answered
             raise Unavailable("this model was opened in another process, of which this is a fork: open it here", None)
 
-    def _submitted(self, request: Request, receiver: ThreadEnd | ThreadStream | LoopEnd | LoopStream) -> Request:
+    def _whole(self, request: Request) -> Request:
+        """Hands a request over whose reply_to is to have its completion."""
+        return self._submitted(request, self._reader.receiver(request.text_options))
+
+    def _submitted(self, request: Request, receiver: Whole | ThreadStream | LoopStream) -> Request:
         self._check_open()
         request = dataclasses.replace(request, reply_to=receiver)
         self._engine.submit(request)
@@ -175,26 +183,24 @@ class LLM(Model):
 class _Begun:
     """A request in the engine."""
 
-    def __init__(self, llm: LLM, request: Request, timeout: float | None) -> None:
-        self._llm, self._request, self._timeout = llm, request, timeout
+    def __init__(self, engine: Engine, request: Request, timeout: float | None) -> None:
+        self._engine, self._request, self._timeout = engine, request, timeout
         self._deadline = _deadline(timeout)
-        self._end: ThreadEnd = request.reply_to
+        self._completion: Future[Completion] = request.reply_to.completion
 
     def result(self) -> Completion:
         try:
-            if not self._end.wait(_left(self._deadline)):
-                raise _too_late(self._timeout)
+            return self._completion.result(_left(self._deadline))
+        except TimeoutError:
+            raise _too_late(self._timeout) from None
         finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the request any more
             self.cancel()
-        end = self._end.end
-        assert end is not None
-        return Answer(self._llm._model.tokenizer, self._request).whole(end)
 
     def cancel(self) -> None:
-        self._llm._engine.cancel(self._request)
+        self._engine.cancel(self._request)
 
     def then(self, call: Callable[[], object]) -> None:
-        self._end.then(call)
+        self._completion.add_done_callback(lambda _: call())
 
 
 class AsyncLLM(AsyncModel):
@@ -211,16 +217,14 @@ class AsyncLLM(AsyncModel):
         llm = self._llm
         try:
             async with asyncio.timeout(timeout):
-                receiver = LoopEnd()
-                request = llm._submitted(await self._prepared(question), receiver)
+                request = llm._whole(await self._prepared(question))
+                completion: Future[Completion] = request.reply_to.completion
                 try:
-                    end = await receiver.ended
+                    return await asyncio.wrap_future(completion)
                 finally:
                     llm._engine.cancel(request)
         except TimeoutError:
             raise _too_late(timeout) from None
-        answer = Answer(llm._model.tokenizer, request)
-        return await llm._workers.run(4 * len(end.tokens), partial(answer.whole, end))
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         llm, deadline = self._llm, _deadline(timeout)
@@ -236,7 +240,8 @@ class AsyncLLM(AsyncModel):
                 except TimeoutError:
                     raise _too_late(timeout) from None
                 delta = answer.take(some)
-                ended = delta.completion is not None
+                if ended := delta.completion is not None:
+                    llm._engine.cancel(request)
                 if ended or delta.text or delta.token_ids:
                     yield delta
         finally:
@@ -295,12 +300,14 @@ def _shown(progress: bool | None) -> Iterator[Callable[[str], None]]:
         yield show
 
 
-def _close(engine: Engine, workers: Workers, process: int) -> None:
+def _close(engine: Engine, workers: Workers, reader: Reader, process: int) -> None:
     """process: the one that opened it; in a fork of that nothing is closed, whose threads and locks it doesn't have."""
     if process != os.getpid():
         return
     workers.close()
-    if not engine.close(CLOSE_SECONDS):
+    ended = engine.close(CLOSE_SECONDS)
+    reader.close()
+    if not ended:
         raise RequestFailed(f"the step under way hasn't ended in {CLOSE_SECONDS:g} s: the device's memory is not freed")
     engine.executor.free()
 

@@ -37,6 +37,7 @@ from isthmus.types import (
     TextPrompt,
     TokenLogprobs,
     check_sized,
+    check_stops,
     check_string,
     check_turn,
 )
@@ -66,12 +67,15 @@ API_FIELDS = {
     "min_tokens": "stop.min_tokens",
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
+    "stop": "stop.strings",
+    "include_stop": "stop.include_stop",
     "logprobs": "output.logprobs",
     "json": "response_format.json_object",
     "schema": "response_format.json_schema",
     "regex": "response_format.regex",
     "grammar": "response_format.lark_grammar",
     "choices": "response_format.choices.texts",
+    "skip_special_tokens": "output.keep_special_tokens",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
@@ -133,8 +137,16 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
     bad = check_sized("bad_token_ids", sampling.bad_token_ids)
     fitting("bad_token_ids", lambda: message.sampling.bad_token_ids.extend(bad))
     fitting("logit_bias", lambda: message.sampling.logit_bias.update(sampling.logit_bias))
+    if sampling.truncate_prompt_tokens is not None:
+        last = sampling.truncate_prompt_tokens
+        fitting("truncate_prompt_tokens", lambda: setattr(message, "truncate_prompt_tokens", last))
+    skip = sampling.skip_special_tokens  # set as it is first, so that a value of a wrong type is refused
+    fitting("skip_special_tokens", lambda: setattr(message.output, "keep_special_tokens", skip))
+    message.output.keep_special_tokens = not skip
     stops = check_sized("stop_token_ids", sampling.stop_token_ids)
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
+    message.stop.strings.extend(check_stops(sampling.stop))
+    fitting("include_stop", lambda: setattr(message.stop, "include_stop", sampling.include_stop))
     fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))
 
 
@@ -228,6 +240,7 @@ def completion_of(
         logprobs=logprobs,
         finish_reason=FinishReason(finish_reason_name(finished.finish_reason)),
         stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
+        stop_string=finished.stop_string if finished.HasField("stop_string") else None,
         seed=started.seed,
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,

@@ -128,6 +128,10 @@ class SamplingOptions(FormatOptions, total=False):
     seed: int | None
     max_tokens: int | None
     stop_token_ids: Sequence[int]
+    stop: str | Sequence[str]
+    include_stop: bool
+    skip_special_tokens: bool
+    truncate_prompt_tokens: int | None
     ignore_eos: bool
     logprobs: int | None
     repetition_penalty: float | None
@@ -158,8 +162,20 @@ class SamplingParams:
     """Most tokens to draw; by default 256, or what is left of the context if that is less"""
     stop_token_ids: Sequence[int] = ()
     """Drawing one of these tokens ends the text, which doesn't include it"""
+    stop: str | Sequence[str] = ()
+    """The text ends before the first of these strings that it comes to hold: at most 16, of at most 256 characters
+    each. The first is the one that ends first; of those that end at the same character it is the longest. What the
+    prompt ends in is no part of it. By default those that the model's generation_config.json names (stop_strings)"""
+    include_stop: bool = False
+    """Whether the text has the string of `stop` that ended it"""
+    skip_special_tokens: bool = True
+    """Whether special tokens are no text. False spells them out, and `stop` finds them; the token that ends the
+    sequence is no text all the same"""
+    truncate_prompt_tokens: int | None = None
+    """Keeps only so many of the prompt's last tokens, at least 1, whichever those are: one that the tokenizer or a
+    template puts first is cut off with the rest. None refuses a prompt that doesn't fit into the context"""
     ignore_eos: bool = False
-    """Whether to go on past the end-of-sequence token"""
+    """Whether to go on past the end-of-sequence token, and past strings of generation_config.json"""
     logprobs: int | None = None
     """Tells the log-probability of each token that is drawn, and of so many of the likeliest tokens at its place, at
     most 20; None tells nothing"""
@@ -200,6 +216,8 @@ class FinishReason(StrEnum):
     """One of stop_token_ids was drawn"""
     COMPLETE = "COMPLETE"
     """The text is all that its form allows, and nothing may follow"""
+    STOP_STRING = "STOP_STRING"
+    """The text holds one of the strings of `stop`"""
     LENGTH = "LENGTH"
     """max_tokens were drawn"""
     CONTEXT_LENGTH = "CONTEXT_LENGTH"
@@ -224,19 +242,22 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    """The ids of the text, without the token that ended the sequence"""
+    """The ids of the text, without the token that ended the sequence. If a string of `stop` ended it, these are all ids
+    up to the one that completed the string, whose text may go further than `text`"""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of token_ids; None unless SamplingParams.logprobs asks for them"""
     finish_reason: FinishReason
     stop_token_id: int | None = None
     """The token that ended the sequence, if finish_reason is EOS or STOP_TOKEN"""
+    stop_string: str | None = None
+    """The string of `stop` that ended the text, if finish_reason is STOP_STRING"""
     seed: int
     """The seed that was used; the same request with it draws the same tokens again"""
     prompt_tokens: int
     cached_prompt_tokens: int
     """Tokens of the prompt read from the prefix cache; always 0 from a server without --report-cached-tokens"""
     completion_tokens: int
-    """Tokens drawn, including the one that ended the sequence"""
+    """Tokens drawn, including the one that ended the sequence; up to the one that completed a string of `stop`"""
     recomputed_tokens: int = 0
     """Tokens computed again after a preemption"""
     preemptions: int = 0
@@ -250,7 +271,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is new in a stream. Texts are whole characters; all of them together are the completion's text."""
+    """What is new in a stream. Texts are whole characters; all of them together are the completion's text. What may
+    still become a string of `stop` comes later than its tokens."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -325,6 +347,16 @@ def check_sized(field: str, ids: Sequence[int]) -> Sequence[int]:
     if not sized:
         raise InvalidRequest(field, f"must be a sequence of token ids, not {type(ids).__name__}")
     return ids
+
+
+def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """The strings of `stop`; one that is given by itself is the only one. Raises InvalidRequest for what isn't
+    strings."""
+    if isinstance(stop, str):
+        stop = (stop,)
+    if not isinstance(stop, Sequence) or isinstance(stop, bytes | bytearray):
+        raise InvalidRequest("stop", f"must be a string or a sequence of strings, not {type(stop).__name__}")
+    return tuple(check_string(f"stop[{index}]", string) for index, string in enumerate(stop))
 
 
 def check_turn(index: int, turn: Message) -> dict[str, str]:

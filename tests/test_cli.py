@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import tyro
 
 from isthmus.commands.main import COMMANDS, main
 from tests.model.weights.huggingface.folders import write_folder
@@ -165,6 +166,8 @@ def test_generate_asks_for_what_was_given_and_no_more() -> None:
 
     assert GenerateConfig(prompt="a").sampling() == SamplingParams()
     assert GenerateConfig(prompt="a", top_k=0, seed=5).sampling() == SamplingParams(top_k=0, seed=5)
+    given = tyro.cli(GenerateConfig, args=["a", "--stop", "User:", "--stop", "\n\n"])
+    assert given.sampling() == SamplingParams(stop=("User:", "\n\n"))
 
 
 def test_generate_from_a_folder_that_is_no_model_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

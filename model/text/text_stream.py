@@ -40,11 +40,13 @@ class TextStream(ABC):
 class Detokenizer:
     """Opens streams, and keeps what it finds out about single tokens for later ones. Safe to share between threads."""
 
-    def __init__(self, inner: Tokenizer) -> None:
-        self._inner = inner
+    def __init__(self, inner: Tokenizer, *, keep_special: bool = False) -> None:
+        """keep_special: whether special tokens are text, spelt as in the vocabulary."""
+        self._inner, self._keep_special = inner, keep_special
         decoder = _steps(None if inner.decoder is None else json.loads(inner.decoder.__getstate__()))
         steps = [step["type"] for step in decoder]
-        special = {str(token) for token in inner.get_added_tokens_decoder().values() if token.special}
+        added = () if keep_special else inner.get_added_tokens_decoder().values()
+        special = {str(token) for token in added if token.special}
         fallback = "ByteFallback" in steps
         self._kinds: dict[int, int] = _Table(lambda token: _kind(inner.id_to_token(token), special, fallback))
         self._bytes: dict[int, bytes] = _Table(lambda token: _byte_level(inner.id_to_token(token), special))
@@ -76,7 +78,7 @@ class Detokenizer:
         return found
 
     def _text(self, ids: list[int]) -> str:
-        return self._inner.decode(ids, skip_special_tokens=True)
+        return self._inner.decode(ids, skip_special_tokens=not self._keep_special)
 
 
 class _Table(dict[int, Any]):

@@ -192,6 +192,10 @@ class Tokenizer:
     def _detokenizer(self) -> Detokenizer:
         return Detokenizer(self._inner)
 
+    @cached_property
+    def _detokenizer_with_special(self) -> Detokenizer:
+        return Detokenizer(self._inner, keep_special=True)
+
     def prepare(self) -> None:
         """Does now what the first text and the first stream would otherwise wait for. It takes most of a second for a
         vocabulary of 256k, in which no other thread can run."""
@@ -242,9 +246,10 @@ class Tokenizer:
         except ValueError as error:
             raise TextError(str(error)) from None
 
-    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
-        """Opens a stream that returns the text of the tokens that follow `prompt`, as it is after the prompt's text."""
-        return self._detokenizer.open(prompt)
+    def stream(self, prompt: Sequence[int] = (), *, keep_special: bool = False) -> TextStream:
+        """Opens a stream that returns the text of the tokens that follow `prompt`, as it is after the prompt's text.
+        keep_special: whether special tokens are part of it, spelt as in the vocabulary."""
+        return (self._detokenizer_with_special if keep_special else self._detokenizer).open(prompt)
 
 
 def _declare(inner: _Tokenizer, declared: Sequence[tuple[AddedToken, bool]]) -> None:

@@ -18,6 +18,7 @@ from isthmus.model.process.files import appearing, present, read_json, read_json
 from isthmus.model.text.added_tokens import declared_tokens
 from isthmus.model.text.chat import ChatTemplate, special_tokens
 from isthmus.model.text.endings import end_ids, turn_end, unheeded_flags
+from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params, abstract_params
 from isthmus.model.weights.checkpoint import CheckpointSource
@@ -47,6 +48,8 @@ class GenerationDefaults:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    stop_strings: tuple[str, ...] = ()
+    """Strings that end a text"""
     ignored: tuple[str, ...] = ()
     """Recommended settings that are not supported, each as NAME=VALUE"""
 
@@ -296,6 +299,7 @@ def _generation(path: Path) -> GenerationDefaults:
     ignored = tuple(
         f"{name}={values[name]}" for name, off in neutral.items() if values.get(name, off) not in (off, None)
     )
+    stops = _stop_strings(path / "generation_config.json", values.get("stop_strings"))
 
     def number(name: str, low: float, high: float) -> Any:
         value = values.get(name)
@@ -307,9 +311,22 @@ def _generation(path: Path) -> GenerationDefaults:
 
     penalty = number("repetition_penalty", 1e-6, 10)
     if not values.get("do_sample", False):
-        return GenerationDefaults(temperature=0.0, repetition_penalty=penalty, ignored=ignored)
+        return GenerationDefaults(temperature=0.0, repetition_penalty=penalty, stop_strings=stops, ignored=ignored)
     top_k = number("top_k", 0, 1 << 30)
     return GenerationDefaults(
         number("temperature", 0, 100), number("top_p", 1e-6, 1), None if top_k is None else int(top_k),
-        number("min_p", 0, 1), penalty, ignored,
+        number("min_p", 0, 1), penalty, stops, ignored,
     )  # fmt: skip
+
+
+def _stop_strings(source: Path, value: Any) -> tuple[str, ...]:
+    """The strings of stop_strings, which is null, one string or a list of them. Raises ConfigError."""
+    strings = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or len(strings) > MAX_STOPS:
+        raise ConfigError(f"{source}: stop_strings={value!r:.80} must be a string or a list of at most {MAX_STOPS}")
+    for string in strings:
+        if not isinstance(string, str) or not 1 <= len(string) <= MAX_STOP_CHARACTERS:
+            raise ConfigError(
+                f"{source}: stop_strings={value!r:.80} must hold strings of 1 to {MAX_STOP_CHARACTERS} characters"
+            )
+    return tuple(strings)

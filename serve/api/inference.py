@@ -78,7 +78,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         # A chat template and a grammar are programs: even a short one may take a second.
         program = message.HasField("messages") or message.HasField("response_format")
         try:
-            prepared = await self._session.workers.run(
+            workers = self._session.tokenizing if message.HasField("truncate_prompt_tokens") else self._session.workers
+            prepared = await workers.run(
                 message.ByteSize(), lambda: preparation.request(question_of(message)), always=program
             )
             ours = self._session.submit(prepared)
@@ -95,9 +96,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         """Yields what the engine gives, several steps at once if the client is slow."""
         with_text = message.output.text if message.output.HasField("text") else True
         answer, events = Answer(self._session.model.tokenizer, ours, with_text=with_text), ours.reply_to
-        assert isinstance(events, LoopStream)
+        engine = self._session.engine
+        assert isinstance(events, LoopStream) and engine is not None
         ended = False
         while not ended:
             delta = answer.take(await events.some(MOST_AT_ONCE))
             ended = delta.completion is not None
+            if ended:  # by a stop string, which the engine doesn't know of
+                engine.cancel(ours)
             yield delta

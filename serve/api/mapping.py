@@ -46,6 +46,10 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
         min_tokens=stop.min_tokens if stop.HasField("min_tokens") else None,
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         stop_token_ids=stop.token_ids,
+        stop=tuple(stop.strings),
+        include_stop=stop.include_stop,
+        skip_special_tokens=not output.keep_special_tokens,
+        truncate_prompt_tokens=(message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None),
         ignore_eos=stop.ignore_eos,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
         response_format=format_of(message),
@@ -103,6 +107,7 @@ def finished(completion: Completion, *, report_cached: bool) -> pb.Finished:
     return pb.Finished(
         finish_reason=f"FINISH_REASON_{completion.finish_reason}",
         stop_token_id=completion.stop_token_id,
+        stop_string=completion.stop_string,
         usage=pb.Usage(
             prompt_tokens=completion.prompt_tokens,
             cached_prompt_tokens=completion.cached_prompt_tokens if report_cached else 0,

@@ -28,7 +28,8 @@ class Session:
         self.workers = Workers()
         """Threads that parse messages and tokenize prompts"""
         self.tokenizing = Workers()
-        """Threads for Tokenize and Detokenize, whose texts may be longer than any prompt and mustn't hold prompts up"""
+        """Threads for Tokenize and Detokenize, and for prompts that are truncated: their texts may be longer than what
+        a context holds, and mustn't hold other prompts up"""
         self.answering = 0
         """Calls whose request the engine has taken and whose last message isn't sent yet"""
         self.report_cached = config.report_cached_tokens

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
-from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Request
+from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Progress, Request
 from isthmus.serve.engine.scheduler import Counters, Scheduler
 
 logger = logging.getLogger("isthmus.engine")
@@ -192,7 +192,7 @@ class Engine:
             self._live.clear()
             self._cancelled.clear()
         if left:
-            end = End(reason, failure=failure, finished_at=time.perf_counter())
+            end = End(reason, failure=failure, progress=Progress(time.perf_counter()))
             self._sink([Event(request, end=end) for request in left])
 
     def _loop(self) -> None:

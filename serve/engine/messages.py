@@ -29,6 +29,8 @@ class Request:
     """What restricts the tokens that may be drawn, at its beginning: the engine steps a copy"""
     reply_to: Any = None
     """The receiver of its events, which the engine doesn't look at"""
+    text_options: Any = None
+    """How whoever reads its events makes text of them (serve/prepare/answer.py), which the engine doesn't look at"""
     arrival: float = field(default_factory=time.perf_counter)
 
 
@@ -63,6 +65,24 @@ class Logprobs(NamedTuple):
     """Their log-probabilities"""
 
 
+class Progress(NamedTuple):
+    """How far a request had come at one of its events."""
+
+    at: float = 0.0
+    """When that was, in seconds on the clock of Request.arrival, as the next two"""
+    admitted_at: float | None = None
+    """When it was started"""
+    first_token_at: float | None = None
+    cached_tokens: int = 0
+    """Tokens of the prompt that were read from the prefix cache"""
+    recomputed_tokens: int = 0
+    """Tokens that were computed again after a preemption"""
+    preemptions: int = 0
+
+
+NO_PROGRESS = Progress()
+
+
 @dataclass(frozen=True)
 class End:
     """How a request ended, and all that it got."""
@@ -74,15 +94,8 @@ class End:
     """One for each token, if they were asked for"""
     failure: Exception | None = None
     """The exception that ended it with ERROR; None if its logits weren't finite"""
-    cached_tokens: int = 0
-    """Tokens of the prompt that were read from the prefix cache"""
-    recomputed_tokens: int = 0
-    """Tokens that were computed again after a preemption"""
-    preemptions: int = 0
-    admitted_at: float | None = None
-    """When it was started, in seconds on the clock of Request.arrival, as the next two"""
-    first_token_at: float | None = None
-    finished_at: float = 0.0
+    progress: Progress = NO_PROGRESS
+    """How far it had come then"""
 
     @property
     def stop_token(self) -> int | None:
@@ -99,3 +112,5 @@ class Event:
     logprobs: tuple[Logprobs, ...] = ()
     """What is told about each token, if it was asked for"""
     end: End | None = None
+    progress: Progress = NO_PROGRESS
+    """How far the request has come with these tokens"""

@@ -313,7 +313,7 @@ class Scheduler:
         reason = self._stops(sequence, token)
         if reason is not None:
             return self._finish(sequence, reason, now, (token,), logprobs)
-        return Event(sequence.request, (token,), logprobs)
+        return Event(sequence.request, (token,), logprobs, progress=sequence.progress(now))
 
     def _stops(self, sequence: Sequence, token: int) -> Ending | None:
         request = sequence.request
@@ -358,7 +358,8 @@ class Scheduler:
             self._release(sequence)
         else:
             self.waiting.remove(sequence)
-        return Event(sequence.request, tokens, logprobs, sequence.end(now, failure))
+        end = sequence.end(now, failure)
+        return Event(sequence.request, tokens, logprobs, end, end.progress)
 
     def check(self) -> None:
         """Asserts every invariant that holds after a commit; for tests."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.masks import Masks
-from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
+from isthmus.serve.engine.messages import End, Ending, Logprobs, Progress, Request
 
 
 @dataclass(eq=False)
@@ -71,18 +71,18 @@ class Sequence:
         if self.masks is not None and (both := row & self.masks.at(drawn)).any():
             row[:] = both
 
-    def end(self, now: float, failure: Exception | None = None) -> End:
-        """How it ended, at `now`."""
-        assert self.ending is not None
-        return End(
-            self.ending,
-            tuple(self.completion),
-            tuple(self.logprobs),
-            failure,
+    def progress(self, now: float) -> Progress:
+        """How far it has come, at `now`."""
+        return Progress(
+            now,
+            self.admitted_at,
+            self.first_token_at,
             self.cached_tokens,
             self.recomputed_tokens,
             self.preemptions,
-            self.admitted_at,
-            self.first_token_at,
-            now,
         )
+
+    def end(self, now: float, failure: Exception | None = None) -> End:
+        """How it ended, at `now`."""
+        assert self.ending is not None
+        return End(self.ending, tuple(self.completion), tuple(self.logprobs), failure, self.progress(now))

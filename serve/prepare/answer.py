@@ -1,13 +1,19 @@
-"""Turns the engine's events into text, deltas and the completion, once for every front end."""
+"""Turns the engine's events into text, deltas and the completion, once for every front end.
+
+Stop strings are found here, in the text, and not by the engine: whoever reads an answer cancels its request as soon as
+there is a completion. By then the engine may have drawn a token or two more, which are dropped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from isthmus.errors import Cancelled, RequestError, RequestFailed, Unavailable
+from isthmus.model.text.stops import StopStrings
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
-from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Progress, Request
 from isthmus.types import Completion, Delta, FinishReason, TokenLogprobs
 
 _REASONS = {
@@ -19,82 +25,122 @@ _REASONS = {
 }
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is made of a request's tokens: its `text_options`."""
+
+    stops: StopStrings | None = None
+    """Strings that end the text"""
+    include_stop: bool = False
+    """Whether the text has the one that ended it"""
+    keep_special: bool = False
+    """Whether special tokens are text"""
+
+
 class Answer:
-    """The text of one request as its events come."""
+    """The text of one request as its events come. Its completion doesn't depend on how many come at once."""
 
     def __init__(self, tokenizer: Tokenizer, request: Request, *, with_text: bool = True) -> None:
-        """with_text: whether tokens are decoded; if not, all texts are empty."""
-        self._request = request
-        self._stream = tokenizer.stream(request.prompt) if with_text else None
+        """with_text: whether there is to be any text; if not, all texts are empty."""
+        options: TextOptions = request.text_options or TextOptions()
+        self._request, self._with_text = request, with_text
+        self._search = None if options.stops is None else options.stops.search(include=options.include_stop)
+        decoded = with_text or self._search is not None
+        self._stream = tokenizer.stream(request.prompt, keep_special=options.keep_special) if decoded else None
         self._texts: list[str] = []
+        self._ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
 
     def take(self, events: Sequence[Event]) -> Delta:
-        """The delta that `events` add, which are at least one, in order. With the request's last event it has the
-        completion. Raises RequestError if the request ended without a result."""
-        end = events[-1].end
-        if end is not None and end.reason not in _REASONS:
-            raise error_of(end)
-        ids = [token for event in events for token in event.tokens]
-        if end is not None and end.stop_token is not None:
-            ids.pop()
-        text = self._decoded(ids, last=end is not None)
-        logprobs = [each for event in events for each in event.logprobs]
-        told = _told(self._request, logprobs[: len(ids)])
-        return Delta(text, tuple(ids), None if end is None else self._completion(end), told)
+        """The delta that `events` add, which are at least one, in order. The last delta has the completion: with the
+        request's last event, or before it if a stop string is found. Raises RequestError if the request ended without
+        a result."""
+        known, last = len(self._ids), events[-1]
+        text, progress = self._until_stop(events) if self._search else (self._all(events), last.progress)
+        if not self._found and last.end is not None:
+            if last.end.reason not in _REASONS:
+                raise error_of(last.end)
+            text += self._rest()
+        ids = tuple(self._ids[known:])
+        told = self._told([each for event in events for each in event.logprobs][: len(ids)])
+        self._texts.append(text if self._with_text else "")
+        ended = self._found or last.end is not None
+        return Delta(self._texts[-1], ids, self._completion(last.end, progress) if ended else None, told)
 
     def whole(self, end: End) -> Completion:
         """The completion of the request, which has ended, without a call of `take` before. Raises RequestError if it
         ended without a result."""
-        if end.reason not in _REASONS:
-            raise error_of(end)
-        self._decoded(text_ids(end), last=True)
-        return self._completion(end)
+        completion = self.take([Event(self._request, end.tokens, end.logprobs, end, end.progress)]).completion
+        assert completion is not None
+        return completion
 
-    def _decoded(self, ids: Sequence[int], *, last: bool) -> str:
-        if self._stream is None:
-            return ""
-        text = self._stream.push(ids)
-        if last:
-            text += self._stream.flush()
-        self._texts.append(text)
+    @property
+    def _found(self) -> str | None:
+        """The stop string that has ended the text."""
+        return None if self._search is None else self._search.found
+
+    def _all(self, events: Sequence[Event]) -> str:
+        """Takes in the tokens of all events. Returns the text that they complete."""
+        ids = [token for event in events for token in _text_ids(event)]
+        self._ids += ids
+        return "" if self._stream is None else self._stream.push(ids)
+
+    def _until_stop(self, events: Sequence[Event]) -> tuple[str, Progress]:
+        """Takes in tokens up to the one that completes a stop string, each by itself, so that it doesn't matter which
+        come together. Returns the text that is not held back, and how far the request had come."""
+        assert self._stream is not None and self._search is not None
+        text = ""
+        for event in events:
+            for token in _text_ids(event):
+                self._ids.append(token)
+                text += self._search.push(self._stream.push([token]))
+                if self._found:
+                    return text, event.progress
+        return text, events[-1].progress
+
+    def _rest(self) -> str:
+        """The text that is still held when no token follows."""
+        text = "" if self._stream is None else self._stream.flush()
+        if self._search is not None:
+            text = self._search.push(text)
+            text += self._search.flush()
         return text
 
-    def _completion(self, end: End) -> Completion:
-        return completion_of(self._request, end, "".join(self._texts))
+    def _told(self, logprobs: Sequence[Logprobs]) -> tuple[TokenLogprobs, ...] | None:
+        """The log-probabilities of the newest tokens; None if the request doesn't ask for them."""
+        if self._request.sampling.logprobs < 0:
+            return None
+        told = [TokenLogprobs(own, tuple(zip(tokens, top, strict=True))) for own, tokens, top in logprobs]
+        self._logprobs += told
+        return tuple(told)
+
+    def _completion(self, end: End | None, progress: Progress) -> Completion:
+        """end: how the engine ended the request; not looked at where a stop string did."""
+        request, found = self._request, self._found
+        stop_token = None if found or end is None else end.stop_token
+        first = progress.first_token_at or progress.at
+        return Completion(
+            text="".join(self._texts),
+            token_ids=tuple(self._ids),
+            logprobs=None if request.sampling.logprobs < 0 else tuple(self._logprobs),
+            finish_reason=FinishReason.STOP_STRING if found or end is None else _REASONS[end.reason],
+            stop_token_id=stop_token,
+            stop_string=found,
+            seed=request.sampling.seed,
+            prompt_tokens=len(request.prompt),
+            cached_prompt_tokens=progress.cached_tokens,
+            completion_tokens=len(self._ids) + (stop_token is not None),
+            recomputed_tokens=progress.recomputed_tokens,
+            preemptions=progress.preemptions,
+            queue_seconds=(progress.admitted_at or first) - request.arrival,
+            time_to_first_token=first - request.arrival,
+            total_seconds=progress.at - request.arrival,
+        )
 
 
-def text_ids(end: End) -> tuple[int, ...]:
-    """The tokens that were drawn, without the one that ended the sequence."""
-    return end.tokens if end.stop_token is None else end.tokens[:-1]
-
-
-def _told(request: Request, logprobs: Sequence[Logprobs]) -> tuple[TokenLogprobs, ...] | None:
-    """The log-probabilities of some of a request's tokens; None if it doesn't ask for them."""
-    if request.sampling.logprobs < 0:
-        return None
-    return tuple(TokenLogprobs(own, tuple(zip(tokens, top, strict=True))) for own, tokens, top in logprobs)
-
-
-def completion_of(request: Request, end: End, text: str) -> Completion:
-    """The completion of a request that has ended with a result."""
-    ids = text_ids(end)
-    first = end.first_token_at or end.finished_at
-    return Completion(
-        text=text,
-        token_ids=ids,
-        logprobs=_told(request, end.logprobs[: len(ids)]),
-        finish_reason=_REASONS[end.reason],
-        stop_token_id=end.stop_token,
-        seed=request.sampling.seed,
-        prompt_tokens=len(request.prompt),
-        cached_prompt_tokens=end.cached_tokens,
-        completion_tokens=len(end.tokens),
-        recomputed_tokens=end.recomputed_tokens,
-        preemptions=end.preemptions,
-        queue_seconds=(end.admitted_at or first) - request.arrival,
-        time_to_first_token=first - request.arrival,
-        total_seconds=end.finished_at - request.arrival,
-    )
+def _text_ids(event: Event) -> tuple[int, ...]:
+    """The event's tokens, without the one that ended the sequence."""
+    return event.tokens if event.end is None or event.end.stop_token is None else event.tokens[:-1]
 
 
 def error_of(end: End) -> RequestError:

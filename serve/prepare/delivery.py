@@ -5,19 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from queue import SimpleQueue
-from typing import ClassVar
 
-from isthmus.serve.engine.messages import End, Event
+from isthmus.serve.engine.messages import Event
 
 
 class Receiver(ABC):
     """Takes the events of a request."""
 
-    streams: ClassVar[bool]
+    streams: bool = True
     """Whether it gets each event as it comes, or only the last one"""
     loop: asyncio.AbstractEventLoop | None = None
     """The event loop on which it gets events; None is the engine's thread"""
@@ -29,8 +26,6 @@ class Receiver(ABC):
 
 class ThreadStream(Receiver):
     """Events for a thread, as they come."""
-
-    streams = True
 
     def __init__(self) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
@@ -46,8 +41,6 @@ class ThreadStream(Receiver):
 class LoopStream(asyncio.Queue[Event], Receiver):
     """Events for a task on the event loop that it is made on, as they come."""
 
-    streams = True
-
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.get_running_loop()
@@ -58,52 +51,6 @@ class LoopStream(asyncio.Queue[Event], Receiver):
         while not self.empty() and len(events) < most:
             events.append(self.get_nowait())
         return events
-
-
-class ThreadEnd(Receiver):
-    """The end of a request, for threads."""
-
-    streams = False
-
-    def __init__(self) -> None:
-        self.end: End | None = None
-        """How it ended; None until then"""
-        self._ended = threading.Event()
-        self._lock = threading.Lock()
-        self._then: list[Callable[[], object]] = []
-
-    def put_nowait(self, event: Event, /) -> None:
-        with self._lock:
-            self.end = event.end
-            self._ended.set()
-        for call in self._then:
-            call()
-
-    def wait(self, timeout: float | None) -> bool:
-        """Waits until the request has ended. Returns whether that was within `timeout` seconds."""
-        return self._ended.wait(timeout)
-
-    def then(self, call: Callable[[], object]) -> None:
-        """Calls `call` at the end, on the engine's thread, or at once if that has come. `call` must return quickly."""
-        with self._lock:
-            if not self._ended.is_set():
-                self._then.append(call)
-                return
-        call()
-
-
-class LoopEnd(Receiver):
-    """The end of a request, for a task on the event loop that it is made on."""
-
-    streams = False
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.ended: asyncio.Future[End] = self.loop.create_future()
-
-    def put_nowait(self, event: Event, /) -> None:
-        if event.end is not None and not self.ended.done():
-            self.ended.set_result(event.end)
 
 
 def deliver(events: list[Event]) -> None:

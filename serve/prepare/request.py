@@ -10,21 +10,32 @@ from functools import partial
 
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatError, ChatTemplate
+from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS, StopStrings
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.messages import Request
-from isthmus.serve.prepare.checks import check_flag, check_text, check_token_ids
+from isthmus.serve.prepare.answer import TextOptions
+from isthmus.serve.prepare.checks import check_flag, check_int, check_text, check_token_ids
 from isthmus.serve.prepare.grammar import Grammars
 from isthmus.serve.prepare.sampling import drawing_of
-from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt, check_sized, check_turn
+from isthmus.types import (
+    Conversation,
+    Question,
+    SamplingParams,
+    TextPrompt,
+    TokenPrompt,
+    check_sized,
+    check_stops,
+    check_turn,
+)
 
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
 MAX_MESSAGES = 1024
 MAX_TOKENS = 1 << 18
-"""Most tokens of a text that `tokenized` or `detokenized` takes: more would hold up all streams while they become a
-list"""
+"""Most tokens of a text that `tokenized` or `detokenized` takes, and of a prompt that is truncated, unless the
+context has room for more: they would hold up all streams while they become a list"""
 MAX_CHARACTERS = 4_000_000
 """Most characters of a text that `detokenized` returns"""
 
@@ -51,9 +62,10 @@ class Preparation:
 
     def request(self, question: Question) -> Request:
         """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
-        prompt = self.prompt_ids(question.prompt)
+        asked = question.sampling
+        prompt = self.prompt_ids(question.prompt, self._kept_tokens(asked.truncate_prompt_tokens))
         left = self.context_length - len(prompt)
-        drawing = drawing_of(question.sampling, self.recommended, self.tokenizer, left)
+        drawing = drawing_of(asked, self.recommended, self.tokenizer, left)
         return Request(
             id=_request_id(question.request_id),
             prompt=prompt,
@@ -61,7 +73,8 @@ class Preparation:
             max_tokens=drawing.max_tokens,
             stop_ids=drawing.stop_ids,
             eos_ids=drawing.eos_ids,
-            constraint=self._constraint(question.sampling),
+            constraint=self._constraint(asked),
+            text_options=self._text_options(asked),
         )
 
     def _constraint(self, asked: SamplingParams) -> Constraint | None:
@@ -73,44 +86,56 @@ class Preparation:
             raise InvalidRequest("response_format", "this model is served without forms of text")
         return self.grammars.constraint(asked.response_format)
 
-    def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
-        """Token ids of the prompt. Raises InvalidRequest; a text that can't fit into the context is refused before it
-        is encoded."""
+    def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation, last: int | None = None) -> list[int]:
+        """Token ids of the prompt. last: how many of its last ones to keep; with None, all must fit into the context.
+        Raises InvalidRequest; a text that can't fit is refused before it is encoded."""
+        most = self.context_length - 1
+        if last is not None:
+            most = max(most, MAX_TOKENS)
         match prompt:
             case Conversation():
-                text = self._rendered(prompt)
-                return self._encoded("messages", text, self.tokenizer.encode_chat)
+                ids = self._encoded("messages", self._rendered(prompt), self.tokenizer.encode_chat, most)
             case TextPrompt():
                 parsed = check_flag("parse_special", prompt.parse_special)
                 encode = partial(self.tokenizer.encode, parse_special=parsed)
-                return self._encoded("prompt", check_text("prompt", prompt.text), encode)
+                ids = self._encoded("prompt", check_text("prompt", prompt.text), encode, most)
             case TokenPrompt():
-                return self._given(prompt.ids)
+                ids = self._given(prompt.ids, most)
+        return ids if last is None else ids[-last:]
 
-    def _given(self, ids: Sequence[int]) -> list[int]:
+    def _kept_tokens(self, last: int | None) -> int | None:
+        """How many of a prompt's last tokens are kept; None is all."""
+        if last is None:
+            return None
+        last = check_int("truncate_prompt_tokens", last)
+        if not 1 <= last < self.context_length:
+            raise InvalidRequest("truncate_prompt_tokens", f"must be 1 to {self.context_length - 1}, not {last}")
+        return last
+
+    def _given(self, ids: Sequence[int], most: int) -> list[int]:
         if not len(check_sized("prompt", ids)):
             raise InvalidRequest("prompt", "must not be empty")
-        if len(ids) >= self.context_length:
-            raise self._too_long("prompt", len(ids))
+        if len(ids) > most:
+            raise self._too_long("prompt", len(ids), most)
         return check_token_ids("prompt", ids, self.tokenizer.vocab_size).tolist()
 
-    def _encoded(self, field: str, text: str, encode: Callable[[str, int], list[int]]) -> list[int]:
-        most = self.tokenizer.most_characters(self.context_length)
-        if len(text) > most:
-            raise InvalidRequest(
-                field, f"has {len(text)} characters; a context of {self.context_length} takes at most {most}"
-            )
+    def _encoded(self, field: str, text: str, encode: Callable[[str, int], list[int]], most: int) -> list[int]:
+        characters = self.tokenizer.most_characters(most + 1)
+        if len(text) > characters:
+            raise InvalidRequest(field, f"has {len(text)} characters; {most} tokens have at most {characters}")
         try:
-            ids = encode(text, self.context_length - 1)
+            ids = encode(text, most)
         except TooManyTokens as error:
-            raise self._too_long(field, error.counted) from None
+            raise self._too_long(field, error.counted, most) from None
         except TextError as error:
             raise InvalidRequest(field, str(error)) from None
         if max(ids, default=0) >= self.tokenizer.vocab_size:
             raise InvalidRequest(field, f"spells the token {max(ids)}, which the model has no embedding for")
         return ids
 
-    def _too_long(self, field: str, tokens: int | str) -> InvalidRequest:
+    def _too_long(self, field: str, tokens: int | str, most: int) -> InvalidRequest:
+        if most >= self.context_length:
+            return InvalidRequest(field, f"has {tokens} tokens; at most {most} can be truncated")
         return InvalidRequest(
             field, f"has {tokens} tokens; the context of {self.context_length} needs room for one more"
         )
@@ -131,6 +156,16 @@ class Preparation:
         if not text:
             raise InvalidRequest("chat_template", "the chat template writes nothing for these messages")
         return text
+
+    def _text_options(self, asked: SamplingParams) -> TextOptions:
+        strings = _stops(asked.stop)
+        if not strings and not asked.ignore_eos:
+            strings = self.recommended.stop_strings
+        return TextOptions(
+            StopStrings(strings) if strings else None,
+            include_stop=check_flag("include_stop", asked.include_stop),
+            keep_special=not check_flag("skip_special_tokens", asked.skip_special_tokens),
+        )
 
 
 def tokenized(tokenizer: Tokenizer, text: str, *, parse_special: bool = False) -> list[int]:
@@ -153,6 +188,16 @@ def detokenized(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
             "token_ids", f"spell up to {characters} characters; at most {MAX_CHARACTERS} are returned at once"
         )
     return tokenizer.decode(checked.tolist())
+
+
+def _stops(given: str | Sequence[str]) -> tuple[str, ...]:
+    strings = check_stops(given)
+    if len(strings) > MAX_STOPS:
+        raise InvalidRequest("stop", f"has {len(strings)} strings; at most {MAX_STOPS}")
+    for index, string in enumerate(strings):
+        if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
+            raise InvalidRequest(f"stop[{index}]", f"has {len(string)} characters; give 1 to {MAX_STOP_CHARACTERS}")
+    return strings
 
 
 def _request_id(given: str) -> str:

@@ -95,6 +95,16 @@ def test_token_ids_are_a_prompt_and_a_list_of_them_many(llm: LLM) -> None:
     assert llm.generate([]) == []
 
 
+def test_a_long_prompt_may_be_cut_to_its_end(llm: LLM, client: Client) -> None:
+    """A chat that has grown past the context would end in an error, or be cut at the wrong side by whoever asks."""
+    long = "word " * 9_000
+    ids = llm.tokenize(long)
+    assert len(ids) > llm.context_length
+    for model in (llm, client):
+        answer = model.generate(long, DRAWN, truncate_prompt_tokens=50)
+        assert (answer.prompt_tokens, answer.token_ids) == (50, llm.generate(ids[-50:], DRAWN).token_ids)
+
+
 def test_an_item_that_fails_costs_no_other(llm: LLM, client: Client) -> None:
     """An hour's batch would be lost to one empty line."""
     prompts = ["a", "", "b", "word " * 200_000]
@@ -141,6 +151,17 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"stop_token_ids": None}, "stop_token_ids"),
     ("a", {"stop_token_ids": [1.5]}, "stop_token_ids"),
     ("a", {"stop_token_ids": [[1]]}, "stop_token_ids"),
+    ("a", {"stop": ["b", ""]}, "stop[1]"),
+    ("a", {"stop": ["b", "\ud800"]}, "stop[1]"),
+    ("a", {"stop": [1]}, "stop[0]"),
+    ("a", {"stop": 5}, "stop"),
+    ("a", {"include_stop": "no"}, "include_stop"),
+    ("a", {"skip_special_tokens": "no"}, "skip_special_tokens"),
+    ("a", {"skip_special_tokens": None}, "skip_special_tokens"),
+    ("a", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+    ("a", {"truncate_prompt_tokens": -1}, "truncate_prompt_tokens"),
+    ("a", {"truncate_prompt_tokens": 1 << 20}, "truncate_prompt_tokens"),
+    ("a", {"truncate_prompt_tokens": 1.5}, "truncate_prompt_tokens"),
     ("a", {"ignore_eos": "no"}, "ignore_eos"),
     ("a", {"parse_special": "no"}, "parse_special"),
     ("a", {"timeout": "1"}, "timeout"),

@@ -15,8 +15,10 @@ TOKENIZERS = {name: Tokenizer(kind()) for name, kind in KINDS.items()}
 LOST = "\ufffd"
 
 
-def streamed(tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: list[int] = ()) -> str:
-    stream = tokenizer.stream(prompt)
+def streamed(
+    tokenizer: Tokenizer, prompt: list[int], ids: list[int], cuts: list[int] = (), *, keep_special: bool = False
+) -> str:
+    stream = tokenizer.stream(prompt, keep_special=keep_special)
     ends = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)} if cuts else range(len(ids) + 1))
     return "".join(stream.push(ids[start:end]) for start, end in pairwise(ends)) + stream.flush()
 
@@ -37,10 +39,11 @@ def test_a_stream_gives_the_text_of_all_tokens(name: str) -> None:
     tokenizer = TOKENIZERS[name]
 
     @settings(max_examples=200)
-    @given(ids_of(name), st.lists(st.integers(0, 99), max_size=3))
-    def check(ids: list[int], cuts: list[int]) -> None:
-        whole = tokenizer._inner.decode(ids, skip_special_tokens=True)
-        assert streamed(tokenizer, [], ids, cuts) == whole == streamed(tokenizer, [], ids)
+    @given(ids_of(name), st.lists(st.integers(0, 99), max_size=3), st.booleans())
+    def check(ids: list[int], cuts: list[int], keep: bool) -> None:
+        whole = tokenizer._inner.decode(ids, skip_special_tokens=not keep)
+        assert streamed(tokenizer, [], ids, cuts, keep_special=keep) == whole
+        assert streamed(tokenizer, [], ids, keep_special=keep) == whole
 
     check()
 

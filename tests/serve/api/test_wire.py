@@ -13,7 +13,7 @@ from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from isthmus import generate_request
-from isthmus.model.text.tokenizer import Tokenizer
+from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
@@ -150,6 +150,18 @@ def test_ignore_eos_goes_on_past_the_end_of_text(script_client: ApiClient) -> No
     answer = script_client.generate("a", max_tokens=8, temperature=0, ignore_eos=True)
     assert answer.finish_reason == "LENGTH" and len(answer.token_ids) == 8
     assert answer.text == "bcdabc", "the end of text itself is never text"
+
+
+def test_special_tokens_are_text_for_who_asks_for_them(script_client: ApiClient) -> None:
+    """Tool calls and reasoning are marked by special tokens: a parser would find no mark."""
+    options = {"max_tokens": 8, "temperature": 0, "ignore_eos": True, "skip_special_tokens": False}
+    spelt = f"bc{END_OF_TEXT}dabc{END_OF_TEXT}"
+    assert script_client.generate("a", **options).text == spelt
+    assert collect(script_client.stream("a", **options)).text == spelt
+    stopped = script_client.generate("a", **options, stop=f"{END_OF_TEXT}d")
+    assert (stopped.text, len(stopped.token_ids), stopped.stop_string) == ("bc", 4, f"{END_OF_TEXT}d")
+    ended = script_client.generate("a", **{**options, "ignore_eos": False})
+    assert (ended.text, ended.finish_reason) == ("bc", "EOS")
 
 
 def test_a_stop_token_ends_it_and_is_not_part_of_it(script_client: ApiClient, tokenizer: Tokenizer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from isthmus.serve.engine.messages import End, Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
-from isthmus.serve.prepare.delivery import LoopEnd, LoopStream, Receiver, ThreadEnd, ThreadStream, deliver
+from isthmus.serve.prepare.delivery import LoopStream, Receiver, ThreadStream, deliver
 
 
 def event(receiver: Receiver, *, last: bool = False) -> Event:
@@ -20,7 +19,7 @@ def event(receiver: Receiver, *, last: bool = False) -> Event:
 
 
 def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wake-up a token would cost more than the token. Who waits for an end is not woken before it."""
+    """A wake-up a token would cost more than the token. Who waits for an end is not told before it."""
 
     async def work() -> None:
         loop, woken = asyncio.get_running_loop(), 0
@@ -32,7 +31,9 @@ def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
             return schedule(call, *args)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", count)
-        streams, ends = [LoopStream() for _ in range(3)], [LoopEnd() for _ in range(3)]
+        streams, ends = [LoopStream() for _ in range(3)], [LoopStream() for _ in range(3)]
+        for end in ends:
+            end.streams = False
         first = [event(receiver) for receiver in (*streams, *ends)]
         last = [event(receiver, last=True) for receiver in (*streams, *ends)]
         deliver([event(end) for end in ends])
@@ -40,26 +41,19 @@ def test_a_step_wakes_a_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
         deliver(first)
         deliver(last)
         assert woken == 2
-        for end in ends:
-            await end.ended
-        for index, stream in enumerate(streams):
+        for index, (stream, end) in enumerate(zip(streams, ends, strict=True)):
             assert await stream.some(8) == [first[index], last[index]]
+            assert await end.some(8) == [last[3 + index]]
         monkeypatch.undo()
 
     asyncio.run(work())
 
 
 def test_threads_get_theirs() -> None:
-    stream, end, called = ThreadStream(), ThreadEnd(), threading.Event()
-    end.then(called.set)
-    step = [event(stream), event(end)]
+    stream = ThreadStream()
+    step = [event(stream)]
     deliver(step)
-    assert stream.get(0) is step[0] and not end.wait(0) and not called.is_set()
-    deliver([event(end, last=True)])
-    assert end.wait(0) and called.is_set()
-    called.clear()
-    end.then(called.set)
-    assert called.is_set(), "who asks too late would wait for ever"
+    assert stream.get(0) is step[0]
 
 
 def test_a_loop_that_is_closed_holds_nobody_up() -> None:

@@ -11,9 +11,17 @@ import pytest
 
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.chat import ChatTemplate
+from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
-from isthmus.serve.prepare.request import MAX_MESSAGES, Preparation, detokenized, tokenized
+from isthmus.serve.prepare.answer import TextOptions
+from isthmus.serve.prepare.request import (
+    MAX_MESSAGES,
+    MAX_TOKENS,
+    Preparation,
+    detokenized,
+    tokenized,
+)
 from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
 from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
@@ -44,12 +52,43 @@ def test_recommended_sampling_fills_what_is_absent(preparation: Preparation, tok
     assert (nothing.temperature, nothing.top_p, nothing.top_k) == (1.0, 1.0, 0)
 
 
+def test_recommended_stops_hold_unless_others_are_asked_for(tokenizer: Tokenizer) -> None:
+    """An answer would go on into the next turn, or a benchmark with ignore_eos would end early."""
+    preparation = Preparation(tokenizer, None, GenerationDefaults(stop_strings=("User:",)), 64)
+
+    def stops(**sampling: Any) -> tuple[str, ...]:
+        options: TextOptions = preparation.request(Question(A, SamplingParams(**sampling))).text_options
+        return () if options.stops is None else options.stops.strings
+
+    assert stops() == ("User:",)
+    assert stops(stop="b") == ("b",)
+    assert stops(stop=["b", "c"], ignore_eos=True) == ("b", "c")
+    assert stops(ignore_eos=True) == ()
+
+
 def test_a_token_without_an_embedding_is_refused(preparation: Preparation, tokenizer: Tokenizer) -> None:
     """Gemma 3's tokenizer spells one more token than the model has: it would read another token's row."""
     (top,) = tokenizer.encode("a")
     tokenizer.vocab_size = top
     with pytest.raises(InvalidRequest, match=f"spells the token {top}"):
         preparation.request(Question(A))
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(preparation: Preparation, tokenizer: Tokenizer) -> None:
+    """A long log would be refused, or its beginning kept and its end, which is asked about, lost."""
+    letters = "abcdefgh" * 99
+    ids = tokenizer.encode(letters)
+    talk = Conversation([{"role": "user", "content": letters}])
+    for prompt, tokens in (
+        (TextPrompt(letters), ids),
+        (TokenPrompt(ids), ids),
+        (talk, tokenizer.encode_chat("user" + letters)),
+        (TextPrompt("abc"), tokenizer.encode("abc")),
+    ):
+        for last in (1, 5, 63):
+            request = preparation.request(Question(prompt, SamplingParams(truncate_prompt_tokens=last)))
+            assert list(request.prompt) == tokens[-last:]
+            assert request.max_tokens == 64 - len(request.prompt)
 
 
 def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
@@ -85,6 +124,19 @@ def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
         (A, {"seed": 1 << 64}, "seed"),
         (A, {"stop_token_ids": [0, 90]}, "stop_token_ids[1]"),
         (A, {"stop_token_ids": [0] * (MAX_STOP_TOKENS + 1)}, "stop_token_ids"),
+        (A, {"stop": ""}, "stop[0]"),
+        (A, {"stop": ["a", "b" * (MAX_STOP_CHARACTERS + 1)]}, "stop[1]"),
+        (A, {"stop": ["a"] * (MAX_STOPS + 1)}, "stop"),
+        (A, {"stop": ["a", 3]}, "stop[1]"),
+        (A, {"stop": b"a"}, "stop"),
+        (A, {"stop": None}, "stop"),
+        (A, {"include_stop": "no"}, "include_stop"),
+        (A, {"skip_special_tokens": "no"}, "skip_special_tokens"),
+        (A, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        (A, {"truncate_prompt_tokens": 64}, "truncate_prompt_tokens"),
+        (TokenPrompt([90, *[1] * 99]), {"truncate_prompt_tokens": 2}, "prompt[0]"),
+        (TokenPrompt([1] * (MAX_TOKENS + 1)), {"truncate_prompt_tokens": 2}, "prompt"),
+        (TextPrompt("a" * (MAX_TOKENS + 9)), {"truncate_prompt_tokens": 2}, "prompt"),
     ],
 )
 def test_what_can_not_work_is_named(preparation: Preparation, prompt: Any, sampling: Any, field: str) -> None:

@@ -324,6 +324,20 @@ def test_text_ends_where_the_folder_says(generation: str | None, ends: set[int],
     assert open_folder(tmp_path).tokenizer.eos_ids == ends
 
 
+def test_recommended_stop_strings_are_read(tmp_path: Path) -> None:
+    """A model that ends its turns by a text goes on and plays the user's part."""
+    write_folder(tmp_path, "qwen2")
+    path = tmp_path / "generation_config.json"
+    for written, stops in (('"User:"', ("User:",)), ('["a", "b"]', ("a", "b")), ("null", ()), ("[]", ())):
+        for sampled in ("true", "false"):
+            path.write_text(f'{{"do_sample": {sampled}, "stop_strings": {written}}}')
+            assert open_folder(tmp_path).generation.stop_strings == stops
+    for wrong in ('""', "3", '["a", 3]', json.dumps(["a"] * 17), json.dumps("a" * 257)):
+        path.write_text(f'{{"stop_strings": {wrong}}}')
+        with pytest.raises(ConfigError, match="stop_strings="):
+            open_folder(tmp_path)
+
+
 def test_recommended_sampling_is_read(tmp_path: Path) -> None:
     """What a model's makers recommend: greedy, if they don't ask for sampling. What we don't do is listed."""
     write_folder(tmp_path, "qwen2")
