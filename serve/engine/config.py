@@ -53,6 +53,9 @@ class EngineConfig:
     """Most prompt tokens in a step: more makes prompts faster, fewer keep the time between tokens short"""
     block_size: int = 32
     """Prompt tokens in a block, which attend together; a multiple of page_size. Prompts are cached by whole blocks"""
+    draft_rows: int = 8
+    """Rows of a step without prompts up to which it checks drafts: guesses of what comes next where a text repeats an
+    earlier place (speculative decoding). Texts are the same either way; 0 makes none"""
     max_waiting: int = 256
     """Most requests in flight beyond max_sequences; further ones are refused"""
     prefix_cache: bool = True
@@ -65,6 +68,8 @@ class EngineConfig:
         """These sizes with every 0 replaced by its default. Raises ConfigError naming the field that can't work."""
         import dataclasses
 
+        if not 0 <= self.draft_rows <= MOST["max_sequences"]:
+            raise ConfigError(f"engine.draft_rows={self.draft_rows} must be 0 to {MOST['max_sequences']}")
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"engine.{name}={getattr(self, name)} must be 1 to {most}")
@@ -103,9 +108,11 @@ class EngineConfig:
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:
-        """Every shape of a step: powers of two of rows without blocks, then all rows with powers of two of blocks."""
+        """Every shape of a step: powers of two of rows without blocks, then a row for each sequence with powers of two
+        of blocks."""
         most_blocks = self.prefill_tokens // self.block_size
-        decode = [Bucket(rows, 0, self.block_size) for rows in _powers(self.max_sequences)]
+        rows = max(self.max_sequences, self.draft_rows)
+        decode = [Bucket(rows, 0, self.block_size) for rows in _powers(rows)]
         mixed = [Bucket(self.max_sequences, blocks, self.block_size) for blocks in _powers(most_blocks)]
         return (*decode, *mixed)
 

@@ -114,11 +114,12 @@ def forward(
     tokens = jnp.where(known, jnp.concatenate([rows, arrays.tokens[bucket.rows :]]), model.config.vocab_size)
     page = jnp.where(singles < 0, 0, singles // engine.page_size)
     tables = state.tables.at[slots, page].set(arrays.row_page)
+    held = state.tokens.at[slots, at[: bucket.rows]].set(rows)  # drafts, too, which later rows' draws look back at
     step = PagedStep(bucket.rows, tables[arrays.slots], arrays.positions)
     attend = paged_attention(engine, step, model.execution.kernels.paged_attention)
     uses_long_rope = arrays.uses_long_rope[sequence_of_token(bucket)] > 0
     hidden, cache = model(tokens, at, attend, state.cache, uses_long_rope)
-    return hidden, State(cache, tables, state.tokens)
+    return hidden, State(cache, tables, held)
 
 
 def forward_step(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.plan import FROM_DEVICE, PlanArrays, StepPlan, empty_plan
+from isthmus.serve.engine.plan import FROM_DEVICE, Drafted, PlanArrays, StepPlan, empty_plan
 from isthmus.serve.engine.sampling import DRAW, Bias, draw_of, no_draws
 from isthmus.serve.engine.sequence import Sequence
 
@@ -20,6 +20,8 @@ class Work:
     sequence: Sequence
     start: int
     count: int
+    drafts: tuple[int, ...] = ()
+    """Guesses of what comes next, where `count` is 1; they take a row each"""
 
     @property
     def draws(self) -> bool:
@@ -39,6 +41,10 @@ class Step:
     singles: list[Work] = field(default_factory=list)
     chunks: list[Work] = field(default_factory=list)
     blocks: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.singles) + sum(len(work.drafts) for work in self.singles)
 
     def drop(self, sequence: Sequence, block_size: int) -> None:
         """Removes what was scheduled for `sequence`."""
@@ -88,10 +94,11 @@ class Packer:
 
     def pack(self, step: Step) -> StepPlan:
         """The step as arrays. Adds each token that it draws to its sequence's tokens_in_flight. Raises RequestFault."""
-        bucket = self._config.bucket(len(step.singles), step.blocks)
+        bucket = self._config.bucket(step.rows, step.blocks)
         packed, arrays = empty_plan(self._config, bucket)
         plan = StepPlan(bucket, packed, no_draws(bucket.samples, self._config.nobody))
         draws = self._pack_singles(arrays, step.singles)
+        self._pack_drafts(plan, arrays, step.singles)
         block = 0
         for work in step.chunks:
             try:
@@ -102,7 +109,7 @@ class Packer:
                 draws.append((bucket.rows + block - 1, last, work.sequence))
         self._pack_draws(plan, arrays, draws)
         plan.samples = [(row, sequence) for row, _, sequence in draws]
-        plan.scheduled_tokens = sum(work.count for work in (*step.singles, *step.chunks))
+        plan.scheduled_tokens = sum(work.count + len(work.drafts) for work in (*step.singles, *step.chunks))
         self._pack_placed(plan)
         return plan
 
@@ -132,6 +139,23 @@ class Packer:
         arrays.uses_long_rope[:count] = [sequence.uses_long_rope for sequence in sequences]
         return [(row, row, work.sequence) for row, work in enumerate(singles) if work.draws]
 
+    def _pack_drafts(self, plan: StepPlan, arrays: PlanArrays, singles: list[Work]) -> None:
+        """Writes a row for each draft, after those of known tokens; each draws as if the drafts before it were true."""
+        row = len(singles)
+        for work in singles:
+            if not (count := len(work.drafts)):
+                continue
+            sequence, rows = work.sequence, slice(row, row + count)
+            positions = work.start + 1 + np.arange(count)
+            arrays.tokens[rows], arrays.positions[rows], arrays.slots[rows] = work.drafts, positions, sequence.slot
+            arrays.row_page[rows] = self.tables[sequence.slot, positions // self._config.page_size]
+            arrays.uses_long_rope[rows] = sequence.uses_long_rope
+            arrays.sample_token[rows] = np.arange(row, row + count)
+            plan.draws[rows] = self.draws[sequence.slot]
+            plan.draws["position"][rows] = positions + 1
+            plan.drafts[sequence] = Drafted(work.drafts, row)
+            row += count
+
     def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:
         """Writes a chunk from `block` on. Returns the block after it, and its last token's index on the token axis."""
         size, last = self._config.block_size, 0
@@ -154,8 +178,6 @@ class Packer:
         plan.draws["position"][rows] = arrays.positions[tokens] + 1
         plan.awaits = any(sequence.constraint is not None for _, _, sequence in draws)
         if any(sequence.adjusts for _, _, sequence in draws):
-            slots = np.full(plan.bucket.samples, self._config.nobody)
-            slots[rows] = [sequence.slot for _, _, sequence in draws]
-            plan.bias = self._bias.rows(slots.tolist())
+            plan.bias = self._bias.rows(plan.draws["slot"].tolist())
         for _, _, sequence in draws:
-            sequence.tokens_in_flight += 1
+            sequence.tokens_in_flight += 1 + (len(plan.drafts[sequence].tokens) if sequence in plan.drafts else 0)

@@ -64,6 +64,14 @@ def empty_plan(engine: EngineConfig, bucket: Bucket) -> tuple[np.ndarray, PlanAr
     return packed, arrays
 
 
+class Drafted(NamedTuple):
+    """Guesses of what comes after a sequence's last known token, whose row is among the plan's samples."""
+
+    tokens: tuple[int, ...]
+    first_row: int
+    """The row of the head behind the first of them; the others' follow"""
+
+
 @dataclass(eq=False)
 class StepPlan:
     """What a step computes, and for whom it draws."""
@@ -81,6 +89,8 @@ class StepPlan:
     """What is added to logits, where a draw is adjusted at all; None where none is"""
     samples: list[tuple[int, Sequence]] = field(default_factory=list)
     """(row of the head, sequence) of each token drawn"""
+    drafts: dict[Sequence, Drafted] = field(default_factory=dict)
+    """What was guessed for some of these sequences, and the rows that check it"""
     awaits: bool = False
     """Whether a draw's mask follows from tokens of the step before, so that it can be drawn only when they are known"""
     scheduled_tokens: int = 0
