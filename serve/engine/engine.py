@@ -222,7 +222,7 @@ class Engine:
                     times.deliver + clock() - t4,
                 )
                 times.steps += 1
-            self._deliver(self.scheduler.take_failed())
+            self._deliver(self.scheduler.take_ended())
             self._busy_since = None
             if closing:
                 return

@@ -14,8 +14,8 @@ from isthmus.model.ops.sampling import Drawn
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched, Served
-from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.messages import End, Ending, Event, Request
+from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.sampling import Sampling
 
 CONFIG = ModelConfig(

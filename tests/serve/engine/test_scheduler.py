@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,13 +59,34 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         eos=st.sampled_from([frozenset({EOS}), frozenset()]),
         stop=st.frozensets(st.integers(1, VOCAB - 1), max_size=1),
+        options=st.fixed_dictionaries(
+            {},
+            optional={
+                "tenant": st.sampled_from("ab"),
+                "priority": st.integers(-1, 1),
+                "max_queue_time": st.integers(0, 30),
+                "cache_salt": st.sampled_from([b"", b"salt"]),
+                "cache_read": st.booleans(),
+                "cache_write": st.booleans(),
+            },
+        ),
+        seconds=st.none() | st.integers(0, 60),
     )
     def submit(
-        self, family: int, shared: int, own: list[int], max_tokens: int, eos: frozenset[int], stop: frozenset[int]
+        self,
+        family: int,
+        shared: int,
+        own: list[int],
+        max_tokens: int,
+        eos: frozenset[int],
+        stop: frozenset[int],
+        options: dict[str, Any],
+        seconds: int | None,
     ) -> None:
         prompt = (FAMILIES[family][:shared] + own)[:39] or [1]
         room = self.simulation.config.context_length - len(prompt)
-        self.simulation.submit(prompt, min(max_tokens, room), eos, stop)
+        deadline = None if seconds is None else self.simulation.steps + seconds
+        self.simulation.submit(prompt, min(max_tokens, room), eos, stop, deadline=deadline, **options)
 
     @precondition(lambda self: self.simulation.live)
     @rule(data=st.data())
