@@ -53,13 +53,16 @@ class _Level:
         self._turns: Heap[_Tenant] = Heap()
         """Tenants with new sequences, by their tags"""
         self._clock = 0
-        """The tag of the tenant that started a sequence last"""
+        """The tag of the tenant that started a sequence last; the highest one whenever none has a new sequence"""
+        self._highest = 0
         self._made, self._sweep_at = 0, _KEPT
 
     def __bool__(self) -> bool:
         return bool(self.preempted) or bool(self._turns)
 
     def add(self, sequence: Sequence) -> None:
+        if not self._turns:
+            self._clock = self._highest
         tenant = self._tenant(sequence.request.tenant)
         deadline = sequence.request.deadline
         tenant.waiting.push(sequence, (math.inf if deadline is None else deadline, sequence.number))
@@ -82,12 +85,14 @@ class _Level:
         if tokens > 0:
             self._clock = max(self._clock, tenant.tag)
         tenant.tag += tokens
+        self._highest = max(self._highest, tenant.tag)
         if tenant in self._turns:
             tenant.tag = max(tenant.tag, self._clock)
             self._turns.push(tenant, (tenant.tag, tenant.number))
 
     def candidates(self) -> Iterator[Sequence]:
-        yield from self.preempted.in_order()
+        if (first := self.preempted.first()) is not None:  # the others after it
+            yield first
         ready: list[tuple[int, int, Iterator[Sequence]]] = []
         for tenant in self._turns.in_order():
             while ready and ready[0][:2] < (tenant.tag, tenant.number):
@@ -153,6 +158,7 @@ class Queue:
     def take(self, sequence: Sequence) -> None:
         """Removes a sequence that starts, and charges its tenant for it if it starts for the first time."""
         level = self._level(sequence)
+        sequence.stays |= level.passed >= AGEING
         if sequence not in level.preempted:
             level.charge(sequence, cost_of(sequence))
         self.remove(sequence)

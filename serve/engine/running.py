@@ -13,7 +13,7 @@ MOST_PREEMPTIONS = 3
 """A sequence that was preempted so often isn't preempted again for pages: see `Running.pages_kept`"""
 SHARE_KEPT = 4
 """One page of so many that a running sequence may still need is kept free for it"""
-QUIET = 4
+QUIET = 2
 """A tenant is quiet beside one that runs more than so many times as many sequences"""
 
 
@@ -68,12 +68,13 @@ class Running:
 
     def victims(self, candidate: Sequence) -> Iterator[Sequence]:
         """Those that a sequence may take slot and pages from in order to start, in the order in which it should. Each
-        gives way at most once, so that a stream of newcomers can't keep it from its end."""
+        gives way at most once, and not at all if it started because its level had waited too long, so that a stream of
+        newcomers can't keep it from its end."""
         own, most = self._tenants[candidate.request.tenant], max(self._tenants.values(), default=0)
         if not self._sequences or (most <= QUIET * own and self.last().request.priority >= candidate.request.priority):
             return
         for sequence in self._last.in_order():
-            if sequence.preemptions == 0 and self.gives_way(sequence, candidate):
+            if not (sequence.stays or sequence.preemptions) and self.gives_way(sequence, candidate):
                 yield sequence
 
     def turn(self, sequence: Sequence) -> tuple[int, int, int]:
@@ -89,10 +90,10 @@ class Running:
         is computed at most MOST_PREEMPTIONS times again, apart from a change of its frequencies."""
         if not self._sequences:
             return 0
-        needs = [self._pages_to_end(sequence) for sequence in (*self._sequences, candidate)]
-        if any(s.preemptions >= MOST_PREEMPTIONS for s in (*self._sequences, candidate)):
-            return sum(needs)
-        return sum(-(-need // SHARE_KEPT) for need in needs)
+        everyone = (*self._sequences, candidate)
+        whole = max(sequence.preemptions for sequence in everyone) >= MOST_PREEMPTIONS
+        share = 1 if whole else SHARE_KEPT
+        return sum([-(-self._pages_to_end(sequence) // share) for sequence in everyone])
 
     def _pages_to_end(self, sequence: Sequence) -> int:
         """The pages that a sequence needs beyond those it has, or would start with, to draw max_tokens."""

@@ -28,7 +28,7 @@ logger = logging.getLogger("isthmus.engine")
 
 MOST_PASSES = 16
 """So many sequences may start past one that finds no pages; then pages are left free until it does"""
-LOOK_AHEAD = 8
+LOOK_AHEAD = 4
 """Waiting sequences that a step looks at and doesn't start"""
 
 
@@ -213,19 +213,20 @@ class Scheduler:
 
     def _admit_one(self, sequence: Sequence, step: Step, now: float, blocked: list[Sequence]) -> bool:
         """Starts a waiting sequence. Returns False, without starting it, if it must wait longer, and appends it to
-        those that found no room if that is why."""
+        those that found no pages if that is why."""
         if sequence.tokens_in_flight:
             return False  # it was preempted in this step
+        if not self._holdings.free_slots and next(self.running.victims(sequence), None) is None:
+            return False
         self._choose_frequencies(sequence)
         hit = self._prefixes.find(sequence)
         if self._prefixes.is_coming(sequence, len(hit)):
             return False
-        draw = draw_of(sequence.request.sampling)
         reserved = any(one.passed >= MOST_PASSES for one in blocked)
         if not self._has_room(sequence, hit, reserved) and not self._make_room(sequence, hit, step, reserved):
             blocked.append(sequence)
             return False
-        self._start(sequence, hit, draw, now)
+        self._start(sequence, hit, draw_of(sequence.request.sampling), now)
         self._schedule(sequence, self._next_count(sequence, step), step)
         return True
 

@@ -139,7 +139,7 @@ def test_a_long_crowded_run(name: str) -> None:
     assert counters.completion_tokens == sum(len(r.completion) for r in simulation.finished)
     assert counters.prompt_tokens == sum(s.prompt_length for s in simulation.finished)
     if name in ("few pages", "the fewest pages", "a page a block", "many slots", "a token a page"):
-        assert counters.preemptions > 5, "the pages were enough, so running out of them isn't tested"
+        assert counters.preemptions > 2, "the pages were enough, so running out of them isn't tested"
     if name in ("room for all", "one sequence"):
         assert counters.preemptions == 0
     assert (counters.cached_prompt_tokens > 100) == CONFIGS[name].prefix_cache
