@@ -118,13 +118,15 @@ class LLM(Model):
 
     def begin(self, question: Question, timeout: float | None = None) -> _Begun:
         self._check_open()
-        return _Begun(self, self._submitted(self._preparation.request(question), ThreadEnd()), timeout)
+        deadline = _deadline(timeout)
+        prepared = self._preparation.request(question, deadline=deadline)
+        return _Begun(self, self._submitted(prepared, ThreadEnd()), timeout)
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         self._check_open()
         deadline = _deadline(timeout)
         events = ThreadStream()
-        request = self._submitted(self._preparation.request(question), events)
+        request = self._submitted(self._preparation.request(question, deadline=deadline), events)
         answer, ended = Answer(self._model.tokenizer, request), False
         try:
             while not ended:
@@ -177,12 +179,11 @@ class _Begun:
 
     def __init__(self, llm: LLM, request: Request, timeout: float | None) -> None:
         self._llm, self._request, self._timeout = llm, request, timeout
-        self._deadline = _deadline(timeout)
         self._end: ThreadEnd = request.reply_to
 
     def result(self) -> Completion:
         try:
-            if not self._end.wait(_left(self._deadline)):
+            if not self._end.wait(_left(self._request.deadline)):
                 raise _too_late(self._timeout)
         finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the request any more
             self.cancel()
@@ -212,7 +213,7 @@ class AsyncLLM(AsyncModel):
         try:
             async with asyncio.timeout(timeout):
                 receiver = LoopEnd()
-                request = llm._submitted(await self._prepared(question), receiver)
+                request = llm._submitted(await self._prepared(question, _deadline(timeout)), receiver)
                 try:
                     end = await receiver.ended
                 finally:
@@ -224,7 +225,7 @@ class AsyncLLM(AsyncModel):
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         llm, deadline = self._llm, _deadline(timeout)
-        request = await self._prepared(question)
+        request = await self._prepared(question, deadline)
         events = LoopStream()
         request = llm._submitted(request, events)
         answer, ended = Answer(llm._model.tokenizer, request), False
@@ -249,12 +250,13 @@ class AsyncLLM(AsyncModel):
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._run(len(check_sized("token_ids", token_ids)), partial(self._llm.detokenize, token_ids))
 
-    async def _prepared(self, question: Question) -> Request:
+    async def _prepared(self, question: Question, deadline: float | None) -> Request:
         prompt = question.prompt
         template = isinstance(prompt, Conversation)  # a template is a program: even a short text may take it a second
         size = len(check_string("prompt", prompt.text)) if isinstance(prompt, TextPrompt) else 0
         size = len(check_sized("prompt", prompt.ids)) if isinstance(prompt, TokenPrompt) else size
-        return await self._run(size, partial(self._llm._preparation.request, question), always=template)
+        work = partial(self._llm._preparation.request, question, deadline=deadline)
+        return await self._run(size, work, always=template)
 
     async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
         self._llm._check_open()
@@ -305,11 +307,12 @@ def _close(engine: Engine, workers: Workers, process: int) -> None:
 
 
 def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
+    """On the engine's clock."""
+    return None if timeout is None else time.perf_counter() + timeout
 
 
 def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+    return None if deadline is None else max(0.0, deadline - time.perf_counter())
 
 
 def _too_late(timeout: float | None) -> DeadlineExceeded:

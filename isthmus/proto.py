@@ -28,8 +28,10 @@ from isthmus.types import (
     FinishReason,
     Question,
     SamplingParams,
+    Service,
     TextPrompt,
     TokenLogprobs,
+    check_cache,
     check_sized,
     check_string,
     check_turn,
@@ -46,6 +48,10 @@ API_FIELDS = {
     "max_tokens": "stop.max_tokens",
     "stop_token_ids": "stop.token_ids",
     "logprobs": "output.logprobs",
+    "priority": "scheduling.priority",
+    "max_queue_time": "scheduling.max_queue_time",
+    "cache": "prefix_cache",
+    "cache_salt": "prefix_cache.salt",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
@@ -85,6 +91,7 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
             message.token_ids.SetInParent()
             fitting("prompt", lambda: message.token_ids.ids.extend(ids))
     _set_sampling(message, question.sampling)
+    _set_service(message, question.service)
     message.output.token_ids = token_ids
     return message
 
@@ -100,6 +107,18 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
     stops = check_sized("stop_token_ids", sampling.stop_token_ids)
     fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
     fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))
+
+
+def _set_service(message: inference_pb2.GenerateRequest, service: Service) -> None:
+    if service.priority != 0:
+        fitting("priority", lambda: setattr(message.scheduling, "priority", service.priority))
+    if (seconds := service.max_queue_time) is not None:
+        fitting("max_queue_time", lambda: message.scheduling.max_queue_time.FromNanoseconds(round(1e9 * seconds)))
+    if check_cache(service.cache) != "on":
+        message.prefix_cache.bypass_read = service.cache not in ("on", "read")
+        message.prefix_cache.bypass_write = service.cache not in ("on", "write")
+    if service.cache_salt != "":
+        message.prefix_cache.salt = check_string("cache_salt", service.cache_salt)
 
 
 def fitting(field: str, put: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@ of serve/prepare."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -76,10 +77,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine = await self._session.ready_engine(context)
         preparation = Preparation.of(self._session.model, engine.config.context_length)
         program = message.HasField("messages")  # a chat template: even a short text may take it a second
+        left, tenant = context.time_remaining(), self._session.tenant(context)
+        deadline = None if left is None else time.perf_counter() + left
+
+        def prepare() -> Request:
+            return preparation.request(question_of(message), tenant=tenant, deadline=deadline)
+
         try:
-            prepared = await self._session.workers.run(
-                message.ByteSize(), lambda: preparation.request(question_of(message)), always=program
-            )
+            prepared = await self._session.workers.run(message.ByteSize(), prepare, always=program)
             ours = self._session.submit(prepared)
         except InvalidRequest as error:
             await abort(context, status_of(in_api_words(error, message)))

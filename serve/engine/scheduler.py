@@ -55,6 +55,8 @@ class Scheduler:
         """Those that haven't ended"""
         self._ended: list[Event] = []
         """The last events of those that a plan ended"""
+        self._launched: list[Sequence] = []
+        """Those of whose prompts the step planned last computes a part"""
         self._packer = Packer(config)
         self._holdings = Holdings(config, self._packer.tables)
         self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
@@ -85,14 +87,24 @@ class Scheduler:
         self._expire(now)
         self._register_launched(now)
         step = Step()
-        preempted = self._schedule_drawn(step, now)
-        preempted |= self._schedule_prompts(step, now, share=True)
+        drawn: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            (prompts if sequence.length - sequence.computed > 1 else drawn).append(sequence)
+        preempted = any([self._schedule_safely(sequence, step, now) for sequence in drawn])
+        preempted |= self._schedule_prompts(prompts, step, now, share=True)
         if not preempted:
             self._admit(step, now)
-            self._schedule_prompts(step, now, share=False)
+            self._schedule_prompts(prompts, step, now, share=False)
+        return self._packed(step, now)
+
+    def _packed(self, step: Step, now: float) -> StepPlan | None:
+        """The plan of a step, without the requests that can't be written into one; None if that leaves nothing."""
         while step.singles or step.chunks:
             try:
-                return self._packer.pack(step)
+                plan = self._packer.pack(step)
+                self._launched = [work.sequence for work in step.chunks]
+                return plan
             except RequestFault as fault:
                 step.drop(fault.sequence, self.config.block_size)
                 self._fail(fault.sequence, fault.__cause__, now)
@@ -112,13 +124,15 @@ class Scheduler:
             self._ended.append(self._finish(sequence, Ending.DEADLINE if late else Ending.QUEUE_TIME, now))
 
     def _register_launched(self, now: float) -> None:
-        """Lets others find what the step in flight computes: theirs runs after it. Before anything is scheduled,
-        `computed` counts no more than that."""
-        for sequence in tuple(self.running):
+        """Lets others find what the step in flight computes of prompts: theirs runs after it. Before anything is
+        scheduled, `computed` counts no more than that."""
+        for sequence in self._launched:
             try:
-                self._holdings.register(sequence)
+                if sequence.slot >= 0:
+                    self._holdings.register(sequence)
             except Exception as error:
                 self._fail(sequence, error, now)
+        self._launched = []
 
     def _fail(self, sequence: Sequence, error: BaseException | None, now: float) -> None:
         """Ends one request with an error of its own. Raises the error if that leaves pages or slots in disorder, which
@@ -132,18 +146,12 @@ class Scheduler:
             raise error from None
         self._ended.append(event)
 
-    def _schedule_drawn(self, step: Step, now: float) -> bool:
-        """Gives the running requests that wait for one token that one. Returns whether one was preempted."""
-        drawn = [sequence for sequence in self.running if sequence.length - sequence.computed <= 1]
-        return any([self._schedule_safely(sequence, step, now) for sequence in drawn])
-
-    def _schedule_prompts(self, step: Step, now: float, *, share: bool) -> bool:
-        """Gives the running requests with more tokens to compute as many as there is room for. Returns whether one was
+    def _schedule_prompts(self, prompts: list[Sequence], step: Step, now: float, *, share: bool) -> bool:
+        """Gives running requests with several tokens to compute as many as there is room for. Returns whether one was
         preempted. share: whether those that give way to the first waiting one leave half of the blocks to it."""
-        if step.blocks >= self._most_blocks:
+        if not prompts:
             return False
-        prompts = [sequence for sequence in self.running if sequence.length - sequence.computed > 1]
-        first = next(self.waiting.candidates(), None) if share and prompts else None
+        first = next(self.waiting.candidates(), None) if share else None
         preempted = False
         for sequence in sorted(prompts, key=self.running.turn):
             gives_way = first is not None and self.running.gives_way(sequence, first)

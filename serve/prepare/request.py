@@ -3,6 +3,7 @@ library's argument (isthmus/types.py); a front end whose fields have other names
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 import secrets
@@ -21,11 +22,13 @@ from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import MOST_LOGPROBS, Sampling
 from isthmus.types import (
+    NO_LIMIT,
     Conversation,
     Question,
     SamplingParams,
     TextPrompt,
     TokenPrompt,
+    check_cache,
     check_sized,
     check_string,
     check_turn,
@@ -37,6 +40,10 @@ DEFAULT_MAX_TOKENS = 256
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
 MAX_STOP_TOKENS = 64
+MAX_PRIORITY = 100
+"""The highest priority, and minus the lowest"""
+MAX_SALT = 256
+"""Most characters of a request's cache_salt"""
 MAX_TEMPERATURE = 100.0
 MAX_MESSAGES = 1024
 MAX_TOKENS = 1 << 18
@@ -65,10 +72,16 @@ class Preparation:
         """The preparation for a model. context_length: the engine's, in tokens."""
         return cls(model.tokenizer, model.chat, model.generation, context_length)
 
-    def request(self, question: Question) -> Request:
-        """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
+    def request(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> Request:
+        """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest.
+
+        tenant: who asks. Tenants share the engine, and never what the prefix cache has. deadline: when the caller stops
+        waiting, on the clock of time.perf_counter.
+        """
+        asked, service = question.sampling, question.service
+        priority, limit, cache = _priority(service.priority), _limit(service.max_queue_time), check_cache(service.cache)
+        salt = _salt(tenant, service.cache_salt)
         prompt = self.prompt_ids(question.prompt)
-        asked = question.sampling
         left = self.context_length - len(prompt)
         return Request(
             id=_request_id(question.request_id),
@@ -77,6 +90,13 @@ class Preparation:
             sampling=_sampling(asked, self.recommended),
             max_tokens=_int("max_tokens", _first(asked.max_tokens, None, min(DEFAULT_MAX_TOKENS, left))),
             eos_ids=frozenset() if _flag("ignore_eos", asked.ignore_eos) else self.tokenizer.eos_ids,
+            tenant=tenant,
+            priority=priority,
+            deadline=deadline,
+            max_queue_time=limit,
+            cache_salt=salt,
+            cache_read=cache in ("on", "read"),
+            cache_write=cache in ("on", "write"),
         )
 
     def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation) -> list[int]:
@@ -204,6 +224,27 @@ def _request_id(given: str) -> str:
     if len(given) > MAX_REQUEST_ID or not given.isprintable():
         raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     return given or secrets.token_hex(8)
+
+
+def _priority(given: int) -> int:
+    priority = _int("priority", given)
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be {-MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}")
+    return priority
+
+
+def _limit(seconds: float | None) -> float | None:
+    if seconds is None:
+        return None
+    return float(_within("max_queue_time", seconds, 0, NO_LIMIT, open_low=True))
+
+
+def _salt(tenant: str, given: str) -> bytes:
+    """What only a tenant's requests with the same cache_salt have in common: no salt that one tenant can give leads to
+    another's pages."""
+    if len(check_string("cache_salt", given)) > MAX_SALT:
+        raise InvalidRequest("cache_salt", f"has {len(given)} characters; at most {MAX_SALT}")
+    return hashlib.sha256(tenant.encode()).digest() + given.encode()
 
 
 def _sampling(asked: SamplingParams, recommended: GenerationDefaults) -> Sampling:
