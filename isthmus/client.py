@@ -13,12 +13,12 @@ from isthmus.errors import Unavailable
 from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, logprobs_of, message_of, response_of
 from isthmus.protocol import Model, to_question
 from isthmus.types import (
+    AskOptions,
     Completion,
     Delta,
     Messages,
     Prompt,
     Question,
-    SamplingOptions,
     TokenLogprobs,
     check_sized,
     check_string,
@@ -50,11 +50,11 @@ def generate_request(
     parse_special: bool = False,
     return_token_ids: bool = True,
     request_id: str = "",
-    **options: Unpack[SamplingOptions],
+    **options: Unpack[AskOptions],
 ) -> inference_pb2.GenerateRequest:
     """The message that `Client` sends, for programs that call the API without it.
 
-    options: the fields of SamplingParams. Raises InvalidRequest for a value that the message can't hold.
+    options: the fields of SamplingParams and Service. Raises InvalidRequest for a value that the message can't hold.
     """
     asked = to_question(prompt, None, options, arguments=template_arguments)
     message = message_of(asked, token_ids=return_token_ids)

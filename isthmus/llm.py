@@ -121,13 +121,14 @@ class LLM(Model):
 
     def begin(self, question: Question, timeout: float | None = None) -> _Begun:
         self._check_open()
-        return _Begun(self._engine, self._whole(self._preparation.request(question)), timeout)
+        prepared = self._preparation.request(question, deadline=_deadline(timeout))
+        return _Begun(self._engine, self._whole(prepared), timeout)
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         self._check_open()
         deadline = _deadline(timeout)
         events = ThreadStream()
-        request = self._submitted(self._preparation.request(question), events)
+        request = self._submitted(self._preparation.request(question, deadline=deadline), events)
         answer, ended = Answer(self._model.tokenizer, request), False
         try:
             while not ended:
@@ -185,12 +186,11 @@ class _Begun:
 
     def __init__(self, engine: Engine, request: Request, timeout: float | None) -> None:
         self._engine, self._request, self._timeout = engine, request, timeout
-        self._deadline = _deadline(timeout)
         self._completion: Future[Completion] = request.reply_to.completion
 
     def result(self) -> Completion:
         try:
-            return self._completion.result(_left(self._deadline))
+            return self._completion.result(_left(self._request.deadline))
         except TimeoutError:
             raise _too_late(self._timeout) from None
         finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the request any more
@@ -217,7 +217,7 @@ class AsyncLLM(AsyncModel):
         llm = self._llm
         try:
             async with asyncio.timeout(timeout):
-                request = llm._whole(await self._prepared(question))
+                request = llm._whole(await self._prepared(question, _deadline(timeout)))
                 completion: Future[Completion] = request.reply_to.completion
                 try:
                     return await asyncio.wrap_future(completion)
@@ -228,7 +228,7 @@ class AsyncLLM(AsyncModel):
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         llm, deadline = self._llm, _deadline(timeout)
-        request = await self._prepared(question)
+        request = await self._prepared(question, deadline)
         events = LoopStream()
         request = llm._submitted(request, events)
         answer, ended = Answer(llm._model.tokenizer, request), False
@@ -254,13 +254,14 @@ class AsyncLLM(AsyncModel):
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._run(len(check_sized("token_ids", token_ids)), partial(self._llm.detokenize, token_ids))
 
-    async def _prepared(self, question: Question) -> Request:
+    async def _prepared(self, question: Question, deadline: float | None) -> Request:
         prompt = question.prompt
         # A template and a grammar are programs: even a short one may take a second.
         program = isinstance(prompt, Conversation) or question.sampling.response_format is not None
         size = len(check_string("prompt", prompt.text)) if isinstance(prompt, TextPrompt) else 0
         size = len(check_sized("prompt", prompt.ids)) if isinstance(prompt, TokenPrompt) else size
-        return await self._run(size, partial(self._llm._preparation.request, question), always=program)
+        work = partial(self._llm._preparation.request, question, deadline=deadline)
+        return await self._run(size, work, always=program)
 
     async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
         self._llm._check_open()
@@ -313,11 +314,12 @@ def _close(engine: Engine, workers: Workers, reader: Reader, process: int) -> No
 
 
 def _deadline(timeout: float | None) -> float | None:
-    return None if timeout is None else time.monotonic() + timeout
+    """On the engine's clock."""
+    return None if timeout is None else time.perf_counter() + timeout
 
 
 def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
+    return None if deadline is None else max(0.0, deadline - time.perf_counter())
 
 
 def _too_late(timeout: float | None) -> DeadlineExceeded:

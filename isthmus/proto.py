@@ -34,8 +34,10 @@ from isthmus.types import (
     Regex,
     ResponseFormat,
     SamplingParams,
+    Service,
     TextPrompt,
     TokenLogprobs,
+    check_cache,
     check_sized,
     check_stops,
     check_string,
@@ -76,6 +78,10 @@ API_FIELDS = {
     "grammar": "response_format.lark_grammar",
     "choices": "response_format.choices.texts",
     "skip_special_tokens": "output.keep_special_tokens",
+    "priority": "scheduling.priority",
+    "max_queue_time": "scheduling.max_queue_time",
+    "cache": "prefix_cache",
+    "cache_salt": "prefix_cache.salt",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
@@ -116,6 +122,7 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
             fitting("prompt", lambda: message.token_ids.ids.extend(ids))
     _set_sampling(message, question.sampling)
     _set_format(message, question.sampling.response_format)
+    _set_service(message, question.service)
     message.output.token_ids = token_ids
     return message
 
@@ -189,6 +196,18 @@ def format_of(message: inference_pb2.GenerateRequest) -> ResponseFormat | None:
     if message.HasField("response_format"):
         raise InvalidRequest("response_format", "must have a form")
     return None
+
+
+def _set_service(message: inference_pb2.GenerateRequest, service: Service) -> None:
+    if service.priority != 0:
+        fitting("priority", lambda: setattr(message.scheduling, "priority", service.priority))
+    if (seconds := service.max_queue_time) is not None:
+        fitting("max_queue_time", lambda: message.scheduling.max_queue_time.FromNanoseconds(round(1e9 * seconds)))
+    if check_cache(service.cache) != "on":
+        message.prefix_cache.bypass_read = service.cache not in ("on", "read")
+        message.prefix_cache.bypass_write = service.cache not in ("on", "write")
+    if service.cache_salt != "":
+        message.prefix_cache.salt = check_string("cache_salt", service.cache_salt)
 
 
 def fitting(field: str, put: Callable[[], T]) -> T:

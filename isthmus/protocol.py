@@ -18,6 +18,7 @@ from typing import Literal, Protocol, TypeVar, Unpack, cast, overload
 from isthmus.batches import Outcome, Pending, ask_all, ask_all_async, progress_bar
 from isthmus.errors import BatchError, InvalidRequest, RequestError
 from isthmus.types import (
+    AskOptions,
     Completion,
     Conversation,
     Delta,
@@ -26,6 +27,8 @@ from isthmus.types import (
     Question,
     SamplingOptions,
     SamplingParams,
+    Service,
+    ServiceOptions,
     TextPrompt,
     TokenPrompt,
     check_timeout,
@@ -35,8 +38,9 @@ P = TypeVar("P", bound=Prompt)
 C = TypeVar("C", bound=Messages)
 
 
-class CallOptions(SamplingOptions, total=False):
-    """Keywords of a call. The fields of SamplingParams among them replace those of `sampling`, for this call."""
+class CallOptions(AskOptions, total=False):
+    """Keywords of a call. The fields of SamplingParams among them replace those of `sampling`, for this call; those of
+    Service say how it is served."""
 
     timeout: float | None
     """Seconds until DeadlineExceeded, for each item of a list; None is no limit"""
@@ -58,7 +62,7 @@ class ChatOptions(CallOptions, total=False):
     """Variables of the chat template, such as {"enable_thinking": False}; they reach it in this order"""
 
 
-class StreamOptions(SamplingOptions, total=False):
+class StreamOptions(AskOptions, total=False):
     """Keywords of `stream`, which mean what they do for `generate` and `chat`."""
 
     timeout: float | None
@@ -100,7 +104,7 @@ class Model(Protocol):
         parse_special: bool = False,
         timeout: float | None = None,
         progress: bool | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[AskOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Continues a text or token ids. Raises RequestError."""
         timeout = check_timeout(timeout)
@@ -140,7 +144,7 @@ class Model(Protocol):
         template_arguments: Mapping[str, object] | None = None,
         timeout: float | None = None,
         progress: bool | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[AskOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         timeout = check_timeout(timeout)
@@ -224,7 +228,7 @@ class AsyncModel(Protocol):
         parse_special: bool = False,
         timeout: float | None = None,
         progress: bool | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[AskOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Continues a text or token ids. Raises RequestError."""
         timeout = check_timeout(timeout)
@@ -264,7 +268,7 @@ class AsyncModel(Protocol):
         template_arguments: Mapping[str, object] | None = None,
         timeout: float | None = None,
         progress: bool | None = None,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[AskOptions],
     ) -> Completion | list[Completion] | list[Outcome]:
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         timeout = check_timeout(timeout)
@@ -320,7 +324,7 @@ class AsyncModel(Protocol):
 def to_question(
     prompt: Prompt | Messages,
     sampling: SamplingParams | None,
-    options: SamplingOptions,
+    options: AskOptions,
     parse_special: bool = False,
     arguments: Mapping[str, object] | None = None,
 ) -> Question:
@@ -328,7 +332,9 @@ def to_question(
     SamplingParams, and InvalidRequest for an option that doesn't go with the prompt."""
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
-    asked = (sampling or SamplingParams()).replace(**options)
+    service = {name: value for name, value in options.items() if name in ServiceOptions.__annotations__}
+    drawn = {name: value for name, value in options.items() if name not in service}
+    asked = (sampling or SamplingParams()).replace(**cast(SamplingOptions, drawn))
     if isinstance(prompt, str):
         kind: TextPrompt | TokenPrompt | Conversation = TextPrompt(prompt, parse_special)
     elif _is_conversation(prompt):
@@ -343,7 +349,7 @@ def to_question(
         raise InvalidRequest("template_arguments", "are for messages only")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise InvalidRequest("template_arguments", f"must be a mapping, not {type(arguments).__name__}")
-    return Question(kind, asked)
+    return Question(kind, asked, service=Service(**cast(ServiceOptions, service)))
 
 
 def streamed(
@@ -356,7 +362,7 @@ def streamed(
     asked = to_question(
         prompt,
         sampling,
-        cast(SamplingOptions, rest),
+        cast(AskOptions, rest),
         cast(bool, parsed),
         cast("Mapping[str, object] | None", arguments),
     )

@@ -14,7 +14,7 @@ import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol, TypedDict, Unpack, cast, runtime_checkable
+from typing import Literal, Protocol, TypedDict, Unpack, cast, get_args, runtime_checkable
 
 from isthmus.errors import InvalidRequest
 
@@ -207,6 +207,39 @@ class SamplingParams:
         return dataclasses.replace(self, **fields) if fields else self  # type: ignore[arg-type]
 
 
+Cache = Literal["on", "read", "write", "off"]
+"""What a request may do with the prefix cache: on reads and writes, off does neither"""
+
+
+class ServiceOptions(TypedDict, total=False):
+    """The fields of Service as keywords of a call."""
+
+    priority: int
+    max_queue_time: float | None
+    cache: Cache
+    cache_salt: str
+
+
+class AskOptions(SamplingOptions, ServiceOptions, total=False):
+    """Keywords of a call that say what is asked for, and how it is served."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """How a request is served, which doesn't change its text."""
+
+    priority: int = 0
+    """The higher, the sooner it starts; -100 to 100"""
+    max_queue_time: float | None = None
+    """Most seconds until it starts, above 0: then it ends as Overloaded. None is no limit"""
+    cache: Cache = "on"
+    """Whether it may start from what other requests have computed of its prompt (read), and leaves its own for later
+    ones (write)"""
+    cache_salt: str = ""
+    """Only requests with the same salt share what was computed, so that the time to the first token tells nobody else
+    what was asked; at most 256 characters"""
+
+
 class FinishReason(StrEnum):
     """Why a text ended."""
 
@@ -337,6 +370,13 @@ def check_string(field: str, text: str) -> str:
     return text
 
 
+def check_cache(cache: Cache) -> Cache:
+    """Raises InvalidRequest for what isn't one."""
+    if cache not in get_args(Cache):
+        raise InvalidRequest("cache", f"must be one of {', '.join(get_args(Cache))}, not {cache!r:.80}")
+    return cache
+
+
 def check_sized(field: str, ids: Sequence[int]) -> Sequence[int]:
     """Token ids, which are not looked at. Raises InvalidRequest for what is no sequence, and for text and bytes."""
     try:
@@ -383,3 +423,4 @@ class Question:
     sampling: SamplingParams = SamplingParams()
     request_id: str = ""
     """The request's name in logs and for cancelling it; if it is empty, a name is made"""
+    service: Service = Service()

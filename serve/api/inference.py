@@ -3,6 +3,7 @@ of serve/prepare."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -77,11 +78,15 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         preparation = self._session.preparation(engine)
         # A chat template and a grammar are programs: even a short one may take a second.
         program = message.HasField("messages") or message.HasField("response_format")
+        workers = self._session.tokenizing if message.HasField("truncate_prompt_tokens") else self._session.workers
+        left, tenant = context.time_remaining(), self._session.tenant(context)
+        deadline = None if left is None else time.perf_counter() + left
+
+        def prepare() -> Request:
+            return preparation.request(question_of(message), tenant=tenant, deadline=deadline)
+
         try:
-            workers = self._session.tokenizing if message.HasField("truncate_prompt_tokens") else self._session.workers
-            prepared = await workers.run(
-                message.ByteSize(), lambda: preparation.request(question_of(message)), always=program
-            )
+            prepared = await workers.run(message.ByteSize(), prepare, always=program)
             ours = self._session.submit(prepared)
         except InvalidRequest as error:
             await abort(context, status_of(in_api_words(error, message)))

@@ -10,7 +10,17 @@ from google.protobuf import duration_pb2
 from isthmus.errors import InvalidRequest
 from isthmus.proto import API_FIELDS, PROMPT_FIELDS, SCALARS, format_of, rename
 from isthmus.serve.engine.messages import Request
-from isthmus.types import Completion, Conversation, Question, SamplingParams, TextPrompt, TokenLogprobs, TokenPrompt
+from isthmus.types import (
+    Cache,
+    Completion,
+    Conversation,
+    Question,
+    SamplingParams,
+    Service,
+    TextPrompt,
+    TokenLogprobs,
+    TokenPrompt,
+)
 from isthmus.v1 import inference_pb2 as pb
 
 MAX_ARGUMENTS = 256 << 10
@@ -19,7 +29,7 @@ MAX_ARGUMENTS = 256 << 10
 
 def question_of(message: pb.GenerateRequest) -> Question:
     """The question that a message asks. Raises InvalidRequest."""
-    return Question(_prompt(message), _sampling(message), message.request_id)
+    return Question(_prompt(message), _sampling(message), message.request_id, _service(message))
 
 
 def _prompt(message: pb.GenerateRequest) -> TextPrompt | TokenPrompt | Conversation:
@@ -53,6 +63,23 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
         ignore_eos=stop.ignore_eos,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
         response_format=format_of(message),
+    )
+
+
+def _service(message: pb.GenerateRequest) -> Service:
+    scheduling, cache = message.scheduling, message.prefix_cache
+    uses: dict[tuple[bool, bool], Cache] = {
+        (False, False): "on",
+        (False, True): "read",
+        (True, False): "write",
+        (True, True): "off",
+    }
+    limit = scheduling.max_queue_time.ToNanoseconds() / 1e9 if scheduling.HasField("max_queue_time") else None
+    return Service(
+        priority=scheduling.priority,
+        max_queue_time=limit,
+        cache=uses[cache.bypass_read, cache.bypass_write],
+        cache_salt=cache.salt,
     )
 
 

@@ -106,6 +106,7 @@ class Server:
         self.config = config
         self.session = Session(model, config)
         token, self._tls = config.read_token(), config.read_tls()
+        self.session.needs_token = bool(token)
         limit = config.engine.max_sequences + config.engine.max_waiting + SPARE_CALLS
         gate = Gate(self.session.workers, {SERVICES[0]: limit}, OTHER_CALLS)
         interceptors = [*([TokenAuth(token)] if token else []), gate]

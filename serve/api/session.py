@@ -9,6 +9,7 @@ from google.rpc import code_pb2
 
 from isthmus.errors import Unavailable
 from isthmus.model.weights.folder import ModelFolder
+from isthmus.serve.api.auth import tenant_of
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.errors import abort, retry_later
 from isthmus.serve.engine.engine import Engine
@@ -33,12 +34,18 @@ class Session:
         self.answering = 0
         """Calls whose request the engine has taken and whose last message isn't sent yet"""
         self.report_cached = config.report_cached_tokens
+        self.needs_token = False
+        """Whether calls need an auth token, which then says who calls"""
         self._stall_seconds = config.stall_seconds
 
     @property
     def stalled(self) -> bool:
         """Whether a step of the engine has taken longer than stall_seconds."""
         return self.engine is not None and self.engine.busy_seconds > self._stall_seconds
+
+    def tenant(self, context: grpc.aio.ServicerContext) -> str:
+        """Who calls. Without auth all are one: whatever a call says of itself then, anybody could say."""
+        return tenant_of(context) if self.needs_token else ""
 
     def close(self) -> None:
         """Stops the threads for texts; those that wait end as UNAVAILABLE."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,6 +64,8 @@ class Engine:
         self._inbox: deque[Request | Cancel] = deque()
         self._wake = threading.Condition()
         self._live: dict[str, Request] = {}
+        self._tenants: Counter[str] = Counter()
+        """How many of the live requests are whose"""
         self._cancelled: set[Request] = set()
         """Cancelled requests whose last event isn't delivered yet"""
         self._draining = False
@@ -108,11 +110,18 @@ class Engine:
             if request.id in self._live:
                 raise DuplicateRequest("request_id", f"{request.id!r} is in flight already")
             limit = self.config.max_sequences + self.config.max_waiting
-            if len(self._live) >= limit or len(self._cancelled) >= 4 * limit:
+            if self._is_full(request.tenant, limit) or len(self._cancelled) >= 4 * limit:
                 raise Overloaded(f"{len(self._live)} requests are in flight already")
             self._live[request.id] = request
+            self._tenants[request.tenant] += 1
             self._inbox.append(request)
             self._wake.notify()
+
+    def _is_full(self, tenant: str, limit: int) -> bool:
+        """Whether no more requests of a tenant are taken. One with few of them is taken a little longer, so that
+        another that fills the queue doesn't keep it out."""
+        few = self._tenants[tenant] < limit // 8
+        return len(self._live) >= (limit + limit // 4 if few else limit)
 
     def cancel(self, request: Request | str) -> bool:
         """Ends this request, or the one with this id, before the next plan; its id is free at once. Returns
@@ -121,7 +130,8 @@ class Engine:
             live = self._live.get(request if isinstance(request, str) else request.id)
             if live is None or request not in (live, live.id):
                 return False
-            self._cancelled.add(self._live.pop(live.id))
+            self._cancelled.add(live)
+            self._remove_live(live)
             self._inbox.append(Cancel(live))
             self._wake.notify()
             return True
@@ -190,6 +200,7 @@ class Engine:
         with self._wake:
             left = [*self._live.values(), *self._cancelled]
             self._live.clear()
+            self._tenants.clear()
             self._cancelled.clear()
         if left:
             end = End(reason, failure=failure, progress=Progress(time.perf_counter()))
@@ -225,7 +236,7 @@ class Engine:
                 times.steps += 1
             if launched is not None and launched.plan.awaits:  # the device computes its forward pass meanwhile
                 self._sample(launched)
-            self._deliver(self.scheduler.take_failed())
+            self._deliver(self.scheduler.take_ended())
             self._busy_since = None
             if closing:
                 return
@@ -260,9 +271,15 @@ class Engine:
                 if event.end is not None:
                     self._cancelled.discard(event.request)
                     if self._live.get(event.request.id) is event.request:
-                        del self._live[event.request.id]
+                        self._remove_live(event.request)
         if events:
             self._sink(events)
+
+    def _remove_live(self, request: Request) -> None:
+        del self._live[request.id]
+        self._tenants[request.tenant] -= 1
+        if not self._tenants[request.tenant]:
+            del self._tenants[request.tenant]
 
     def _awaits(self, request: Request) -> bool:
         return self._live.get(request.id) is request or request in self._cancelled

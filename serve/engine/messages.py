@@ -27,6 +27,21 @@ class Request:
     """Tokens that end the text; empty goes on past them"""
     constraint: Constraint | None = None
     """What restricts the tokens that may be drawn, at its beginning: the engine steps a copy"""
+    tenant: str = ""
+    """Who asks: tenants of one priority share the engine"""
+    priority: int = 0
+    """The higher, the sooner it starts"""
+    deadline: float | None = None
+    """When it is of no use any more, on the clock of `arrival`: it isn't started then, and of one tenant's requests the
+    one with the earliest starts first"""
+    max_queue_time: float | None = None
+    """Most seconds from `arrival` until it starts"""
+    cache_salt: bytes = b""
+    """Only requests with the same salt share pages of the prefix cache"""
+    cache_read: bool = True
+    """Whether it may start from pages of the prefix cache"""
+    cache_write: bool = True
+    """Whether the prefix cache keeps its pages"""
     reply_to: Any = None
     """The receiver of its events, which the engine doesn't look at"""
     text_options: Any = None
@@ -50,6 +65,8 @@ class Ending(enum.Enum):
     LENGTH = "max_tokens"
     CONTEXT_LENGTH = "context is full"
     CANCELLED = "cancelled"
+    QUEUE_TIME = "max_queue_time passed before it started"
+    DEADLINE = "its deadline passed before it started"
     CLOSED = "the engine was closed"
     ERROR = "error"
 

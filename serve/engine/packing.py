@@ -11,6 +11,7 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.plan import FROM_DEVICE, Drafted, PlanArrays, StepPlan, empty_plan
 from isthmus.serve.engine.sampling import DRAW, Bias, draw_of, no_draws
 from isthmus.serve.engine.sequence import Sequence
+from isthmus.serve.engine.tables import Tables
 
 
 @dataclass(eq=False)
@@ -71,26 +72,20 @@ class Packer:
     def __init__(self, config: EngineConfig) -> None:
         """config: resolved."""
         self._config = config
-        self.tables = np.zeros((config.max_sequences, config.pages_per_sequence), np.int32)
-        """Each slot's pages"""
+        self.tables = Tables(config)
         self.draws = np.zeros(config.max_sequences, DRAW)
         """Each slot's row, but for the position"""
         self._bias = Bias.none(config.nobody + 1)
-        self._to_place: dict[int, Sequence] = {}
-        """Sequences whose pages, and perhaps tokens, the device doesn't have yet, by slot"""
+        self._started: dict[int, Sequence] = {}
+        """Sequences in slots that they have just got"""
 
     def start(self, sequence: Sequence) -> None:
-        """Takes in a sequence that has just got its slot and pages. Raises what its sampling has wrong."""
+        """Takes in a sequence that has just got its slot. Raises what its sampling has wrong."""
         request, slot = sequence.request, sequence.slot
         self.draws[slot] = draw_of(request.sampling, sequence.prompt_length)
         self.draws["slot"][slot] = slot
         self._bias.set(slot, request.sampling.bias)
-        self.place(sequence)
-
-    def place(self, sequence: Sequence) -> None:
-        """Takes in all pages of a sequence anew."""
-        self.tables[sequence.slot, : len(sequence.pages)] = sequence.pages
-        self._to_place[sequence.slot] = sequence
+        self._started[slot] = sequence
 
     def pack(self, step: Step) -> StepPlan:
         """The step as arrays. Adds each token that it draws to its sequence's tokens_in_flight. Raises RequestFault."""
@@ -114,15 +109,14 @@ class Packer:
         return plan
 
     def _pack_placed(self, plan: StepPlan) -> None:
-        for slot, sequence in self._to_place.items():
-            if sequence.slot != slot:  # it has left again
-                continue
-            plan.tables.append((slot, self.tables[slot].copy()))
-            if sequence.request.sampling.looks_back:
+        """What the device has to know of the slots before the step."""
+        plan.tables = self.tables.take_stale()
+        for slot, sequence in self._started.items():
+            if sequence.slot == slot and sequence.request.sampling.looks_back:
                 tokens = np.zeros(self._config.context_length, np.int32)
                 tokens[: len(sequence.tokens)] = sequence.tokens
                 plan.tokens.append((slot, tokens))
-        self._to_place.clear()
+        self._started.clear()
 
     def _pack_singles(self, arrays: PlanArrays, singles: list[Work]) -> list[_Draw]:
         """Writes all rows at once: an assignment to an array costs as much for one number as for all of them."""
@@ -135,7 +129,7 @@ class Packer:
         positions = [work.start for work in singles]
         arrays.positions[:count] = positions
         arrays.slots[:count] = slots
-        arrays.row_page[:count] = self.tables[slots, np.asarray(positions, np.int32) // self._config.page_size]
+        arrays.row_page[:count] = self.tables.rows[slots, np.asarray(positions, np.int32) // self._config.page_size]
         arrays.uses_long_rope[:count] = [sequence.uses_long_rope for sequence in sequences]
         return [(row, row, work.sequence) for row, work in enumerate(singles) if work.draws]
 
@@ -148,7 +142,7 @@ class Packer:
             sequence, rows = work.sequence, slice(row, row + count)
             positions = work.start + 1 + np.arange(count)
             arrays.tokens[rows], arrays.positions[rows], arrays.slots[rows] = work.drafts, positions, sequence.slot
-            arrays.row_page[rows] = self.tables[sequence.slot, positions // self._config.page_size]
+            arrays.row_page[rows] = self.tables.rows[sequence.slot, positions // self._config.page_size]
             arrays.uses_long_rope[rows] = sequence.uses_long_rope
             arrays.sample_token[rows] = np.arange(row, row + count)
             plan.draws[rows] = self.draws[sequence.slot]

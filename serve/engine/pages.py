@@ -74,6 +74,10 @@ class PagePool:
         """How many of `pages` are on the free list."""
         return int((self._held[list(pages)] == 0).sum()) if pages else 0
 
+    def freed_by(self, pages: Sequence[int]) -> int:
+        """How many of `pages`, which somebody holds, are free once they are released."""
+        return int((self._held[list(pages)] == 1).sum()) if pages else 0
+
     def hold(self, pages: Sequence[int]) -> None:
         """Adds a holder to each of these cached pages."""
         for page in pages:
@@ -89,12 +93,20 @@ class PagePool:
             if self._held[page] == 0:
                 self._link(page, at_head=self._key_of[page] is None)
 
-    def register(self, page: int, key: bytes) -> None:
-        """Remembers that `page`, held and full, holds the prefix of `key`. The first page with a key keeps it."""
+    def register(self, page: int, key: bytes) -> int:
+        """Remembers that `page`, held and full, holds the prefix of `key`. Returns the page that is known for it: the
+        first one with a key keeps it."""
         assert self._held[page] > 0, f"page {page} registered and not held"
         if key not in self._page_of and self._key_of[page] is None:
             self._key_of[page] = key
             self._page_of[key] = page
+        return self._page_of.get(key, page)
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Lets nobody find the pages with these keys any more."""
+        for key in keys:
+            if key in self._page_of:
+                self._forget(self._page_of[key])
 
     def _forget(self, page: int) -> None:
         key = self._key_of[page]

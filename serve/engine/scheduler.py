@@ -9,7 +9,6 @@ token that the host doesn't know yet is read on the device.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +16,21 @@ import numpy as np
 from isthmus.model.ops.adjustments import words_for
 from isthmus.model.ops.sampling import BAD_ROW, Drawn
 from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.holdings import Holdings
 from isthmus.serve.engine.masks import masks_of
 from isthmus.serve.engine.messages import Ending, Event, Logprobs, Request
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
-from isthmus.serve.engine.pages import PagePool, page_key
 from isthmus.serve.engine.plan import StepPlan
+from isthmus.serve.engine.queue import Queue
+from isthmus.serve.engine.running import Running
 from isthmus.serve.engine.sequence import Sequence
 
 logger = logging.getLogger("isthmus.engine")
+
+MOST_PASSES = 16
+"""So many sequences may start past one that finds no pages; then pages are left free until it does"""
+LOOK_AHEAD = 4
+"""Waiting sequences that a step looks at and doesn't start"""
 
 
 @dataclass
@@ -44,21 +50,22 @@ class Scheduler:
     def __init__(self, config: EngineConfig, rope_switch: int = 0, vocab_size: int = 0) -> None:
         """config: resolved. rope_switch, vocab_size: as in ModelConfig."""
         self.config, self._rope_switch, self._vocab_size = config, rope_switch, vocab_size
-        self.pool = PagePool(config.pages)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        """In the order of admission: the last one is preempted first"""
+        self.waiting, self.running = Queue(), Running(config)
         self.counters = Counters()
         self._sequences: dict[Request, Sequence] = {}
         """Those that haven't ended"""
-        self._failed: list[Event] = []
-        self._free_slots = list(range(config.max_sequences))[::-1]
+        self._ended: list[Event] = []
+        """The last events of those that a plan ended"""
+        self._launched: list[Sequence] = []
+        """Those of whose prompts the step planned last computes a part"""
         self._packer = Packer(config)
+        self._holdings = Holdings(config, self._packer.tables)
+        self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
 
     def add(self, request: Request) -> Sequence:
         """Takes a request in. What is returned is for tests."""
         sequence = self._sequences[request] = Sequence(request)
-        self.waiting.append(sequence)
+        self.waiting.add(sequence)
         self.counters.prompt_tokens += sequence.prompt_length
         return sequence
 
@@ -78,22 +85,55 @@ class Scheduler:
 
         now: seconds, on the same clock as the requests' times.
         """
+        self._expire(now)
+        self._register_launched(now)
         step = Step()
-        preempted = self._schedule_running(step, now)
+        drawn: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            (prompts if sequence.length - sequence.computed > 1 else drawn).append(sequence)
+        preempted = any([self._schedule_safely(sequence, step, now) for sequence in drawn])
+        preempted |= self._schedule_prompts(prompts, step, now, share=True)
         if not preempted:
             self._admit(step, now)
+            self._schedule_prompts(prompts, step, now, share=False)
+        return self._packed(step, now)
+
+    def _packed(self, step: Step, now: float) -> StepPlan | None:
+        """The plan of a step, without the requests that can't be written into one; None if that leaves nothing."""
         while step.singles or step.chunks:
             try:
-                return self._packer.pack(step)
+                plan = self._packer.pack(step)
+                self._launched = [work.sequence for work in step.chunks]
+                return plan
             except RequestFault as fault:
                 step.drop(fault.sequence, self.config.block_size)
                 self._fail(fault.sequence, fault.__cause__, now)
         return None
 
-    def take_failed(self) -> list[Event]:
-        """The last events of requests that ended on an exception since the previous call."""
-        failed, self._failed = self._failed, []
-        return failed
+    def take_ended(self) -> list[Event]:
+        """The last events of requests that ended outside of `cancel` and `commit` since the previous call: on an
+        exception, or because they had waited too long."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _expire(self, now: float) -> None:
+        """Ends waiting requests that are of no use any more, before they cost anything."""
+        while (sequence := self.waiting.next_expired(now)) is not None:
+            deadline = sequence.request.deadline
+            late = deadline is not None and deadline <= now
+            self._ended.append(self._finish(sequence, Ending.DEADLINE if late else Ending.QUEUE_TIME, now))
+
+    def _register_launched(self, now: float) -> None:
+        """Lets others find what the step in flight computes of prompts: theirs runs after it. Before anything is
+        scheduled, `computed` counts no more than that."""
+        for sequence in self._launched:
+            try:
+                if sequence.slot >= 0:
+                    self._holdings.register(sequence)
+            except Exception as error:
+                self._fail(sequence, error, now)
+        self._launched = []
 
     def _fail(self, sequence: Sequence, error: BaseException | None, now: float) -> None:
         """Ends one request with an error of its own. Raises the error if that leaves pages or slots in disorder, which
@@ -102,81 +142,127 @@ class Scheduler:
         logger.error("request %r ended on an error", sequence.request.id, exc_info=error)
         try:
             event = self._finish(sequence, Ending.ERROR, now, failure=error)
-            self.check_holders()
+            self._holdings.check(self.running)
         except Exception:
             raise error from None
-        self._failed.append(event)
+        self._ended.append(event)
 
-    def _schedule_running(self, step: Step, now: float) -> bool:
-        """Gives the running requests their tokens, oldest first. Returns whether one was preempted."""
+    def _schedule_prompts(self, prompts: list[Sequence], step: Step, now: float, *, share: bool) -> bool:
+        """Gives running requests with several tokens to compute as many as there is room for. Returns whether one was
+        preempted. share: whether those that give way to the first waiting one leave half of the blocks to it."""
+        if not prompts:
+            return False
+        first = next(self.waiting.candidates(), None) if share else None
         preempted = False
-        index = 0
-        while index < len(self.running):
-            sequence = self.running[index]
-            try:
-                victim = self._schedule_one(sequence, step)
-            except Exception as error:
-                step.drop(sequence, self.config.block_size)
-                self._fail(sequence, error, now)
-                continue
-            if victim is None:
-                index += 1
-            else:
-                preempted = True
-                self._preempt(victim)
+        for sequence in sorted(prompts, key=self.running.turn):
+            gives_way = first is not None and self.running.gives_way(sequence, first)
+            blocks = max(1, self._most_blocks // 2) if gives_way else self._most_blocks
+            preempted |= self._schedule_safely(sequence, step, now, blocks)
         return preempted
 
-    def _schedule_one(self, sequence: Sequence, step: Step) -> Sequence | None:
+    def _schedule_safely(self, sequence: Sequence, step: Step, now: float, blocks: int | None = None) -> bool:
+        """Gives a running sequence its tokens. Returns whether one was preempted for that, which may be this one; an
+        exception ends this one. blocks: the most that the step may then have; None is its room."""
+        preempted = False
+        try:
+            while sequence.slot >= 0 and (victim := self._schedule_one(sequence, step, blocks)) is not None:
+                preempted = True
+                self._preempt(victim, step)
+        except Exception as error:
+            step.drop(sequence, self.config.block_size)
+            self._fail(sequence, error, now)
+        return preempted
+
+    def _schedule_one(self, sequence: Sequence, step: Step, blocks: int | None) -> Sequence | None:
         """Gives a running sequence its tokens, or returns the one to preempt first."""
-        count = self._next_count(sequence, step)
+        count = self._next_count(sequence, step, blocks)
         if count == 0:
             return None
         if self._is_long(sequence) != sequence.uses_long_rope:
             return sequence  # its keys so far were turned by the short frequencies
-        if not self._grow(sequence, sequence.computed + count):
-            return self.running[-1]  # the newest, which may be this one
+        if not self._holdings.grow(sequence, sequence.computed + count):
+            return self.running.last()
         self._schedule(sequence, count, step)
         return None
 
-    def _next_count(self, sequence: Sequence, step: Step) -> int:
-        """Tokens that the step has room to compute for `sequence`."""
+    def _next_count(self, sequence: Sequence, step: Step, blocks: int | None = None) -> int:
+        """Tokens that a step of at most `blocks` blocks has room to compute for `sequence`."""
         missing = sequence.length - sequence.computed
         if missing == 0 or (sequence.tokens_in_flight and not sequence.may_grow):
             return 0
         if missing == 1 and sequence.computed >= sequence.prompt_length:
             return 1
-        room = (self.config.prefill_tokens // self.config.block_size - step.blocks) * self.config.block_size
-        return min(missing, room)
+        left = max(0, (blocks or self._most_blocks) - step.blocks)
+        return min(missing, left * self.config.block_size)
+
+    @property
+    def _most_blocks(self) -> int:
+        return self.config.prefill_tokens // self.config.block_size
+
+    # admission
 
     def _admit(self, step: Step, now: float) -> None:
         """Starts waiting requests while there are slots, pages for all their tokens, and room in the step."""
-        while self.waiting and self._free_slots:
-            sequence = self.waiting[0]
+        skipped: list[Sequence] = []
+        blocked: list[Sequence] = []
+        while step.blocks < self._most_blocks and len(skipped) < LOOK_AHEAD:
+            sequence = next((one for one in self.waiting.candidates() if one not in skipped), None)
+            if sequence is None:
+                return
             try:
-                if not self._admit_one(sequence, step, now):
-                    return
+                if self._admit_one(sequence, step, now, blocked):
+                    for one in blocked:
+                        one.passed += 1
+                    continue
             except Exception as error:
                 step.drop(sequence, self.config.block_size)
                 self._fail(sequence, error, now)
+                continue
+            skipped.append(sequence)
 
-    def _admit_one(self, sequence: Sequence, step: Step, now: float) -> bool:
-        """Starts the first waiting sequence. Returns False, without starting it, if it must wait longer."""
-        self._choose_frequencies(sequence)
-        hit = self._cached_pages(sequence)
-        needed = self._pages_for(sequence.length) - len(hit)
-        # One spare page for each running sequence, so that their next pages don't preempt the new one.
-        spare = len(self.running)
-        if needed + self.pool.unheld(hit) + spare > self.pool.free:
+    def _admit_one(self, sequence: Sequence, step: Step, now: float, blocked: list[Sequence]) -> bool:
+        """Starts a waiting sequence. Returns False, without starting it, if it must wait longer, and appends it to
+        those that found no pages if that is why."""
+        if sequence.tokens_in_flight:
+            return False  # it was preempted in this step
+        if not self._holdings.free_slots and next(self.running.victims(sequence), None) is None:
             return False
-        if step.blocks * self.config.block_size >= self.config.prefill_tokens:
+        self._choose_frequencies(sequence)
+        hit = self._prefixes.find(sequence)
+        if self._prefixes.is_coming(sequence, len(hit)):
+            return False
+        reserved = any(one.passed >= MOST_PASSES for one in blocked)
+        if not self._has_room(sequence, hit, reserved) and not self._make_room(sequence, hit, step, reserved):
+            blocked.append(sequence)
             return False
         self._restrict(sequence)
-        self.waiting.popleft()
-        self._start(sequence, hit)
-        if sequence.admitted_at is None:
-            sequence.admitted_at = now
+        self._start(sequence, hit, now)
         self._schedule(sequence, self._next_count(sequence, step), step)
         return True
+
+    def _has_room(self, sequence: Sequence, hit: list[int], reserved: bool) -> bool:
+        """Whether a slot and pages are free for a waiting sequence. reserved: whether they are another's."""
+        if reserved or not self._holdings.free_slots:
+            return False
+        needed = self._holdings.needed(sequence, hit)
+        return needed <= self.pool.free and needed + self.running.pages_kept(sequence) <= self.pool.free
+
+    def _make_room(self, sequence: Sequence, hit: list[int], step: Step, reserved: bool) -> bool:
+        """Preempts running sequences that give way to a waiting one, if that lets it start. reserved: whether free
+        pages are another's, so that those it takes from them must do. Returns whether it may start."""
+        needed = self._holdings.needed(sequence, hit)
+        short = needed if reserved else needed + self.running.pages_kept(sequence) - self.pool.free
+        victims = []
+        for victim in self.running.victims(sequence):
+            victims.append(victim)
+            short -= self.pool.freed_by(victim.pages)
+            if short <= 0:
+                break
+        if not victims or short > 0:
+            return False
+        for victim in victims:
+            self._preempt(victim, step)
+        return self._holdings.needed(sequence, hit) <= self.pool.free
 
     def _restrict(self, sequence: Sequence) -> None:
         """Takes in what the request says about its draws, unless that was done before a preemption."""
@@ -194,55 +280,19 @@ class Scheduler:
         if uses_long_rope != sequence.uses_long_rope:
             sequence.uses_long_rope, sequence.page_keys = uses_long_rope, []
 
-    def _cached_pages(self, sequence: Sequence) -> list[int]:
-        """Pages of the sequence's longest cached prefix of whole blocks, which ends before its last token."""
-        if not self.config.prefix_cache:
-            return []
-        self._extend_keys(sequence)
-        pages = self.pool.lookup(sequence.page_keys)
-        pages_per_block = self.config.block_size // self.config.page_size
-        blocks = min(len(pages) // pages_per_block, (sequence.length - 1) // self.config.block_size)
-        return pages[: blocks * pages_per_block]
-
-    def _extend_keys(self, sequence: Sequence) -> None:
-        """Extends the sequence's page_keys to all full pages of known tokens."""
-        size = self.config.page_size
-        for page in range(len(sequence.page_keys), len(sequence.tokens) // size):
-            parent = sequence.page_keys[-1] if sequence.page_keys else b"long" if sequence.uses_long_rope else b""
-            sequence.page_keys.append(page_key(parent, sequence.tokens[page * size : (page + 1) * size]))
-
-    def _start(self, sequence: Sequence, hit: list[int]) -> None:
-        self.pool.hold(hit)
-        fresh = self.pool.allocate(self._pages_for(sequence.length) - len(hit))
-        assert fresh is not None, "admitted without pages"
-        sequence.slot = self._free_slots.pop()
-        sequence.pages = hit + fresh
-        sequence.registered = len(hit)
-        sequence.computed = len(hit) * self.config.page_size
+    def _start(self, sequence: Sequence, hit: list[int], now: float) -> None:
+        """Moves a waiting sequence to those that run."""
+        self.waiting.take(sequence)
+        self._holdings.start(sequence, hit)
+        self.running.start(sequence)
         if sequence.preemptions == 0:
             sequence.cached_tokens = sequence.computed
             self.counters.cached_prompt_tokens += sequence.computed
         else:
             sequence.recomputed_tokens += sequence.length - sequence.computed
-        self.running.append(sequence)
+        if sequence.admitted_at is None:
+            sequence.admitted_at = now
         self._packer.start(sequence)
-
-    def _pages_for(self, tokens: int) -> int:
-        return -(-tokens // self.config.page_size)
-
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Gives a sequence pages for `tokens` tokens. Returns False, without a change, if too few are free."""
-        have = len(sequence.pages)
-        if (needed := self._pages_for(tokens) - have) <= 0:
-            return True
-        fresh = self.pool.allocate(needed)
-        if fresh is None:
-            return False
-        sequence.pages += fresh
-        self._packer.tables[sequence.slot, have : have + needed] = fresh
-        if tokens - sequence.computed > 1:  # a single token's page is part of its row
-            self._packer.place(sequence)
-        return True
 
     def _schedule(self, sequence: Sequence, count: int, step: Step) -> None:
         work = Work(sequence, sequence.computed, count)
@@ -253,22 +303,14 @@ class Scheduler:
             step.chunks.append(work)
             step.blocks += -(-count // self.config.block_size)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Puts a sequence back at the head of the queue; its tokens are kept and computed again."""
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
+        """Puts a running sequence back into the queue; its tokens are kept and computed again."""
+        step.drop(sequence, self.config.block_size)
         self.running.remove(sequence)
-        self._release(sequence)
-        sequence.computed = 0
+        self._holdings.release(sequence)
         sequence.preemptions += 1
         self.counters.preemptions += 1
-        self.waiting.appendleft(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        """Frees pages and slot. Safe with a step in flight: later steps run after it on the device."""
-        self.pool.release(sequence.pages)
-        sequence.pages = []
-        sequence.registered = 0
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
+        self.waiting.put_back(sequence)
 
     def mask(self, plan: StepPlan, now: float = 0.0) -> np.ndarray:
         """int32[samples, words]: which ids each draw of an adjusted plan may give. If the plan awaits the step before,
@@ -303,13 +345,15 @@ class Scheduler:
     def _take(self, sequence: Sequence, drawn: Drawn, row: int, now: float) -> Event:
         token, logprobs = int(drawn.token[row]), _logprobs(sequence.request, drawn, row)
         if token == BAD_ROW:
+            self._prefixes.forget(sequence)
             return self._finish(sequence, Ending.ERROR, now)
         sequence.tokens.append(token)
         sequence.logprobs += logprobs
         if sequence.first_token_at is None:
             sequence.first_token_at = now
         self.counters.completion_tokens += 1
-        self._register_pages(sequence)
+        if sequence.slot >= 0:
+            self._holdings.register(sequence)
         reason = self._stops(sequence, token)
         if reason is not None:
             return self._finish(sequence, reason, now, (token,), logprobs)
@@ -330,16 +374,6 @@ class Scheduler:
             return Ending.CONTEXT_LENGTH if full else Ending.LENGTH
         return None
 
-    def _register_pages(self, sequence: Sequence) -> None:
-        """Lets other requests find the pages that are full of computed, known tokens."""
-        if not self.config.prefix_cache or sequence.slot < 0:
-            return
-        self._extend_keys(sequence)
-        full = min(len(sequence.page_keys), min(sequence.computed, len(sequence.tokens)) // self.config.page_size)
-        for page in range(sequence.registered, full):
-            self.pool.register(sequence.pages[page], sequence.page_keys[page])
-        sequence.registered = max(sequence.registered, full)
-
     def _finish(
         self,
         sequence: Sequence,
@@ -355,35 +389,24 @@ class Scheduler:
         del self._sequences[sequence.request]
         if sequence.slot >= 0:
             self.running.remove(sequence)
-            self._release(sequence)
+            self._holdings.release(sequence)
         else:
             self.waiting.remove(sequence)
+        if sequence.admission:
+            self.waiting.settle(sequence)
         end = sequence.end(now, failure)
         return Event(sequence.request, tokens, logprobs, end, end.progress)
 
     def check(self) -> None:
         """Asserts every invariant that holds after a commit; for tests."""
-        self.check_holders()
+        self._holdings.check(self.running)
         for sequence in self.running:
             assert sequence.ending is None and sequence.slot >= 0
             assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= 1
-            assert len(sequence.pages) >= self._pages_for(sequence.computed), (
-                f"{sequence.request.id} computes without pages"
-            )
+            room = len(sequence.pages) * self.config.page_size
+            assert room >= sequence.computed, f"{sequence.request.id} computes without pages"
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot < 0 and sequence.computed == 0
-
-    def check_holders(self) -> None:
-        """Asserts that each page has as many holders as it counts, and each slot one; this holds at any time."""
-        self.pool.check()
-        held = np.zeros(self.config.pages, np.int32)
-        for sequence in self.running:
-            assert len(sequence.pages) <= self.config.pages_per_sequence
-            assert (self._packer.tables[sequence.slot, : len(sequence.pages)] == sequence.pages).all()
-            np.add.at(held, sequence.pages, 1)
-        assert (held == self.pool._held).all(), "a page's reference count is not the number of its holders"
-        slots = [sequence.slot for sequence in self.running] + self._free_slots
-        assert sorted(slots) == list(range(self.config.max_sequences)), "a slot is lost or held twice"
 
 
 def _logprobs(request: Request, drawn: Drawn, row: int) -> tuple[Logprobs, ...]:

@@ -38,6 +38,14 @@ class Sequence:
     registered: int = field(default=0, init=False)
     """How many of its first pages the prefix cache knows"""
     page_keys: list[bytes] = field(default_factory=list, init=False)
+    number: int = field(default=0, init=False)
+    """Of those that arrived, the how manieth it is"""
+    admission: int = field(default=0, init=False)
+    """Of those that started, the how manieth it is; a preemption doesn't change it. 0 until it starts"""
+    stays: bool = field(default=False, init=False)
+    """Whether it started because its priority had been passed over so often; no other takes its place then"""
+    passed: int = field(default=0, init=False)
+    """Sequences behind it in the queue that started while it found no pages"""
     ending: Ending | None = field(default=None, init=False)
     cached_tokens: int = field(default=0, init=False)
     recomputed_tokens: int = field(default=0, init=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from isthmus.errors import Cancelled, RequestError, RequestFailed, Unavailable
+from isthmus.errors import Cancelled, DeadlineExceeded, Overloaded, RequestError, RequestFailed, Unavailable
 from isthmus.model.text.stops import StopStrings
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
@@ -147,6 +147,10 @@ def error_of(end: End) -> RequestError:
     """The error that says why a request that has ended has no result."""
     if end.reason is Ending.CANCELLED:
         return Cancelled("the request was cancelled")
+    if end.reason is Ending.QUEUE_TIME:  # it could run as well as any other, later or on another server
+        return Overloaded("the request waited for max_queue_time and could not start")
+    if end.reason is Ending.DEADLINE:
+        return DeadlineExceeded("the request's deadline passed while it waited")
     if end.reason is Ending.CLOSED:
         return Unavailable("the engine was shut down before the request was done")
     if isinstance(end.failure, ConstraintError):

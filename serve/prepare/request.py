@@ -3,6 +3,7 @@ library's argument (isthmus/types.py); a front end whose fields have other names
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,22 +17,29 @@ from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.answer import TextOptions
-from isthmus.serve.prepare.checks import check_flag, check_int, check_text, check_token_ids
+from isthmus.serve.prepare.checks import check_flag, check_int, check_text, check_token_ids, check_within
 from isthmus.serve.prepare.grammar import Grammars
 from isthmus.serve.prepare.sampling import drawing_of
 from isthmus.types import (
+    NO_LIMIT,
     Conversation,
     Question,
     SamplingParams,
     TextPrompt,
     TokenPrompt,
+    check_cache,
     check_sized,
     check_stops,
+    check_string,
     check_turn,
 )
 
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
+MAX_PRIORITY = 100
+"""The highest priority, and minus the lowest"""
+MAX_SALT = 256
+"""Most characters of a request's cache_salt"""
 MAX_MESSAGES = 1024
 MAX_TOKENS = 1 << 18
 """Most tokens of a text that `tokenized` or `detokenized` takes, and of a prompt that is truncated, unless the
@@ -60,9 +68,15 @@ class Preparation:
         grammars = Grammars(model.tokenizer, model.config.vocab_size)
         return cls(model.tokenizer, model.chat, model.generation, context_length, grammars)
 
-    def request(self, question: Question) -> Request:
-        """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest."""
-        asked = question.sampling
+    def request(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> Request:
+        """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest.
+
+        tenant: who asks. Tenants share the engine, and never what the prefix cache has. deadline: when the caller stops
+        waiting, on the clock of time.perf_counter.
+        """
+        asked, service = question.sampling, question.service
+        priority, limit, cache = _priority(service.priority), _limit(service.max_queue_time), check_cache(service.cache)
+        salt = _salt(tenant, service.cache_salt)
         prompt = self.prompt_ids(question.prompt, self._kept_tokens(asked.truncate_prompt_tokens))
         left = self.context_length - len(prompt)
         drawing = drawing_of(asked, self.recommended, self.tokenizer, left)
@@ -73,6 +87,13 @@ class Preparation:
             max_tokens=drawing.max_tokens,
             stop_ids=drawing.stop_ids,
             eos_ids=drawing.eos_ids,
+            tenant=tenant,
+            priority=priority,
+            deadline=deadline,
+            max_queue_time=limit,
+            cache_salt=salt,
+            cache_read=cache in ("on", "read"),
+            cache_write=cache in ("on", "write"),
             constraint=self._constraint(asked),
             text_options=self._text_options(asked),
         )
@@ -204,3 +225,24 @@ def _request_id(given: str) -> str:
     if len(given) > MAX_REQUEST_ID or not given.isprintable():
         raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     return given or secrets.token_hex(8)
+
+
+def _priority(given: int) -> int:
+    priority = check_int("priority", given)
+    if abs(priority) > MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be {-MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}")
+    return priority
+
+
+def _limit(seconds: float | None) -> float | None:
+    if seconds is None:
+        return None
+    return float(check_within("max_queue_time", seconds, 0, NO_LIMIT, open_low=True))
+
+
+def _salt(tenant: str, given: str) -> bytes:
+    """What only a tenant's requests with the same cache_salt have in common: no salt that one tenant can give leads to
+    another's pages."""
+    if len(check_string("cache_salt", given)) > MAX_SALT:
+        raise InvalidRequest("cache_salt", f"has {len(given)} characters; at most {MAX_SALT}")
+    return hashlib.sha256(tenant.encode()).digest() + given.encode()

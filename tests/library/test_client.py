@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pickle
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import get_args
 
 import grpc
 import pytest
@@ -27,9 +29,10 @@ from isthmus import (
     Unauthenticated,
     Unavailable,
 )
-from isthmus.proto import API_FIELDS, PROMPT_FIELDS, rename
+from isthmus.proto import API_FIELDS, PROMPT_FIELDS, message_of, rename
 from isthmus.serve.api.errors import invalid, plain, status_of
-from isthmus.types import Question, SamplingParams, TextPrompt
+from isthmus.serve.api.mapping import question_of
+from isthmus.types import Cache, Question, SamplingParams, Service, TextPrompt
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import LONG, PATIENCE, PROMPT, RunningServer, wait_for
@@ -277,3 +280,22 @@ def test_what_is_cancelled_by_somebody_else_says_so(server: RunningServer) -> No
         assert client.cancel([name]) == [name]
         with pytest.raises(Cancelled):
             waiting.result(PATIENCE)
+
+
+def test_how_a_request_is_served_travels_to_the_server() -> None:
+    """LLM and Client must mean the same by the same keywords."""
+    asked = Service(priority=-7, max_queue_time=1.5, cache_salt="s")
+    for cache in get_args(Cache):
+        question = Question(TextPrompt("a"), service=dataclasses.replace(asked, cache=cache))
+        assert question_of(message_of(question)).service == question.service
+    assert question_of(message_of(Question(TextPrompt("a")))).service == Service()
+
+
+def test_values_of_service_that_cannot_be_sent_are_named() -> None:
+    """What doesn't fit into a message is the caller's mistake, whichever model it asks."""
+    wrong = {"priority": (1 << 40, "1"), "max_queue_time": (float("nan"), "1"), "cache": ("no",), "cache_salt": (b"s",)}
+    for field, values in wrong.items():
+        for value in values:
+            with pytest.raises(InvalidRequest) as failure:
+                message_of(Question(TextPrompt("a"), service=Service(**{field: value})))  # type: ignore[arg-type]
+            assert failure.value.field == field

@@ -26,12 +26,13 @@ from isthmus import (
     EngineConfig,
     InvalidRequest,
     Model,
+    Overloaded,
     RequestFailed,
     SamplingParams,
     Unavailable,
 )
 from tests.library.conftest import OpenModel
-from tests.serve.api.harness import LONG, PATIENCE, PROMPT, RunningServer, wait_for
+from tests.serve.api.harness import ENGINE, LONG, PATIENCE, PROMPT, RunningServer, wait_for
 
 DRAWN = SamplingParams(max_tokens=24, seed=5)
 TALK = [{"role": "user", "content": "import ünïcode"}]
@@ -85,6 +86,36 @@ def test_keywords_change_the_sampling_of_one_call(llm: LLM) -> None:
     assert llm.generate(PROMPT, DRAWN, max_tokens=3).token_ids == llm.generate(PROMPT, DRAWN).token_ids[:3]
     with pytest.raises(TypeError, match="max_token"):
         llm.generate(PROMPT, max_token=3)  # type: ignore[call-overload]
+
+
+def test_a_full_model_refuses_who_cannot_wait_and_serves_who_is_urgent(llm: LLM, client: Client) -> None:
+    """A caller that gives up after a second must hear so after a second, and an urgent one mustn't wait for others."""
+    for model in (llm, client):
+        running = [model.stream(PROMPT, max_tokens=LONG, ignore_eos=True) for _ in range(ENGINE.max_sequences)]
+        for stream in running:
+            next(stream)
+        with pytest.raises(Overloaded, match="max_queue_time") as refused:
+            model.generate(PROMPT, max_tokens=2, max_queue_time=0.05)
+        assert refused.value.retry_after
+        with pytest.raises(DeadlineExceeded):
+            model.generate(PROMPT, max_tokens=2, timeout=0.05)
+        assert len(model.generate(PROMPT, max_tokens=2, priority=1, ignore_eos=True).token_ids) == 2
+        for stream in running:
+            stream.close()
+
+
+def test_the_cache_can_be_bypassed_and_parted(llm: LLM) -> None:
+    """Whoever measures, or has a secret, needs a prompt that nobody else's has anything to do with."""
+    prompt = "# bypassed\n" + "x = y\n" * 60
+
+    def cached(**options: Any) -> int:
+        return llm.generate(prompt, max_tokens=1, **options).cached_prompt_tokens
+
+    assert [cached(cache="read"), cached(), cached(cache="write"), cached(cache="off")] == [0] * 4
+    assert cached() > 0
+    assert cached(cache_salt="s") == 0 and cached(cache_salt="s") > 0
+    with pytest.raises(InvalidRequest, match="cache_salt"):
+        cached(cache_salt="s" * 257)
 
 
 def test_token_ids_are_a_prompt_and_a_list_of_them_many(llm: LLM) -> None:

@@ -206,3 +206,18 @@ def test_a_token_file_that_cannot_be_read_is_refused(start_server: StartServer, 
     for path in (tmp_path / "missing", tmp_path, tmp_path / "binary"):
         with pytest.raises(ConfigError, match="auth_token_file"):
             start_server(auth_token_file=path, load=False)
+
+
+def test_who_calls_is_known_by_the_token_and_only_where_one_is_needed(
+    guarded: RunningServer, server: RunningServer
+) -> None:
+    """A name that anybody can give himself would be a share of the server, and a look into another's cache."""
+    seen: list[str] = []
+    for running, token in ((guarded, TOKEN), (server, None), (server, "made up")):
+        with pytest.MonkeyPatch.context() as patch:
+            submit = running.session.submit
+            patch.setattr(running.session, "submit", lambda r, submit=submit: (seen.append(r.tenant), submit(r))[1])
+            with running.client(token=token) as client:
+                client.generate("a", max_tokens=1)
+    digest, *others = seen
+    assert len(digest) == 64 and TOKEN not in digest and others == ["", ""]

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from isthmus import generate_request
-from isthmus.serve.prepare.request import MAX_REQUEST_ID
+from isthmus.serve.prepare.request import MAX_REQUEST_ID, MAX_SALT
 from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.harness import (
@@ -58,6 +58,11 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None], str]] = [
         "stop.max_tokens",
     ),
     ("max_tokens 2^32-1", lambda r: setattr(r.stop, "max_tokens", (1 << 32) - 1), "stop.max_tokens"),
+    ("priority 101", lambda r: setattr(r.scheduling, "priority", 101), "scheduling.priority"),
+    ("priority -2^31", lambda r: setattr(r.scheduling, "priority", -(1 << 31)), "scheduling.priority"),
+    ("no time", lambda r: r.scheduling.max_queue_time.SetInParent(), "scheduling.max_queue_time"),
+    ("less time", lambda r: r.scheduling.max_queue_time.FromSeconds(-1), "scheduling.max_queue_time"),
+    ("long salt", lambda r: setattr(r.prefix_cache, "salt", "x" * (MAX_SALT + 1)), "prefix_cache.salt"),
     ("long request_id", lambda r: setattr(r, "request_id", "x" * (MAX_REQUEST_ID + 1)), "request_id"),
     ("a line in request_id", lambda r: setattr(r, "request_id", "a\nb"), "request_id"),
     ("NUL in request_id", lambda r: setattr(r, "request_id", "a\0b"), "request_id"),

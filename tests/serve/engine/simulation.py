@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.messages import Ending, Event, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Request
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
+from isthmus.serve.engine.running import MOST_PREEMPTIONS
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.sequence import Sequence
@@ -63,6 +65,8 @@ class Entry:
     position: int
     prefix: bytes
     """Of all tokens up to this one"""
+    writer: Sequence
+    """Whose tokens they are"""
 
 
 @dataclass
@@ -96,9 +100,12 @@ class Simulation:
         max_tokens: int,
         eos_ids: frozenset[int] = frozenset(),
         stop_ids: frozenset[int] = frozenset(),
+        **options: Any,
     ) -> Sequence:
+        """options: fields of Request."""
         name = f"r{len(self.live) + len(self.finished)}"
-        request = Request(name, prompt, Sampling(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids)
+        options.setdefault("arrival", float(self.steps))
+        request = Request(name, prompt, Sampling(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids, **options)
         self.live[name] = self.scheduler.add(request)
         return self.live[name]
 
@@ -110,7 +117,8 @@ class Simulation:
     # one turn of the engine's loop: plan and launch t + 1, then read and commit t
 
     def step(self) -> list[Event]:
-        plan = self.scheduler.plan()
+        now = float(self.steps)  # the clock counts steps
+        plan = self.scheduler.plan(now)
         self.scheduler.pool.check()
         launched = None
         if plan is not None:
@@ -119,7 +127,8 @@ class Simulation:
             launched = InFlight(plan, self._launch(plan))
         events: list[Event] = []
         if self.in_flight is not None:
-            events = self.scheduler.commit(self.in_flight.plan, only_tokens(self.in_flight.drawn))
+            events = self.scheduler.commit(self.in_flight.plan, only_tokens(self.in_flight.drawn), now)
+        events += self.scheduler.take_ended()
         self.in_flight = launched
         self.scheduler.check()
         for event in events:
@@ -147,7 +156,11 @@ class Simulation:
         assert end is not None
         want, got = expected_completion(request), list(end.tokens)
         assert got == sequence.completion
-        if end.reason in (Ending.CANCELLED, Ending.ERROR):
+        assert sequence.slot == -1 and not sequence.pages
+        assert sequence.preemptions <= MOST_PREEMPTIONS, "it is computed again and again"
+        if end.reason in (Ending.QUEUE_TIME, Ending.DEADLINE):
+            self._check_expired(sequence, end)
+        if end.reason in (Ending.CANCELLED, Ending.ERROR, Ending.QUEUE_TIME, Ending.DEADLINE):
             assert got == want[: len(got)], f"{request.id} read another prefix than its own"
             return
         assert got == want, f"{request.id} read another prefix than its own"
@@ -159,7 +172,14 @@ class Simulation:
             assert end.reason is Ending.CONTEXT_LENGTH
         else:
             assert end.reason is Ending.LENGTH
-        assert sequence.slot == -1 and not sequence.pages
+
+    def _check_expired(self, sequence: Sequence, end: End) -> None:
+        request = sequence.request
+        if end.reason is Ending.DEADLINE:
+            assert request.deadline is not None and request.deadline <= end.finished_at
+        else:
+            assert request.max_queue_time is not None and end.admitted_at is None and not end.tokens
+            assert end.finished_at >= request.arrival + request.max_queue_time
 
     # the device
 
@@ -191,6 +211,7 @@ class Simulation:
     def _launch(self, plan: StepPlan) -> np.ndarray:
         """Writes every token, then reads every token's prefix, as each layer does."""
         arrays = self._arrays(plan)
+        owners = {page: sequence for sequence in self.scheduler.running for page in sequence.pages}
         for row, indices in self._rows(arrays, plan):
             for index in indices:
                 position = int(arrays.positions[index])
@@ -202,17 +223,18 @@ class Simulation:
                 before = b""
                 if position:
                     before = self.cache[self._at(arrays, row, position - 1)].prefix
-                entry = Entry(token, position, extend(before, token))
-                self.cache[self._at(arrays, row, position)] = entry
+                place = self._at(arrays, row, position)
+                self.cache[place] = Entry(token, position, extend(before, token), owners[place[0]])
                 self.tokens_computed += 1
         prefixes: dict[int, bytes] = {}
         for row, indices in self._rows(arrays, plan):
             for index in indices:
-                if arrays.positions[index] != PADDING:
-                    prefixes[index] = self._read(arrays, row, int(arrays.positions[index]))
+                if (position := int(arrays.positions[index])) != PADDING:
+                    reader = owners[self._at(arrays, row, position)[0]]
+                    prefixes[index] = self._read(arrays, row, position, reader)
         return self._draw(plan, arrays, prefixes)
 
-    def _read(self, arrays: PlanArrays, row: int, position: int) -> bytes:
+    def _read(self, arrays: PlanArrays, row: int, position: int, reader: Sequence) -> bytes:
         """The prefix of a token as attention sees it: all positions before it, in order, from one sequence."""
         prefix = b""
         for at in range(position + 1):
@@ -220,8 +242,17 @@ class Simulation:
             assert entry is not None, f"position {at} was never written"
             assert entry.position == at, f"position {at} holds position {entry.position}"
             prefix = extend(prefix, entry.token)
+            self._check_may_read(reader, entry)
             assert entry.prefix == prefix, f"position {at} holds a token of another sequence"
         return prefix
+
+    def _check_may_read(self, reader: Sequence, entry: Entry) -> None:
+        asked, gave = reader.request, entry.writer.request
+        if asked is gave:
+            return
+        assert asked.cache_salt == gave.cache_salt, "a page went from one salt to another"
+        assert asked.cache_read, "a request that bypasses the cache reads another's page"
+        assert gave.cache_write, "a request reads a page that wasn't to be kept"
 
     def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes]) -> np.ndarray:
         drawn = np.full(plan.bucket.samples, 10**6, np.int32)  # what padding draws must interest nobody

@@ -89,6 +89,25 @@ def test_events_hold_the_tokens_of_their_request(executor: HookedExecutor) -> No
         assert arrival.ending is Ending.LENGTH
 
 
+def test_who_fills_the_queue_does_not_keep_others_out(
+    executor: HookedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that asks for all there is must be the one that is refused."""
+    monkeypatch.setattr(executor, "engine", dataclasses.replace(executor.engine, max_waiting=38))
+    engine = Client(executor).engine
+    for index in range(40):
+        engine.submit(dataclasses.replace(make(f"r{index}"), tenant="flood"))
+    for index in range(5):
+        with pytest.raises(Overloaded):
+            engine.submit(dataclasses.replace(make("more"), tenant="flood"))
+        engine.submit(dataclasses.replace(make(f"q{index}"), tenant="quiet"))
+    with pytest.raises(Overloaded):
+        engine.submit(dataclasses.replace(make("q5"), tenant="quiet"))
+    for index in range(6):
+        engine.cancel(f"r{index}")
+    engine.submit(dataclasses.replace(make("q5"), tenant="quiet"))
+
+
 def test_a_finished_name_is_free_again(executor: HookedExecutor) -> None:
     """Ids are the client's; only those in flight are taken."""
     client = Client(executor)

@@ -43,6 +43,8 @@ def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     executor.warm_up()
     rng = random.Random(0)
     arrivals = [random_arrival(rng, index) for index in range(200)]
+    for index, limits in enumerate(({"max_queue_time": 0.0}, {"deadline": 0.0})):
+        arrivals[index].request = dataclasses.replace(arrivals[index].request, **limits)
     events: list[str] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:

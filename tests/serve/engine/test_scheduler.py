@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ MODEL = ModelConfig(vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head
 
 def engine_config(**changes: int | bool) -> EngineConfig:
     """Small enough that a few requests fill it."""
-    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 14}
+    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 14, "draft_rows": 0}
     return EngineConfig(**{**sizes, **changes}).resolve(MODEL)  # type: ignore[arg-type]
 
 
@@ -58,13 +59,34 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 30),
         eos=st.sampled_from([frozenset({EOS}), frozenset()]),
         stop=st.frozensets(st.integers(1, VOCAB - 1), max_size=1),
+        options=st.fixed_dictionaries(
+            {},
+            optional={
+                "tenant": st.sampled_from("ab"),
+                "priority": st.integers(-1, 1),
+                "max_queue_time": st.integers(0, 30),
+                "cache_salt": st.sampled_from([b"", b"salt"]),
+                "cache_read": st.booleans(),
+                "cache_write": st.booleans(),
+            },
+        ),
+        seconds=st.none() | st.integers(0, 60),
     )
     def submit(
-        self, family: int, shared: int, own: list[int], max_tokens: int, eos: frozenset[int], stop: frozenset[int]
+        self,
+        family: int,
+        shared: int,
+        own: list[int],
+        max_tokens: int,
+        eos: frozenset[int],
+        stop: frozenset[int],
+        options: dict[str, Any],
+        seconds: int | None,
     ) -> None:
         prompt = (FAMILIES[family][:shared] + own)[:39] or [1]
         room = self.simulation.config.context_length - len(prompt)
-        self.simulation.submit(prompt, min(max_tokens, room), eos, stop)
+        deadline = None if seconds is None else self.simulation.steps + seconds
+        self.simulation.submit(prompt, min(max_tokens, room), eos, stop, deadline=deadline, **options)
 
     @precondition(lambda self: self.simulation.live)
     @rule(data=st.data())
@@ -117,7 +139,7 @@ def test_a_long_crowded_run(name: str) -> None:
     assert counters.completion_tokens == sum(len(r.completion) for r in simulation.finished)
     assert counters.prompt_tokens == sum(s.prompt_length for s in simulation.finished)
     if name in ("few pages", "the fewest pages", "a page a block", "many slots", "a token a page"):
-        assert counters.preemptions > 5, "the pages were enough, so running out of them isn't tested"
+        assert counters.preemptions > 2, "the pages were enough, so running out of them isn't tested"
     if name in ("room for all", "one sequence"):
         assert counters.preemptions == 0
     assert (counters.cached_prompt_tokens > 100) == CONFIGS[name].prefix_cache

@@ -23,7 +23,7 @@ from isthmus.serve.prepare.request import (
     tokenized,
 )
 from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
-from isthmus.types import Conversation, Question, SamplingParams, TextPrompt, TokenPrompt
+from isthmus.types import Conversation, Question, SamplingParams, Service, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
 
 RECOMMENDED = GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
@@ -162,3 +162,45 @@ def test_a_text_for_its_own_sake(tokenizer: Tokenizer) -> None:
         with pytest.raises(InvalidRequest) as refused:
             call()
         assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "priority": (101, -101, 1.5, True, "1"),
+        "max_queue_time": (0, -1.0, math.nan, math.inf, "1"),
+        "cache": ("none", "", None, True, ["on"]),
+        "cache_salt": ("x" * 257, "\ud800", b"salt", None),
+    }.items(),
+)
+def test_how_a_request_is_served_is_checked_by_name(
+    preparation: Preparation, field: str, values: tuple[Any, ...]
+) -> None:
+    """What is taken silently and does nothing is found out under load, when it matters."""
+    for value in values:
+        with pytest.raises(InvalidRequest) as failure:
+            preparation.request(Question(A, service=Service(**{field: value})))
+        assert failure.value.field == field
+
+
+def test_how_a_request_is_served_reaches_the_engine(preparation: Preparation) -> None:
+    """Each of them is somebody's way to say what the request is worth."""
+    plain = preparation.request(Question(A))
+    assert (plain.tenant, plain.priority, plain.deadline, plain.max_queue_time) == ("", 0, None, None)
+    assert plain.cache_read and plain.cache_write
+    asked = Service(priority=-100, max_queue_time=2, cache="read", cache_salt="s")
+    request = preparation.request(Question(A, service=asked), tenant="t", deadline=9.0)
+    assert (request.tenant, request.priority, request.deadline, request.max_queue_time) == ("t", -100, 9.0, 2.0)
+    assert (request.cache_read, request.cache_write) == (True, False)
+    off = preparation.request(Question(A, service=Service(cache="off")))
+    assert not off.cache_read and not off.cache_write
+
+
+def test_no_salt_leads_to_another_tenants_pages(preparation: Preparation) -> None:
+    """Whoever guesses another's salt, or takes its name for one, would learn of its prompts by their speed."""
+    asked = [(tenant, salt) for tenant in ("", "a", "as", "b") for salt in ("", "s", "a", "as")]
+    salts = {
+        preparation.request(Question(A, service=Service(cache_salt=salt)), tenant=tenant).cache_salt
+        for tenant, salt in asked
+    }
+    assert len(salts) == len(asked)
