@@ -56,6 +56,8 @@ class Scheduler:
         """Those that haven't ended"""
         self._ended: list[Event] = []
         """The last events of those that a plan ended"""
+        self._put_back: set[Sequence] = set()
+        """Those that were preempted while the step that is planned last was planned"""
         self._launched: list[Sequence] = []
         """Those of whose prompts the step planned last computes a part"""
         self._packer = Packer(config)
@@ -85,18 +87,16 @@ class Scheduler:
 
         now: seconds, on the same clock as the requests' times.
         """
+        self._put_back.clear()
         self._expire(now)
         self._register_launched(now)
         step = Step()
-        drawn: list[Sequence] = []
-        prompts: list[Sequence] = []
-        for sequence in self.running:
-            (prompts if sequence.length - sequence.computed > 1 else drawn).append(sequence)
-        preempted = any([self._schedule_safely(sequence, step, now) for sequence in drawn])
-        preempted |= self._schedule_prompts(prompts, step, now, share=True)
+        drawn, prompts, yielding = self._by_turn()
+        preempted = any([self._schedule_safely(sequence, step, now) for sequence in (*drawn, *prompts)])
         if not preempted:
-            self._admit(step, now)
-            self._schedule_prompts(prompts, step, now, share=False)
+            self._admit(step, now, self._most_blocks - (max(1, self._most_blocks // 2) if yielding else 0))
+        for sequence in yielding:
+            self._schedule_safely(sequence, step, now)
         return self._packed(step, now)
 
     def _packed(self, step: Step, now: float) -> StepPlan | None:
@@ -147,25 +147,24 @@ class Scheduler:
             raise error from None
         self._ended.append(event)
 
-    def _schedule_prompts(self, prompts: list[Sequence], step: Step, now: float, *, share: bool) -> bool:
-        """Gives running requests with several tokens to compute as many as there is room for. Returns whether one was
-        preempted. share: whether those that give way to the first waiting one leave half of the blocks to it."""
-        if not prompts:
-            return False
-        first = next(self.waiting.candidates(), None) if share else None
-        preempted = False
-        for sequence in sorted(prompts, key=self.running.turn):
-            gives_way = first is not None and self.running.gives_way(sequence, first)
-            blocks = max(1, self._most_blocks // 2) if gives_way else self._most_blocks
-            preempted |= self._schedule_safely(sequence, step, now, blocks)
-        return preempted
+    def _by_turn(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
+        """The running requests: those that wait for one token, those with more to compute, and those with more that
+        give way to the first waiting one, which leave half of the step's blocks to it."""
+        drawn: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            (prompts if sequence.length - sequence.computed > 1 else drawn).append(sequence)
+        prompts.sort(key=self.running.turn)
+        first = next(self.waiting.candidates(), None) if prompts else None
+        yielding = [one for one in prompts if first is not None and self.running.gives_way(one, first)]
+        return drawn, [one for one in prompts if one not in yielding], yielding
 
-    def _schedule_safely(self, sequence: Sequence, step: Step, now: float, blocks: int | None = None) -> bool:
+    def _schedule_safely(self, sequence: Sequence, step: Step, now: float) -> bool:
         """Gives a running sequence its tokens. Returns whether one was preempted for that, which may be this one; an
-        exception ends this one. blocks: the most that the step may then have; None is its room."""
+        exception ends this one."""
         preempted = False
         try:
-            while sequence.slot >= 0 and (victim := self._schedule_one(sequence, step, blocks)) is not None:
+            while sequence.slot >= 0 and (victim := self._schedule_one(sequence, step)) is not None:
                 preempted = True
                 self._preempt(victim, step)
         except Exception as error:
@@ -173,9 +172,9 @@ class Scheduler:
             self._fail(sequence, error, now)
         return preempted
 
-    def _schedule_one(self, sequence: Sequence, step: Step, blocks: int | None) -> Sequence | None:
+    def _schedule_one(self, sequence: Sequence, step: Step) -> Sequence | None:
         """Gives a running sequence its tokens, or returns the one to preempt first."""
-        count = self._next_count(sequence, step, blocks)
+        count = self._next_count(sequence, step, self._most_blocks)
         if count == 0:
             return None
         if self._is_long(sequence) != sequence.uses_long_rope:
@@ -185,15 +184,14 @@ class Scheduler:
         self._schedule(sequence, count, step)
         return None
 
-    def _next_count(self, sequence: Sequence, step: Step, blocks: int | None = None) -> int:
+    def _next_count(self, sequence: Sequence, step: Step, blocks: int) -> int:
         """Tokens that a step of at most `blocks` blocks has room to compute for `sequence`."""
         missing = sequence.length - sequence.computed
         if missing == 0 or (sequence.tokens_in_flight and not sequence.may_grow):
             return 0
         if missing == 1 and sequence.computed >= sequence.prompt_length:
             return 1
-        left = max(0, (blocks or self._most_blocks) - step.blocks)
-        return min(missing, left * self.config.block_size)
+        return min(missing, max(0, blocks - step.blocks) * self.config.block_size)
 
     @property
     def _most_blocks(self) -> int:
@@ -201,16 +199,17 @@ class Scheduler:
 
     # admission
 
-    def _admit(self, step: Step, now: float) -> None:
-        """Starts waiting requests while there are slots, pages for all their tokens, and room in the step."""
+    def _admit(self, step: Step, now: float, blocks: int) -> None:
+        """Starts waiting requests while there are slots, pages for all their tokens, and room in the step, which is to
+        have at most `blocks` blocks then."""
         skipped: list[Sequence] = []
         blocked: list[Sequence] = []
-        while step.blocks < self._most_blocks and len(skipped) < LOOK_AHEAD:
+        while step.blocks < blocks and len(skipped) < LOOK_AHEAD:
             sequence = next((one for one in self.waiting.candidates() if one not in skipped), None)
             if sequence is None:
                 return
             try:
-                if self._admit_one(sequence, step, now, blocked):
+                if self._admit_one(sequence, step, now, blocks, blocked):
                     for one in blocked:
                         one.passed += 1
                     continue
@@ -220,11 +219,11 @@ class Scheduler:
                 continue
             skipped.append(sequence)
 
-    def _admit_one(self, sequence: Sequence, step: Step, now: float, blocked: list[Sequence]) -> bool:
+    def _admit_one(self, sequence: Sequence, step: Step, now: float, blocks: int, blocked: list[Sequence]) -> bool:
         """Starts a waiting sequence. Returns False, without starting it, if it must wait longer, and appends it to
         those that found no pages if that is why."""
-        if sequence.tokens_in_flight:
-            return False  # it was preempted in this step
+        if sequence in self._put_back:  # the step in flight may draw its next token
+            return False
         if not self._holdings.free_slots and next(self.running.victims(sequence), None) is None:
             return False
         self._choose_frequencies(sequence)
@@ -237,7 +236,7 @@ class Scheduler:
             return False
         self._restrict(sequence)
         self._start(sequence, hit, now)
-        self._schedule(sequence, self._next_count(sequence, step), step)
+        self._schedule(sequence, self._next_count(sequence, step, blocks), step)
         return True
 
     def _has_room(self, sequence: Sequence, hit: list[int], reserved: bool) -> bool:
@@ -311,6 +310,7 @@ class Scheduler:
         sequence.preemptions += 1
         self.counters.preemptions += 1
         self.waiting.put_back(sequence)
+        self._put_back.add(sequence)
 
     def mask(self, plan: StepPlan, now: float = 0.0) -> np.ndarray:
         """int32[samples, words]: which ids each draw of an adjusted plan may give. If the plan awaits the step before,

@@ -47,8 +47,8 @@ class Outcome:
 
     @property
     def first_token_after(self) -> float:
-        assert self.end.first_token_at is not None
-        return self.end.first_token_at - self.asked.step
+        assert self.end.progress.first_token_at is not None
+        return self.end.progress.first_token_at - self.asked.step
 
 
 @dataclass

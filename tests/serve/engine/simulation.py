@@ -176,10 +176,10 @@ class Simulation:
     def _check_expired(self, sequence: Sequence, end: End) -> None:
         request = sequence.request
         if end.reason is Ending.DEADLINE:
-            assert request.deadline is not None and request.deadline <= end.finished_at
+            assert request.deadline is not None and request.deadline <= end.progress.at
         else:
-            assert request.max_queue_time is not None and end.admitted_at is None and not end.tokens
-            assert end.finished_at >= request.arrival + request.max_queue_time
+            assert request.max_queue_time is not None and end.progress.admitted_at is None and not end.tokens
+            assert end.progress.at >= request.arrival + request.max_queue_time
 
     # the device
 

@@ -66,7 +66,8 @@ def requests(prefix: str, vocab: int) -> list[Request]:
             seed=index,
             logprobs=int(rng.choice([-1, 0, 3])),
         )
-        made.append(Request(f"{prefix}{index}", prompt, sampling, int(rng.integers(1, 64 - len(prompt)))))
+        served: dict[str, Any] = {"tenant": str(index % 3), "priority": index % 4 // 2}
+        made.append(Request(f"{prefix}{index}", prompt, sampling, int(rng.integers(1, 64 - len(prompt))), **served))
     return made
 
 

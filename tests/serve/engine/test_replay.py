@@ -52,15 +52,15 @@ def test_a_long_day(count: int) -> None:
     endings = Counter(outcome.end.reason for outcome in replay.outcomes)
     assert set(endings) == {Ending.EOS, Ending.LENGTH, Ending.CANCELLED, Ending.QUEUE_TIME}
     for asked, end in ((outcome.asked, outcome.end) for outcome in replay.outcomes):
-        assert end.preemptions <= MOST_PREEMPTIONS
+        assert end.progress.preemptions <= MOST_PREEMPTIONS
         if end.reason in (Ending.EOS, Ending.LENGTH):
             assert len(end.tokens) == min(asked.draws, asked.max_tokens)
         if end.reason is Ending.QUEUE_TIME:
             assert asked.max_queue_time is not None and not end.tokens
-            assert end.finished_at == asked.step + asked.max_queue_time
-        if end.admitted_at is not None and asked.max_queue_time is not None:
-            assert end.admitted_at < asked.step + asked.max_queue_time
-        assert (end.admitted_at or end.finished_at) - asked.step < 400, "a request is starved"
+            assert end.progress.at == asked.step + asked.max_queue_time
+        if end.progress.admitted_at is not None and asked.max_queue_time is not None:
+            assert end.progress.admitted_at < asked.step + asked.max_queue_time
+        assert (end.progress.admitted_at or end.progress.at) - asked.step < 400, "a request is starved"
 
 
 def percentile(outcomes: list[Outcome], tenant: str, share: float) -> float:
@@ -102,11 +102,11 @@ def test_short_requests_pass_one_that_finds_no_pages_and_it_starts_all_the_same(
     short = [Asked(2 + 2 * i, prompt(rng, 16), 4, 4, tenant="a") for i in range(200)]
     replay = Replay(config)
     replay.run([*first, big, *short], 5000)
-    began = {id(outcome.asked): outcome.end.admitted_at or 0.0 for outcome in replay.outcomes}
+    began = {id(outcome.asked): outcome.end.progress.admitted_at or 0.0 for outcome in replay.outcomes}
     passed = [one for one in short if began[id(one)] < began[id(big)]]
     assert 0 < len(passed) <= MOST_PASSES
     assert max(began[id(one)] - one.step for one in passed) <= 2, "they waited behind it"
-    drained = max(outcome.end.finished_at for outcome in replay.outcomes if outcome.asked in [*first, *passed])
+    drained = max(outcome.end.progress.at for outcome in replay.outcomes if outcome.asked in [*first, *passed])
     assert began[id(big)] <= drained + 1, "there was room, and it didn't start"
 
 
@@ -134,7 +134,7 @@ def test_an_urgent_request_starts_at_once_when_the_engine_is_full() -> None:
     replay.run([*running, urgent], 5000)
     (outcome,) = (one for one in replay.outcomes if one.asked is urgent)
     assert outcome.first_token_after <= 2
-    assert sum(one.end.preemptions for one in replay.outcomes) == 1
+    assert sum(one.end.progress.preemptions for one in replay.outcomes) == 1
 
 
 def test_samples_of_one_prompt_compute_it_once() -> None:

@@ -117,8 +117,9 @@ EngineMachine.TestCase.settings = settings(max_examples=100, stateful_step_count
 TestEngine = EngineMachine.TestCase
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["alike", "mixed"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_long_crowded_run(name: str) -> None:
+def test_a_long_crowded_run(name: str, mixed: bool) -> None:
     """Hundreds of requests over the same few pages: what a server does in an hour, where a lost page shows."""
     rng = random.Random(name)
     simulation = Simulation(CONFIGS[name])
@@ -126,7 +127,15 @@ def test_a_long_crowded_run(name: str) -> None:
         prompt = rng.choice(FAMILIES)[: rng.randrange(1, 39)]
         prompt = prompt + [rng.randrange(1, VOCAB) for _ in range(rng.randrange(3))]
         prompt = prompt[:39]
-        simulation.submit(prompt, rng.randrange(1, 41 - len(prompt)), rng.choice([frozenset({EOS}), frozenset()]))
+        options: dict[str, Any] = {
+            "tenant": rng.choice("aab"),
+            "priority": rng.choice([0, 0, 0, 1, -1]),
+            "cache_salt": rng.choice([b"", b"", b"salt"]),
+            "cache_read": rng.random() < 0.9,
+            "cache_write": rng.random() < 0.9,
+        }
+        eos = rng.choice([frozenset({EOS}), frozenset()])
+        simulation.submit(prompt, rng.randrange(1, 41 - len(prompt)), eos, **(options if mixed else {}))
         if simulation.live and rng.random() < 0.1:
             simulation.cancel(rng.choice(sorted(simulation.live)))
         if simulation.live and rng.random() < 0.05:
@@ -138,6 +147,8 @@ def test_a_long_crowded_run(name: str) -> None:
     assert len(simulation.finished) == 200
     assert counters.completion_tokens == sum(len(r.completion) for r in simulation.finished)
     assert counters.prompt_tokens == sum(s.prompt_length for s in simulation.finished)
+    if mixed:
+        return
     if name in ("few pages", "the fewest pages", "a page a block", "many slots", "a token a page"):
         assert counters.preemptions > 2, "the pages were enough, so running out of them isn't tested"
     if name in ("room for all", "one sequence"):
