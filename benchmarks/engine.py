@@ -185,7 +185,8 @@ class EngineProcess(Inference):
     def load(
         self, model: str, dtype: Dtype, max_sequences: int, context: int, quantize: str = "none"
     ) -> dict[str, Any]:
-        """Loads and compiles a model, without a prefix cache. quantize: as for `isthmus serve --quantize`."""
+        """Loads and compiles a model, without a prefix cache, and without guesses, which random weights make come true
+        more often than text does. quantize: as for `isthmus serve --quantize`."""
         start = time.perf_counter()
         enable_compilation_cache()
         folder = open_model(Path(model), dtype, quantize=quantize)
@@ -196,6 +197,7 @@ class EngineProcess(Inference):
             pages=Sizes(max_sequences, context).pages,
             max_waiting=4096,
             prefix_cache=False,
+            draft_rows=0,
         )
         self._driver = Driver(lambda sink: build_engine(folder, config, MeshShape(), sink))
         return {

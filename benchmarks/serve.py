@@ -72,7 +72,7 @@ class ServeBench(Bench):
     """Devices to split the model over"""
     kernels: str = "auto"
     """Kernels that compute, as for `isthmus serve`: auto, reference, or the name of kernels such as cpu"""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(draft_rows=0))
 
     def validate(self) -> None:
         self.lengths.validate()

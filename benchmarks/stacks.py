@@ -117,7 +117,8 @@ ENGINES: dict[EngineName, Engine] = {
         child="{python} -m isthmus.benchmarks.engine",
         server="{python} -m isthmus.commands.main serve --model {model} --port {port} --dtype bfloat16 "
         "--quantize {quantize} --engine.max-sequences {sequences} --engine.context-length {context} "
-        "--engine.pages {pages} --engine.max-waiting 4096 --engine.no-prefix-cache --report-cached-tokens",
+        "--engine.pages {pages} --engine.max-waiting 4096 --engine.no-prefix-cache --engine.draft-rows 0 "
+        "--report-cached-tokens",
     ),
     # Each sequence has a slot with room for a whole context. Batches that mix prompts and decoding are its default.
     "llama": Engine(

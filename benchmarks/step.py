@@ -62,7 +62,7 @@ class StepBench(Bench):
     """Time the largest step without prompts for each way to draw tokens, beside greedy"""
     kernels: str = "auto"
     """Kernels that compute, as for `isthmus serve`: auto, reference, or the name of kernels such as cpu"""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(draft_rows=0))
 
     def validate(self) -> None:
         self.check_least(repeats=3, warmup=1, tp=1, depth=0)

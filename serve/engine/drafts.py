@@ -9,66 +9,91 @@ same whether there are guesses or not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Tokens
+from typing import TYPE_CHECKING
+
+from isthmus.serve.engine.config import EngineConfig
+
+if TYPE_CHECKING:
+    from isthmus.serve.engine.sequence import Sequence
 
 GRAM = 3
 """Tokens that must agree before a place counts as an earlier one"""
 MOST_GUESSES = 7
 """A step checks at most so many tokens of a sequence beyond the first"""
-PATIENCE = 3
-"""Tokens in a row that the lookup must have foretold before guesses are checked"""
+PATIENCE = 4
+"""Tokens in a row that must have been foretold before guesses are checked"""
+MOST_INDEXED = 512
+"""Tokens that are indexed for a sequence in a step, so that a long prompt holds nobody up"""
 
 
 class Lookup:
     """Follows a sequence token by token, and the place that it repeats."""
 
-    def __init__(self, known: Sequence[int], source: Sequence[int] = ()) -> None:
-        """known: the sequence so far. source: tokens that it may repeat besides its own."""
-        self._tokens = [*source]
-        self._last: dict[tuple[int, ...], int] = {}
-        """The index after the last occurrence of each GRAM tokens, but for those at the very end"""
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+        """The index after the last occurrence of each GRAM tokens"""
         self._at: int | None = None
         """The index of what comes next at the place that is repeated"""
         self._hits = 0
-        self._guesses = MOST_GUESSES
-        for token in known:
+        self._most = MOST_GUESSES
+
+    def follow(self, tokens: Tokens[int]) -> bool:
+        """Goes on to the end of `tokens`, the sequence so far. Returns whether it has come that far, and the last
+        tokens were foretold, so that it is worth checking guesses."""
+        for token in tokens[len(self._tokens) : len(self._tokens) + MOST_INDEXED]:
             self._append(token)
+        return len(self._tokens) == len(tokens) and self._hits >= PATIENCE and self._at is not None
 
-    @property
-    def foretells(self) -> bool:
-        """Whether the last tokens were foretold, so that it is worth checking guesses."""
-        return self._hits >= PATIENCE and self._at is not None
-
-    def guess(self, most: int) -> list[int]:
+    def guess(self, most: int) -> tuple[int, ...]:
         """What comes next if the sequence goes on repeating, at most `most` tokens."""
         if self._at is None:
-            return []
-        return self._tokens[self._at : self._at + min(most, self._guesses)]
+            return ()
+        return tuple(self._tokens[self._at : self._at + min(most, self._most)])
 
-    def take(self, tokens: Sequence[int], guessed: int = 0) -> None:
-        """Goes on by tokens that were drawn. guessed: how many tokens had been guessed in their place."""
-        for token in tokens:
-            self._hits = self._hits + 1 if self._foretold() == token else 0
-            self._append(token)
-        if guessed:  # as many as lately came true, and a few more
-            right = len(tokens) - 1
-            self._guesses = min(MOST_GUESSES, max(1, 2 * right) if right < guessed else 2 * guessed)
-            if right:
-                self._hits = max(self._hits, PATIENCE)
-
-    def _foretold(self) -> int | None:
-        return None if self._at is None else self._tokens[self._at]
+    def learn(self, guessed: int, right: int) -> None:
+        """How many tokens of a guess were right: as many are guessed next time, and a few more."""
+        self._most = MOST_GUESSES if right == guessed else min(MOST_GUESSES, 2 * right + 1)
 
     def _append(self, token: int) -> None:
-        follows = self._foretold() == token
+        follows = self._at is not None and self._tokens[self._at] == token
+        self._hits = self._hits + 1 if follows else 0
         self._tokens.append(token)
         end = len(self._tokens)
-        gram = tuple(self._tokens[end - GRAM :]) if end >= GRAM else None
-        if follows and self._at is not None:
-            self._at += 1
-        else:
-            self._at = self._last.get(gram) if gram is not None else None
-        if gram is not None:
-            self._last[gram] = end
-        if self._at is not None and self._at >= end:
-            self._at = None
+        if follows:
+            self._at += 1  # type: ignore[operator]
+        if end < GRAM:
+            return
+        gram = tuple(self._tokens[-GRAM:])
+        if not follows:
+            self._at = self._after.get(gram)
+        self._after[gram] = end
+
+
+class Drafting:
+    """Which sequences of a step have guesses checked: those whose text repeats, where the step has rows to spare."""
+
+    def __init__(self, config: EngineConfig, rope_switch: int) -> None:
+        """config: resolved. rope_switch: as in ModelConfig; models that have one are not guessed for."""
+        self._rows = 0 if rope_switch else config.draft_rows
+
+    def holds_back(self, sequence: Sequence, running: int) -> bool:
+        """Whether a sequence waits for the token in flight, so that guesses can follow it. running: how many run."""
+        return self._foretells(sequence, running) and sequence.tokens_in_flight > 0
+
+    def guess(self, sequence: Sequence, rows: int, running: int) -> tuple[int, ...]:
+        """What is to be checked after a sequence's last token, which is known. rows: how many the step has already."""
+        left = sequence.prompt_length + sequence.request.max_tokens - sequence.length - 1
+        most = min(self._rows - rows, left)
+        if most <= 0 or sequence.tokens_in_flight or not self._foretells(sequence, running):
+            return ()
+        assert sequence.lookup is not None
+        return sequence.lookup.guess(most)
+
+    def _foretells(self, sequence: Sequence, running: int) -> bool:
+        if 2 * running > self._rows or sequence.constraint is not None:
+            return False
+        if sequence.lookup is None:
+            sequence.lookup = Lookup()
+        return sequence.lookup.follow(sequence.tokens)

@@ -17,7 +17,8 @@ from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, Request
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Progress, Request
-from isthmus.serve.engine.scheduler import Counters, Scheduler
+from isthmus.serve.engine.outcomes import Counters
+from isthmus.serve.engine.scheduler import Scheduler
 
 logger = logging.getLogger("isthmus.engine")
 

@@ -147,7 +147,7 @@ class Packer:
             arrays.sample_token[rows] = np.arange(row, row + count)
             plan.draws[rows] = self.draws[sequence.slot]
             plan.draws["position"][rows] = positions + 1
-            plan.drafts[sequence] = Drafted(work.drafts, row)
+            plan.drafts[sequence] = Drafted(work.drafts, range(row, row + count))
             row += count
 
     def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:

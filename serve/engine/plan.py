@@ -68,8 +68,8 @@ class Drafted(NamedTuple):
     """Guesses of what comes after a sequence's last known token, whose row is among the plan's samples."""
 
     tokens: tuple[int, ...]
-    first_row: int
-    """The row of the head behind the first of them; the others' follow"""
+    rows: range
+    """The row of the head behind each of them"""
 
 
 @dataclass(eq=False)
@@ -95,3 +95,7 @@ class StepPlan:
     """Whether a draw's mask follows from tokens of the step before, so that it can be drawn only when they are known"""
     scheduled_tokens: int = 0
     """Tokens that are not padding"""
+
+    def rows_of_drafts(self, sequence: Sequence) -> range:
+        """The rows of the head behind a sequence's guesses."""
+        return self.drafts[sequence].rows if sequence in self.drafts else range(0)

@@ -9,18 +9,20 @@ token that the host doesn't know yet is read on the device.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import numpy as np
 
 from isthmus.model.ops.adjustments import words_for
 from isthmus.model.ops.sampling import BAD_ROW, Drawn
 from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.drafts import MOST_GUESSES, Drafting
 from isthmus.serve.engine.holdings import Holdings
 from isthmus.serve.engine.masks import masks_of
 from isthmus.serve.engine.messages import Ending, Event, Logprobs, Request
+from isthmus.serve.engine.outcomes import Counters, joined, logprobs_of, stops
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
-from isthmus.serve.engine.plan import StepPlan
+from isthmus.serve.engine.plan import Drafted, StepPlan
 from isthmus.serve.engine.queue import Queue
 from isthmus.serve.engine.running import Running
 from isthmus.serve.engine.sequence import Sequence
@@ -31,17 +33,6 @@ MOST_PASSES = 16
 """So many sequences may start past one that finds no pages; then pages are left free until it does"""
 LOOK_AHEAD = 4
 """Waiting sequences that a step looks at and doesn't start"""
-
-
-@dataclass
-class Counters:
-    """Totals since the engine started."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    completion_tokens: int = 0
 
 
 class Scheduler:
@@ -60,6 +51,7 @@ class Scheduler:
         """Those that were preempted while the step that is planned last was planned"""
         self._launched: list[Sequence] = []
         """Those of whose prompts the step planned last computes a part"""
+        self._drafting, self._drafts_in_flight = Drafting(config, rope_switch), False
         self._packer = Packer(config)
         self._holdings = Holdings(config, self._packer.tables)
         self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
@@ -87,6 +79,8 @@ class Scheduler:
 
         now: seconds, on the same clock as the requests' times.
         """
+        if self._drafts_in_flight:  # how far they lead isn't known yet
+            return None
         self._put_back.clear()
         self._expire(now)
         self._register_launched(now)
@@ -97,7 +91,17 @@ class Scheduler:
             self._admit(step, now, self._most_blocks - (max(1, self._most_blocks // 2) if yielding else 0))
         for sequence in yielding:
             self._schedule_safely(sequence, step, now)
+        self._draft(step)
         return self._packed(step, now)
+
+    def _draft(self, step: Step) -> None:
+        """Adds guesses to a step without prompts."""
+        for work in step.singles if not step.chunks else ():
+            sequence = work.sequence
+            guesses = self._drafting.guess(sequence, step.rows, len(self.running))
+            if guesses and self._holdings.grow(sequence, sequence.computed + len(guesses)):
+                work.drafts = guesses
+                sequence.computed += len(guesses)
 
     def _packed(self, step: Step, now: float) -> StepPlan | None:
         """The plan of a step, without the requests that can't be written into one; None if that leaves nothing."""
@@ -105,6 +109,7 @@ class Scheduler:
             try:
                 plan = self._packer.pack(step)
                 self._launched = [work.sequence for work in step.chunks]
+                self._drafts_in_flight = bool(plan.drafts)
                 return plan
             except RequestFault as fault:
                 step.drop(fault.sequence, self.config.block_size)
@@ -188,6 +193,8 @@ class Scheduler:
         """Tokens that a step of at most `blocks` blocks has room to compute for `sequence`."""
         missing = sequence.length - sequence.computed
         if missing == 0 or (sequence.tokens_in_flight and not sequence.may_grow):
+            return 0
+        if missing == 1 and self._drafting.holds_back(sequence, len(self.running)):
             return 0
         if missing == 1 and sequence.computed >= sequence.prompt_length:
             return 1
@@ -316,13 +323,14 @@ class Scheduler:
         """int32[samples, words]: which ids each draw of an adjusted plan may give. If the plan awaits the step before,
         that is committed."""
         mask = np.full((plan.bucket.samples, words_for(self._vocab_size)), -1, np.int32)
-        for row, sequence in plan.samples:
+        for first, sequence in plan.samples:
             if sequence.ending is not None or not sequence.adjusts:
                 continue
             try:
-                sequence.fill_mask(mask[row], int(plan.draws["position"][row]) - sequence.prompt_length)
+                for row in (first, *plan.rows_of_drafts(sequence)):
+                    sequence.fill_mask(mask[row], int(plan.draws["position"][row]) - sequence.prompt_length)
             except Exception as error:
-                mask[row] = -1
+                mask[first] = -1
                 self._fail(sequence, error, now)
         return mask
 
@@ -331,19 +339,43 @@ class Scheduler:
     def commit(self, plan: StepPlan, drawn: Drawn, now: float = 0.0) -> list[Event]:
         """Takes in what `plan` drew, in numpy's arrays, which came at `now`; finished requests free their pages."""
         self.counters.steps += 1
+        if plan.drafts:
+            self._drafts_in_flight = False
         events = []
         for row, sequence in plan.samples:
             if sequence.ending is not None:  # it ended while the step ran
                 continue
-            sequence.tokens_in_flight -= 1
+            drafted = plan.drafts.get(sequence)
+            sequence.tokens_in_flight -= 1 if drafted is None else 1 + len(drafted.tokens)
             try:
-                events.append(self._take(sequence, drawn, row, now))
+                if drafted is None:
+                    events.append(self._take(sequence, drawn, row, now))
+                else:
+                    events.append(joined(list(self._take_drafted(sequence, drafted, drawn, row, now))))
             except Exception as error:
                 self._fail(sequence, error, now)
         return events
 
+    def _take_drafted(
+        self, sequence: Sequence, drafted: Drafted, drawn: Drawn, row: int, now: float
+    ) -> Iterator[Event]:
+        """Takes in what was drawn after the last known token, and what was drawn behind each guess that is that."""
+        right, rows = 0, (row, *drafted.rows)
+        for at, guess in enumerate((*drafted.tokens, None)):
+            if sequence.slot >= 0:  # keys and values behind a wrong guess are none of this sequence's
+                sequence.computed = len(sequence.tokens)
+            event = self._take(sequence, drawn, rows[at], now)
+            yield event
+            if event.end is not None or event.tokens[-1] != guess:
+                break
+            right += 1
+        self.counters.drafted_tokens += len(drafted.tokens)
+        self.counters.accepted_tokens += right
+        if sequence.lookup is not None:
+            sequence.lookup.learn(len(drafted.tokens), right)
+
     def _take(self, sequence: Sequence, drawn: Drawn, row: int, now: float) -> Event:
-        token, logprobs = int(drawn.token[row]), _logprobs(sequence.request, drawn, row)
+        token, logprobs = int(drawn.token[row]), logprobs_of(sequence.request, drawn, row)
         if token == BAD_ROW:
             self._prefixes.forget(sequence)
             return self._finish(sequence, Ending.ERROR, now)
@@ -354,25 +386,10 @@ class Scheduler:
         self.counters.completion_tokens += 1
         if sequence.slot >= 0:
             self._holdings.register(sequence)
-        reason = self._stops(sequence, token)
+        reason = stops(sequence, token, self.config.context_length)
         if reason is not None:
             return self._finish(sequence, reason, now, (token,), logprobs)
         return Event(sequence.request, (token,), logprobs, progress=sequence.progress(now))
-
-    def _stops(self, sequence: Sequence, token: int) -> Ending | None:
-        request = sequence.request
-        if token in request.eos_ids:
-            return Ending.EOS
-        if token in request.stop_ids:
-            return Ending.STOP_TOKEN
-        if sequence.constraint is not None:
-            sequence.constraint.accept(token)
-            if sequence.constraint.done:
-                return Ending.COMPLETE
-        if len(sequence.tokens) - sequence.prompt_length >= request.max_tokens:
-            full = len(sequence.tokens) >= self.config.context_length
-            return Ending.CONTEXT_LENGTH if full else Ending.LENGTH
-        return None
 
     def _finish(
         self,
@@ -402,17 +419,9 @@ class Scheduler:
         self._holdings.check(self.running)
         for sequence in self.running:
             assert sequence.ending is None and sequence.slot >= 0
-            assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= 1
+            most = MOST_GUESSES + 1 if self._drafts_in_flight else 1
+            assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= most
             room = len(sequence.pages) * self.config.page_size
             assert room >= sequence.computed, f"{sequence.request.id} computes without pages"
         for sequence in self.waiting:
             assert not sequence.pages and sequence.slot < 0 and sequence.computed == 0
-
-
-def _logprobs(request: Request, drawn: Drawn, row: int) -> tuple[Logprobs, ...]:
-    """What is told about a row's token; nothing if it wasn't asked for."""
-    count = request.sampling.logprobs
-    if count < 0:
-        return ()
-    tokens, top = drawn.top_tokens[row, :count].tolist(), drawn.top_log_probabilities[row, :count].tolist()
-    return (Logprobs(float(drawn.log_probability[row]), tuple(tokens), tuple(top)),)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.serve.engine.constraint import Constraint
+from isthmus.serve.engine.drafts import Lookup
 from isthmus.serve.engine.masks import Masks
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Progress, Request
 
@@ -31,6 +32,8 @@ class Sequence:
     """Which tokens may be drawn by the request's options; None where all may"""
     constraint: Constraint | None = field(default=None, init=False)
     """Which may be drawn after the tokens that the host knows"""
+    lookup: Lookup | None = field(default=None, init=False)
+    """What guesses its next tokens, once that may be worth it"""
     adjusts: bool = field(default=False, init=False)
     """Whether its draws see other logits than the model's"""
     slot: int = field(default=-1, init=False)

@@ -268,6 +268,10 @@ class Simulation:
                 self.poison.discard(sequence.request.id)
                 drawn[row] = BAD_ROW
             self.tokens[int(plan.draws["slot"][row]), position] = int(drawn[row])
+            for guess in plan.rows_of_drafts(sequence):  # as if the guesses before it were right
+                drawn[guess] = draw(prefixes[int(arrays.sample_token[guess])])
+                position = int(plan.draws["position"][guess])
+                self.tokens[int(plan.draws["slot"][guess]), position] = int(drawn[guess])
         return drawn
 
     # what must hold of every plan
@@ -310,15 +314,22 @@ class Simulation:
 
     def _check_samples(self, plan: StepPlan, arrays: PlanArrays) -> None:
         nobody = self.config.nobody
-        rows = [row for row, _ in plan.samples]
-        assert len({id(sequence) for _, sequence in plan.samples}) == len(rows) == len(set(rows))
+        assert len({id(sequence) for _, sequence in plan.samples}) == len(plan.samples)
+        rows = [row for row, _ in plan.samples] + [row for drafted in plan.drafts.values() for row in drafted.rows]
+        assert len(rows) == len(set(rows))
         for row in range(plan.bucket.samples):
             if row not in rows:
                 assert plan.draws["slot"][row] == nobody, "a draw that nobody asked for is kept"
         for row, sequence in plan.samples:
-            assert plan.draws["slot"][row] == sequence.slot and sequence.tokens_in_flight in (1, 2)
-            assert arrays.positions[arrays.sample_token[row]] == sequence.computed - 1 == sequence.length - 2
-            assert plan.draws["position"][row] == sequence.computed
+            drafts = plan.rows_of_drafts(sequence)
+            assert plan.draws["slot"][row] == sequence.slot and sequence.tokens_in_flight - len(drafts) in (1, 2)
+            position = sequence.computed - 1 - len(drafts)
+            assert arrays.positions[arrays.sample_token[row]] == position == sequence.length - 2 - len(drafts)
+            assert plan.draws["position"][row] == position + 1
+            for ahead, guess in enumerate(drafts, start=1):
+                assert plan.draws["slot"][guess] == sequence.slot
+                assert plan.draws["position"][guess] == position + 1 + ahead
+                assert arrays.positions[arrays.sample_token[guess]] == position + ahead
 
 
 def run_until(simulation: Simulation, done: Callable[[], bool], limit: int = 1000) -> None:

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
+from isthmus.serve.engine import drafts
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.sampling import Sampling
@@ -38,11 +39,20 @@ CONFIGS = {
     "one sequence": engine_config(max_sequences=1, pages=11),
     "many slots": engine_config(max_sequences=9, pages=20),
     "room for all": engine_config(pages=50),
+    "guesses": engine_config(draft_rows=8, pages=24),
+    "guesses and few pages": engine_config(draft_rows=8),
     "a token a page": engine_config(page_size=1, block_size=2, prefill_tokens=6, pages=60),
 }
 
 FAMILIES = [[1 + (i * k) % (VOCAB - 1) for i in range(39)] for k in (1, 5, 7)]
 """Prompts are beginnings of these, so that prefixes meet in the cache."""
+
+
+@pytest.fixture(autouse=True)
+def guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guesses where that is allowed, and mostly wrong ones."""
+    monkeypatch.setattr(drafts, "GRAM", 1)
+    monkeypatch.setattr(drafts, "PATIENCE", 0)
 
 
 class EngineMachine(RuleBasedStateMachine):
