@@ -28,7 +28,11 @@ Proves on this machine what Isthmus promises.
 
   determinism   a request gets the same bits whatever happens around it
 
-isthmus check CHECK --help says more."""
+isthmus check CHECK --help says more.
+
+examples:
+  isthmus check determinism
+  isthmus check determinism --model models/llama --requests 1000"""
 HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch,
 from a cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
 cancelled, pages run short; then each runs again alone, and every token is compared. Exits with 1 if a bit differs.
@@ -134,10 +138,12 @@ def _print(console: Console, name: str, verdict: Verdict) -> None:
 def main(argv: Sequence[str]) -> int:
     """Returns the process's exit status."""
     words = list(argv)
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE)
+        raise SystemExit(0)  # as every command does
     if words[:1] != ["determinism"]:
-        asked = bool(words) and words[0] in ("-h", "--help")
-        print(USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+        print(USAGE, file=sys.stderr)
+        return 2
     config = tyro.cli(Determinism, args=words[1:], prog="isthmus check determinism", description=HELP)
     enable_compilation_cache()
     try:

@@ -72,6 +72,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             steps=load.counters.steps,
             recompilations=load.recompilations,
             draining=load.draining,
+            drafted_tokens=load.counters.drafted_tokens,
+            accepted_tokens=load.counters.accepted_tokens,
         )
 
     async def Cancel(self, request: pb.CancelRequest, context: grpc.aio.ServicerContext) -> pb.CancelResponse:

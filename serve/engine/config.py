@@ -50,7 +50,10 @@ class EngineConfig:
     page_size: int = 16
     """Tokens in a page of KV cache"""
     prefill_tokens: int = 512
-    """Most prompt tokens in a step: more makes prompts faster, fewer keep the time between tokens short"""
+    """Most prompt tokens in a step; beside streams fewer, as target_itl says"""
+    target_itl: float = 0.0
+    """Seconds between a stream's tokens that a step aims at while it computes prompts beside streams; 0 is four times
+    what a step without prompts takes"""
     block_size: int = 32
     """Prompt tokens in a block, which attend together; a multiple of page_size. Prompts are cached by whole blocks"""
     draft_rows: int = 8
@@ -68,6 +71,8 @@ class EngineConfig:
         """These sizes with every 0 replaced by its default. Raises ConfigError naming the field that can't work."""
         import dataclasses
 
+        if not 0 <= self.target_itl <= 3600:
+            raise ConfigError(f"engine.target_itl={self.target_itl} must be 0 to 3600 seconds")
         if not 0 <= self.draft_rows <= MOST["max_sequences"]:
             raise ConfigError(f"engine.draft_rows={self.draft_rows} must be 0 to {MOST['max_sequences']}")
         for name, most in MOST.items():

@@ -93,6 +93,10 @@ class StepPlan:
     """What was guessed for some of these sequences, and the rows that check it"""
     awaits: bool = False
     """Whether a draw's mask follows from tokens of the step before, so that it can be drawn only when they are known"""
+    blocks: int = 0
+    """Blocks that are not padding"""
+    planned_at: float = 0.0
+    """When it was planned, in seconds"""
     scheduled_tokens: int = 0
     """Tokens that are not padding"""
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from isthmus.model.ops.adjustments import words_for
 from isthmus.model.ops.sampling import BAD_ROW, Drawn
+from isthmus.serve.engine.budget import Budget
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.drafts import MOST_GUESSES, Drafting
 from isthmus.serve.engine.holdings import Holdings
@@ -52,6 +53,9 @@ class Scheduler:
         self._launched: list[Sequence] = []
         """Those of whose prompts the step planned last computes a part"""
         self._drafting, self._drafts_in_flight = Drafting(config, rope_switch), False
+        self._budget, self._read_at = Budget(config), 0.0
+        self._most_blocks = 0
+        """Of the step that is planned"""
         self._packer = Packer(config)
         self._holdings = Holdings(config, self._packer.tables)
         self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
@@ -86,6 +90,7 @@ class Scheduler:
         self._register_launched(now)
         step = Step()
         drawn, prompts, yielding = self._by_turn()
+        self._most_blocks = self._budget.blocks(len(drawn))
         preempted = any([self._schedule_safely(sequence, step, now) for sequence in (*drawn, *prompts)])
         if not preempted:
             self._admit(step, now, self._most_blocks - (max(1, self._most_blocks // 2) if yielding else 0))
@@ -110,6 +115,7 @@ class Scheduler:
                 plan = self._packer.pack(step)
                 self._launched = [work.sequence for work in step.chunks]
                 self._drafts_in_flight = bool(plan.drafts)
+                plan.planned_at, plan.blocks = now, step.blocks
                 return plan
             except RequestFault as fault:
                 step.drop(fault.sequence, self.config.block_size)
@@ -199,10 +205,6 @@ class Scheduler:
         if missing == 1 and sequence.computed >= sequence.prompt_length:
             return 1
         return min(missing, max(0, blocks - step.blocks) * self.config.block_size)
-
-    @property
-    def _most_blocks(self) -> int:
-        return self.config.prefill_tokens // self.config.block_size
 
     # admission
 
@@ -339,6 +341,9 @@ class Scheduler:
     def commit(self, plan: StepPlan, drawn: Drawn, now: float = 0.0) -> list[Event]:
         """Takes in what `plan` drew, in numpy's arrays, which came at `now`; finished requests free their pages."""
         self.counters.steps += 1
+        # It began when it was launched, or when the step before it was done.
+        self._budget.learn(plan.blocks, now - max(plan.planned_at, self._read_at))
+        self._read_at = now
         if plan.drafts:
             self._drafts_in_flight = False
         events = []

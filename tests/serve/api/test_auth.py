@@ -215,8 +215,9 @@ def test_who_calls_is_known_by_the_token_and_only_where_one_is_needed(
     seen: list[str] = []
     for running, token in ((guarded, TOKEN), (server, None), (server, "made up")):
         with pytest.MonkeyPatch.context() as patch:
-            submit = running.session.submit
-            patch.setattr(running.session, "submit", lambda r, submit=submit: (seen.append(r.tenant), submit(r))[1])
+            session = running.server.session
+            submit = session.submit
+            patch.setattr(session, "submit", lambda r, submit=submit: (seen.append(r.tenant), submit(r))[1])
             with running.client(token=token) as client:
                 client.generate("a", max_tokens=1)
     digest, *others = seen
