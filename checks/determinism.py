@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
+from isthmus.checks.chain import Chain
 from isthmus.checks.crowd import Arrival, play
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor
@@ -69,9 +70,12 @@ def crowd_config(context_length: int, sequences: int = 16) -> EngineConfig:
     )
 
 
-def random_arrivals(vocab: int, context_length: int, count: int, seed: int = 0) -> list[Arrival]:
-    """Requests of every length and with every option, some of which begin alike, that come a few each step; one in ten
-    is cancelled in the middle."""
+def random_arrivals(vocab: int, context_length: int, count: int, seed: int = 0, ids: int = 0) -> list[Arrival]:
+    """Requests of every length and with every option, some of which begin alike, that come a few each step, of several
+    tenants with priorities and salts; one in ten is cancelled in the middle, and one in seven has a constraint.
+
+    ids: the width of the model's logits; 0 is vocab.
+    """
     rng = np.random.default_rng(seed)
     shared = [rng.integers(0, vocab, context_length // 2).tolist() for _ in range(3)]
     made = []
@@ -81,7 +85,19 @@ def random_arrivals(vocab: int, context_length: int, count: int, seed: int = 0) 
             prompt = shared[int(rng.integers(3))][: int(rng.integers(1, context_length // 2))] + prompt[:5]
         limit = int(rng.integers(1, context_length // 2 - 4))
         stops = frozenset(rng.integers(0, vocab, 2).tolist()) if rng.random() < 0.3 else frozenset()
-        request = Request(f"r{index}", prompt, random_sampling(rng, vocab, index), limit, stop_ids=stops)
+        request = Request(
+            f"r{index}",
+            prompt,
+            random_sampling(rng, vocab, index),
+            limit,
+            stop_ids=stops,
+            constraint=Chain(vocab, ids or vocab) if rng.random() < 1 / 7 else None,
+            tenant=str(rng.choice(["a", "a", "b"])),
+            priority=int(rng.choice([0, 0, 0, 1])),
+            cache_salt=bytes(rng.choice([b"", b"", b"salt"])),
+            cache_read=rng.random() < 0.9,
+            cache_write=rng.random() < 0.9,
+        )
         cancel = int(rng.integers(1, limit + 1)) if rng.random() < 0.1 else None
         made.append(Arrival(request, step=int(rng.integers(0, 2 + 2 * count)), cancel_after=cancel))
     return made

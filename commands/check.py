@@ -115,7 +115,7 @@ def run(config: Determinism, console: Console) -> int:
             shown.say(f"{name}: loading and compiling")
             executor = build()
             vocab, context = executor.served.vocab, executor.engine.context_length
-            arrivals = random_arrivals(vocab, context, config.requests, config.seed)
+            arrivals = random_arrivals(vocab, context, config.requests, config.seed, executor.model.vocab_size)
             stage = shown.begin(f"{name}: requests in the crowd and alone", 2 * config.requests, "requests")
             verdict = check(executor, arrivals, stage.advance)
         executor.free()

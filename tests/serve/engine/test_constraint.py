@@ -3,55 +3,23 @@ own request alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.chain import Chain, may_follow
 from isthmus.checks.crowd import Arrival, play
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.constraint import Constraint, ConstraintError
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Ending, Request
-from isthmus.serve.engine.sampling import Sampling, mask_of
+from isthmus.serve.engine.sampling import Sampling
 from tests.support import TINY, as_kept, random_params
 
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=15, max_waiting=64)
 VOCAB = TINY.vocab_size
-EOS = 5
-
-
-def may_follow(token: int) -> frozenset[int]:
-    """Three tokens, which are others after any other token."""
-    return frozenset((3 * token + step) % VOCAB for step in (7, 11, 13)) - {EOS}
-
-
-@dataclass
-class Chain:
-    """Each token decides the next three that may come; after `length` of them nothing may, if that is said."""
-
-    length: int = 0
-    fails_at: int = -1
-    tokens: list[int] = field(default_factory=list)
-
-    def fill(self, into: np.ndarray) -> None:
-        if len(self.tokens) == self.fails_at:
-            raise ConstraintError("it can't go on")
-        into[:] = mask_of(may_follow(self.tokens[-1] if self.tokens else 0), VOCAB)
-
-    def accept(self, token: int) -> None:
-        self.tokens.append(token)
-
-    def forced(self) -> list[int]:
-        return []
-
-    @property
-    def done(self) -> bool:
-        return len(self.tokens) == self.length
-
-    def copy(self) -> Constraint:
-        return replace(self, tokens=list(self.tokens))
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +39,13 @@ def request(index: int, constraint: Constraint | None, **options: object) -> Req
 def test_each_token_follows_from_the_one_before(executor: Executor) -> None:
     """A mask that is a step old lets a token through that makes the text invalid. The unconstrained get what they get
     alone."""
-    arrivals = [Arrival(request(index, Chain() if index % 3 else None), step=index) for index in range(16)]
+    arrivals = [Arrival(request(index, Chain(VOCAB, VOCAB) if index % 3 else None), step=index) for index in range(16)]
     engine = play(executor, arrivals).engine
     assert engine.scheduler.counters.preemptions > 0 and executor.recompilations == 0
     for index, arrival in enumerate(arrivals):
         if index % 3:
             for before, token in zip([0, *arrival.completion], arrival.completion, strict=False):
-                assert token in may_follow(before)
+                assert token in may_follow(before, VOCAB)
         alone = Arrival(arrival.request)
         play(executor, [alone])
         assert alone.end is not None and arrival.end is not None
@@ -86,7 +54,7 @@ def test_each_token_follows_from_the_one_before(executor: Executor) -> None:
 
 
 def test_the_text_ends_where_nothing_may_follow(executor: Executor) -> None:
-    arrivals = [Arrival(request(index, Chain(length=1 + index))) for index in range(5)]
+    arrivals = [Arrival(request(index, Chain(VOCAB, VOCAB, length=1 + index))) for index in range(5)]
     play(executor, arrivals)
     assert [len(arrival.completion) for arrival in arrivals] == [1, 2, 3, 4, 5]
     assert {arrival.ending for arrival in arrivals} == {Ending.COMPLETE}
@@ -95,7 +63,11 @@ def test_the_text_ends_where_nothing_may_follow(executor: Executor) -> None:
 
 def test_a_constraint_that_cannot_go_on_ends_its_request_alone(executor: Executor) -> None:
     """A grammar that meets its limit in the middle is somebody's mistake, and not everybody's."""
-    arrivals = [Arrival(request(0, None)), Arrival(request(1, Chain(fails_at=4))), Arrival(request(2, Chain()))]
+    arrivals = [
+        Arrival(request(0, None)),
+        Arrival(request(1, Chain(VOCAB, VOCAB, fails_at=4))),
+        Arrival(request(2, Chain(VOCAB, VOCAB))),
+    ]
     play(executor, arrivals)
     assert [arrival.ending for arrival in arrivals] == [Ending.LENGTH, Ending.ERROR, Ending.LENGTH]
     failed = arrivals[1].end
@@ -106,7 +78,7 @@ def test_options_hold_beside_a_constraint_as_far_as_they_can(executor: Executor)
     """A bad token isn't drawn, unless nothing else may come."""
     bad = frozenset(range(0, VOCAB, 2))
     sampling = Sampling(temperature=1, seed=1, bad=bad)
-    arrival = Arrival(request(1, Chain(), sampling=sampling))
+    arrival = Arrival(request(1, Chain(VOCAB, VOCAB), sampling=sampling))
     play(executor, [arrival])
     for before, token in zip([0, *arrival.completion], arrival.completion, strict=False):
-        assert token in (may_follow(before) - bad or may_follow(before))
+        assert token in (may_follow(before, VOCAB) - bad or may_follow(before, VOCAB))
