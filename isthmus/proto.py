@@ -141,6 +141,8 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
         message.sampling.allowed_token_ids.SetInParent()
         ids = check_sized("allowed_token_ids", allowed)
         fitting("allowed_token_ids", lambda: message.sampling.allowed_token_ids.ids.extend(ids))
+    before = check_sized("resume_token_ids", sampling.resume_token_ids)
+    fitting("resume_token_ids", lambda: message.resume_token_ids.extend(before))
     bad = check_sized("bad_token_ids", sampling.bad_token_ids)
     fitting("bad_token_ids", lambda: message.sampling.bad_token_ids.extend(bad))
     fitting("logit_bias", lambda: message.sampling.logit_bias.update(sampling.logit_bias))

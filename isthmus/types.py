@@ -132,6 +132,7 @@ class SamplingOptions(FormatOptions, total=False):
     include_stop: bool
     skip_special_tokens: bool
     truncate_prompt_tokens: int | None
+    resume_token_ids: Sequence[int]
     ignore_eos: bool
     logprobs: int | None
     repetition_penalty: float | None
@@ -194,6 +195,9 @@ class SamplingParams:
     """Tokens that are never drawn"""
     min_tokens: int | None = None
     """As many tokens are drawn before one may that ends the text; by default 0"""
+    resume_token_ids: Sequence[int] = ()
+    """Tokens of an answer that broke off, to the same prompt with the same options and `seed`: this one goes on after
+    them, exactly as that one would have, also elsewhere. They count as drawn, and are no part of this answer"""
     response_format: ResponseFormat | None = None
     """What the text must be: tokens that lead elsewhere are never drawn. A text that max_tokens, the context or a stop
     token cuts off is the beginning of such a text"""

@@ -53,6 +53,7 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
         logit_bias=dict(given.logit_bias),
         allowed_token_ids=given.allowed_token_ids.ids if given.HasField("allowed_token_ids") else None,
         bad_token_ids=given.bad_token_ids,
+        resume_token_ids=message.resume_token_ids,
         min_tokens=stop.min_tokens if stop.HasField("min_tokens") else None,
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         stop_token_ids=stop.token_ids,

@@ -93,6 +93,11 @@ class Engine:
             )
         if request.max_tokens < 1:
             raise InvalidRequest("max_tokens", "must be at least 1")
+        if len(request.resumed) >= request.max_tokens:
+            raise InvalidRequest(
+                "resume_token_ids",
+                f"has {len(request.resumed)} ids; max_tokens={request.max_tokens} leaves none to draw",
+            )
         if len(request.prompt) + request.max_tokens > limit:
             total = len(request.prompt) + request.max_tokens
             raise InvalidRequest("max_tokens", f"with the prompt makes {total} tokens; the context holds {limit}")

@@ -21,12 +21,14 @@ class Request:
     """Token ids, at least one"""
     sampling: Sampling
     max_tokens: int
-    """Most tokens to draw"""
+    """Most tokens to draw, those of `resumed` included"""
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end the text; empty goes on past them"""
     constraint: Constraint | None = None
     """What restricts the tokens that may be drawn, at its beginning: the engine steps a copy"""
+    resumed: Sequence[int] = ()
+    """Tokens that were drawn before by a request like this, which goes on after them as that one would have"""
     tenant: str = ""
     """Who asks: tenants of one priority share the engine"""
     priority: int = 0
@@ -106,7 +108,7 @@ class End:
 
     reason: Ending
     tokens: tuple[int, ...] = ()
-    """All tokens that were drawn, the one that ended the sequence included"""
+    """All tokens that were drawn here, the one that ended the sequence included"""
     logprobs: tuple[Logprobs, ...] = ()
     """One for each token, if they were asked for"""
     failure: Exception | None = None

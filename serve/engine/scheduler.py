@@ -279,6 +279,8 @@ class Scheduler:
         sequence.adjusts = request.constraint is not None or request.sampling.adjusts
         if sequence.constraint is None and request.constraint is not None:
             sequence.constraint = request.constraint.copy()
+            for token in request.resumed:
+                sequence.constraint.accept(token)
 
     def _is_long(self, sequence: Sequence) -> bool:
         return 0 < self._rope_switch < sequence.length

@@ -19,7 +19,7 @@ class Sequence:
     request: Request
     prompt_length: int = field(init=False)
     tokens: list[int] = field(init=False)
-    """The prompt and the tokens that were drawn, as far as the host knows them"""
+    """The prompt and the tokens that were drawn, here and before, as far as the host knows them"""
     logprobs: list[Logprobs] = field(default_factory=list, init=False)
     """One for each token that was drawn, if they were asked for"""
     computed: int = field(default=0, init=False)
@@ -57,8 +57,8 @@ class Sequence:
     first_token_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
-        self.prompt_length = len(self.tokens)
+        self.tokens = [*self.request.prompt, *self.request.resumed]
+        self.prompt_length = len(self.request.prompt)
 
     @property
     def length(self) -> int:
@@ -67,7 +67,8 @@ class Sequence:
 
     @property
     def completion(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+        """The tokens that were drawn here."""
+        return self.tokens[self.prompt_length + len(self.request.resumed) :]
 
     @property
     def may_grow(self) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from isthmus.errors import Cancelled, DeadlineExceeded, Overloaded, RequestError, RequestFailed, Unavailable
-from isthmus.model.text.stops import StopStrings
+from isthmus.model.text.stops import MAX_STOP_CHARACTERS, StopStrings
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
 from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Progress, Request
@@ -23,6 +23,10 @@ _REASONS = {
     Ending.LENGTH: FinishReason.LENGTH,
     Ending.CONTEXT_LENGTH: FinishReason.CONTEXT_LENGTH,
 }
+
+
+_MOST_RESUMED = 4 * MAX_STOP_CHARACTERS
+"""So many tokens hold a stop string, if a character takes a token for each of its bytes"""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,24 @@ class Answer:
         options: TextOptions = request.text_options or TextOptions()
         self._request, self._with_text = request, with_text
         self._search = None if options.stops is None else options.stops.search(include=options.include_stop)
+        before, resumed = [*request.prompt, *request.resumed], 0
+        if self._search is not None:  # a stop string may have begun in what is resumed
+            resumed = min(len(request.resumed), _MOST_RESUMED)
         decoded = with_text or self._search is not None
-        self._stream = tokenizer.stream(request.prompt, keep_special=options.keep_special) if decoded else None
+        known = before[: len(before) - resumed]
+        self._stream = tokenizer.stream(known, keep_special=options.keep_special) if decoded else None
+        self._resume(before[len(before) - resumed :])
         self._texts: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+
+    def _resume(self, tokens: Sequence[int]) -> None:
+        """Goes on after tokens whose text, as far as it wasn't held back, the caller has."""
+        for token in tokens:
+            assert self._stream is not None and self._search is not None
+            self._search.push(self._stream.push([token]))
+            if self._found:
+                return
 
     def take(self, events: Sequence[Event]) -> Delta:
         """The delta that `events` add, which are at least one, in order. The last delta has the completion: with the
@@ -90,6 +107,8 @@ class Answer:
         come together. Returns the text that is not held back, and how far the request had come."""
         assert self._stream is not None and self._search is not None
         text = ""
+        if self._found:  # in what was resumed
+            return text, events[0].progress
         for event in events:
             for token in _text_ids(event):
                 self._ids.append(token)

@@ -87,6 +87,7 @@ class Preparation:
             max_tokens=drawing.max_tokens,
             stop_ids=drawing.stop_ids,
             eos_ids=drawing.eos_ids,
+            resumed=self._resumed(asked),
             tenant=tenant,
             priority=priority,
             deadline=deadline,
@@ -97,6 +98,13 @@ class Preparation:
             constraint=self._constraint(asked),
             text_options=self._text_options(asked),
         )
+
+    def _resumed(self, asked: SamplingParams) -> list[int]:
+        given = check_sized("resume_token_ids", asked.resume_token_ids)
+        ids = check_token_ids("resume_token_ids", given, self.tokenizer.vocab_size).tolist()
+        if ids and asked.seed is None:
+            raise InvalidRequest("seed", "must be that of the text that is resumed")
+        return ids
 
     def _constraint(self, asked: SamplingParams) -> Constraint | None:
         if asked.response_format is None:
