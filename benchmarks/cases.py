@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from isthmus.benchmarks import peer_engines, peer_servers, plots, quality, serve, step, train, weights
+from isthmus.benchmarks import features, peer_engines, peer_servers, plots, quality, serve, step, train, weights
 from isthmus.benchmarks.case import Case
 
 CASES: tuple[Case, ...] = (
     Case("step", "Steps", step.StepBench, step.run, step.show, plots.plot_steps, step.notes),
     Case("serve", "Serving", serve.ServeBench, serve.run, serve.show, plots.plot_rates, serve.notes),
+    Case("features", "Features", features.FeaturesBench, features.run, features.show),
     Case("quality", "Quality of integers", quality.QualityBench, quality.run, quality.show, plots.plot_quality),
     Case(
         "peers", "Beside other engines", peer_engines.PeersBench, peer_engines.run, peer_engines.show,

@@ -21,7 +21,7 @@ class Record:
     """A finished benchmark."""
 
     kind: str
-    """The benchmark's name: step, serve, quality, peers, peer-servers, train or weights"""
+    """The benchmark's name: step, serve, features, quality, peers, peer-servers, train or weights"""
     subject: str
     """What was measured: the preset or the model folder's name"""
     machine: Machine

@@ -11,8 +11,8 @@ from isthmus.benchmarks.quality import known
 from isthmus.benchmarks.record import Record, load_all
 
 INTRODUCTION = """Made by `isthmus bench report` from the JSON files in this folder, which hold more: every setting, and
-the spread of every figure. `isthmus bench step`, `serve`, `quality`, `peers`, `peer-servers`, `train` and `weights`
-write them."""
+the spread of every figure. `isthmus bench step`, `serve`, `features`, `quality`, `peers`, `peer-servers`, `train` and
+`weights` write them."""
 
 
 @dataclass(frozen=True)
