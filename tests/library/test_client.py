@@ -53,13 +53,20 @@ class Answering(grpc.GenericRpcHandler):
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Interrupts the main thread inside, as Ctrl-C does."""
-    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
-    timer.start()
+    """Interrupts the main thread inside, as Ctrl-C does, and again if that came where Python drops it."""
+    left = threading.Event()
+
+    def interrupt() -> None:
+        while not left.wait(0.2):
+            signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     try:
         yield
     finally:
-        timer.join()
+        left.set()
+        thread.join()
 
 
 def refuse(error: RequestError) -> Callable[[grpc.ServicerContext], bytes]:

@@ -87,7 +87,7 @@ def test_an_older_folder_is_read_as_the_same_model(family: str) -> None:
 
 def engine_for(config: ModelConfig) -> EngineConfig:
     """Short of pages, so that requests are preempted; two programs, so that compiling doesn't take minutes."""
-    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 50}
+    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 50, "draft_rows": 0}
     engine = EngineConfig(**sizes).resolve(config)
     engine.__dict__["buckets"] = (Bucket(4, 0, 8), Bucket(4, 2, 8))
     return engine
