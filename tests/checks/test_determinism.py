@@ -10,9 +10,11 @@ import pytest
 from isthmus.checks.determinism import check, compared, crowd_config, random_arrivals
 from isthmus.checks.networks import NETWORKS, Numbers, small_executor
 from isthmus.commands import main as command
+from isthmus.model.ops.cpu import library
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
 from isthmus.serve.engine.sampling import Sampling
+from tests.support import narrowest_dtype
 
 REQUEST = Request("r", [1, 2], Sampling(logprobs=1), 8)
 TOLD = (Logprobs(-0.5, (7,), (-0.25,)), Logprobs(-1.5, (9,), (-0.125,)))
@@ -66,3 +68,14 @@ def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> N
     assert said.count("16 of 16 requests with the same bits") == len(NETWORKS)
     assert command.main(["check", "determinism", "--requests", "0"]) == 2
     assert command.main(["check", "nonsense"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--requests", "50"], ["--requests", "9", "--all"]], ids=["kinds", "numbers"])
+def test_hundreds_of_requests_get_the_same_bits(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hundred over the kinds of networks, and some for each kind of number with each of them."""
+    if reason := library.why_not():
+        pytest.skip(reason)
+    if "--all" in options and narrowest_dtype() != "bfloat16":
+        pytest.skip("this jax has no bfloat16 on a CPU")
+    assert command.main(["check", "determinism", *options]) == 0, capsys.readouterr().out
