@@ -53,8 +53,10 @@ class Answering(grpc.GenericRpcHandler):
 
 @contextmanager
 def interrupted() -> Iterator[None]:
-    """Interrupts the main thread inside, as Ctrl-C does, and again if that came where Python drops it."""
+    """Interrupts the main thread inside, as Ctrl-C does, also where a shell that began this in the background has
+    turned that off; and again if it came where Python drops it."""
     left = threading.Event()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         while not left.wait(0.2):
@@ -67,6 +69,7 @@ def interrupted() -> Iterator[None]:
     finally:
         left.set()
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def refuse(error: RequestError) -> Callable[[grpc.ServicerContext], bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import signal
@@ -422,6 +423,7 @@ def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
     def held() -> int:
         return sum(array.nbytes for array in jax.live_arrays())
 
+    gc.collect()  # what tests before this one left
     before, taken = held(), []
     for kernels in ("auto", "reference"):
         with open_model(engine=EngineConfig(max_sequences=1, prefill_tokens=32), kernels=kernels) as llm:
