@@ -7,8 +7,8 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -265,9 +265,9 @@ def compile_steps(
     )
     for bucket in served.engine.buckets:
         compiled.forward[bucket] = lower_forward(served, bucket, mesh, params).compile()
-        if bucket.samples not in compiled.draw:
-            compiled.draw[bucket.samples] = lower_draw(served, bucket.samples, mesh).compile()
-            compiled.draw_adjusted[bucket.samples] = lower_draw(served, bucket.samples, mesh, adjusted=True).compile()
+        if (samples := bucket.samples) not in compiled.draw:
+            compiled.draw[samples] = _compiled_draw(_Draws.of(served, samples, adjusted=False), mesh)
+            compiled.draw_adjusted[samples] = _compiled_draw(_Draws.of(served, samples, adjusted=True), mesh)
         on_progress(bucket)
     compiled.seconds = time.perf_counter() - start
     return compiled
@@ -289,7 +289,36 @@ def lower_forward(served: Served, bucket: Bucket, mesh: Mesh, params: Params | N
 
 def lower_draw(served: Served, samples: int, mesh: Mesh, *, adjusted: bool = False) -> jax.stages.Lowered:
     """Lowers the draws of so many samples, in the same way as `lower_forward`."""
-    step, args = draw_and_arguments(served, samples, mesh, adjusted=adjusted)
+    return _lowered_draw(_Draws.of(served, samples, adjusted=adjusted), mesh)
+
+
+class _Draws(NamedTuple):
+    """All that decides the program of draws but its devices."""
+
+    samples: int
+    ids: int
+    vocab: int
+    slots: int
+    context_length: int
+    implementation: str
+    adjusted: bool
+
+    @classmethod
+    def of(cls, served: Served, samples: int, *, adjusted: bool) -> _Draws:
+        model, engine, implementation = served.model, served.engine, served.execution.kernels.sampling
+        slots = engine.nobody + 1
+        return cls(samples, model.vocab_size, served.vocab, slots, engine.context_length, implementation, adjusted)
+
+
+@lru_cache(maxsize=128)
+def _compiled_draw(draws: _Draws, mesh: Mesh) -> Program:
+    """Kept for the next model with such a vocabulary that this process opens."""
+    compiled: Program = _lowered_draw(draws, mesh).compile()
+    return compiled
+
+
+def _lowered_draw(draws: _Draws, mesh: Mesh) -> jax.stages.Lowered:
+    step, args = _draw_and_arguments(draws, mesh)
     with use_mesh(mesh):
         return step.lower(*args)
 
@@ -321,15 +350,19 @@ def draw_and_arguments(
     served: Served, samples: int, mesh: Mesh, *, adjusted: bool = False
 ) -> tuple[Any, tuple[Any, ...]]:
     """The jitted `isthmus.serve.engine.sampling.draw` of so many samples and its abstract arguments on `mesh`."""
-    ids = served.model.vocab_size
-    adjusting = abstract_adjusting(samples, ids) if adjusted else None
+    return _draw_and_arguments(_Draws.of(served, samples, adjusted=adjusted), mesh)
+
+
+def _draw_and_arguments(draws: _Draws, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    samples, ids = draws.samples, draws.ids
+    adjusting = abstract_adjusting(samples, ids) if draws.adjusted else None
     args = (
         jax.ShapeDtypeStruct((samples, ids), jnp.float32, sharding=_logits_sharding(mesh)),
-        served.abstract_state(mesh).tokens,
+        _whole(mesh, jnp.int32, draws.slots, draws.context_length),
         _whole(mesh, jnp.int32, samples, len(DRAW.names or ())),
         jax.tree.map(lambda leaf: _whole(mesh, leaf.dtype, *leaf.shape), adjusting),
     )
-    run = partial(draw, vocab=served.vocab, implementation=served.execution.kernels.sampling)
+    run = partial(draw, vocab=draws.vocab, implementation=draws.implementation)
     return jax.jit(run, donate_argnums=1, out_shardings=NamedSharding(mesh, PartitionSpec())), args
 
 
