@@ -56,7 +56,7 @@ def expected(request: Request, drawn: list[int], logits: np.ndarray) -> np.ndarr
     return out
 
 
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_adjusted_text_is_what_the_definitions_leave(kernels: str, mesh: Mesh) -> None:
     """Who asks for a penalty would otherwise get a text of another, and who forbids a token would get it."""
     params = random_params(TINY, mesh)
