@@ -46,7 +46,7 @@ class FeaturesBench(Bench):
     dtype: Dtype | None = None
     """What the network computes in; by default bfloat16 except on CPU"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
-    """As for `isthmus serve --quantize`"""
+    """Integers to make of the weights while loading, as `isthmus serve` makes them"""
     streams: int = 32
     """Sequences at once, where options and forms are measured"""
     tokens: int = 192

@@ -61,7 +61,7 @@ class Determinism:
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
     """The dtype of keys and values"""
     kernels: str = AUTO
-    """As for isthmus serve"""
+    """Kernels by name, `auto`, or `reference`, which is XLA alone, as `isthmus serve` takes them"""
     context_length: int = 256
     """Most tokens of a request to --model, prompt included"""
     all: bool = False

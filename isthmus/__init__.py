@@ -25,24 +25,14 @@ if TYPE_CHECKING:
         Unauthenticated,
         Unavailable,
     )
+    from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex
     from isthmus.llm import LLM, AsyncLLM
     from isthmus.model.sharding import MeshShape
     from isthmus.protocol import AsyncModel, Model
     from isthmus.serve.engine.config import EngineConfig
     from isthmus.train.config import TrainConfig
     from isthmus.train.loop import train
-    from isthmus.types import (
-        Choices,
-        Completion,
-        Delta,
-        FinishReason,
-        Grammar,
-        JsonObject,
-        JsonSchema,
-        Regex,
-        SamplingParams,
-        TokenLogprobs,
-    )
+    from isthmus.types import Completion, Delta, FinishReason, SamplingParams, TokenLogprobs
 
 _HOME = {
     "isthmus.aio": ("AsyncClient",),
@@ -60,23 +50,13 @@ _HOME = {
         "Unauthenticated",
         "Unavailable",
     ),
+    "isthmus.forms": ("Choices", "Grammar", "JsonObject", "JsonSchema", "Regex"),
     "isthmus.llm": ("LLM", "AsyncLLM"),
     "isthmus.model.sharding": ("MeshShape",),
     "isthmus.protocol": ("AsyncModel", "Model"),
     "isthmus.serve.engine.config": ("EngineConfig",),
     "isthmus.train.config": ("TrainConfig",),
-    "isthmus.types": (
-        "Choices",
-        "Completion",
-        "Delta",
-        "FinishReason",
-        "Grammar",
-        "JsonObject",
-        "JsonSchema",
-        "Regex",
-        "SamplingParams",
-        "TokenLogprobs",
-    ),
+    "isthmus.types": ("Completion", "Delta", "FinishReason", "SamplingParams", "TokenLogprobs"),
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 

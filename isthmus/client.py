@@ -10,6 +10,7 @@ from typing import Any, TypeVar, Unpack
 import grpc
 
 from isthmus.errors import Unavailable
+from isthmus.forms import check_string
 from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, logprobs_of, message_of, response_of
 from isthmus.protocol import Model, to_question
 from isthmus.types import (
@@ -21,7 +22,6 @@ from isthmus.types import (
     Question,
     TokenLogprobs,
     check_sized,
-    check_string,
     check_timeout,
 )
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc

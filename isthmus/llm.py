@@ -22,6 +22,7 @@ from typing import Literal, TypeVar, get_args
 import jax
 
 from isthmus.errors import ConfigError, DeadlineExceeded, RequestFailed, Unavailable
+from isthmus.forms import check_string
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.sharding import MeshShape
 from isthmus.model.weights.folder import ModelFolder
@@ -36,7 +37,7 @@ from isthmus.serve.prepare.delivery import LoopStream, ThreadStream, deliver
 from isthmus.serve.prepare.reader import Reader, Whole
 from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
 from isthmus.serve.prepare.workers import Workers
-from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt, check_sized, check_string
+from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt, check_sized
 
 T = TypeVar("T")
 Dtype = Literal["auto", "float32", "bfloat16"]

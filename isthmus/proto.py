@@ -22,17 +22,12 @@ from isthmus.errors import (
     Unauthenticated,
     Unavailable,
 )
+from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_string
 from isthmus.types import (
-    Choices,
     Completion,
     Conversation,
     FinishReason,
-    Grammar,
-    JsonObject,
-    JsonSchema,
     Question,
-    Regex,
-    ResponseFormat,
     SamplingParams,
     Service,
     TextPrompt,
@@ -40,7 +35,6 @@ from isthmus.types import (
     check_cache,
     check_sized,
     check_stops,
-    check_string,
     check_turn,
 )
 from isthmus.v1 import inference_pb2

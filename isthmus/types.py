@@ -1,22 +1,22 @@
 """Questions for a model and its answers, the same for LLM, Client and AsyncClient: frozen dataclasses, without jax.
 
 A later option is added as a field of SamplingParams whose default changes nothing, and as a key of SamplingOptions;
-what it returns is added as a field of Completion and Delta with a default. A form of text is added as a class to
-ResponseFormat, and as a keyword to FormatOptions.
+what it returns is added as a field of Completion and Delta with a default. A form of text is added in
+forms.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json as json_text
 import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol, TypedDict, Unpack, cast, get_args, runtime_checkable
+from typing import Literal, TypedDict, Unpack, cast, get_args
 
 from isthmus.errors import InvalidRequest
+from isthmus.forms import FormatOptions, ResponseFormat, check_string, response_format
 
 Prompt = str | Sequence[int]
 """A text, or its token ids"""
@@ -24,98 +24,6 @@ Message = Mapping[str, str]
 """One turn of a conversation: {"role": …, "content": …}"""
 Messages = Sequence[Message]
 """A conversation, in order"""
-
-
-# What a text must be
-
-
-@runtime_checkable
-class SchemaClass(Protocol):
-    """A class that knows its JSON schema, as pydantic's models do."""
-
-    def model_json_schema(self) -> Mapping[str, object]: ...
-
-
-Schema = str | Mapping[str, object] | SchemaClass
-"""A JSON schema: its text, a mapping whose order of keys is the order in the text that is written, or a class with
-`model_json_schema`, such as a pydantic model"""
-
-
-@dataclass(frozen=True)
-class JsonObject:
-    """Any JSON object."""
-
-
-@dataclass(frozen=True)
-class JsonSchema:
-    """JSON that a schema allows. The properties of an object come in the order in which the schema lists them."""
-
-    schema: Schema
-
-    def text(self) -> str:
-        """The schema as JSON. Raises InvalidRequest for what isn't a schema."""
-        given = self.schema
-        try:
-            if isinstance(given, SchemaClass):
-                given = given.model_json_schema()
-            if isinstance(given, Mapping):
-                given = json_text.dumps(dict(given), ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest("schema", f"can't be written as JSON: {error}") from None
-        return check_string("schema", given)
-
-
-@dataclass(frozen=True)
-class Regex:
-    """A text that a regular expression matches as a whole, in the syntax of Rust's regex crate."""
-
-    pattern: str
-
-
-@dataclass(frozen=True)
-class Grammar:
-    """A text of a context-free grammar, in llguidance's variant of Lark."""
-
-    lark: str
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One of some texts."""
-
-    texts: Sequence[str]
-
-
-ResponseFormat = JsonObject | JsonSchema | Regex | Grammar | Choices
-
-
-class FormatOptions(TypedDict, total=False):
-    """The forms of a text as keywords of a call, of which it may have one."""
-
-    json: bool
-    """Any JSON object"""
-    schema: Schema
-    regex: str
-    grammar: str
-    choices: Sequence[str]
-
-
-def response_format(options: FormatOptions) -> ResponseFormat | None:
-    """The form that keywords ask for; None for json=False. Raises InvalidRequest if there are several."""
-    if len(options) > 1:
-        raise InvalidRequest(sorted(options)[1], f"can't be combined with {sorted(options)[0]}: a text has one form")
-    match options:
-        case {"json": wanted}:
-            if not isinstance(wanted, bool):
-                raise InvalidRequest("json", "must be True or False; a schema is given as schema=")
-            return JsonObject() if wanted else None
-        case {"schema": schema}:
-            return JsonSchema(schema)
-        case {"regex": pattern}:
-            return Regex(pattern)
-        case {"grammar": lark}:
-            return Grammar(lark)
-    return Choices(options["choices"])
 
 
 class SamplingOptions(FormatOptions, total=False):
@@ -194,7 +102,7 @@ class SamplingParams:
     bad_token_ids: Sequence[int] = ()
     """Tokens that are never drawn"""
     min_tokens: int | None = None
-    """As many tokens are drawn before one may that ends the text; by default 0"""
+    """The number of tokens before which none is drawn that ends the text; by default 0"""
     resume_token_ids: Sequence[int] = ()
     """Tokens of an answer that broke off, to the same prompt with the same options and `seed`: this one goes on after
     them, exactly as that one would have, also elsewhere. They count as drawn, and are no part of this answer"""
@@ -358,20 +266,6 @@ def check_timeout(timeout: float | None) -> float | None:
     if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) or math.isnan(timeout):
         raise InvalidRequest("timeout", f"must be a number of seconds or None, not {timeout!r:.80}")
     return None if timeout > NO_LIMIT else float(timeout)
-
-
-def check_string(field: str, text: str) -> str:
-    """The text. Raises InvalidRequest for what is no string, and for one that UTF-8 can't hold."""
-    if not isinstance(text, str):
-        raise InvalidRequest(field, f"must be a string, not {type(text).__name__}")
-    try:
-        if not text.isascii():
-            text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            field, f"has U+{ord(text[error.start]):04X} at {error.start}, half of a surrogate pair, which is no text"
-        ) from None
-    return text
 
 
 def check_cache(cache: Cache) -> Cache:

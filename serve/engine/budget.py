@@ -8,7 +8,7 @@ from isthmus.serve.engine.config import EngineConfig
 FACTOR = 4.0
 """Beside prompts a step may take so many times as long as one without them, where no time is given"""
 WEIGHT = 0.3
-"""Of the last step in what is expected of the next one"""
+"""The weight of the last step in the moving average that predicts the next one"""
 
 
 class Budget:

@@ -72,7 +72,7 @@ class Lookup:
 
 
 class Drafting:
-    """Which sequences of a step have guesses checked: those whose text repeats, where the step has rows to spare."""
+    """Decides which sequences of a step have guesses checked: those whose text repeats, if it has rows to spare."""
 
     def __init__(self, config: EngineConfig, rope_switch: int) -> None:
         """config: resolved. rope_switch: as in ModelConfig; models that have one are not guessed for."""

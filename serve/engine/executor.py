@@ -171,7 +171,7 @@ class Executor:
         self.state = empty_state(served.abstract_state(mesh), implementation)
 
     def free(self) -> None:
-        """Gives back the memory of parameters, state and programs. No step may be under way, and none can follow."""
+        """Gives back the memory of parameters, state and forward passes. No step may be under way; none can follow."""
         for leaf in jax.tree.leaves((self.params, self.state)):
             leaf.delete()
         self._programs = Compiled()

@@ -1,4 +1,4 @@
-"""Which tokens a request lets be drawn, as bits over the vocabulary."""
+"""Masks, which say as bits over the vocabulary what tokens a request lets be drawn."""
 
 from __future__ import annotations
 

@@ -34,9 +34,11 @@ class Sampling:
     """How many of the likeliest tokens to tell at each position, at most MOST_LOGPROBS, besides the log-probability of
     the one drawn; -1 tells nothing"""
     repetition_penalty: float = 1.0
-    """This and what follows is as in `isthmus.model.ops.adjustments`"""
+    """Divides the positive logits of tokens that the sequence holds, and multiplies the others; 1 is off"""
     frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it was drawn"""
     presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that were drawn"""
     bias: tuple[tuple[int, float], ...] = ()
     """(id, what is added to its logit), at most MOST_BIASED, of each id once"""
     allowed: frozenset[int] | None = None
@@ -44,7 +46,7 @@ class Sampling:
     bad: frozenset[int] = frozenset()
     """Ids that are never drawn"""
     min_tokens: int = 0
-    """As many tokens are drawn before one that ends the sequence may be"""
+    """The number of tokens before which none is drawn that ends the sequence"""
 
     @property
     def looks_back(self) -> bool:

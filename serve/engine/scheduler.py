@@ -25,6 +25,7 @@ from isthmus.serve.engine.outcomes import Counters, joined, logprobs_of, stops
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
 from isthmus.serve.engine.plan import Drafted, StepPlan
 from isthmus.serve.engine.queue import Queue
+from isthmus.serve.engine.room import Room
 from isthmus.serve.engine.running import Running
 from isthmus.serve.engine.sequence import Sequence
 
@@ -45,20 +46,21 @@ class Scheduler:
         self.waiting, self.running = Queue(), Running(config)
         self.counters = Counters()
         self._sequences: dict[Request, Sequence] = {}
-        """Those that haven't ended"""
+        """All sequences that haven't ended"""
         self._ended: list[Event] = []
         """The last events of those that a plan ended"""
         self._put_back: set[Sequence] = set()
-        """Those that were preempted while the step that is planned last was planned"""
+        """Sequences that the last plan preempted"""
         self._launched: list[Sequence] = []
-        """Those of whose prompts the step planned last computes a part"""
+        """Sequences of whose prompts the last plan computes a part"""
         self._drafting, self._drafts_in_flight = Drafting(config, rope_switch), False
         self._budget, self._read_at = Budget(config), 0.0
         self._most_blocks = 0
-        """Of the step that is planned"""
+        """The most blocks that the step may have which is being planned"""
         self._packer = Packer(config)
         self._holdings = Holdings(config, self._packer.tables)
         self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
+        self._room = Room(self._holdings, self.running)
 
     def add(self, request: Request) -> Sequence:
         """Takes a request in. What is returned is for tests."""
@@ -239,38 +241,16 @@ class Scheduler:
         hit = self._prefixes.find(sequence)
         if self._prefixes.is_coming(sequence, len(hit)):
             return False
-        reserved = any(one.passed >= MOST_PASSES for one in blocked)
-        if not self._has_room(sequence, hit, reserved) and not self._make_room(sequence, hit, step, reserved):
+        victims = self._room.victims(sequence, hit, reserved=any(one.passed >= MOST_PASSES for one in blocked))
+        for victim in victims or ():
+            self._preempt(victim, step)
+        if victims is None or self._holdings.needed(sequence, hit) > self.pool.free:
             blocked.append(sequence)
             return False
         self._restrict(sequence)
         self._start(sequence, hit, now)
         self._schedule(sequence, self._next_count(sequence, step, blocks), step)
         return True
-
-    def _has_room(self, sequence: Sequence, hit: list[int], reserved: bool) -> bool:
-        """Whether a slot and pages are free for a waiting sequence. reserved: whether they are another's."""
-        if reserved or not self._holdings.free_slots:
-            return False
-        needed = self._holdings.needed(sequence, hit)
-        return needed <= self.pool.free and needed + self.running.pages_kept(sequence) <= self.pool.free
-
-    def _make_room(self, sequence: Sequence, hit: list[int], step: Step, reserved: bool) -> bool:
-        """Preempts running sequences that give way to a waiting one, if that lets it start. reserved: whether free
-        pages are another's, so that those it takes from them must do. Returns whether it may start."""
-        needed = self._holdings.needed(sequence, hit)
-        short = needed if reserved else needed + self.running.pages_kept(sequence) - self.pool.free
-        victims = []
-        for victim in self.running.victims(sequence):
-            victims.append(victim)
-            short -= self.pool.freed_by(victim.pages)
-            if short <= 0:
-                break
-        if not victims or short > 0:
-            return False
-        for victim in victims:
-            self._preempt(victim, step)
-        return self._holdings.needed(sequence, hit) <= self.pool.free
 
     def _restrict(self, sequence: Sequence) -> None:
         """Takes in what the request says about its draws, unless that was done before a preemption."""

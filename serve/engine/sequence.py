@@ -29,9 +29,9 @@ class Sequence:
     uses_long_rope: bool = field(default=False, init=False)
     """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
     masks: Masks | None = field(default=None, init=False)
-    """Which tokens may be drawn by the request's options; None where all may"""
+    """The tokens that the request's options let be drawn; None where they let all"""
     constraint: Constraint | None = field(default=None, init=False)
-    """Which may be drawn after the tokens that the host knows"""
+    """The state of the request's constraint after the tokens that the host knows; None where it has none"""
     lookup: Lookup | None = field(default=None, init=False)
     """What guesses its next tokens, once that may be worth it"""
     adjusts: bool = field(default=False, init=False)
@@ -42,9 +42,9 @@ class Sequence:
     """How many of its first pages the prefix cache knows"""
     page_keys: list[bytes] = field(default_factory=list, init=False)
     number: int = field(default=0, init=False)
-    """Of those that arrived, the how manieth it is"""
+    """Its number in the order of arrival"""
     admission: int = field(default=0, init=False)
-    """Of those that started, the how manieth it is; a preemption doesn't change it. 0 until it starts"""
+    """Its number in the order of first starts, which a preemption doesn't change; 0 until it starts"""
     stays: bool = field(default=False, init=False)
     """Whether it started because its priority had been passed over so often; no other takes its place then"""
     passed: int = field(default=0, init=False)

@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from isthmus.errors import InvalidRequest
-from isthmus.types import check_string
+from isthmus.forms import check_string
 
 T = TypeVar("T", int, float)
 

@@ -23,11 +23,11 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 
 from isthmus.errors import InvalidRequest, Overloaded
+from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_string
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
 from isthmus.serve.prepare import grammar_trial, schema
 from isthmus.serve.prepare.vocabulary import Vocabulary
-from isthmus.types import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_string
 
 MAX_REGEX = 16 << 10
 MAX_GRAMMAR = 16 << 10

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from isthmus.errors import InvalidRequest
+from isthmus.forms import check_string
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS, StopStrings
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
@@ -30,7 +31,6 @@ from isthmus.types import (
     check_cache,
     check_sized,
     check_stops,
-    check_string,
     check_turn,
 )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from isthmus.types import FormatOptions, SamplingOptions, SamplingParams
+from isthmus.forms import FormatOptions
+from isthmus.types import SamplingOptions, SamplingParams
 
 
 def test_keywords_and_fields_are_the_same() -> None:

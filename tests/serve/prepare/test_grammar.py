@@ -16,10 +16,11 @@ import pytest
 from tokenizers import Tokenizer as Inner
 
 from isthmus.errors import InvalidRequest
+from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
 from isthmus.serve.prepare.grammar import Grammars, Limits
-from isthmus.types import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, SamplingParams
+from isthmus.types import SamplingParams
 from tests.model.text import tokenizers
 from tests.serve.prepare.schemas import allowed, random_schema, small_tokenizer, walk
 
