@@ -87,15 +87,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
         try:
             prepared = await workers.run(message.ByteSize(), prepare, always=program)
-            ours = self._session.submit(prepared)
+            async with self._session.submitted(prepared) as ours:
+                yield ours
         except InvalidRequest as error:
             await abort(context, status_of(in_api_words(error, message)))
-        self._session.answering += 1
-        try:
-            yield ours
-        finally:
-            self._session.answering -= 1
-            engine.cancel(ours)
 
     async def _deltas(self, message: pb.GenerateRequest, ours: Request) -> AsyncIterator[Delta]:
         """Yields what the engine gives, several steps at once if the client is slow."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
+from collections.abc import AsyncIterator
 
 import grpc
 from google.rpc import code_pb2
 
-from isthmus.errors import Unavailable
+from isthmus.errors import DuplicateRequest, Unavailable
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.serve.api.auth import tenant_of
 from isthmus.serve.api.config import ServeConfig
@@ -17,6 +20,10 @@ from isthmus.serve.engine.messages import Request
 from isthmus.serve.prepare.delivery import LoopStream
 from isthmus.serve.prepare.request import Preparation
 from isthmus.serve.prepare.workers import Workers
+
+RETRY_SECONDS = 1.0
+"""Seconds that a request waits for a call with its id to end: a client that has given that up may ask again before its
+cancellation is heard"""
 
 
 class Session:
@@ -31,8 +38,8 @@ class Session:
         self.tokenizing = Workers()
         """Threads for Tokenize and Detokenize, and for prompts that are truncated: their texts may be longer than what
         a context holds, and mustn't hold other prompts up"""
-        self.answering = 0
-        """Calls whose request the engine has taken and whose last message isn't sent yet"""
+        self._answering: dict[Request, asyncio.Event] = {}
+        """For each request that the engine has taken until its call has ended, which sets it"""
         self.report_cached = config.report_cached_tokens
         self.needs_token = False
         """Whether calls need an auth token, which then says who calls"""
@@ -64,12 +71,36 @@ class Session:
             self._preparation = Preparation.of(self.model, engine.config.context_length)
         return self._preparation
 
-    def submit(self, request: Request) -> Request:
-        """Hands a request to the engine, which must be ready. Returns it with a LoopStream as its reply_to. Called on
-        the event loop. Raises RequestError if the request isn't taken."""
-        assert self.engine is not None
+    @property
+    def answering(self) -> int:
+        """Calls whose request the engine has taken and whose last message isn't sent yet."""
+        return len(self._answering)
+
+    @contextlib.asynccontextmanager
+    async def submitted(self, request: Request) -> AsyncIterator[Request]:
+        """Hands a request to the engine, which must be ready, and yields it with a LoopStream as its reply_to; cancels
+        it in the end. Used on the event loop. Raises RequestError if the request isn't taken."""
+        engine = self.engine
+        assert engine is not None
         request = dataclasses.replace(request, reply_to=LoopStream())
         if self.stalled:
-            raise Unavailable(f"the engine's step has taken {self.engine.busy_seconds:.0f} s and hasn't ended")
-        self.engine.submit(request)
-        return request
+            raise Unavailable(f"the engine's step has taken {engine.busy_seconds:.0f} s and hasn't ended")
+        try:
+            engine.submit(request)
+        except DuplicateRequest:
+            await self._earlier_call(request.id)
+            engine.submit(request)
+        ended = self._answering[request] = asyncio.Event()
+        try:
+            yield request
+        finally:
+            engine.cancel(request)
+            del self._answering[request]
+            ended.set()
+
+    async def _earlier_call(self, request_id: str) -> None:
+        """Waits until calls with this id have ended, if they do soon."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETRY_SECONDS):
+                for ended in [ended for request, ended in self._answering.items() if request.id == request_id]:
+                    await ended.wait()

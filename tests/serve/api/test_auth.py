@@ -216,8 +216,8 @@ def test_who_calls_is_known_by_the_token_and_only_where_one_is_needed(
     for running, token in ((guarded, TOKEN), (server, None), (server, "made up")):
         with pytest.MonkeyPatch.context() as patch:
             session = running.server.session
-            submit = session.submit
-            patch.setattr(session, "submit", lambda r, submit=submit: (seen.append(r.tenant), submit(r))[1])
+            submitted = session.submitted
+            patch.setattr(session, "submitted", lambda r, on=submitted: (seen.append(r.tenant), on(r))[1])
             with running.client(token=token) as client:
                 client.generate("a", max_tokens=1)
     digest, *others = seen

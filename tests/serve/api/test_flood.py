@@ -23,6 +23,7 @@ from isthmus.model.text.text_stream import TextStream
 from isthmus.serve.api.logs import A_MINUTE, Bounded
 from isthmus.serve.api.server import MAX_REQUEST_BYTES, SERVICES, SPARE_CALLS
 from isthmus.serve.api.wire import MAX_FIELDS, MAX_NUMBERS_BYTES, MAX_TEXT_BYTES, check_wire
+from isthmus.types import Question, SamplingParams, TextPrompt
 from isthmus.v1 import control_pb2, inference_pb2_grpc
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
@@ -402,6 +403,28 @@ def test_a_retry_after_a_cancel_is_taken(client: ApiClient, round_: int) -> None
     """A client that gives up and asks again under its id must not hear that it is still there."""
     begin(client, request_id="mine").close()
     assert _generate(client).token_ids
+
+
+def test_a_retry_that_is_heard_before_the_cancel_waits_for_it(server: RunningServer) -> None:
+    """A cancellation and the call after it come by different ways, and either may be heard first."""
+    session = server.server.session
+
+    async def in_turn() -> None:
+        preparation = session.preparation(await session.ready_engine(None))  # type: ignore[arg-type]
+        sampling = SamplingParams(max_tokens=LONG, ignore_eos=True)
+        first, second = (preparation.request(Question(TextPrompt("a"), sampling, "mine")) for _ in range(2))
+
+        async def retry() -> None:
+            async with session.submitted(second):
+                pass
+
+        async with session.submitted(first):
+            waiting = asyncio.ensure_future(retry())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        await waiting
+
+    server.on_loop(in_turn())
 
 
 @pytest.mark.parametrize("round_", range(5))
