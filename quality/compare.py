@@ -16,7 +16,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.quality.costs import INTERVAL, Cost
 from isthmus.quality.divergence import LEAST_LOG_PROBABILITY, ROWS, Gathered, Quality, log_softmax
-from isthmus.serve.engine.scoring import predictions
+from isthmus.serve.engine.predictions import predictions
 
 BOUNDS: dict[int, tuple[float, float]] = {8: (0.01, 1.01), 6: (0.02, 1.02), 5: (0.05, 1.05), 4: (0.12, 1.10)}
 """By the fewest bits of a model's integers: the largest KL divergence, in nats per token, and the largest factor by

@@ -20,6 +20,8 @@ from isthmus.model.ops.operation import REFERENCE, Operation
 
 BAD_ROW = -1
 """Drawn for a row whose largest logit is not finite, or that holds a NaN; and where nothing may be drawn."""
+FREE = -1
+"""In the place of a token that a draw is forced to be: it is free."""
 BLOCK = 512
 """Ids in a block."""
 
@@ -58,6 +60,7 @@ def sample(
     filters: Filters,
     uniform: jax.Array,
     judged: jax.Array,
+    forced: jax.Array,
     vocab: int,
     most: int,
     adjustments: Adjustments | None = None,
@@ -67,11 +70,12 @@ def sample(
     """Draws a token for each row of float32 logits [rows, ids]. A row's draw depends on that row alone.
 
     uniform: float32[rows, 2], in [0, 1). judged: int32[rows]: how many of the likeliest tokens to tell; -1 also spares
-    the log-probability of the one that is drawn. vocab: ids from here on are never drawn. most: the largest number in
-    `judged`, and the width of what is told. adjustments: what a draw sees instead of the logits, of which alone is
-    told.
+    the log-probability of the one that is drawn. forced: int32[rows]: the token that is drawn, whatever the filters and
+    adjustments say, unless the row is a bad one; FREE lets them. vocab: ids from here on are never drawn. most: the
+    largest number in `judged`, and the width of what is told. adjustments: what a draw sees instead of the logits, of
+    which alone is told.
     """
-    return Drawn(*SAMPLING[implementation](logits, filters, uniform, judged, vocab, most, adjustments))
+    return Drawn(*SAMPLING[implementation](logits, filters, uniform, judged, forced, vocab, most, adjustments))
 
 
 def _reference(
@@ -79,6 +83,7 @@ def _reference(
     filters: Filters,
     uniform: jax.Array,
     judged: jax.Array,
+    forced: jax.Array,
     vocab: int,
     most: int,
     adjustments: Adjustments | None,
@@ -89,6 +94,7 @@ def _reference(
     seen = logits if adjustments is None else adjust(logits, adjustments)
     best = top if adjustments is None else seen.max(axis=-1, keepdims=True)
     greedy = _first_of(seen, best)
+    free = forced < 0
 
     def draw() -> jax.Array:
         # The difference first: logits over a tiny temperature overflow, and inf - inf is no number.
@@ -96,8 +102,9 @@ def _reference(
         kept = filter_logits(scaled, filters.top_k, filters.top_p, filters.min_p)
         return jnp.where(filters.temperature > 0, _invert(jnp.exp(kept), uniform), greedy)
 
-    drawn = jax.lax.cond((filters.temperature > 0).any(), draw, lambda: greedy)
-    token = jnp.where((jnp.isfinite(top) & jnp.isfinite(best))[:, 0], drawn, BAD_ROW)
+    drawn = jnp.where(free, jax.lax.cond((free & (filters.temperature > 0)).any(), draw, lambda: greedy), forced)
+    possible = jnp.where(free, jnp.isfinite(best)[:, 0], forced < vocab)
+    token = jnp.where(jnp.isfinite(top)[:, 0] & possible, drawn, BAD_ROW)
     asked = jnp.where(token == BAD_ROW, -1, judged)
 
     def judge() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -191,7 +198,7 @@ def _threshold(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.
 
 
 Draw = Callable[
-    [jax.Array, Filters, jax.Array, jax.Array, int, int, Adjustments | None],
+    [jax.Array, Filters, jax.Array, jax.Array, jax.Array, int, int, Adjustments | None],
     tuple[jax.Array, jax.Array, jax.Array, jax.Array],
 ]
 SAMPLING: Operation[Draw] = Operation(

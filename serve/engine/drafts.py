@@ -92,7 +92,7 @@ class Drafting:
         return sequence.lookup.guess(most)
 
     def _foretells(self, sequence: Sequence, running: int) -> bool:
-        if 2 * running > self._rows or sequence.constraint is not None:
+        if 2 * running > self._rows or sequence.constraint is not None or sequence.scores:
             return False
         if sequence.lookup is None:
             sequence.lookup = Lookup()

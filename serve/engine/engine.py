@@ -19,6 +19,7 @@ from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Progress, Request
 from isthmus.serve.engine.outcomes import Counters
 from isthmus.serve.engine.scheduler import Scheduler
+from isthmus.serve.engine.scoring import check_scored
 
 logger = logging.getLogger("isthmus.engine")
 
@@ -87,13 +88,14 @@ class Engine:
         limit = self.config.context_length
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
-        if len(request.prompt) >= limit:
-            raise InvalidRequest(
-                "prompt", f"has {len(request.prompt)} tokens; at most {limit - 1} leave room for one more"
-            )
-        if request.max_tokens < 1:
+        check_scored(request, self.executor.served.vocab)
+        draws = request.scored_from is None or request.max_tokens != 0
+        if len(request.prompt) > limit - draws:
+            room = f"at most {limit - 1} leave room for one more" if draws else f"the context holds {limit}"
+            raise InvalidRequest("prompt", f"has {len(request.prompt)} tokens; {room}")
+        if draws and request.max_tokens < 1:
             raise InvalidRequest("max_tokens", "must be at least 1")
-        if len(request.resumed) >= request.max_tokens:
+        if draws and len(request.resumed) >= request.max_tokens:
             raise InvalidRequest(
                 "resume_token_ids",
                 f"has {len(request.resumed)} ids; max_tokens={request.max_tokens} leaves none to draw",

@@ -61,6 +61,10 @@ class Holdings:
         self._tables.write(sequence.slot, have, fresh, place=tokens - sequence.computed > 1)
         return True
 
+    def room(self, sequence: Sequence) -> int:
+        """How many more tokens a sequence's pages have room for."""
+        return len(sequence.pages) * self._config.page_size - sequence.computed
+
     def register(self, sequence: Sequence) -> None:
         """Lets other sequences find the pages that this one has filled."""
         for index, page in self.prefixes.register(sequence):

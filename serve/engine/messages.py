@@ -21,7 +21,7 @@ class Request:
     """Token ids, at least one"""
     sampling: Sampling
     max_tokens: int
-    """Most tokens to draw, those of `resumed` included"""
+    """Most tokens to draw, those of `resumed` included; 0 draws none of a prompt that is scored"""
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end the text; empty goes on past them"""
@@ -29,6 +29,9 @@ class Request:
     """What restricts the tokens that may be drawn, at its beginning: the engine steps a copy"""
     resumed: Sequence[int] = ()
     """Tokens that were drawn before by a request like this, which goes on after them as that one would have"""
+    scored_from: int | None = None
+    """The index in the prompt, at least 1, from which on its tokens are scored: what is told about a drawn token is
+    told about each, as if it had been drawn there. None scores none"""
     tenant: str = ""
     """Who asks: tenants of one priority share the engine"""
     priority: int = 0
@@ -74,10 +77,11 @@ class Ending(enum.Enum):
 
 
 class Logprobs(NamedTuple):
-    """What a step told about a drawn token, in the model's own distribution, before temperature and filters."""
+    """What a step told about a token that was drawn, or scored, in the model's own distribution, before temperature and
+    filters."""
 
     token: float
-    """The log-probability of the token that was drawn"""
+    """The log-probability of that token"""
     top_tokens: tuple[int, ...]
     """The likeliest tokens there, the likeliest first, as many as were asked for"""
     top: tuple[float, ...]
@@ -115,6 +119,8 @@ class End:
     """The exception that ended it with ERROR; None if its logits weren't finite"""
     progress: Progress = NO_PROGRESS
     """How far it had come then"""
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    """One for each token of the prompt that was scored, in their order"""
 
     @property
     def stop_token(self) -> int | None:
@@ -124,7 +130,7 @@ class End:
 
 @dataclass(frozen=True)
 class Event:
-    """What a step gave one request: tokens, its end, or both."""
+    """What a step gave one request: tokens, what is told about scored ones, its end, or some of these."""
 
     request: Request
     tokens: tuple[int, ...] = ()
@@ -133,3 +139,5 @@ class Event:
     end: End | None = None
     progress: Progress = NO_PROGRESS
     """How far the request has come with these tokens"""
+    prompt_logprobs: tuple[Logprobs, ...] = ()
+    """What is told about each of the prompt's tokens that the step scored, in their order"""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.plan import FROM_DEVICE, Drafted, PlanArrays, StepPlan, empty_plan
+from isthmus.serve.engine.plan import FROM_DEVICE, Ahead, PlanArrays, StepPlan, empty_plan
 from isthmus.serve.engine.sampling import DRAW, Bias, draw_of, no_draws
 from isthmus.serve.engine.sequence import Sequence
 from isthmus.serve.engine.tables import Tables
@@ -21,8 +21,8 @@ class Work:
     sequence: Sequence
     start: int
     count: int
-    drafts: tuple[int, ...] = ()
-    """Guesses of what comes next, where `count` is 1; they take a row each"""
+    ahead: tuple[int, ...] = ()
+    """What comes next, where `count` is 1: guesses, or tokens that are scored; they take a row each"""
 
     @property
     def draws(self) -> bool:
@@ -45,7 +45,7 @@ class Step:
 
     @property
     def rows(self) -> int:
-        return len(self.singles) + sum(len(work.drafts) for work in self.singles)
+        return len(self.singles) + sum(len(work.ahead) for work in self.singles)
 
     def drop(self, sequence: Sequence, block_size: int) -> None:
         """Removes what was scheduled for `sequence`."""
@@ -93,7 +93,7 @@ class Packer:
         packed, arrays = empty_plan(self._config, bucket)
         plan = StepPlan(bucket, packed, no_draws(bucket.samples, self._config.nobody))
         draws = self._pack_singles(arrays, step.singles)
-        self._pack_drafts(plan, arrays, step.singles)
+        self._pack_ahead(plan, arrays, step.singles)
         block = 0
         for work in step.chunks:
             try:
@@ -104,7 +104,7 @@ class Packer:
                 draws.append((bucket.rows + block - 1, last, work.sequence))
         self._pack_draws(plan, arrays, draws)
         plan.samples = [(row, sequence) for row, _, sequence in draws]
-        plan.scheduled_tokens = sum(work.count + len(work.drafts) for work in (*step.singles, *step.chunks))
+        plan.scheduled_tokens = sum(work.count + len(work.ahead) for work in (*step.singles, *step.chunks))
         self._pack_placed(plan)
         return plan
 
@@ -133,21 +133,22 @@ class Packer:
         arrays.uses_long_rope[:count] = [sequence.uses_long_rope for sequence in sequences]
         return [(row, row, work.sequence) for row, work in enumerate(singles) if work.draws]
 
-    def _pack_drafts(self, plan: StepPlan, arrays: PlanArrays, singles: list[Work]) -> None:
-        """Writes a row for each draft, after those of known tokens; each draws as if the drafts before it were true."""
+    def _pack_ahead(self, plan: StepPlan, arrays: PlanArrays, singles: list[Work]) -> None:
+        """Writes a row for each token ahead, after all others; each draws as if the guesses before it were true."""
         row = len(singles)
         for work in singles:
-            if not (count := len(work.drafts)):
+            if not (count := len(work.ahead)):
                 continue
             sequence, rows = work.sequence, slice(row, row + count)
             positions = work.start + 1 + np.arange(count)
-            arrays.tokens[rows], arrays.positions[rows], arrays.slots[rows] = work.drafts, positions, sequence.slot
+            arrays.tokens[rows], arrays.positions[rows], arrays.slots[rows] = work.ahead, positions, sequence.slot
             arrays.row_page[rows] = self.tables.rows[sequence.slot, positions // self._config.page_size]
             arrays.uses_long_rope[rows] = sequence.uses_long_rope
             arrays.sample_token[rows] = np.arange(row, row + count)
             plan.draws[rows] = self.draws[sequence.slot]
             plan.draws["position"][rows] = positions + 1
-            plan.drafts[sequence] = Drafted(work.drafts, range(row, row + count))
+            plan.ahead[sequence] = Ahead(work.ahead, range(row, row + count))
+            plan.guesses |= not sequence.scores
             row += count
 
     def _pack_chunk(self, arrays: PlanArrays, rows: int, block: int, work: Work) -> tuple[int, int]:
@@ -170,8 +171,13 @@ class Packer:
         arrays.sample_token[rows] = tokens
         plan.draws[rows] = self.draws[[sequence.slot for _, _, sequence in draws]]
         plan.draws["position"][rows] = arrays.positions[tokens] + 1
-        plan.awaits = any(sequence.constraint is not None for _, _, sequence in draws)
-        if any(sequence.adjusts for _, _, sequence in draws):
+        free = [sequence for _, _, sequence in draws if not sequence.scores]
+        plan.awaits = any(sequence.constraint is not None for sequence in free)
+        if any(sequence.adjusts for sequence in free):
             plan.bias = self._bias.rows(plan.draws["slot"].tolist())
-        for _, _, sequence in draws:
-            sequence.tokens_in_flight += 1 + (len(plan.drafts[sequence].tokens) if sequence in plan.drafts else 0)
+        for row, _, sequence in draws:
+            count = 1 + len(plan.rows_ahead(sequence))
+            if sequence.scores:
+                known = sequence.request.prompt[sequence.length : sequence.length + count]
+                plan.draws["forced"][[row, *plan.rows_ahead(sequence)]] = known
+            sequence.tokens_in_flight += count

@@ -64,8 +64,9 @@ def empty_plan(engine: EngineConfig, bucket: Bucket) -> tuple[np.ndarray, PlanAr
     return packed, arrays
 
 
-class Drafted(NamedTuple):
-    """Guesses of what comes after a sequence's last known token, whose row is among the plan's samples."""
+class Ahead(NamedTuple):
+    """Tokens of a sequence after the one whose row is among the plan's samples: guesses of what it draws, or scored
+    tokens of its prompt."""
 
     tokens: tuple[int, ...]
     rows: range
@@ -89,8 +90,10 @@ class StepPlan:
     """What is added to logits, where a draw is adjusted at all; None where none is"""
     samples: list[tuple[int, Sequence]] = field(default_factory=list)
     """(row of the head, sequence) of each token drawn"""
-    drafts: dict[Sequence, Drafted] = field(default_factory=dict)
-    """What was guessed for some of these sequences, and the rows that check it"""
+    ahead: dict[Sequence, Ahead] = field(default_factory=dict)
+    """What some of these sequences have rows for beyond their next token"""
+    guesses: bool = False
+    """Whether some of that are guesses, so that what comes after this step is known only when it is read"""
     awaits: bool = False
     """Whether a draw's mask follows from tokens of the step before, so that it can be drawn only when they are known"""
     blocks: int = 0
@@ -100,6 +103,6 @@ class StepPlan:
     scheduled_tokens: int = 0
     """Tokens that are not padding"""
 
-    def rows_of_drafts(self, sequence: Sequence) -> range:
-        """The rows of the head behind a sequence's guesses."""
-        return self.drafts[sequence].rows if sequence in self.drafts else range(0)
+    def rows_ahead(self, sequence: Sequence) -> range:
+        """The rows of the head behind a sequence's tokens ahead."""
+        return self.ahead[sequence].rows if sequence in self.ahead else range(0)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from isthmus.model.ops.adjustments import Adjustments, words_for
-from isthmus.model.ops.sampling import Drawn, Filters, sample
+from isthmus.model.ops.sampling import FREE, Drawn, Filters, sample
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ DRAW = np.dtype(
         ("frequency_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("prompt", np.int32),  # tokens of the prompt
+        ("forced", np.int32),  # the token that it is; FREE where it is drawn
     ]
 )
 """What decides a draw, 32 bits each, so that a plan's draws travel as one array of words."""
@@ -95,6 +96,7 @@ def draw_of(sampling: Sampling, prompt: int = 0) -> np.ndarray:
     row = np.zeros((), DRAW)
     seed = sampling.seed
     more = {"seed_low": seed & 0xFFFFFFFF, "seed_high": seed >> 32, "prompt": prompt, "slot": 0, "position": 0}
+    more["forced"] = FREE
     for name in DRAW.names or ():
         row[name] = more[name] if name in more else getattr(sampling, name)
     return row
@@ -103,7 +105,7 @@ def draw_of(sampling: Sampling, prompt: int = 0) -> np.ndarray:
 def no_draws(count: int, nobody: int) -> np.ndarray:
     """DRAW[count]: draws that nobody asked for, by the slot `nobody`."""
     draws = np.zeros(count, DRAW)
-    draws["slot"], draws["logprobs"], draws["repetition_penalty"] = nobody, -1, 1
+    draws["slot"], draws["logprobs"], draws["repetition_penalty"], draws["forced"] = nobody, -1, 1, FREE
     return draws
 
 
@@ -162,8 +164,8 @@ def draw(
             position,
             adjusting.allowed,
         )
-    judged = column["logprobs"]
-    drawn = sample(logits, filters, uniform, judged, vocab, MOST_LOGPROBS, by, implementation=implementation)
+    judged, forced = column["logprobs"], column["forced"]
+    drawn = sample(logits, filters, uniform, judged, forced, vocab, MOST_LOGPROBS, by, implementation=implementation)
     return tokens.at[slot, position].set(drawn.token, mode="drop"), drawn
 
 

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from isthmus.model.ops.adjustments import words_for
-from isthmus.model.ops.sampling import BAD_ROW, Drawn
+from isthmus.model.ops.sampling import BAD_ROW, FREE, Drawn
+from isthmus.serve.engine.ahead import LookAhead
 from isthmus.serve.engine.budget import Budget
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.drafts import MOST_GUESSES, Drafting
+from isthmus.serve.engine.drafts import MOST_GUESSES
 from isthmus.serve.engine.holdings import Holdings
 from isthmus.serve.engine.masks import masks_of
-from isthmus.serve.engine.messages import Ending, Event, Logprobs, Request
+from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.outcomes import Counters, joined, logprobs_of, stops
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
-from isthmus.serve.engine.plan import Drafted, StepPlan
+from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.queue import Queue
 from isthmus.serve.engine.room import Room
 from isthmus.serve.engine.running import Running
+from isthmus.serve.engine.scoring import take
 from isthmus.serve.engine.sequence import Sequence
 
 logger = logging.getLogger("isthmus.engine")
@@ -53,7 +56,7 @@ class Scheduler:
         """Sequences that the last plan preempted"""
         self._launched: list[Sequence] = []
         """Sequences of whose prompts the last plan computes a part"""
-        self._drafting, self._drafts_in_flight = Drafting(config, rope_switch), False
+        self._guesses_in_flight = False
         self._budget, self._read_at = Budget(config), 0.0
         self._most_blocks = 0
         """The most blocks that the step may have which is being planned"""
@@ -61,6 +64,7 @@ class Scheduler:
         self._holdings = Holdings(config, self._packer.tables)
         self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
         self._room = Room(self._holdings, self.running)
+        self._ahead = LookAhead(config, rope_switch, self._holdings)
 
     def add(self, request: Request) -> Sequence:
         """Takes a request in. What is returned is for tests."""
@@ -85,12 +89,13 @@ class Scheduler:
 
         now: seconds, on the same clock as the requests' times.
         """
-        if self._drafts_in_flight:  # how far they lead isn't known yet
+        if self._guesses_in_flight:  # how far they lead isn't known yet
             return None
         self._put_back.clear()
         self._expire(now)
         self._register_launched(now)
         step = Step()
+        self._ahead.begin(self.running)
         drawn, prompts, yielding = self._by_turn()
         self._most_blocks = self._budget.blocks(len(drawn))
         preempted = any([self._schedule_safely(sequence, step, now) for sequence in (*drawn, *prompts)])
@@ -98,17 +103,8 @@ class Scheduler:
             self._admit(step, now, self._most_blocks - (max(1, self._most_blocks // 2) if yielding else 0))
         for sequence in yielding:
             self._schedule_safely(sequence, step, now)
-        self._draft(step)
+        self._ahead.add(step)
         return self._packed(step, now)
-
-    def _draft(self, step: Step) -> None:
-        """Adds guesses to a step without prompts."""
-        for work in step.singles if not step.chunks else ():
-            sequence = work.sequence
-            guesses = self._drafting.guess(sequence, step.rows, len(self.running))
-            if guesses and self._holdings.grow(sequence, sequence.computed + len(guesses)):
-                work.drafts = guesses
-                sequence.computed += len(guesses)
 
     def _packed(self, step: Step, now: float) -> StepPlan | None:
         """The plan of a step, without the requests that can't be written into one; None if that leaves nothing."""
@@ -116,7 +112,7 @@ class Scheduler:
             try:
                 plan = self._packer.pack(step)
                 self._launched = [work.sequence for work in step.chunks]
-                self._drafts_in_flight = bool(plan.drafts)
+                self._guesses_in_flight = plan.guesses
                 plan.planned_at, plan.blocks = now, step.blocks
                 return plan
             except RequestFault as fault:
@@ -202,9 +198,9 @@ class Scheduler:
         missing = sequence.length - sequence.computed
         if missing == 0 or (sequence.tokens_in_flight and not sequence.may_grow):
             return 0
-        if missing == 1 and self._drafting.holds_back(sequence, len(self.running)):
+        if missing == 1 and self._ahead.holds_back(sequence):
             return 0
-        if missing == 1 and sequence.computed >= sequence.prompt_length:
+        if missing == 1 and sequence.computed >= sequence.drawn_from:
             return 1
         return min(missing, max(0, blocks - step.blocks) * self.config.block_size)
 
@@ -287,7 +283,7 @@ class Scheduler:
     def _schedule(self, sequence: Sequence, count: int, step: Step) -> None:
         work = Work(sequence, sequence.computed, count)
         sequence.computed += count
-        if count == 1 and work.start >= sequence.prompt_length:
+        if count == 1 and work.start >= sequence.drawn_from:
             step.singles.append(work)
         else:
             step.chunks.append(work)
@@ -308,10 +304,10 @@ class Scheduler:
         that is committed."""
         mask = np.full((plan.bucket.samples, words_for(self._vocab_size)), -1, np.int32)
         for first, sequence in plan.samples:
-            if sequence.ending is not None or not sequence.adjusts:
+            if sequence.ending is not None or not sequence.adjusts or plan.draws["forced"][first] != FREE:
                 continue
             try:
-                for row in (first, *plan.rows_of_drafts(sequence)):
+                for row in (first, *plan.rows_ahead(sequence)):
                     sequence.fill_mask(mask[row], int(plan.draws["position"][row]) - sequence.prompt_length)
             except Exception as error:
                 mask[first] = -1
@@ -326,29 +322,44 @@ class Scheduler:
         # It began when it was launched, or when the step before it was done.
         self._budget.learn(plan.blocks, now - max(plan.planned_at, self._read_at))
         self._read_at = now
-        if plan.drafts:
-            self._drafts_in_flight = False
+        if plan.guesses:
+            self._guesses_in_flight = False
         events = []
         for row, sequence in plan.samples:
             if sequence.ending is not None:  # it ended while the step ran
                 continue
-            drafted = plan.drafts.get(sequence)
-            sequence.tokens_in_flight -= 1 if drafted is None else 1 + len(drafted.tokens)
+            ahead = plan.ahead.get(sequence)
+            rows = [row] if ahead is None else [row, *ahead.rows]
+            sequence.tokens_in_flight -= len(rows)
             try:
-                if drafted is None:
+                if sequence.in_prompt:
+                    events.append(self._take_scored(sequence, drawn, rows, now))
+                elif ahead is None:
                     events.append(self._take(sequence, drawn, row, now))
                 else:
-                    events.append(joined(list(self._take_drafted(sequence, drafted, drawn, row, now))))
+                    events.append(joined(list(self._take_guessed(sequence, ahead.tokens, drawn, rows, now))))
             except Exception as error:
                 self._fail(sequence, error, now)
         return events
 
-    def _take_drafted(
-        self, sequence: Sequence, drafted: Drafted, drawn: Drawn, row: int, now: float
+    def _take_scored(self, sequence: Sequence, drawn: Drawn, rows: list[int], now: float) -> Event:
+        """Takes in tokens of the prompt that were scored in these rows."""
+        told = take(sequence, drawn, rows)
+        if told is None:
+            self._prefixes.forget(sequence)
+            return self._finish(sequence, Ending.ERROR, now)
+        if sequence.slot >= 0:
+            self._holdings.register(sequence)
+        if len(sequence.tokens) == sequence.prompt_length + sequence.request.max_tokens:
+            return replace(self._finish(sequence, Ending.LENGTH, now), prompt_logprobs=told)
+        return Event(sequence.request, progress=sequence.progress(now), prompt_logprobs=told)
+
+    def _take_guessed(
+        self, sequence: Sequence, guesses: tuple[int, ...], drawn: Drawn, rows: list[int], now: float
     ) -> Iterator[Event]:
         """Takes in what was drawn after the last known token, and what was drawn behind each guess that is that."""
-        right, rows = 0, (row, *drafted.rows)
-        for at, guess in enumerate((*drafted.tokens, None)):
+        right = 0
+        for at, guess in enumerate((*guesses, None)):
             if sequence.slot >= 0:  # keys and values behind a wrong guess are none of this sequence's
                 sequence.computed = len(sequence.tokens)
             event = self._take(sequence, drawn, rows[at], now)
@@ -356,10 +367,10 @@ class Scheduler:
             if event.end is not None or event.tokens[-1] != guess:
                 break
             right += 1
-        self.counters.drafted_tokens += len(drafted.tokens)
+        self.counters.drafted_tokens += len(guesses)
         self.counters.accepted_tokens += right
         if sequence.lookup is not None:
-            sequence.lookup.learn(len(drafted.tokens), right)
+            sequence.lookup.learn(len(guesses), right)
 
     def _take(self, sequence: Sequence, drawn: Drawn, row: int, now: float) -> Event:
         token, logprobs = int(drawn.token[row]), logprobs_of(sequence.request, drawn, row)
@@ -375,18 +386,10 @@ class Scheduler:
             self._holdings.register(sequence)
         reason = stops(sequence, token, self.config.context_length)
         if reason is not None:
-            return self._finish(sequence, reason, now, (token,), logprobs)
+            return replace(self._finish(sequence, reason, now), tokens=(token,), logprobs=logprobs)
         return Event(sequence.request, (token,), logprobs, progress=sequence.progress(now))
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: Ending,
-        now: float,
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[Logprobs, ...] = (),
-        failure: Exception | None = None,
-    ) -> Event:
+    def _finish(self, sequence: Sequence, reason: Ending, now: float, failure: Exception | None = None) -> Event:
         """Ends a request, running or waiting; its pages are free at once. Returns its last event."""
         assert sequence.ending is None, f"{sequence.request.id} finished twice"
         sequence.ending = reason
@@ -399,14 +402,16 @@ class Scheduler:
         if sequence.admission:
             self.waiting.settle(sequence)
         end = sequence.end(now, failure)
-        return Event(sequence.request, tokens, logprobs, end, end.progress)
+        return Event(sequence.request, end=end, progress=end.progress)
 
     def check(self) -> None:
         """Asserts every invariant that holds after a commit; for tests."""
         self._holdings.check(self.running)
         for sequence in self.running:
             assert sequence.ending is None and sequence.slot >= 0
-            most = MOST_GUESSES + 1 if self._drafts_in_flight else 1
+            most = MOST_GUESSES + 1 if self._guesses_in_flight else 1
+            if sequence.in_prompt:
+                most = self.config.max_sequences
             assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= most
             room = len(sequence.pages) * self.config.page_size
             assert room >= sequence.computed, f"{sequence.request.id} computes without pages"

@@ -14,18 +14,24 @@ from isthmus.serve.engine.messages import End, Ending, Logprobs, Progress, Reque
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` grows by one a step once the prompt is computed."""
+    """`tokens` grows by one a step once the prompt is computed. A prompt that is scored ends for that purpose before
+    the first scored token; the scored ones come to `tokens` as drawn ones do, many a step."""
 
     request: Request
     prompt_length: int = field(init=False)
+    drawn_from: int = field(init=False)
+    """The index of its first token that isn't computed in a block at first, because it was drawn or scored"""
     tokens: list[int] = field(init=False)
-    """The prompt and the tokens that were drawn, here and before, as far as the host knows them"""
+    """The prompt, as far as it was scored, and the tokens that were drawn, here and before, that the host knows of"""
     logprobs: list[Logprobs] = field(default_factory=list, init=False)
     """One for each token that was drawn, if they were asked for"""
+    prompt_logprobs: list[Logprobs] = field(default_factory=list, init=False)
+    """One for each token that was scored"""
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
     tokens_in_flight: int = field(default=0, init=False)
-    """Tokens drawn by launched steps and not read yet: at most 1, or 2 from a plan to the commit of the step before"""
+    """Tokens drawn or scored by launched steps and not read yet. Of drawn ones that are at most 1, or 2 from a plan to
+    the commit of the step before"""
     uses_long_rope: bool = field(default=False, init=False)
     """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
     masks: Masks | None = field(default=None, init=False)
@@ -57,8 +63,10 @@ class Sequence:
     first_token_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = [*self.request.prompt, *self.request.resumed]
-        self.prompt_length = len(self.request.prompt)
+        request = self.request
+        self.prompt_length = len(request.prompt)
+        self.drawn_from = self.prompt_length if request.scored_from is None else request.scored_from
+        self.tokens = [*request.prompt[: self.drawn_from], *request.resumed]
 
     @property
     def length(self) -> int:
@@ -71,8 +79,18 @@ class Sequence:
         return self.tokens[self.prompt_length + len(self.request.resumed) :]
 
     @property
+    def scores(self) -> bool:
+        """Whether its next token is one of the prompt, which is scored."""
+        return self.length < self.prompt_length
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the next token that the host gets to know is one of the prompt, which was scored."""
+        return len(self.tokens) < self.prompt_length
+
+    @property
     def may_grow(self) -> bool:
-        """Whether max_tokens leaves room for one more token than those drawn."""
+        """Whether it has a next token: one to score, or one that max_tokens leaves room for."""
         return self.length - self.prompt_length < self.request.max_tokens
 
     def fill_mask(self, row: np.ndarray, drawn: int) -> None:
@@ -97,4 +115,5 @@ class Sequence:
     def end(self, now: float, failure: Exception | None = None) -> End:
         """How it ended, at `now`."""
         assert self.ending is not None
-        return End(self.ending, tuple(self.completion), tuple(self.logprobs), failure, self.progress(now))
+        told, scored = tuple(self.logprobs), tuple(self.prompt_logprobs)
+        return End(self.ending, tuple(self.completion), told, failure, self.progress(now), scored)

@@ -410,15 +410,16 @@ using Numbers = ffi::Buffer<ffi::F32, 1>;
 using Integers = ffi::Buffer<ffi::S32, 1>;
 using Table = ffi::Buffer<ffi::S32, 2>;
 
-// The draws of all rows; adjust(i, row) is called before each.
+// The draws of all rows; adjust(i, row) is called before each that isn't forced.
 template <class F>
 ffi::Error draw_rows(Logits logits, Numbers temperature, Integers top_k, Numbers top_p, Numbers min_p, Logits uniform,
-                     Integers judged, ffi::Result<Integers> drawn, ffi::Result<Numbers> log_probability,
-                     ffi::Result<Table> top_tokens, ffi::Result<Logits> top_log_probabilities, int64_t vocab, F adjust) {
+                     Integers judged, Integers forced, ffi::Result<Integers> drawn,
+                     ffi::Result<Numbers> log_probability, ffi::Result<Table> top_tokens,
+                     ffi::Result<Logits> top_log_probabilities, int64_t vocab, F adjust) {
   const int64_t rows = logits.dimensions()[0], width = logits.dimensions()[1];
   for (int64_t size : {temperature.dimensions()[0], top_k.dimensions()[0], top_p.dimensions()[0],
-                       min_p.dimensions()[0], uniform.dimensions()[0], judged.dimensions()[0], drawn->dimensions()[0],
-                       log_probability->dimensions()[0], top_tokens->dimensions()[0],
+                       min_p.dimensions()[0], uniform.dimensions()[0], judged.dimensions()[0], forced.dimensions()[0],
+                       drawn->dimensions()[0], log_probability->dimensions()[0], top_tokens->dimensions()[0],
                        top_log_probabilities->dimensions()[0]})
     if (size != rows) return ffi::Error::InvalidArgument("sampling: each parameter must have as many rows as the logits");
   const int64_t most = top_tokens->dimensions()[1];
@@ -436,13 +437,18 @@ ffi::Error draw_rows(Logits logits, Numbers temperature, Integers top_k, Numbers
     std::fill(log_probabilities, log_probabilities + most, -kInfinity);
     log_probability->typed_data()[i] = 0;
     int32_t& token = drawn->typed_data()[i] = kBadRow;
-    if (!row.is_finite()) return;
+    const int32_t given = forced.typed_data()[i];
+    if (!row.is_finite() || given >= vocab) return;
     const int64_t wanted = std::min<int64_t>(judged.typed_data()[i], most);
     const float total = wanted < 0 ? 0 : row.log_total();
     const auto told = wanted > 0 ? row.likeliest(wanted) : std::vector<int32_t>();
-    adjust(i, row);
-    if (!row.is_finite()) return;
-    token = filters.temperature > 0 ? row.draw(filters, numbers[0], numbers[1]) : row.likeliest();
+    if (given >= 0) {
+      token = given;
+    } else {
+      adjust(i, row);
+      if (!row.is_finite()) return;
+      token = filters.temperature > 0 ? row.draw(filters, numbers[0], numbers[1]) : row.likeliest();
+    }
     for (int32_t likely : told) {
       *tokens++ = likely;
       *log_probabilities++ = row.log_probability(likely, total);
@@ -453,16 +459,17 @@ ffi::Error draw_rows(Logits logits, Numbers temperature, Integers top_k, Numbers
 }
 
 ffi::Error sample_rows(Logits logits, Numbers temperature, Integers top_k, Numbers top_p, Numbers min_p, Logits uniform,
-                       Integers judged, ffi::Result<Integers> drawn, ffi::Result<Numbers> log_probability,
-                       ffi::Result<Table> top_tokens, ffi::Result<Logits> top_log_probabilities, int64_t vocab) {
-  return draw_rows(logits, temperature, top_k, top_p, min_p, uniform, judged, drawn, log_probability, top_tokens,
-                   top_log_probabilities, vocab, [](int64_t, Row&) {});
+                       Integers judged, Integers forced, ffi::Result<Integers> drawn,
+                       ffi::Result<Numbers> log_probability, ffi::Result<Table> top_tokens,
+                       ffi::Result<Logits> top_log_probabilities, int64_t vocab) {
+  return draw_rows(logits, temperature, top_k, top_p, min_p, uniform, judged, forced, drawn, log_probability,
+                   top_tokens, top_log_probabilities, vocab, [](int64_t, Row&) {});
 }
 
 ffi::Error sample_adjusted_rows(Logits logits, Numbers temperature, Integers top_k, Numbers top_p, Numbers min_p,
-                                Logits uniform, Integers judged, Table bias_ids, Logits bias, Numbers repetition,
-                                Numbers frequency, Numbers presence, Table tokens, Integers slot, Integers prompt,
-                                Integers length, Table allowed, ffi::Result<Integers> drawn,
+                                Logits uniform, Integers judged, Integers forced, Table bias_ids, Logits bias,
+                                Numbers repetition, Numbers frequency, Numbers presence, Table tokens, Integers slot,
+                                Integers prompt, Integers length, Table allowed, ffi::Result<Integers> drawn,
                                 ffi::Result<Numbers> log_probability, ffi::Result<Table> top_tokens,
                                 ffi::Result<Logits> top_log_probabilities, int64_t vocab) {
   const int64_t rows = logits.dimensions()[0], biased = bias_ids.dimensions()[1], context = tokens.dimensions()[1];
@@ -476,8 +483,8 @@ ffi::Error sample_adjusted_rows(Logits logits, Numbers temperature, Integers top
   for (int64_t i = 0; i < rows; i++)
     if (slot.typed_data()[i] < 0 || slot.typed_data()[i] >= tokens.dimensions()[0] || length.typed_data()[i] > context)
       return ffi::Error::InvalidArgument("sampling: a row's sequence must lie in a slot");
-  return draw_rows(logits, temperature, top_k, top_p, min_p, uniform, judged, drawn, log_probability, top_tokens,
-                   top_log_probabilities, vocab, [&](int64_t i, Row& row) {
+  return draw_rows(logits, temperature, top_k, top_p, min_p, uniform, judged, forced, drawn, log_probability,
+                   top_tokens, top_log_probabilities, vocab, [&](int64_t i, Row& row) {
                      row.adjust({bias_ids.typed_data() + i * biased, bias.typed_data() + i * biased, biased,
                                  repetition.typed_data()[i], frequency.typed_data()[i], presence.typed_data()[i],
                                  tokens.typed_data() + slot.typed_data()[i] * context, prompt.typed_data()[i],
@@ -503,6 +510,7 @@ auto sample_arguments() {
       .Arg<Numbers>()
       .Arg<Numbers>()
       .Arg<Logits>()
+      .Arg<Integers>()
       .Arg<Integers>();
 }
 

@@ -14,6 +14,7 @@ def sample(
     filters: Sequence[jax.Array],
     uniform: jax.Array,
     judged: jax.Array,
+    forced: jax.Array,
     vocab: int,
     most: int,
     adjustments: Sequence[jax.Array] | None,
@@ -28,5 +29,7 @@ def sample(
         jax.ShapeDtypeStruct((rows, most), jnp.float32),
     )
     call = jax.ffi.ffi_call("isthmus_sample" if adjustments is None else "isthmus_sample_adjusted", results)
-    token, own, top, theirs = call(logits, *filters, uniform, judged, *(adjustments or ()), vocab=np.int64(vocab))
+    token, own, top, theirs = call(
+        logits, *filters, uniform, judged, forced, *(adjustments or ()), vocab=np.int64(vocab)
+    )
     return token, own, top, theirs

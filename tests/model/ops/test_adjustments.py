@@ -13,7 +13,7 @@ import pytest
 
 from isthmus.model.ops.adjustments import Adjustments, adjust, words_for
 from isthmus.model.ops.cpu import library
-from isthmus.model.ops.sampling import BAD_ROW, Drawn, Filters, sample
+from isthmus.model.ops.sampling import BAD_ROW, FREE, Drawn, Filters, sample
 
 ROWS, CONTEXT, SLOTS, BIASED, MOST = 24, 40, 9, 6, 4
 
@@ -65,19 +65,27 @@ def by_loops(logits: np.ndarray, by: Adjustments, allowed: np.ndarray) -> np.nda
 
 @lru_cache
 def program(implementation: str) -> Any:
-    return jax.jit(partial(sample, implementation=implementation), static_argnums=(4, 5))
+    return jax.jit(partial(sample, implementation=implementation), static_argnums=(5, 6))
 
 
-def drawn(implementation: str, logits: np.ndarray, by: Adjustments | None, judged: int = -1, **filters: Any) -> Drawn:
+def drawn(
+    implementation: str,
+    logits: np.ndarray,
+    by: Adjustments | None,
+    judged: int = -1,
+    forced: int | np.ndarray = FREE,
+    **filters: Any,
+) -> Drawn:
     if implementation == "cpu" and (why := library.why_not()):
         pytest.skip(why)
     rows, ids = logits.shape
     each = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
     columns = Filters(*(jnp.full(rows, v, jnp.int32 if k == "top_k" else jnp.float32) for k, v in each.items()))
     uniform = jnp.asarray(np.random.default_rng(7).random((rows, 2), np.float32))
-    asked = jnp.full(rows, judged, jnp.int32)
+    asked, given = jnp.full(rows, judged, jnp.int32), jnp.asarray(np.broadcast_to(np.int32(forced), rows))
     by = None if by is None else Adjustments(*map(jnp.asarray, by))
-    return Drawn(*map(np.asarray, program(implementation)(jnp.asarray(logits), columns, uniform, asked, ids, MOST, by)))
+    whole = program(implementation)(jnp.asarray(logits), columns, uniform, asked, given, ids, MOST, by)
+    return Drawn(*map(np.asarray, whole))
 
 
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["reference", "cpu"])
@@ -172,3 +180,20 @@ def test_a_row_without_an_allowed_token_is_told_from_others(implementation: str)
     for temperature in (0.0, 1.0):
         token = drawn(implementation, logits, by, temperature=temperature).token
         assert token[3] == BAD_ROW and (np.delete(token, 3) >= 0).all()
+
+
+@IMPLEMENTATIONS
+def test_a_forced_token_looks_at_no_adjustments(implementation: str) -> None:
+    """A prompt may hold what its answer must not: what is told about it is what is told without any option, to the bit,
+    and its neighbours draw as ever."""
+    logits, by, allowed = case(500)
+    allowed[::2] = False
+    by = by._replace(allowed=mask_of(allowed))
+    given = np.where(np.arange(ROWS) % 2 == 0, 7, FREE)
+    got = drawn(implementation, logits, by, judged=3, forced=given, temperature=0.9)
+    plain = drawn(implementation, logits, None, judged=3, forced=given, temperature=0.9)
+    free = drawn(implementation, logits, by, judged=3, temperature=0.9)
+    for one, forced, other in zip(got, plain, free, strict=True):
+        np.testing.assert_array_equal(one[::2], forced[::2])
+        np.testing.assert_array_equal(one[1::2], other[1::2])
+    assert (got.token[::2] == 7).all() and (free.token[::2] == BAD_ROW).all()

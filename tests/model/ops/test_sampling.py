@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from isthmus.model.ops.cpu import library
-from isthmus.model.ops.sampling import BAD_ROW, BLOCK, Drawn, Filters, sample
+from isthmus.model.ops.sampling import BAD_ROW, BLOCK, FREE, Drawn, Filters, sample
 from isthmus.serve.engine.sampling import uniform_numbers
 
 Run = Callable[..., Any]
@@ -23,7 +23,7 @@ MOST = 8
 
 @lru_cache
 def program(implementation: str) -> Any:
-    return jax.jit(partial(sample, implementation=implementation), static_argnums=(4, 5))
+    return jax.jit(partial(sample, implementation=implementation), static_argnums=(5, 6))
 
 
 def draws(
@@ -38,6 +38,7 @@ def draws(
     uniform: np.ndarray | None = None,
     vocab: int = 0,
     judged: Any = None,
+    forced: Any = FREE,
 ) -> Any:
     """A token a row, or all of Drawn where `judged` is given; each parameter is one for all rows, or one a row. The
     numbers that decide a row come from its seed and position where they aren't given."""
@@ -55,7 +56,8 @@ def draws(
     )
     told = each(-1 if judged is None else judged, np.int32)
     vocab = vocab or logits.shape[1]
-    drawn = program(implementation)(jnp.asarray(logits, np.float32), filters, jnp.asarray(uniform), told, vocab, MOST)
+    columns = filters, jnp.asarray(uniform), told, each(forced, np.int32)
+    drawn = program(implementation)(jnp.asarray(logits, np.float32), *columns, vocab, MOST)
     whole = Drawn(*map(np.asarray, drawn))
     return whole.token if judged is None else whole
 
@@ -257,6 +259,30 @@ def test_log_probabilities_are_the_models_own(run: Run, vocab: int) -> None:
         assert (drawn.top_log_probabilities[row, told:] == -np.inf).all()
 
 
+@pytest.mark.parametrize("vocab", [5, 700])
+def test_a_forced_token_is_told_as_if_it_had_been_drawn(run: Run, vocab: int) -> None:
+    """To the bit, whatever draws beside it; and a free row beside it is drawn as ever. A token that the vocabulary
+    doesn't have, or logits that are no numbers, mustn't pass for a probability."""
+    rng = np.random.default_rng(vocab)
+    logits = random_logits(rng, 48, vocab + 3, "flat")
+    free = run(logits, seed=np.arange(48), vocab=vocab, judged=3)
+    forced = np.where(np.arange(48) % 3 == 0, FREE, free.token)
+    again = run(logits, np.arange(48) % 2, 2, 0.5, 0.5, seed=np.arange(48), vocab=vocab, judged=3, forced=free.token)
+    beside = run(logits, seed=np.arange(48), vocab=vocab, judged=3, forced=forced)
+    for one, other, third in zip(free, again, beside, strict=True):
+        np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one, third)
+    last = logits[:, :vocab].argmin(axis=1)
+    own = logits[:, :vocab].astype(np.float64)
+    want = own[np.arange(48), last] - np.log(np.exp(own).sum(axis=1))
+    np.testing.assert_allclose(run(logits, 0.0, vocab=vocab, judged=0, forced=last).log_probability, want, atol=1e-5)
+    broken = logits.copy()
+    broken[0, 1], broken[1, 1], broken[2] = np.nan, np.inf, -np.inf
+    got = run(broken, vocab=vocab, judged=3, forced=np.where(np.arange(48) == 3, vocab, 0))
+    assert (got.token[:4] == BAD_ROW).all() and (got.token[4:] == 0).all()
+    assert (got.log_probability[:4] == 0).all() and (got.top_log_probabilities[:4] == -np.inf).all()
+
+
 @pytest.mark.usefixtures("kernels")
 def test_the_kernels_log_probabilities_do_not_depend_on_the_batch() -> None:
     """Bit for bit: a policy's gradient divides by them. XLA, the reference, may sum a row in another order."""
@@ -355,6 +381,7 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(run: Run) -> None:
         ({}, 0),
         ({"drawn": (4,)}, 8),
         ({"judged": (1,)}, 8),
+        ({"forced": (4,)}, 8),
         ({"log_probability": (2,)}, 8),
         ({"top_tokens": (3, 3)}, 8),
         ({"top_log_probabilities": (4, 4)}, 8),
@@ -365,9 +392,9 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(run: Run) -> None:
 def test_a_wrong_call_of_the_kernel_is_an_error(shapes: dict[str, tuple[int, ...]], vocab: int) -> None:
     """A mistake in the Python above must not read or write beyond an array."""
     rows = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"), (3,))
-    arguments = {"logits": (3, 8), **rows, "uniform": (3, 2), "judged": (3,)}
+    arguments = {"logits": (3, 8), **rows, "uniform": (3, 2), "judged": (3,), "forced": (3,)}
     made = {name: jnp.ones(shapes.get(name, shape)) for name, shape in arguments.items()}
-    made |= {name: made[name].astype(jnp.int32) for name in ("top_k", "judged")}
+    made |= {name: made[name].astype(jnp.int32) for name in ("top_k", "judged", "forced")}
     results = {"drawn": (3,), "log_probability": (3,), "top_tokens": (3, 4), "top_log_probabilities": (3, 4)}
     types = (jnp.int32, jnp.float32) * 2
     call = jax.ffi.ffi_call(

@@ -17,8 +17,8 @@ from isthmus.model.weights.quantization import quantize_params
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.predictions import predictions
 from isthmus.serve.engine.sampling import Sampling
-from isthmus.serve.engine.scoring import predictions
 from tests.serve.api.harness import save_model, train_tokenizer, varied_params
 from tests.support import forward, narrowest_dtype
 
