@@ -122,11 +122,11 @@ class Packer:
         """Writes all rows at once: an assignment to an array costs as much for one number as for all of them."""
         count, sequences = len(singles), [work.sequence for work in singles]
         slots = [sequence.slot for sequence in sequences]
-        arrays.tokens[:count] = [
-            work.sequence.tokens[work.start] if work.start < len(work.sequence.tokens) else FROM_DEVICE
-            for work in singles
-        ]
         positions = [work.start for work in singles]
+        arrays.tokens[:count] = [
+            FROM_DEVICE if at >= len(sequence.tokens) and at >= sequence.prompt_length else sequence.known(at)
+            for at, sequence in zip(positions, sequences, strict=True)
+        ]
         arrays.positions[:count] = positions
         arrays.slots[:count] = slots
         arrays.row_page[:count] = self.tables.rows[slots, np.asarray(positions, np.int32) // self._config.page_size]

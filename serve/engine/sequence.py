@@ -88,6 +88,10 @@ class Sequence:
         """Whether the next token that the host gets to know is one of the prompt, which was scored."""
         return len(self.tokens) < self.prompt_length
 
+    def known(self, index: int) -> int:
+        """A token that the host knows: of the prompt, though not scored yet, or one that was drawn."""
+        return self.request.prompt[index] if index < self.prompt_length else self.tokens[index]
+
     @property
     def may_grow(self) -> bool:
         """Whether it has a next token: one to score, or one that max_tokens leaves room for."""

@@ -36,6 +36,8 @@ from tests.support import packed_params, relative_error
 
 TOLERANCE = 2e-5
 """Relative, of a sequence's logits together (Euclidean); float32 in another order of operations moves them by 5e-6."""
+SCORE_TOLERANCE = 3e-5
+"""Absolute, of a log-probability; float32 in another order of operations moves them by 1.4e-5."""
 GREEDY = Sampling(temperature=0)
 
 
@@ -164,7 +166,8 @@ def same_rope(config: ModelConfig, position: int, length: int) -> bool:
 
 @pytest.mark.parametrize("family", ["gpt_oss", "phi3", "deepseek_v3"])
 def test_greedy_text_comes_out_of_the_whole_engine(family: str, mesh: Mesh) -> None:
-    """With the sampler on the device and a step in flight, and beside requests that nobody compares."""
+    """With the sampler on the device and a step in flight, and beside requests that nobody compares. Log-probabilities
+    of given tokens are those of transformers, too."""
     want = golden(family)
     _, config, params = load(family, mesh)
     served = Served(config, engine_for(config), config.vocab_size).with_kernels("auto", mesh)
@@ -176,9 +179,28 @@ def test_greedy_text_comes_out_of_the_whole_engine(family: str, mesh: Mesh) -> N
         request = Request(f"{row}", want["prompts"][row, :length].tolist(), GREEDY, 64)
         noise = Request(f"noise{row}", [rng.randrange(config.vocab_size) for _ in range(20)], GREEDY, 30)
         arrivals += [Arrival(request, step=3 * row), Arrival(noise, step=5 * row)]
-    play(executor, arrivals)
+    given = [want["tokens"][row, :length].tolist() for row, length in enumerate(want["lengths"])]
+    scored = [
+        Arrival(Request(f"given{row}", tokens, Sampling(logprobs=3), 0, scored_from=1), step=4 * row)
+        for row, tokens in enumerate(given)
+        if len(tokens) > 1
+    ]
+    play(executor, arrivals + scored)
+    for arrival in scored:
+        row, tokens = int(arrival.request.id[5:]), list(arrival.request.prompt)
+        assert arrival.end is not None and len(arrival.end.prompt_logprobs) == len(tokens) - 1
+        for position, told in enumerate(arrival.end.prompt_logprobs):
+            if same_rope(config, position, len(tokens)):
+                own = log_softmax(want["logits"][row, position])
+                assert told.token == pytest.approx(own[tokens[position + 1]], abs=SCORE_TOLERANCE)
+                assert told.top == pytest.approx(np.sort(own)[::-1][:3], abs=SCORE_TOLERANCE)
     for row in range(len(want["prompt_lengths"])):
         assert arrivals[2 * row].completion == want["generated"][row].tolist(), f"prompt {row}"
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    return wide - wide.max() - np.log(np.exp(wide - wide.max()).sum())
 
 
 @pytest.mark.parametrize("family", others_slow("deepseek_v3", "gemma3", "gpt_oss", "llama3"))

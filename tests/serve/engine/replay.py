@@ -36,6 +36,7 @@ class Asked:
     tenant: str = ""
     priority: int = 0
     max_queue_time: float | None = None
+    scored_from: int | None = None
 
 
 @dataclass
@@ -83,12 +84,13 @@ class Replay:
         request = Request(
             str(len(self.outcomes)),
             asked.prompt,
-            Sampling(),
+            Sampling(logprobs=-1 if asked.scored_from is None else 0),
             asked.max_tokens,
             eos_ids=frozenset({EOS}),
             tenant=asked.tenant,
             priority=asked.priority,
             max_queue_time=asked.max_queue_time,
+            scored_from=asked.scored_from,
             arrival=float(asked.step),
         )
         self._asked[request] = asked

@@ -14,16 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from isthmus.model.ops.sampling import BAD_ROW
+from isthmus.model.ops.sampling import BAD_ROW, FREE, Drawn
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.messages import End, Ending, Event, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Request
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
 from isthmus.serve.engine.running import MOST_PREEMPTIONS
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.sequence import Sequence
-from tests.serve.engine.harness import only_tokens
 
 VOCAB = 7
 EOS = 0
@@ -37,6 +36,11 @@ def draw(prefix: bytes) -> int:
     """The token after a prefix; the end of the text one time in sixteen."""
     number = int.from_bytes(hashlib.blake2b(b"draw" + prefix, digest_size=4).digest(), "big")
     return EOS if number % 16 == 0 else 1 + number // 16 % (VOCAB - 1)
+
+
+def told(prefix: bytes, token: int) -> float:
+    """The log-probability of a token after a prefix."""
+    return -float(int.from_bytes(hashlib.blake2b(b"told" + extend(prefix, token), digest_size=3).digest(), "big"))
 
 
 def prefix_of(tokens: list[int]) -> bytes:
@@ -57,6 +61,14 @@ def expected_completion(request: Request) -> list[int]:
     return out
 
 
+def expected_scores(request: Request) -> tuple[Logprobs, ...]:
+    """What is told about the tokens of the prompt that the request asks for."""
+    if request.scored_from is None:
+        return ()
+    at = range(request.scored_from, len(request.prompt))
+    return tuple(Logprobs(told(prefix_of(request.prompt[:index]), request.prompt[index]), (), ()) for index in at)
+
+
 @dataclass
 class Entry:
     """What the cache holds for a token."""
@@ -72,7 +84,7 @@ class Entry:
 @dataclass
 class InFlight:
     plan: StepPlan
-    drawn: np.ndarray
+    drawn: Drawn
 
 
 class Simulation:
@@ -85,6 +97,8 @@ class Simulation:
         self.tokens: dict[tuple[int, int], int] = {}
         """What was drawn for a slot and position"""
         self.in_flight: InFlight | None = None
+        self.scored: dict[str, list[Logprobs]] = {}
+        """What the events have told about a request's prompt"""
         self.live: dict[str, Sequence] = {}
         self.finished: list[Sequence] = []
         self.poison: set[str] = set()
@@ -105,13 +119,15 @@ class Simulation:
         """options: fields of Request."""
         name = f"r{len(self.live) + len(self.finished)}"
         options.setdefault("arrival", float(self.steps))
-        request = Request(name, prompt, Sampling(), max_tokens, stop_ids=stop_ids, eos_ids=eos_ids, **options)
+        sampling = Sampling(logprobs=-1 if options.get("scored_from") is None else 0)
+        request = Request(name, prompt, sampling, max_tokens, stop_ids=stop_ids, eos_ids=eos_ids, **options)
         self.live[name] = self.scheduler.add(request)
         return self.live[name]
 
     def cancel(self, name: str) -> None:
         sequence = self.live.pop(name)
         (event,) = self.scheduler.cancel(sequence.request)
+        self._heard([event])
         self._finished(sequence, event)
 
     # one turn of the engine's loop: plan and launch t + 1, then read and commit t
@@ -127,10 +143,11 @@ class Simulation:
             launched = InFlight(plan, self._launch(plan))
         events: list[Event] = []
         if self.in_flight is not None:
-            events = self.scheduler.commit(self.in_flight.plan, only_tokens(self.in_flight.drawn), now)
+            events = self.scheduler.commit(self.in_flight.plan, self.in_flight.drawn, now)
         events += self.scheduler.take_ended()
         self.in_flight = launched
         self.scheduler.check()
+        self._heard(events)
         for event in events:
             if event.end is not None:
                 self._finished(self.live.pop(event.request.id), event)
@@ -150,21 +167,32 @@ class Simulation:
         assert self.scheduler.pool.in_use == 0, "a page is held by nobody"
         self.scheduler.check()
 
+    def _heard(self, events: list[Event]) -> None:
+        assert len({event.request.id for event in events}) == len(events), "a step gives a request one event"
+        for event in events:
+            assert event.end is not None or event.tokens or event.prompt_logprobs
+            assert not (event.tokens and event.prompt_logprobs)
+            self.scored.setdefault(event.request.id, []).extend(event.prompt_logprobs)
+
     def _finished(self, sequence: Sequence, event: Event) -> None:
         self.finished.append(sequence)
         request, end = sequence.request, event.end
         assert end is not None
         want, got = expected_completion(request), list(end.tokens)
-        assert got == sequence.completion
+        scores, scored = expected_scores(request), end.prompt_logprobs
+        assert got == sequence.completion and scored == tuple(self.scored.pop(request.id))
         assert sequence.slot == -1 and not sequence.pages
         assert sequence.preemptions <= MOST_PREEMPTIONS, "it is computed again and again"
         if end.reason in (Ending.QUEUE_TIME, Ending.DEADLINE):
             self._check_expired(sequence, end)
         if end.reason in (Ending.CANCELLED, Ending.ERROR, Ending.QUEUE_TIME, Ending.DEADLINE):
             assert got == want[: len(got)], f"{request.id} read another prefix than its own"
+            assert scored == scores[: len(scored)] and (scored == scores or not got)
             return
-        assert got == want, f"{request.id} read another prefix than its own"
-        if got[-1] in request.eos_ids:
+        assert got == want and scored == scores, f"{request.id} read another prefix than its own"
+        if not got:
+            assert request.max_tokens == 0 and end.reason is Ending.LENGTH
+        elif got[-1] in request.eos_ids:
             assert end.reason is Ending.EOS and end.stop_token in request.eos_ids
         elif got[-1] in request.stop_ids:
             assert end.reason is Ending.STOP_TOKEN and end.stop_token == got[-1]
@@ -208,7 +236,7 @@ class Simulation:
             if (position := int(arrays.positions[row])) != PADDING:
                 self.tables[arrays.slots[row], position // self.config.page_size] = arrays.row_page[row]
 
-    def _launch(self, plan: StepPlan) -> np.ndarray:
+    def _launch(self, plan: StepPlan) -> Drawn:
         """Writes every token, then reads every token's prefix, as each layer does."""
         arrays = self._arrays(plan)
         owners = {page: sequence for sequence in self.scheduler.running for page in sequence.pages}
@@ -254,25 +282,28 @@ class Simulation:
         assert asked.cache_read, "a request that bypasses the cache reads another's page"
         assert gave.cache_write, "a request reads a page that wasn't to be kept"
 
-    def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes]) -> np.ndarray:
+    def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes]) -> Drawn:
         drawn = np.full(plan.bucket.samples, 10**6, np.int32)  # what padding draws must interest nobody
-        for row, sequence in plan.samples:
-            prefix = prefixes[int(arrays.sample_token[row])]
+        own = np.zeros(plan.bucket.samples)
+        for first, sequence in plan.samples:
             known = prefix_of(sequence.tokens)
-            position = int(plan.draws["position"][row])
-            if len(sequence.tokens) < position:
-                known = extend(known, self.tokens[sequence.slot, position - 1])  # drawn by the step in flight
+            for at in range(len(sequence.tokens), int(plan.draws["position"][first])):
+                scored = at < sequence.prompt_length
+                known = extend(known, sequence.request.prompt[at] if scored else self.tokens[sequence.slot, at])
+            prefix = prefixes[int(arrays.sample_token[first])]
             assert prefix == known, f"{sequence.request.id} draws after another prefix than its own"
-            drawn[row] = draw(prefix)
-            if sequence.request.id in self.poison:
-                self.poison.discard(sequence.request.id)
-                drawn[row] = BAD_ROW
-            self.tokens[int(plan.draws["slot"][row]), position] = int(drawn[row])
-            for guess in plan.rows_of_drafts(sequence):  # as if the guesses before it were right
-                drawn[guess] = draw(prefixes[int(arrays.sample_token[guess])])
-                position = int(plan.draws["position"][guess])
-                self.tokens[int(plan.draws["slot"][guess]), position] = int(drawn[guess])
-        return drawn
+            rows = [first, *plan.rows_ahead(sequence)]
+            bad = first if plan.draws["forced"][first] == FREE else rows[len(rows) // 2]
+            for row in rows:  # as if the guesses before it were right
+                prefix, forced = prefixes[int(arrays.sample_token[row])], int(plan.draws["forced"][row])
+                drawn[row] = draw(prefix) if forced == FREE else forced
+                own[row] = told(prefix, int(drawn[row]))
+                if row == bad and sequence.request.id in self.poison:
+                    self.poison.discard(sequence.request.id)
+                    drawn[row] = BAD_ROW
+                self.tokens[int(plan.draws["slot"][row]), int(plan.draws["position"][row])] = int(drawn[row])
+        none = np.zeros((plan.bucket.samples, 0))
+        return Drawn(drawn, own, none, none)
 
     # what must hold of every plan
 
@@ -315,21 +346,24 @@ class Simulation:
     def _check_samples(self, plan: StepPlan, arrays: PlanArrays) -> None:
         nobody = self.config.nobody
         assert len({id(sequence) for _, sequence in plan.samples}) == len(plan.samples)
-        rows = [row for row, _ in plan.samples] + [row for drafted in plan.drafts.values() for row in drafted.rows]
+        rows = [row for row, _ in plan.samples] + [row for ahead in plan.ahead.values() for row in ahead.rows]
         assert len(rows) == len(set(rows))
         for row in range(plan.bucket.samples):
             if row not in rows:
                 assert plan.draws["slot"][row] == nobody, "a draw that nobody asked for is kept"
         for row, sequence in plan.samples:
-            drafts = plan.rows_of_drafts(sequence)
-            assert plan.draws["slot"][row] == sequence.slot and sequence.tokens_in_flight - len(drafts) in (1, 2)
-            position = sequence.computed - 1 - len(drafts)
-            assert arrays.positions[arrays.sample_token[row]] == position == sequence.length - 2 - len(drafts)
-            assert plan.draws["position"][row] == position + 1
-            for ahead, guess in enumerate(drafts, start=1):
-                assert plan.draws["slot"][guess] == sequence.slot
-                assert plan.draws["position"][guess] == position + 1 + ahead
-                assert arrays.positions[arrays.sample_token[guess]] == position + ahead
+            ahead = plan.rows_ahead(sequence)
+            forced = sequence.request.scored_from is not None and plan.draws["position"][row] < sequence.prompt_length
+            before = sequence.tokens_in_flight - len(ahead) - 1  # of the step in flight
+            assert plan.draws["slot"][row] == sequence.slot
+            assert 0 <= before <= (self.config.max_sequences if sequence.in_prompt else 1)
+            position = sequence.computed - 1 - len(ahead)
+            assert arrays.positions[arrays.sample_token[row]] == position == sequence.length - 2 - len(ahead)
+            for index, each in enumerate((row, *ahead)):
+                at = position + 1 + index
+                assert plan.draws["slot"][each] == sequence.slot and plan.draws["position"][each] == at
+                assert arrays.positions[arrays.sample_token[each]] == at - 1
+                assert plan.draws["forced"][each] == (sequence.request.prompt[at] if forced else FREE)
 
 
 def run_until(simulation: Simulation, done: Callable[[], bool], limit: int = 1000) -> None:

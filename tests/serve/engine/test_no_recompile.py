@@ -21,16 +21,19 @@ CONFIG = dataclasses.replace(TINY, layers=1)
 
 def random_arrival(rng: random.Random, index: int) -> Arrival:
     prompt = [rng.randrange(CONFIG.vocab_size) for _ in range(rng.choice([1, 2, rng.randrange(1, 60), 62]))]
+    first = rng.randrange(1, len(prompt)) if len(prompt) > 1 and rng.random() < 0.2 else None
     sampling = Sampling(
         temperature=rng.choice([0.0, 0.7, 1.0, 2.0]),
         top_k=rng.choice([0, 0, 1, 5, 1000]),
         top_p=rng.choice([1.0, 1.0, 0.9, 0.1]),
         min_p=rng.choice([0.0, 0.0, 0.1, 1.0]),
         seed=rng.randrange(2**64),
+        logprobs=-1 if first is None else rng.randrange(3),
     )
-    limit = rng.randrange(1, CONFIG.context_length - len(prompt) + 1)
+    limit = rng.randrange(1 if first is None else 0, CONFIG.context_length - len(prompt) + 1)
     stop_ids = frozenset(rng.sample(range(CONFIG.vocab_size), rng.choice([0, 0, 3])))
-    request = Request(f"r{index}", prompt, sampling, limit, stop_ids, eos_ids=frozenset(rng.choice([(), (3,)])))
+    eos_ids = frozenset(rng.choice([(), (3,)]))
+    request = Request(f"r{index}", prompt, sampling, limit, stop_ids, eos_ids=eos_ids, scored_from=first)
     cancel_after = rng.randrange(1, 10) if rng.random() < 0.2 else None
     return Arrival(request, step=rng.randrange(400), cancel_after=cancel_after)
 

@@ -18,19 +18,24 @@ from tests.serve.engine.replay import ENGINE, Asked, Outcome, Replay, prompt
 
 
 def crowd(count: int) -> Iterator[Asked]:
-    """`count` requests of five tenants and three priorities, most of them one tenant's; some leave, some have no time.
-    50 come at once, again and again."""
-    rng = random.Random(5)
+    """`count` requests of five tenants and three priorities, most of them one tenant's; some leave, some have no time,
+    some are scored. 50 come at once, again and again."""
+    rng, scored = random.Random(5), random.Random(13)
     step = 0
     for index in range(count):
         if index % 50 == 0:
             step += rng.choice([2, 28])
         draws = max(1, int(rng.expovariate(1 / 6)))
+        tokens = prompt(rng, rng.choice([8, 30, 70, 300 if index % 9 == 0 else 8]), rng.randrange(4))
+        most, first = max(1, draws + rng.choice([-4, 8, 200])), None
+        if scored.random() < 0.15:
+            most, first = scored.choice([0, most]), scored.choice([1, scored.randrange(1, len(tokens))])
         yield Asked(
             step,
-            prompt(rng, rng.choice([8, 30, 70, 300 if index % 9 == 0 else 8]), rng.randrange(4)),
-            max_tokens=max(1, draws + rng.choice([-4, 8, 200])),
+            tokens,
+            max_tokens=most,
             draws=draws,
+            scored_from=first,
             cancel_after=rng.randrange(40) if rng.random() < 0.05 else None,
             tenant=rng.choices("abcde", [12, 1, 1, 1, 1])[0],
             priority=rng.choices([-1, 0, 1], [1, 8, 1])[0],
@@ -55,6 +60,7 @@ def test_a_long_day(count: int) -> None:
         assert end.progress.preemptions <= MOST_PREEMPTIONS
         if end.reason in (Ending.EOS, Ending.LENGTH):
             assert len(end.tokens) == min(asked.draws, asked.max_tokens)
+            assert len(end.prompt_logprobs) == len(asked.prompt) - (asked.scored_from or len(asked.prompt))
         if end.reason is Ending.QUEUE_TIME:
             assert asked.max_queue_time is not None and not end.tokens
             assert end.progress.at == asked.step + asked.max_queue_time

@@ -81,6 +81,7 @@ class EngineMachine(RuleBasedStateMachine):
             },
         ),
         seconds=st.none() | st.integers(0, 60),
+        scored=st.none() | st.integers(1, 38),
     )
     def submit(
         self,
@@ -92,11 +93,15 @@ class EngineMachine(RuleBasedStateMachine):
         stop: frozenset[int],
         options: dict[str, Any],
         seconds: int | None,
+        scored: int | None,
     ) -> None:
         prompt = (FAMILIES[family][:shared] + own)[:39] or [1]
         room = self.simulation.config.context_length - len(prompt)
-        deadline = None if seconds is None else self.simulation.steps + seconds
-        self.simulation.submit(prompt, min(max_tokens, room), eos, stop, deadline=deadline, **options)
+        options["deadline"] = None if seconds is None else self.simulation.steps + seconds
+        if scored is not None and scored < len(prompt):
+            options["scored_from"] = scored
+            max_tokens -= 1  # none now and then
+        self.simulation.submit(prompt, min(max_tokens, room), eos, stop, **options)
 
     @precondition(lambda self: self.simulation.live)
     @rule(data=st.data())
@@ -145,7 +150,12 @@ def test_a_long_crowded_run(name: str, mixed: bool) -> None:
             "cache_write": rng.random() < 0.9,
         }
         eos = rng.choice([frozenset({EOS}), frozenset()])
-        simulation.submit(prompt, rng.randrange(1, 41 - len(prompt)), eos, **(options if mixed else {}))
+        options = options if mixed else {}
+        scores = len(prompt) > 1 and rng.random() < 0.3
+        if scores:
+            options["scored_from"] = rng.randrange(1, len(prompt))
+        least = 0 if scores and rng.random() < 0.5 else 1
+        simulation.submit(prompt, least * rng.randrange(1, 41 - len(prompt)), eos, **options)
         if simulation.live and rng.random() < 0.1:
             simulation.cancel(rng.choice(sorted(simulation.live)))
         if simulation.live and rng.random() < 0.05:
