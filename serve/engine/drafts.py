@@ -1,6 +1,6 @@
-"""Guesses of a sequence's next tokens from what it holds already: text that repeats, such as code that is edited or a
-source that is quoted, is mostly a copy of an earlier place. A step checks several guesses at once (speculative
-decoding, Leviathan et al. 2022, arXiv 2211.17192; by lookup: Saxena 2023,
+"""Guesses of a sequence's next tokens. Text that repeats, such as code that is edited or a source that is quoted, is
+mostly a copy of an earlier place, or of what its caller has foretold; and a constraint may leave one way only. A step
+checks several guesses at once (speculative decoding, Leviathan et al. 2022, arXiv 2211.17192; by lookup: Saxena 2023,
 github.com/apoorvumang/prompt-lookup-decoding).
 
 A guess is taken while it is what the step draws, each token with its own position's random numbers: so the text is the
@@ -9,7 +9,9 @@ same whether there are guesses or not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from isthmus.serve.engine.config import EngineConfig
@@ -23,6 +25,10 @@ MOST_GUESSES = 7
 """A step checks at most so many tokens of a sequence beyond the first"""
 PATIENCE = 4
 """Tokens in a row that must have been foretold before guesses are checked"""
+_NO_TOKEN = -1
+"""Ends a prediction: no sequence holds it"""
+LEAST_FORCED = 2
+"""A sequence whose form leaves one way waits for the token in flight if so many tokens at least follow that one"""
 MOST_INDEXED = 512
 """Tokens that are indexed for a sequence in a step, so that a long prompt holds nobody up"""
 
@@ -30,8 +36,12 @@ MOST_INDEXED = 512
 class Lookup:
     """Follows a sequence token by token, and the place that it repeats."""
 
-    def __init__(self) -> None:
+    def __init__(self, predicted: Tokens[int] = (), begins: int = 0) -> None:
+        """predicted: what the sequence is expected to go on with behind its first `begins` tokens. It counts as an
+        earlier place."""
+        self._predicted, self._begins = (*predicted, _NO_TOKEN) if predicted else (), begins
         self._tokens: list[int] = []
+        """The prediction, and the sequence as far as it has been followed"""
         self._after: dict[tuple[int, ...], int] = {}
         """The index after the last occurrence of each GRAM tokens"""
         self._at: int | None = None
@@ -42,19 +52,26 @@ class Lookup:
     def follow(self, tokens: Tokens[int]) -> bool:
         """Goes on to the end of `tokens`, the sequence so far. Returns whether it has come that far, and the last
         tokens were foretold, so that it is worth checking guesses."""
-        for token in tokens[len(self._tokens) : len(self._tokens) + MOST_INDEXED]:
+        for token in islice(self._missing(tokens), MOST_INDEXED):
             self._append(token)
-        return len(self._tokens) == len(tokens) and self._hits >= PATIENCE and self._at is not None
+        follows = len(self._tokens) == len(self._predicted) + len(tokens)
+        return follows and self._hits >= PATIENCE and self._at is not None
 
     def guess(self, most: int) -> tuple[int, ...]:
         """What comes next if the sequence goes on repeating, at most `most` tokens."""
         if self._at is None:
             return ()
-        return tuple(self._tokens[self._at : self._at + min(most, self._most)])
+        guesses = self._tokens[self._at : self._at + min(most, self._most)]
+        return tuple(takewhile(lambda token: token != _NO_TOKEN, guesses))
 
     def learn(self, guessed: int, right: int) -> None:
         """How many tokens of a guess were right: as many are guessed next time, and a few more."""
         self._most = MOST_GUESSES if right == guessed else min(MOST_GUESSES, 2 * right + 1)
+
+    def _missing(self, tokens: Tokens[int]) -> Iterator[int]:
+        known, ahead = len(self._tokens), len(self._predicted)
+        yield from self._predicted[known:]
+        yield from tokens[max(0, known - ahead) :]
 
     def _append(self, token: int) -> None:
         follows = self._at is not None and self._tokens[self._at] == token
@@ -63,10 +80,12 @@ class Lookup:
         end = len(self._tokens)
         if follows:
             self._at += 1  # type: ignore[operator]
+        if self._predicted and end == len(self._predicted) + self._begins:
+            self._at, self._hits = 0, PATIENCE
         if end < GRAM:
             return
         gram = tuple(self._tokens[-GRAM:])
-        if not follows:
+        if self._hits == 0:
             self._at = self._after.get(gram)
         self._after[gram] = end
 
@@ -80,7 +99,7 @@ class Drafting:
 
     def holds_back(self, sequence: Sequence, running: int) -> bool:
         """Whether a sequence waits for the token in flight, so that guesses can follow it. running: how many run."""
-        return self._foretells(sequence, running) and sequence.tokens_in_flight > 0
+        return sequence.tokens_in_flight > 0 and self._foretells(sequence, running)
 
     def guess(self, sequence: Sequence, rows: int, running: int) -> tuple[int, ...]:
         """What is to be checked after a sequence's last token, which is known. rows: how many the step has already."""
@@ -88,12 +107,16 @@ class Drafting:
         most = min(self._rows - rows, left)
         if most <= 0 or sequence.tokens_in_flight or not self._foretells(sequence, running):
             return ()
+        if sequence.constraint is not None:
+            return tuple(sequence.constraint.forced()[: min(most, MOST_GUESSES)])
         assert sequence.lookup is not None
         return sequence.lookup.guess(most)
 
     def _foretells(self, sequence: Sequence, running: int) -> bool:
-        if 2 * running > self._rows or sequence.constraint is not None or sequence.scores:
+        if 2 * running > self._rows or sequence.scores:
             return False
+        if sequence.constraint is not None:  # what may come is known, and repeating isn't
+            return len(sequence.constraint.forced()) > (LEAST_FORCED if sequence.tokens_in_flight else 0)
         if sequence.lookup is None:
-            sequence.lookup = Lookup()
+            sequence.lookup = Lookup(sequence.request.predicted, sequence.prompt_length)
         return sequence.lookup.follow(sequence.tokens)

@@ -18,6 +18,7 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Progress, Request
 from isthmus.serve.engine.outcomes import Counters
+from isthmus.serve.engine.pooling import check_pooled
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.scoring import check_scored
 
@@ -65,7 +66,8 @@ class Engine:
         self._sink = sink
         self._inbox: deque[Request | Cancel] = deque()
         self._wake = threading.Condition()
-        self._live: dict[str, Request] = {}
+        self._live: dict[str, list[Request]] = {}
+        """By id: those that were submitted together, without the ones that have ended or are cancelled"""
         self._tenants: Counter[str] = Counter()
         """How many of the live requests are whose"""
         self._cancelled: set[Request] = set()
@@ -89,7 +91,8 @@ class Engine:
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
         check_scored(request, self.executor.served.vocab)
-        draws = request.scored_from is None or request.max_tokens != 0
+        check_pooled(request)
+        draws = request.max_tokens != 0 or (request.scored_from is None and request.pooling is None)
         if len(request.prompt) > limit - draws:
             room = f"at most {limit - 1} leave room for one more" if draws else f"the context holds {limit}"
             raise InvalidRequest("prompt", f"has {len(request.prompt)} tokens; {room}")
@@ -104,45 +107,49 @@ class Engine:
             total = len(request.prompt) + request.max_tokens
             raise InvalidRequest("max_tokens", f"with the prompt makes {total} tokens; the context holds {limit}")
 
-    def submit(self, request: Request) -> None:
-        """Hands a request over; its events come through the sink. Thread-safe.
+    def submit(self, *requests: Request) -> None:
+        """Hands requests of one caller over, which have one id: all or none. Their events come through the sink.
+        Thread-safe.
 
         Raises InvalidRequest, DuplicateRequest, Overloaded, Unavailable, or RequestFailed where the engine has ended.
         """
-        self.validate(request)
+        first, limit = requests[0], self.config.max_sequences + self.config.max_waiting
+        for request in requests:
+            self.validate(request)
+        if len(requests) > limit:
+            raise InvalidRequest("n", f"makes {len(requests)} requests at once; there is room for {limit}")
         with self._wake:
             if self.error is not None:
                 raise self._death() from self.error
             if self._draining:
                 raise Unavailable("the engine is shutting down")
-            if request.id in self._live:
-                raise DuplicateRequest("request_id", f"{request.id!r} is in flight already")
-            limit = self.config.max_sequences + self.config.max_waiting
-            if self._is_full(request.tenant, limit) or len(self._cancelled) >= 4 * limit:
-                raise Overloaded(f"{len(self._live)} requests are in flight already")
-            self._live[request.id] = request
-            self._tenants[request.tenant] += 1
-            self._inbox.append(request)
+            if first.id in self._live:
+                raise DuplicateRequest("request_id", f"{first.id!r} is in flight already")
+            if self._is_full(first.tenant, len(requests), limit) or len(self._cancelled) >= 4 * limit:
+                raise Overloaded(f"{self.in_flight} requests are in flight already")
+            self._live[first.id] = list(requests)
+            self._tenants[first.tenant] += len(requests)
+            self._inbox += requests
             self._wake.notify()
 
-    def _is_full(self, tenant: str, limit: int) -> bool:
-        """Whether no more requests of a tenant are taken. One with few of them is taken a little longer, so that
-        another that fills the queue doesn't keep it out."""
+    def _is_full(self, tenant: str, more: int, limit: int) -> bool:
+        """Whether so many more requests of a tenant aren't taken. One with few of them is taken a little longer, so
+        that another that fills the queue doesn't keep it out."""
         few = self._tenants[tenant] < limit // 8
-        return len(self._live) >= (limit + limit // 4 if few else limit)
+        return self.in_flight + more > (limit + limit // 4 if few else limit)
 
     def cancel(self, request: Request | str) -> bool:
-        """Ends this request, or the one with this id, before the next plan; its id is free at once. Returns
-        whether it was in flight. Thread-safe."""
+        """Ends this request, or those with this id, before the next plan; an id is free once none with it is left.
+        Returns whether any was in flight. Thread-safe."""
         with self._wake:
-            live = self._live.get(request if isinstance(request, str) else request.id)
-            if live is None or request not in (live, live.id):
-                return False
-            self._cancelled.add(live)
-            self._remove_live(live)
-            self._inbox.append(Cancel(live))
+            live = self._live.get(request if isinstance(request, str) else request.id, [])
+            ended = [one for one in live if request in (one, one.id)]
+            for one in ended:
+                self._cancelled.add(one)
+                self._remove_live(one)
+                self._inbox.append(Cancel(one))
             self._wake.notify()
-            return True
+            return bool(ended)
 
     def drain(self) -> None:
         """Refuses new requests from now on; those in flight go on. Thread-safe."""
@@ -152,7 +159,7 @@ class Engine:
     @property
     def in_flight(self) -> int:
         """Requests that have not finished and aren't cancelled, waiting ones included."""
-        return len(self._live)
+        return self._tenants.total()
 
     def load(self) -> Load:
         """A snapshot, as of now or of the step before. Thread-safe."""
@@ -160,7 +167,7 @@ class Engine:
         running = len(self.scheduler.running)
         return Load(
             running=running,
-            waiting=max(0, len(self._live) - running),
+            waiting=max(0, self.in_flight - running),
             pages_total=pool.pages - 1,
             pages_in_use=pool.in_use,
             pages_cached=pool.cached,
@@ -206,7 +213,7 @@ class Engine:
     def _abandon(self, reason: Ending, failure: Exception | None = None) -> None:
         """Ends every request that is left, and delivers that."""
         with self._wake:
-            left = [*self._live.values(), *self._cancelled]
+            left = [*(one for live in self._live.values() for one in live), *self._cancelled]
             self._live.clear()
             self._tenants.clear()
             self._cancelled.clear()
@@ -230,9 +237,9 @@ class Engine:
                     self._sample(launched)
             t2 = clock()
             if in_flight is not None:
-                drawn = in_flight.read()
+                drawn, hidden = in_flight.read()
                 t3 = clock()
-                events = self.scheduler.commit(in_flight.plan, drawn, t3)
+                events = self.scheduler.commit(in_flight.plan, drawn, t3, hidden)
                 t4 = clock()
                 self._deliver(events)
                 times = self.times
@@ -278,16 +285,22 @@ class Engine:
             for event in events:
                 if event.end is not None:
                     self._cancelled.discard(event.request)
-                    if self._live.get(event.request.id) is event.request:
+                    if self._is_live(event.request):
                         self._remove_live(event.request)
         if events:
             self._sink(events)
 
+    def _is_live(self, request: Request) -> bool:
+        return request in self._live.get(request.id, ())
+
     def _remove_live(self, request: Request) -> None:
-        del self._live[request.id]
+        live = self._live[request.id]
+        live.remove(request)
+        if not live:
+            del self._live[request.id]
         self._tenants[request.tenant] -= 1
         if not self._tenants[request.tenant]:
             del self._tenants[request.tenant]
 
     def _awaits(self, request: Request) -> bool:
-        return self._live.get(request.id) is request or request in self._cancelled
+        return self._is_live(request) or request in self._cancelled

@@ -124,12 +124,12 @@ def forward(
 
 def forward_step(
     served: Served, bucket: Bucket, params: Params, state: State, packed: jax.Array
-) -> tuple[State, jax.Array]:
-    """A step's forward pass: the state after it, and float32 logits [samples, ids]. Pure; the first two arguments are
-    static. packed: as in `forward`."""
+) -> tuple[State, jax.Array, jax.Array]:
+    """A step's forward pass: the state after it, float32 logits [samples, ids], and the hidden states [tokens, dim].
+    Pure; the first two arguments are static. packed: as in `forward`."""
     model = bind(served.model, served.execution, params)
     hidden, state = forward(model, served.engine, bucket, state, packed)
-    return state, model.logits(hidden[split_plan(packed, bucket).sample_token])
+    return state, model.logits(hidden[split_plan(packed, bucket).sample_token]), hidden
 
 
 @dataclass(eq=False)
@@ -139,6 +139,8 @@ class Launched:
     plan: StepPlan
     logits: jax.Array
     """float32[samples, ids]"""
+    hidden: jax.Array
+    """[tokens, dim], in the dtype of the execution: the hidden states after the model's last norm"""
     drawn: Drawn | None = None
     """None until the step is sampled"""
 
@@ -147,12 +149,19 @@ class Launched:
         """Whether somebody asked for more than the token."""
         return bool((self.plan.draws["logprobs"] >= 0).any())
 
-    def read(self) -> Drawn:
-        """What was drawn, as numpy's arrays where somebody asked for it; waits for the device. Raises what the device
-        raised."""
+    @property
+    def asked(self) -> list[jax.Array]:
+        """What somebody asked for: the tokens first, then what is told about them, and the hidden states last."""
         assert self.drawn is not None, "read before it was sampled"
-        read: Drawn = jax.device_get(self.drawn if self.tells else self.drawn[:1])
-        return read if self.tells else self.drawn._replace(token=read[0])
+        return [*(self.drawn if self.tells else self.drawn[:1]), *([self.hidden] if self.plan.pooled else [])]
+
+    def read(self) -> tuple[Drawn, np.ndarray | None]:
+        """What was drawn, as numpy's arrays where somebody asked for it, and the hidden states if the plan pools some;
+        waits for the device. Raises what the device raised."""
+        read = jax.device_get(self.asked)
+        hidden = read.pop() if self.plan.pooled else None
+        assert self.drawn is not None
+        return Drawn(*read, *self.drawn[len(read) :]), hidden
 
 
 class Executor:
@@ -219,8 +228,8 @@ class Executor:
             state = state._replace(tables=programs.place_table(state.tables, np.int32(slot), row))
         for slot, row in plan.tokens:
             state = state._replace(tokens=programs.place_tokens(state.tokens, np.int32(slot), row))
-        self.state, logits = programs.forward[plan.bucket](self.params, state, plan.packed)
-        return Launched(plan, logits)
+        self.state, logits, hidden = programs.forward[plan.bucket](self.params, state, plan.packed)
+        return Launched(plan, logits, hidden)
 
     def sample(self, launched: Launched, mask: np.ndarray | None = None) -> None:
         """Starts a step's draws and returns at once. mask: int32[samples, words], where draws are adjusted."""
@@ -233,7 +242,7 @@ class Executor:
             draw = self._programs.draw_adjusted[plan.bucket.samples]
             tokens, launched.drawn = draw(launched.logits, tokens, words(plan.draws), Adjusting(*plan.bias, mask))
         self.state = self.state._replace(tokens=tokens)
-        for part in launched.drawn if launched.tells else launched.drawn[:1]:
+        for part in launched.asked:
             part.copy_to_host_async()
 
 
@@ -337,11 +346,11 @@ def forward_and_arguments(
     execution = served.execution
     if params is None:
         params = abstract_params(served.model, mesh, stacked=execution.scan_layers, dtype=execution.dtype)
-    state = served.abstract_state(mesh)
+    state, whole = served.abstract_state(mesh), NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
         partial(forward_step, served, bucket),
         donate_argnums=1,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), _logits_sharding(mesh)),
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), _logits_sharding(mesh), whole),
     )
     return step, (params, state, _whole(mesh, jnp.int32, plan_size(bucket)))
 

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from isthmus.serve.engine.constraint import Constraint
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 
 
@@ -21,17 +24,22 @@ class Request:
     """Token ids, at least one"""
     sampling: Sampling
     max_tokens: int
-    """Most tokens to draw, those of `resumed` included; 0 draws none of a prompt that is scored"""
+    """Most tokens to draw, those of `resumed` included; 0 for an embedding, and for a prompt that is only scored"""
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     """Tokens that end the text; empty goes on past them"""
     constraint: Constraint | None = None
     """What restricts the tokens that may be drawn, at its beginning: the engine steps a copy"""
+    predicted: Sequence[int] = ()
+    """Tokens that the text is expected to have, which are guesses for speculative decoding and change nothing else"""
     resumed: Sequence[int] = ()
     """Tokens that were drawn before by a request like this, which goes on after them as that one would have"""
     scored_from: int | None = None
     """The index in the prompt, at least 1, from which on its tokens are scored: what is told about a drawn token is
     told about each, as if it had been drawn there. None scores none"""
+    pooling: Pooling | None = None
+    """What the prompt's embedding is made of, if that is what is asked for. Nothing is drawn then, and what is said
+    about draws means nothing"""
     tenant: str = ""
     """Who asks: tenants of one priority share the engine"""
     priority: int = 0
@@ -69,6 +77,7 @@ class Ending(enum.Enum):
     COMPLETE = "nothing may follow by its constraint"
     LENGTH = "max_tokens"
     CONTEXT_LENGTH = "context is full"
+    EMBEDDED = "its embedding is whole"
     CANCELLED = "cancelled"
     QUEUE_TIME = "max_queue_time passed before it started"
     DEADLINE = "its deadline passed before it started"
@@ -116,11 +125,14 @@ class End:
     logprobs: tuple[Logprobs, ...] = ()
     """One for each token, if they were asked for"""
     failure: Exception | None = None
-    """The exception that ended it with ERROR; None if its logits weren't finite"""
+    """The exception that ended it with ERROR; None if its logits or hidden states weren't finite"""
     progress: Progress = NO_PROGRESS
     """How far it had come then"""
     prompt_logprobs: tuple[Logprobs, ...] = ()
     """One for each token of the prompt that was scored, in their order"""
+    embedding: np.ndarray | None = field(default=None, compare=False)
+    """float32[dim], which can't be written to, as the hidden states give it, not normalised; None without EMBEDDED. Two
+    ends are compared without it"""
 
     @property
     def stop_token(self) -> int | None:

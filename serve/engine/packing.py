@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.plan import FROM_DEVICE, Ahead, PlanArrays, StepPlan, empty_plan
+from isthmus.serve.engine.plan import FROM_DEVICE, Ahead, PlanArrays, Pooled, StepPlan, empty_plan
 from isthmus.serve.engine.sampling import DRAW, Bias, draw_of, no_draws
 from isthmus.serve.engine.sequence import Sequence
 from isthmus.serve.engine.tables import Tables
@@ -27,7 +27,7 @@ class Work:
     @property
     def draws(self) -> bool:
         """Whether these reach the end of the sequence as it is so far, so that the step draws its next token."""
-        return self.start + self.count >= self.sequence.length
+        return self.sequence.embedding is None and self.start + self.count >= self.sequence.length
 
     def blocks(self, size: int) -> Iterator[tuple[int, int]]:
         """Cuts the tokens into blocks (start, count) of at most `size`."""
@@ -97,6 +97,7 @@ class Packer:
         block = 0
         for work in step.chunks:
             try:
+                plan.pooled += self._pooled(work, bucket.rows + block * self._config.block_size)
                 block, last = self._pack_chunk(arrays, bucket.rows, block, work)
             except Exception as error:
                 raise RequestFault(work.sequence) from error
@@ -162,6 +163,17 @@ class Packer:
             arrays.uses_long_rope[rows + block] = work.sequence.uses_long_rope
             block, last = block + 1, first + count - 1
         return block, last
+
+    def _pooled(self, work: Work, first: int) -> Iterator[Pooled]:
+        """What an embedding takes in of a chunk that begins at `first` on the token axis: nothing that it has taken in
+        before, when its sequence was preempted since. All blocks of a chunk but its last are full."""
+        if (embedding := work.sequence.embedding) is None:
+            return
+        for start, count in work.blocks(self._config.block_size):
+            at = first + start - work.start
+            begin = max(start, embedding.known)
+            if begin < start + count:
+                yield Pooled(work.sequence, slice(at + begin - start, at + count))
 
     def _pack_draws(self, plan: StepPlan, arrays: PlanArrays, draws: list[_Draw]) -> None:
         for _, _, sequence in draws:

@@ -73,6 +73,14 @@ class Ahead(NamedTuple):
     """The row of the head behind each of them"""
 
 
+class Pooled(NamedTuple):
+    """Tokens of a block whose hidden states an embedding takes in."""
+
+    sequence: Sequence
+    tokens: slice
+    """Where they lie on the token axis"""
+
+
 @dataclass(eq=False)
 class StepPlan:
     """What a step computes, and for whom it draws."""
@@ -94,6 +102,8 @@ class StepPlan:
     """What some of these sequences have rows for beyond their next token"""
     guesses: bool = False
     """Whether some of that are guesses, so that what comes after this step is known only when it is read"""
+    pooled: list[Pooled] = field(default_factory=list)
+    """Whose embeddings take in hidden states of this step, a sequence's blocks in their order"""
     awaits: bool = False
     """Whether a draw's mask follows from tokens of the step before, so that it can be drawn only when they are known"""
     blocks: int = 0
@@ -102,6 +112,10 @@ class StepPlan:
     """When it was planned, in seconds"""
     scheduled_tokens: int = 0
     """Tokens that are not padding"""
+
+    def tokens_ahead(self, sequence: Sequence) -> tuple[int, ...]:
+        """A sequence's tokens ahead."""
+        return self.ahead[sequence].tokens if sequence in self.ahead else ()
 
     def rows_ahead(self, sequence: Sequence) -> range:
         """The rows of the head behind a sequence's tokens ahead."""

@@ -10,6 +10,7 @@ import hashlib
 
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.pages import PagePool, page_key
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sequence import Sequence
 
 
@@ -100,7 +101,9 @@ class PrefixCache:
             del self._coming[key]
 
     def _reads(self, sequence: Sequence) -> bool:
-        return self._enabled and sequence.request.cache_read
+        """A mean needs the hidden states of all tokens, and the cache has none."""
+        request = sequence.request
+        return self._enabled and request.cache_read and request.pooling is not Pooling.MEAN
 
     def _writes(self, sequence: Sequence) -> bool:
         return self._enabled and sequence.request.cache_write

@@ -158,11 +158,13 @@ class Scheduler:
 
     def _by_turn(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
         """The running requests: those that wait for one token, those with more to compute, and those with more that
-        give way to the first waiting one, which leave half of the step's blocks to it."""
+        give way to the first waiting one, which leave half of the step's blocks to it. An embedding whose last tokens
+        are in flight waits for none."""
         drawn: list[Sequence] = []
         prompts: list[Sequence] = []
         for sequence in self.running:
-            (prompts if sequence.length - sequence.computed > 1 else drawn).append(sequence)
+            if missing := sequence.length - sequence.computed:
+                (prompts if missing > 1 else drawn).append(sequence)
         prompts.sort(key=self.running.turn)
         first = next(self.waiting.candidates(), None) if prompts else None
         yielding = [one for one in prompts if first is not None and self.running.gives_way(one, first)]
@@ -307,8 +309,9 @@ class Scheduler:
             if sequence.ending is not None or not sequence.adjusts or plan.draws["forced"][first] != FREE:
                 continue
             try:
-                for row in (first, *plan.rows_ahead(sequence)):
-                    sequence.fill_mask(mask[row], int(plan.draws["position"][row]) - sequence.prompt_length)
+                rows, guesses = plan.rows_ahead(sequence), plan.tokens_ahead(sequence)
+                drawn = int(plan.draws["position"][first]) - sequence.prompt_length
+                sequence.fill_masks([mask[row] for row in (first, *rows)], drawn, guesses)
             except Exception as error:
                 mask[first] = -1
                 self._fail(sequence, error, now)
@@ -316,8 +319,11 @@ class Scheduler:
 
     # commit: what a step drew
 
-    def commit(self, plan: StepPlan, drawn: Drawn, now: float = 0.0) -> list[Event]:
-        """Takes in what `plan` drew, in numpy's arrays, which came at `now`; finished requests free their pages."""
+    def commit(self, plan: StepPlan, drawn: Drawn, now: float = 0.0, hidden: np.ndarray | None = None) -> list[Event]:
+        """Takes in what `plan` drew, in numpy's arrays, which came at `now`; finished requests free their pages.
+
+        hidden: the hidden states [tokens, dim] of the plan's tokens, after the model's last norm; they are there if the
+        plan pools some."""
         self.counters.steps += 1
         # It began when it was launched, or when the step before it was done.
         self._budget.learn(plan.blocks, now - max(plan.planned_at, self._read_at))
@@ -340,6 +346,14 @@ class Scheduler:
                     events.append(joined(list(self._take_guessed(sequence, ahead.tokens, drawn, rows, now))))
             except Exception as error:
                 self._fail(sequence, error, now)
+        for pooled in plan.pooled:
+            assert hidden is not None, "hidden states are missing"
+            if pooled.sequence.ending is not None:
+                continue
+            try:
+                events += self._pool(pooled.sequence, hidden[pooled.tokens], now)
+            except Exception as error:
+                self._fail(pooled.sequence, error, now)
         return events
 
     def _take_scored(self, sequence: Sequence, drawn: Drawn, rows: list[int], now: float) -> Event:
@@ -353,6 +367,17 @@ class Scheduler:
         if len(sequence.tokens) == sequence.prompt_length + sequence.request.max_tokens:
             return replace(self._finish(sequence, Ending.LENGTH, now), prompt_logprobs=told)
         return Event(sequence.request, progress=sequence.progress(now), prompt_logprobs=told)
+
+    def _pool(self, sequence: Sequence, states: np.ndarray, now: float) -> list[Event]:
+        """Takes in a block's hidden states. Returns the sequence's last event if its embedding is whole, or not
+        finite."""
+        embedding = sequence.embedding
+        assert embedding is not None
+        embedding.add(states)
+        if not embedding.finite:
+            self._prefixes.forget(sequence)
+            return [self._finish(sequence, Ending.ERROR, now)]
+        return [self._finish(sequence, Ending.EMBEDDED, now)] if embedding.whole else []
 
     def _take_guessed(
         self, sequence: Sequence, guesses: tuple[int, ...], drawn: Drawn, rows: list[int], now: float

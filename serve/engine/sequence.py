@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import numpy as np
 
-from isthmus.serve.engine.constraint import Constraint
+from isthmus.serve.engine.constraint import Constraint, ConstraintError
 from isthmus.serve.engine.drafts import Lookup
 from isthmus.serve.engine.masks import Masks
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Progress, Request
+from isthmus.serve.engine.pooling import Embedding
 
 
 @dataclass(eq=False)
@@ -40,6 +44,8 @@ class Sequence:
     """The state of the request's constraint after the tokens that the host knows; None where it has none"""
     lookup: Lookup | None = field(default=None, init=False)
     """What guesses its next tokens, once that may be worth it"""
+    embedding: Embedding | None = field(default=None, init=False)
+    """What is known of the embedding that the request asks for; None where it asks for tokens"""
     adjusts: bool = field(default=False, init=False)
     """Whether its draws see other logits than the model's"""
     slot: int = field(default=-1, init=False)
@@ -67,6 +73,8 @@ class Sequence:
         self.prompt_length = len(request.prompt)
         self.drawn_from = self.prompt_length if request.scored_from is None else request.scored_from
         self.tokens = [*request.prompt[: self.drawn_from], *request.resumed]
+        if request.pooling is not None:
+            self.embedding = Embedding(request.pooling, self.prompt_length)
 
     @property
     def length(self) -> int:
@@ -97,13 +105,16 @@ class Sequence:
         """Whether it has a next token: one to score, or one that max_tokens leaves room for."""
         return self.length - self.prompt_length < self.request.max_tokens
 
-    def fill_mask(self, row: np.ndarray, drawn: int) -> None:
-        """Clears the bits of ids, in int32[words], that may not come after `drawn` tokens, all of which are known.
-        Where constraint and options have no id in common, the constraint decides. Raises ConstraintError."""
-        if self.constraint is not None:
-            self.constraint.fill(row)
-        if self.masks is not None and (both := row & self.masks.at(drawn)).any():
-            row[:] = both
+    def fill_masks(self, rows: Tokens[np.ndarray], drawn: int, guesses: Tokens[int]) -> None:
+        """Clears the bits of ids, in int32[words] each, that may not come after `drawn` tokens, all of which are known,
+        and after each of the guesses that follow them. Where constraint and options have no id in common, the
+        constraint decides. Raises ConstraintError."""
+        states = repeat(None) if self.constraint is None else _states(self.constraint, guesses)
+        for index, (row, state) in enumerate(zip(rows, states, strict=False)):
+            if state is not None:
+                state.fill(row)
+            if self.masks is not None and (both := row & self.masks.at(drawn + index)).any():
+                row[:] = both
 
     def progress(self, now: float) -> Progress:
         """How far it has come, at `now`."""
@@ -120,4 +131,22 @@ class Sequence:
         """How it ended, at `now`."""
         assert self.ending is not None
         told, scored = tuple(self.logprobs), tuple(self.prompt_logprobs)
-        return End(self.ending, tuple(self.completion), told, failure, self.progress(now), scored)
+        embedding = self.embedding.vector if self.embedding is not None and self.ending is Ending.EMBEDDED else None
+        return End(self.ending, tuple(self.completion), told, failure, self.progress(now), scored, embedding)
+
+
+def _states(constraint: Constraint, guesses: Tokens[int]) -> Iterator[Constraint]:
+    """Yields a constraint as it is, and as it is after each of the guesses, up to one that may not come or that ends
+    the text: what is drawn behind that is never taken."""
+    yield constraint
+    if not guesses:
+        return
+    ahead = constraint.copy()
+    for guess in guesses:
+        try:
+            ahead.accept(guess)
+        except ConstraintError:
+            return
+        if ahead.done:
+            return
+        yield ahead

@@ -101,8 +101,15 @@ def logits_of(model: Any, tokens: np.ndarray) -> np.ndarray:
     return model(torch.from_numpy(tokens)[None].long(), use_cache=False).logits[0].numpy()
 
 
+@torch.no_grad()
+def states_of(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """[tokens] -> [tokens, dim], one sequence alone: what comes out of the last norm."""
+    return model.base_model(torch.from_numpy(tokens)[None].long(), use_cache=False).last_hidden_state[0].numpy()
+
+
 def ragged(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """tokens [4, 60] right-padded with 0, lengths [4], logits [4, 60, vocab] with zeros in the padding."""
+    """tokens [4, 60] right-padded with 0, lengths [4], logits [4, 60, vocab] with zeros in the padding; mean_state and
+    last_state [4, dim] of the hidden states."""
     tokens = np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)
     logits = np.zeros((*tokens.shape, VOCAB), np.float32)
     for row, length in enumerate(LENGTHS):
@@ -110,7 +117,14 @@ def ragged(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
         logits[row, :length] = logits_of(model, tokens[row, :length])
     if not np.isfinite(logits).all():
         raise Unclear("logits are not finite")
-    return {"tokens": tokens, "lengths": np.array(LENGTHS, np.int32), "logits": logits}
+    states = [states_of(model, tokens[row, :length]) for row, length in enumerate(LENGTHS)]
+    return {
+        "tokens": tokens,
+        "lengths": np.array(LENGTHS, np.int32),
+        "logits": logits,
+        "mean_state": np.array([each.mean(axis=0, dtype=np.float64) for each in states], np.float32),
+        "last_state": np.array([each[-1] for each in states]),
+    }
 
 
 def token_margin(model: Any, prompt: np.ndarray, new: np.ndarray) -> float:

@@ -25,7 +25,8 @@ from isthmus.model.weights.huggingface.load import leaves_of, parts_of
 from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.executor import Executor, Served, forward_step
-from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.messages import End, Request
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
@@ -96,9 +97,10 @@ def engine_for(config: ModelConfig) -> EngineConfig:
 
 
 def run_logged(
-    config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request], kernels: str
+    config: ModelConfig, params: Params, mesh: Mesh, requests: list[Request], kernels: str, ends: dict[Request, End]
 ) -> Iterator[tuple]:
-    """Runs `requests` through scheduler and paged attention; yields (sequence, position, logits) of every sample.
+    """Runs `requests` through scheduler and paged attention; yields (sequence, position, logits) of every sample, and
+    notes how each ended in `ends`.
 
     What is drawn is the next of the tokens in request.reply_to, as long as there are any, and the likeliest after that.
     """
@@ -113,7 +115,7 @@ def run_logged(
     state = stale_state(served, mesh)
     while (plan := scheduler.plan()) is not None:
         with use_mesh(mesh):
-            state, logits = programs[plan.bucket](params, with_tables(state, plan), plan.packed)
+            state, logits, hidden = programs[plan.bucket](params, with_tables(state, plan), plan.packed)
         rows = np.asarray(logits)
         drawn = rows.argmax(axis=1)
         for row, sequence in plan.samples:
@@ -121,7 +123,8 @@ def run_logged(
             yield sequence, length - 1, rows[row]
             if length < len(given):
                 drawn[row] = given[length]
-        scheduler.commit(plan, only_tokens(drawn))
+        events = scheduler.commit(plan, only_tokens(drawn), hidden=np.asarray(hidden))
+        ends |= {event.request: event.end for event in events if event.end is not None}
         scheduler.check()
     assert scheduler.idle and scheduler.counters.preemptions > 0
 
@@ -131,8 +134,8 @@ def run_logged(
     "family", others_slow("deepseek_v3", "gemma3", "gpt_oss", "llama3", "mixtral", "olmo2", "phi4", "smollm3")
 )
 def test_the_engine_computes_what_transformers_does(family: str, kernels: str, mesh: Mesh) -> None:
-    """Chunked prompts, pages, windows, sinks, shared latents and preemptions are other ways to the same logits, and to
-    the same 64 tokens of greedy text, for requests that run together."""
+    """Chunked prompts, pages, windows, sinks, shared latents and preemptions are other ways to the same logits, to the
+    same embeddings, and to the same 64 tokens of greedy text, for requests that run together."""
     want = golden(family)
     _, config, params = load(family, mesh)
     requests = []
@@ -144,9 +147,18 @@ def test_the_engine_computes_what_transformers_does(family: str, kernels: str, m
         Request(f"text {row}", want["prompts"][row, :length].tolist(), GREEDY, 64, reply_to=())
         for row, length in enumerate(want["prompt_lengths"])
     ]
+    pooled = {
+        (row, pooling): Request(
+            f"{pooling.name} {row}", want["tokens"][row, :length].tolist(), GREEDY, 0, pooling=pooling
+        )
+        for row, length in enumerate(want["lengths"])
+        for pooling in Pooling
+    }
     seen: dict[str, dict[int, np.ndarray]] = {request.id: {} for request in requests + texts}
     generated: dict[str, list[int]] = {}
-    for sequence, position, logits in run_logged(config, params, mesh, requests + texts, kernels):
+    ends: dict[Request, End] = {}
+    together = [*requests, *texts, *pooled.values()]
+    for sequence, position, logits in run_logged(config, params, mesh, together, kernels, ends):
         seen[sequence.request.id][position] = logits
         generated[sequence.request.id] = sequence.tokens
     for request in requests:
@@ -157,6 +169,9 @@ def test_the_engine_computes_what_transformers_does(family: str, kernels: str, m
         assert relative_error(got, want["logits"][row, at]) <= TOLERANCE, request.id
     for row, request in enumerate(texts):
         assert generated[request.id][len(request.prompt) :] == want["generated"][row].tolist(), request.id
+    for (row, pooling), request in pooled.items():
+        state = want[{Pooling.MEAN: "mean_state", Pooling.LAST: "last_state"}[pooling]][row]
+        assert relative_error(ends[request].embedding, state) <= TOLERANCE, request.id
 
 
 def same_rope(config: ModelConfig, position: int, length: int) -> bool:

@@ -173,7 +173,7 @@ def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Para
     while (plan := scheduler.plan()) is not None:
         run = programs.setdefault(plan.bucket, program(plan.bucket))
         with use_mesh(mesh):
-            state, logits = run(kept, with_tables(state, plan), plan.packed)
+            state, logits, _ = run(kept, with_tables(state, plan), plan.packed)
         rows = np.asarray(logits)
         seen += [(sequence, len(sequence.tokens) - 1, rows[row]) for row, sequence in plan.samples]
         scheduler.commit(plan, only_tokens(rows[:, :VOCAB].argmax(axis=1)))

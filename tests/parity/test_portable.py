@@ -79,6 +79,9 @@ def test_an_engine_step_is_the_same_for_every_platform(bucket: Bucket, dtype: An
     assert set(exported.platforms) == set(PLATFORMS)
     state = served.abstract_state(mesh)
     assert tuple(exported.out_avals[0].shape) == state.cache.pages.shape
+    logits, hidden = exported.out_avals[-2:]
+    assert (tuple(logits.shape), logits.dtype) == ((bucket.samples, TINY.vocab_size), jnp.float32)
+    assert (tuple(hidden.shape), hidden.dtype) == ((bucket.tokens, TINY.dim), jnp.dtype(dtype))
     for adjusted in (False, True):
         step, args = draw_and_arguments(served, bucket.samples, mesh, adjusted=adjusted)
         exported = export_flat(step, args, mesh)

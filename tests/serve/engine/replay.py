@@ -13,6 +13,7 @@ from isthmus.model.config import ModelConfig
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.messages import End, Request
 from isthmus.serve.engine.plan import StepPlan
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import only_tokens
@@ -37,6 +38,8 @@ class Asked:
     priority: int = 0
     max_queue_time: float | None = None
     scored_from: int | None = None
+    pooling: Pooling | None = None
+    """What its embedding is made of, where it asks for one; it draws nothing then"""
 
 
 @dataclass
@@ -91,6 +94,7 @@ class Replay:
             priority=asked.priority,
             max_queue_time=asked.max_queue_time,
             scored_from=asked.scored_from,
+            pooling=asked.pooling,
             arrival=float(asked.step),
         )
         self._asked[request] = asked
@@ -105,7 +109,8 @@ class Replay:
         if plan is not None:
             self.tokens += plan.scheduled_tokens
         if in_flight is not None:
-            events += scheduler.commit(in_flight, only_tokens(self._draw(in_flight)), now)
+            hidden = np.zeros((in_flight.bucket.tokens, 1), np.float32)
+            events += scheduler.commit(in_flight, only_tokens(self._draw(in_flight)), now, hidden)
         for event in (*events, *scheduler.take_ended()):
             if event.end is not None:
                 self.outcomes.append(Outcome(self._asked.pop(event.request), event.end))

@@ -1,8 +1,9 @@
 """The engine without a device: the real scheduler, driven a step ahead as the engine drives it, over a cache in a dict.
 
 Where the device would keep keys and values, the dict keeps which token was written, at which position, after which
-prefix. The "network" draws its next token from a hash of the prefix that it finds **through the page table**; a page
-that was freed too early, shared wrongly or not filled gives another text than the prompt's own.
+prefix. The "network" draws its next token from a hash of the prefix that it finds **through the page table**, and makes
+its hidden state of another one; a page that was freed too early, shared wrongly or not filled gives another text, or
+another embedding, than the prompt's own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Request
 from isthmus.serve.engine.pages import NULL_PAGE
 from isthmus.serve.engine.plan import FROM_DEVICE, PADDING, PlanArrays, StepPlan, split_plan
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.running import MOST_PREEMPTIONS
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
@@ -26,6 +28,7 @@ from isthmus.serve.engine.sequence import Sequence
 
 VOCAB = 7
 EOS = 0
+LATE = (Ending.QUEUE_TIME, Ending.DEADLINE)
 
 
 def extend(prefix: bytes, token: int) -> bytes:
@@ -41,6 +44,11 @@ def draw(prefix: bytes) -> int:
 def told(prefix: bytes, token: int) -> float:
     """The log-probability of a token after a prefix."""
     return -float(int.from_bytes(hashlib.blake2b(b"told" + extend(prefix, token), digest_size=3).digest(), "big"))
+
+
+def state_of(prefix: bytes) -> np.ndarray:
+    """float32[4]: the hidden state after a prefix, in whole numbers, whose sums are exact in any order."""
+    return np.frombuffer(hashlib.blake2b(b"state" + prefix, digest_size=4).digest(), np.int8).astype(np.float32)
 
 
 def prefix_of(tokens: list[int]) -> bytes:
@@ -69,6 +77,12 @@ def expected_scores(request: Request) -> tuple[Logprobs, ...]:
     return tuple(Logprobs(told(prefix_of(request.prompt[:index]), request.prompt[index]), (), ()) for index in at)
 
 
+def expected_embedding(request: Request) -> np.ndarray:
+    """What the request would get with the device to itself and no cache."""
+    states = [state_of(prefix_of(request.prompt[:end])) for end in range(1, len(request.prompt) + 1)]
+    return states[-1] if request.pooling is Pooling.LAST else np.mean(states, axis=0, dtype=np.float64)
+
+
 @dataclass
 class Entry:
     """What the cache holds for a token."""
@@ -85,6 +99,7 @@ class Entry:
 class InFlight:
     plan: StepPlan
     drawn: Drawn
+    hidden: np.ndarray
 
 
 class Simulation:
@@ -102,7 +117,7 @@ class Simulation:
         self.live: dict[str, Sequence] = {}
         self.finished: list[Sequence] = []
         self.poison: set[str] = set()
-        """Requests whose next row comes out not finite"""
+        """Requests whose next row, or next block of an embedding, comes out not finite"""
         self.steps = 0
         self.tokens_computed = 0
 
@@ -140,10 +155,12 @@ class Simulation:
         if plan is not None:
             self._place(plan)
             self._check_plan(plan)
-            launched = InFlight(plan, self._launch(plan))
+            launched = InFlight(plan, *self._launch(plan))
         events: list[Event] = []
         if self.in_flight is not None:
-            events = self.scheduler.commit(self.in_flight.plan, self.in_flight.drawn, now)
+            read = self.in_flight
+            hidden = read.hidden if read.plan.pooled else None
+            events = self.scheduler.commit(read.plan, read.drawn, now, hidden)
         events += self.scheduler.take_ended()
         self.in_flight = launched
         self.scheduler.check()
@@ -183,9 +200,12 @@ class Simulation:
         assert got == sequence.completion and scored == tuple(self.scored.pop(request.id))
         assert sequence.slot == -1 and not sequence.pages
         assert sequence.preemptions <= MOST_PREEMPTIONS, "it is computed again and again"
-        if end.reason in (Ending.QUEUE_TIME, Ending.DEADLINE):
+        if end.reason in LATE:
             self._check_expired(sequence, end)
-        if end.reason in (Ending.CANCELLED, Ending.ERROR, Ending.QUEUE_TIME, Ending.DEADLINE):
+        if request.pooling is not None:
+            self._check_embedding(request, end)
+            return
+        if end.reason in (Ending.CANCELLED, Ending.ERROR, *LATE):
             assert got == want[: len(got)], f"{request.id} read another prefix than its own"
             assert scored == scores[: len(scored)] and (scored == scores or not got)
             return
@@ -200,6 +220,14 @@ class Simulation:
             assert end.reason is Ending.CONTEXT_LENGTH
         else:
             assert end.reason is Ending.LENGTH
+
+    def _check_embedding(self, request: Request, end: End) -> None:
+        assert not end.tokens and end.reason in (Ending.EMBEDDED, Ending.CANCELLED, Ending.ERROR, *LATE)
+        assert (end.embedding is not None) == (end.reason is Ending.EMBEDDED)
+        if end.embedding is not None:
+            assert end.embedding.tolist() == expected_embedding(request).astype(np.float32).tolist()
+        if request.pooling is Pooling.MEAN:
+            assert end.progress.cached_tokens == 0, "the cache has no hidden states"
 
     def _check_expired(self, sequence: Sequence, end: End) -> None:
         request = sequence.request
@@ -236,8 +264,9 @@ class Simulation:
             if (position := int(arrays.positions[row])) != PADDING:
                 self.tables[arrays.slots[row], position // self.config.page_size] = arrays.row_page[row]
 
-    def _launch(self, plan: StepPlan) -> Drawn:
-        """Writes every token, then reads every token's prefix, as each layer does."""
+    def _launch(self, plan: StepPlan) -> tuple[Drawn, np.ndarray]:
+        """Writes every token, then reads every token's prefix, as each layer does. Returns what was drawn, and the
+        hidden states."""
         arrays = self._arrays(plan)
         owners = {page: sequence for sequence in self.scheduler.running for page in sequence.pages}
         for row, indices in self._rows(arrays, plan):
@@ -260,7 +289,7 @@ class Simulation:
                 if (position := int(arrays.positions[index])) != PADDING:
                     reader = owners[self._at(arrays, row, position)[0]]
                     prefixes[index] = self._read(arrays, row, position, reader)
-        return self._draw(plan, arrays, prefixes)
+        return self._draw(plan, arrays, prefixes), self._hidden(plan, prefixes)
 
     def _read(self, arrays: PlanArrays, row: int, position: int, reader: Sequence) -> bytes:
         """The prefix of a token as attention sees it: all positions before it, in order, from one sequence."""
@@ -304,6 +333,16 @@ class Simulation:
                 self.tokens[int(plan.draws["slot"][row]), int(plan.draws["position"][row])] = int(drawn[row])
         none = np.zeros((plan.bucket.samples, 0))
         return Drawn(drawn, own, none, none)
+
+    def _hidden(self, plan: StepPlan, prefixes: dict[int, bytes]) -> np.ndarray:
+        hidden = np.full((plan.bucket.tokens, 4), np.nan, np.float32)
+        for index, prefix in prefixes.items():
+            hidden[index] = state_of(prefix)
+        for sequence, tokens in plan.pooled:
+            if sequence.request.id in self.poison:
+                self.poison.discard(sequence.request.id)
+                hidden[tokens] = np.nan
+        return hidden
 
     # what must hold of every plan
 
@@ -355,7 +394,7 @@ class Simulation:
             ahead = plan.rows_ahead(sequence)
             forced = sequence.request.scored_from is not None and plan.draws["position"][row] < sequence.prompt_length
             before = sequence.tokens_in_flight - len(ahead) - 1  # of the step in flight
-            assert plan.draws["slot"][row] == sequence.slot
+            assert plan.draws["slot"][row] == sequence.slot and sequence.request.pooling is None
             assert 0 <= before <= (self.config.max_sequences if sequence.in_prompt else 1)
             position = sequence.computed - 1 - len(ahead)
             assert arrays.positions[arrays.sample_token[row]] == position == sequence.length - 2 - len(ahead)

@@ -1,4 +1,4 @@
-"""A request gives the same tokens, and log-probabilities of the same bits, whatever happens around it."""
+"""A request gives the same tokens, and the same bits of log-probabilities and embedding, whatever happens around it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from isthmus.model.transformer import Params
 from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
-from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.messages import End, Ending, Request
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from tests.support import TINY, as_kept, narrowest_dtype, random_params
 
 ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)
 """Pages for two of the longest sequences, so that requests are preempted"""
-REQUESTS = 16
+REQUESTS, EMBEDDINGS = 16, 12
 EXPERTS = MixtureConfig(experts=32, per_token=8, dim=24, shared_dim=16, router_bias=True)
 NETWORKS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -68,7 +69,16 @@ def requests(prefix: str, vocab: int) -> list[Request]:
         )
         served: dict[str, Any] = {"tenant": str(index % 3), "priority": index % 4 // 2}
         made.append(Request(f"{prefix}{index}", prompt, sampling, int(rng.integers(1, 64 - len(prompt))), **served))
+    for index in range(EMBEDDINGS):
+        prompt = shared[: int(rng.integers(17, 48))] + rng.integers(0, vocab, int(rng.integers(1, 17))).tolist()
+        pooling = [Pooling.MEAN, Pooling.LAST][index % 2]
+        made.append(Request(f"{prefix}e{index}", prompt, Sampling(), 0, pooling=pooling, tenant=str(index % 3)))
     return made
+
+
+def bits(end: End) -> bytes:
+    """An embedding's; none without one."""
+    return b"" if end.embedding is None else end.embedding.tobytes()
 
 
 @pytest.mark.parametrize("dtype", dict.fromkeys(("float32", narrowest_dtype())))
@@ -82,7 +92,7 @@ def test_together_and_alone_are_the_same_bits(
     config = dataclasses.replace(TINY, **NETWORKS[network])
     executor = made(config, cache_dtype, scheme, dtype, mesh)
     together = requests("t", config.vocab_size)
-    steps = np.random.default_rng(4).integers(0, 30, REQUESTS)
+    steps = np.random.default_rng(4).integers(0, 30, len(together))
     arrivals = [Arrival(request, int(step)) for request, step in zip(together, steps, strict=True)]
     cancelled = [Arrival(Request(f"c{n}", [n] * 20, Sampling(seed=n), 30), 3 * n, cancel_after=4) for n in range(5)]
     engine = play(executor, [*arrivals, *cancelled]).engine
@@ -95,6 +105,10 @@ def test_together_and_alone_are_the_same_bits(
         assert one.end.tokens == alone.end.tokens, request.id
         assert one.end.logprobs == alone.end.logprobs, request.id
         assert len(one.end.logprobs) == (len(one.end.tokens) if request.sampling.logprobs >= 0 else 0)
+        assert bits(one.end) == bits(alone.end), request.id
+        assert (one.ending is Ending.EMBEDDED) == (request.pooling is not None) == (one.end.embedding is not None)
+    pooled = [one.end.progress for one in arrivals if one.end is not None and one.request.pooling is not None]
+    assert any(each.recomputed_tokens for each in pooled) and any(each.cached_tokens for each in pooled)
 
 
 def made(config: ModelConfig, cache_dtype: Any, scheme: str, dtype: Any, mesh: Mesh) -> Executor:

@@ -13,6 +13,7 @@ from isthmus.checks.crowd import Arrival, play
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 from isthmus.serve.engine.messages import Ending, Request
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from tests.support import TINY, random_params
 
@@ -35,6 +36,8 @@ def random_arrival(rng: random.Random, index: int) -> Arrival:
     eos_ids = frozenset(rng.choice([(), (3,)]))
     request = Request(f"r{index}", prompt, sampling, limit, stop_ids, eos_ids=eos_ids, scored_from=first)
     cancel_after = rng.randrange(1, 10) if rng.random() < 0.2 else None
+    if index % 10 == 0:
+        request = Request(f"r{index}", prompt, sampling, 0, pooling=rng.choice([*Pooling]))
     return Arrival(request, step=rng.randrange(400), cancel_after=cancel_after)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from isthmus.serve.engine.messages import Ending
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.queue import AGEING
 from isthmus.serve.engine.running import MOST_PREEMPTIONS
 from isthmus.serve.engine.scheduler import MOST_PASSES, Scheduler
@@ -19,7 +20,7 @@ from tests.serve.engine.replay import ENGINE, Asked, Outcome, Replay, prompt
 
 def crowd(count: int) -> Iterator[Asked]:
     """`count` requests of five tenants and three priorities, most of them one tenant's; some leave, some have no time,
-    some are scored. 50 come at once, again and again."""
+    some are scored, some ask for embeddings. 50 come at once, again and again."""
     rng, scored = random.Random(5), random.Random(13)
     step = 0
     for index in range(count):
@@ -30,12 +31,14 @@ def crowd(count: int) -> Iterator[Asked]:
         most, first = max(1, draws + rng.choice([-4, 8, 200])), None
         if scored.random() < 0.15:
             most, first = scored.choice([0, most]), scored.choice([1, scored.randrange(1, len(tokens))])
+        pooling = scored.choice([Pooling.MEAN, Pooling.LAST]) if first is None and scored.random() < 0.1 else None
         yield Asked(
             step,
             tokens,
-            max_tokens=most,
+            max_tokens=most if pooling is None else 0,
             draws=draws,
             scored_from=first,
+            pooling=pooling,
             cancel_after=rng.randrange(40) if rng.random() < 0.05 else None,
             tenant=rng.choices("abcde", [12, 1, 1, 1, 1])[0],
             priority=rng.choices([-1, 0, 1], [1, 8, 1])[0],
@@ -55,12 +58,13 @@ def test_a_long_day(count: int) -> None:
     replay.run(crowd(count), 4 * count, check)
     assert len(replay.outcomes) == count, "a request was lost, or ended twice"
     endings = Counter(outcome.end.reason for outcome in replay.outcomes)
-    assert set(endings) == {Ending.EOS, Ending.LENGTH, Ending.CANCELLED, Ending.QUEUE_TIME}
+    assert set(endings) == {Ending.EOS, Ending.LENGTH, Ending.EMBEDDED, Ending.CANCELLED, Ending.QUEUE_TIME}
     for asked, end in ((outcome.asked, outcome.end) for outcome in replay.outcomes):
         assert end.progress.preemptions <= MOST_PREEMPTIONS
         if end.reason in (Ending.EOS, Ending.LENGTH):
             assert len(end.tokens) == min(asked.draws, asked.max_tokens)
             assert len(end.prompt_logprobs) == len(asked.prompt) - (asked.scored_from or len(asked.prompt))
+            assert asked.pooling is None
         if end.reason is Ending.QUEUE_TIME:
             assert asked.max_queue_time is not None and not end.tokens
             assert end.progress.at == asked.step + asked.max_queue_time

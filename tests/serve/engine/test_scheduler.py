@@ -16,6 +16,7 @@ from isthmus.model.config import ModelConfig
 from isthmus.serve.engine import drafts
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.messages import Ending, Request
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import only_tokens
@@ -78,6 +79,7 @@ class EngineMachine(RuleBasedStateMachine):
                 "cache_salt": st.sampled_from([b"", b"salt"]),
                 "cache_read": st.booleans(),
                 "cache_write": st.booleans(),
+                "pooling": st.sampled_from(Pooling),
             },
         ),
         seconds=st.none() | st.integers(0, 60),
@@ -95,10 +97,11 @@ class EngineMachine(RuleBasedStateMachine):
         seconds: int | None,
         scored: int | None,
     ) -> None:
-        prompt = (FAMILIES[family][:shared] + own)[:39] or [1]
-        room = self.simulation.config.context_length - len(prompt)
+        pools = "pooling" in options
+        prompt = (FAMILIES[family][:shared] + own)[: 40 if pools else 39] or [1]
+        room = 0 if pools else self.simulation.config.context_length - len(prompt)
         options["deadline"] = None if seconds is None else self.simulation.steps + seconds
-        if scored is not None and scored < len(prompt):
+        if scored is not None and scored < len(prompt) and not pools:
             options["scored_from"] = scored
             max_tokens -= 1  # none now and then
         self.simulation.submit(prompt, min(max_tokens, room), eos, stop, **options)
@@ -148,14 +151,16 @@ def test_a_long_crowded_run(name: str, mixed: bool) -> None:
             "cache_salt": rng.choice([b"", b"", b"salt"]),
             "cache_read": rng.random() < 0.9,
             "cache_write": rng.random() < 0.9,
+            "pooling": rng.choice([None, None, None, *Pooling]),
         }
         eos = rng.choice([frozenset({EOS}), frozenset()])
         options = options if mixed else {}
-        scores = len(prompt) > 1 and rng.random() < 0.3
+        pools = options.get("pooling") is not None
+        scores = not pools and len(prompt) > 1 and rng.random() < 0.3
         if scores:
             options["scored_from"] = rng.randrange(1, len(prompt))
-        least = 0 if scores and rng.random() < 0.5 else 1
-        simulation.submit(prompt, least * rng.randrange(1, 41 - len(prompt)), eos, **options)
+        draws = not pools and not (scores and rng.random() < 0.5)
+        simulation.submit(prompt, draws * rng.randrange(1, 41 - len(prompt)), eos, **options)
         if simulation.live and rng.random() < 0.1:
             simulation.cancel(rng.choice(sorted(simulation.live)))
         if simulation.live and rng.random() < 0.05:
