@@ -5,7 +5,7 @@ JOBS ?= 2
 EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
-.PHONY: demo test test-all lint protos parity peers peers-llama peers-vllm setup setup-dev clean
+.PHONY: demo test test-all lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
 
 demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight prompts at once
 	$(BIN)/isthmus demo
@@ -21,7 +21,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd protos && ../$(BIN)/buf lint
+	cd protos && ../$(BIN)/buf lint && ../$(BIN)/buf breaking --against isthmus-v1.binpb
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,9 @@ setup-dev: $(VENV)/.ready-dev
 
 protos: $(VENV)/.ready-dev  ## generate isthmus/v1 again
 	$(BIN)/python build_protos.py
+
+promise: $(VENV)/.ready-dev  ## with a release: what the API has gained since the last one must stay from now on
+	cd protos && ../$(BIN)/buf breaking --against isthmus-v1.binpb && ../$(BIN)/buf build --exclude-source-info -o isthmus-v1.binpb
 
 parity: $(VENV)/.ready-dev peers  ## every family against transformers, live, on models of a new seed
 	$(BIN)/python tests/parity/live.py $(SEED)

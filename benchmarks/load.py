@@ -26,7 +26,7 @@ from isthmus.benchmarks.processes import Child
 from isthmus.benchmarks.protocol import answer
 from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.client import Client, bearer, generate_request, tls_credentials
-from isthmus.v1 import inference_pb2, inference_pb2_grpc
+from isthmus.v1 import control_pb2, inference_pb2, inference_pb2_grpc
 
 CONNECT_SECONDS = 30.0
 """How long a server may take to accept a connection"""
@@ -178,10 +178,11 @@ async def run_load(target: Target, planned: list[PlannedRequest], streams: int =
 def server_facts(client: Client) -> dict[str, Any]:
     """What a benchmark needs to know about one of our servers."""
     model, server = client.model_info(timeout=30), client.server_info(timeout=30)
-    names = ("name", "parameters", "vocab_size", "context_length", "dtype")
     return {
-        **{name: getattr(model, name) for name in names},
-        **{name: getattr(server, name) for name in ("platform", "max_sequences", "page_size")},
+        **{name: getattr(model, name) for name in ("name", "parameters", "vocab_size", "context_length")},
+        **{name: getattr(server, name) for name in ("max_sequences", "page_size")},
+        "dtype": control_pb2.Dtype.Name(model.dtype).removeprefix("DTYPE_").lower(),
+        "platform": control_pb2.Platform.Name(server.platform).removeprefix("PLATFORM_").lower(),
         "devices": list(server.devices),
         "pages": server.pages_total,
     }

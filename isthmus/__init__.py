@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DeadlineExceeded,
         DuplicateRequest,
         InvalidRequest,
+        ModelNotFound,
         Overloaded,
         RequestError,
         RequestFailed,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from isthmus.llm import LLM, AsyncLLM
     from isthmus.model.sharding import MeshShape
     from isthmus.protocol import AsyncModel, Model
+    from isthmus.scores import Embedding, Score
     from isthmus.serve.engine.config import EngineConfig
     from isthmus.train.config import TrainConfig
     from isthmus.train.loop import train
@@ -44,6 +46,7 @@ _HOME = {
         "DeadlineExceeded",
         "DuplicateRequest",
         "InvalidRequest",
+        "ModelNotFound",
         "Overloaded",
         "RequestError",
         "RequestFailed",
@@ -54,6 +57,7 @@ _HOME = {
     "isthmus.llm": ("LLM", "AsyncLLM"),
     "isthmus.model.sharding": ("MeshShape",),
     "isthmus.protocol": ("AsyncModel", "Model"),
+    "isthmus.scores": ("Embedding", "Score"),
     "isthmus.serve.engine.config": ("EngineConfig",),
     "isthmus.train.config": ("TrainConfig",),
     "isthmus.types": ("Completion", "Delta", "FinishReason", "SamplingParams", "TokenLogprobs"),
@@ -74,6 +78,7 @@ __all__ = [  # imported by __getattr__
     "DeadlineExceeded",
     "Delta",
     "DuplicateRequest",
+    "Embedding",
     "EngineConfig",
     "FinishReason",
     "Grammar",
@@ -82,11 +87,13 @@ __all__ = [  # imported by __getattr__
     "JsonSchema",
     "MeshShape",
     "Model",
+    "ModelNotFound",
     "Overloaded",
     "Regex",
     "RequestError",
     "RequestFailed",
     "SamplingParams",
+    "Score",
     "TokenLogprobs",
     "TrainConfig",
     "Unauthenticated",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,14 +22,24 @@ from isthmus.client import (
     closed,
     detokenize_request,
     tokenize_request,
+    watch_request,
 )
 from isthmus.errors import Unavailable
-from isthmus.proto import error_of, message_of, response_of
+from isthmus.proto import API_FIELDS, error_of, message_of, response_of
+from isthmus.proto_scores import EMBED_FIELDS, SCORE_FIELDS, embed_message, embedding_of, score_message, scores_of
 from isthmus.protocol import AsyncModel
+from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion
 from isthmus.types import Completion, Delta, Question, check_timeout
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 T = TypeVar("T")
+
+_FIELDS: dict[type, Mapping[str, str]] = {
+    inference_pb2.GenerateRequest: API_FIELDS,
+    inference_pb2.ScoreRequest: SCORE_FIELDS,
+    inference_pb2.EmbedRequest: EMBED_FIELDS,
+}
+"""The library's arguments for the fields of requests whose errors name them"""
 
 
 class AsyncClient(AsyncModel):
@@ -79,6 +89,14 @@ class AsyncClient(AsyncModel):
         )
         return response_of(answer)
 
+    async def ask_score(self, question: ScoreQuestion, timeout: float | None = None) -> list[Score]:
+        message = score_message(question)
+        return scores_of(await self._call(self._inference.Score, message, inference_pb2.ScoreResponse, timeout))
+
+    async def ask_embed(self, question: EmbedQuestion, timeout: float | None = None) -> Embedding:
+        message = embed_message(question)
+        return embedding_of(await self._call(self._inference.Embed, message, inference_pb2.EmbedResponse, timeout))
+
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
         self._check_open()
@@ -117,10 +135,25 @@ class AsyncClient(AsyncModel):
             self._control.GetServerInfo, control_pb2.GetServerInfoRequest(), control_pb2.GetServerInfoResponse, timeout
         )
 
-    async def load(self, *, timeout: float | None = None) -> control_pb2.GetLoadResponse:
-        return await self._call(
-            self._control.GetLoad, control_pb2.GetLoadRequest(), control_pb2.GetLoadResponse, timeout
-        )
+    async def load(self, *, timeout: float | None = None) -> control_pb2.Load:
+        request = control_pb2.GetLoadRequest()
+        return (await self._call(self._control.GetLoad, request, control_pb2.GetLoadResponse, timeout)).load
+
+    async def watch_load(self, interval: float = 1.0) -> AsyncGenerator[control_pb2.Load, None]:
+        """Yields how busy the server is, at once and then every `interval` seconds, until it ends. Raises RequestError,
+        which is Unavailable if the server is gone."""
+        request = watch_request(interval)
+        self._check_open()
+        call = self._control.WatchLoad(request, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield response.load
+        except grpc.RpcError as error:
+            raise error_of(error, {}) from error
+        except asyncio.CancelledError as error:
+            raise self._reason(error) from None
+        finally:
+            call.cancel()
 
     async def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
         """Ends requests by their ids, whoever made them. Returns the ids that were in flight."""
@@ -136,7 +169,7 @@ class AsyncClient(AsyncModel):
         try:
             answer: T = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_of(error, generating=isinstance(request, inference_pb2.GenerateRequest)) from error
+            raise error_of(error, _FIELDS.get(type(request), {})) from error
         except asyncio.CancelledError as error:
             raise self._reason(error) from None
         return answer

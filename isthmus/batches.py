@@ -8,21 +8,22 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from isthmus.errors import RETRY_SECONDS, Overloaded, RequestError
-from isthmus.types import Completion, Question
 
-Outcome = Completion | RequestError
+Q = TypeVar("Q")
+R = TypeVar("R")
+Answer = TypeVar("Answer", covariant=True)
 Tick = Callable[[int], None]
 """Called with how many more questions have ended; negative if some are asked again"""
 
 
-class Pending(Protocol):
+class Pending(Protocol[Answer]):
     """A question that is being answered."""
 
-    def result(self) -> Completion:
-        """Waits for the completion. Raises RequestError."""
+    def result(self) -> Answer:
+        """Waits for the answer. Raises RequestError."""
 
     def cancel(self) -> None:
         """Ends the request, unless it has ended already."""
@@ -32,10 +33,10 @@ class Pending(Protocol):
 
 
 def ask_all(
-    begin: Callable[[Question], Pending], questions: Sequence[Question], at_once: int, tick: Tick
-) -> list[Outcome]:
+    begin: Callable[[Q], Pending[R]], questions: Sequence[Q], at_once: int, tick: Tick
+) -> list[R | RequestError]:
     """The outcome of each question. Those refused as Overloaded are asked again, unless all that were asked were."""
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, R | RequestError] = {}
     todo = list(range(len(questions)))
     while todo:
         found = _ask_once(begin, [questions[index] for index in todo], at_once, tick)
@@ -46,7 +47,7 @@ def ask_all(
     return [outcomes[index] for index in range(len(questions))]
 
 
-def _to_repeat(outcomes: Mapping[int, Outcome], asked: Sequence[int]) -> tuple[list[int], float]:
+def _to_repeat(outcomes: Mapping[int, object], asked: Sequence[int]) -> tuple[list[int], float]:
     """The questions to ask again, and after how many seconds: those that were Overloaded, unless all of them were."""
     refused = {index: outcome for index in asked if isinstance(outcome := outcomes[index], Overloaded)}
     if len(refused) == len(asked):
@@ -55,10 +56,10 @@ def _to_repeat(outcomes: Mapping[int, Outcome], asked: Sequence[int]) -> tuple[l
 
 
 def _ask_once(
-    begin: Callable[[Question], Pending], questions: Sequence[Question], at_once: int, tick: Tick
-) -> list[Outcome]:
+    begin: Callable[[Q], Pending[R]], questions: Sequence[Q], at_once: int, tick: Tick
+) -> list[R | RequestError]:
     room = threading.Semaphore(at_once)
-    asked: list[Pending | RequestError] = []
+    asked: list[Pending[R] | RequestError] = []
 
     def ended() -> None:
         room.release()
@@ -82,7 +83,7 @@ def _ask_once(
         raise
 
 
-def _outcome(pending: Pending | RequestError) -> Outcome:
+def _outcome(pending: Pending[R] | RequestError) -> R | RequestError:
     if isinstance(pending, RequestError):
         return pending
     try:
@@ -92,10 +93,10 @@ def _outcome(pending: Pending | RequestError) -> Outcome:
 
 
 async def ask_all_async(
-    ask: Callable[[Question], Awaitable[Completion]], questions: Sequence[Question], at_once: int, tick: Tick
-) -> list[Outcome]:
+    ask: Callable[[Q], Awaitable[R]], questions: Sequence[Q], at_once: int, tick: Tick
+) -> list[R | RequestError]:
     """`ask_all` for asyncio. If it is cancelled, so is every question under way."""
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, R | RequestError] = {}
     todo = list(range(len(questions)))
     while todo:
         found = await _ask_once_async(ask, [questions[index] for index in todo], at_once, tick)
@@ -107,11 +108,11 @@ async def ask_all_async(
 
 
 async def _ask_once_async(
-    ask: Callable[[Question], Awaitable[Completion]], questions: Sequence[Question], at_once: int, tick: Tick
-) -> list[Outcome]:
+    ask: Callable[[Q], Awaitable[R]], questions: Sequence[Q], at_once: int, tick: Tick
+) -> list[R | RequestError]:
     room = asyncio.Semaphore(at_once)
 
-    async def one(question: Question) -> Outcome:
+    async def one(question: Q) -> R | RequestError:
         async with room:
             try:
                 return await ask(question)
@@ -126,10 +127,10 @@ async def _ask_once_async(
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, progress: bool | None) -> Iterator[Tick]:
+def progress_bar(total: int, progress: bool | None, doing: str) -> Iterator[Tick]:
     """Yields a function that advances a progress bar on standard error.
 
-    progress: whether to show the bar; None shows it if standard error is a terminal.
+    progress: whether to show the bar; None shows it if standard error is a terminal. doing: what is shown beside it.
     """
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda more: None
@@ -141,5 +142,5 @@ def progress_bar(total: int, progress: bool | None) -> Iterator[Tick]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Display(stderr=True)
     with Progress(*columns, console=console, transient=console.is_terminal) as bar:
-        task = bar.add_task("generating", total=total)
+        task = bar.add_task(doing, total=total)
         yield lambda more: bar.advance(task, more)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
 from isthmus.errors import Unavailable
 from isthmus.forms import check_string
-from isthmus.proto import completion_of, error_of, finish_reason_name, fitting, logprobs_of, message_of, response_of
-from isthmus.protocol import Model, to_question
+from isthmus.proto import (
+    API_FIELDS,
+    completion_of,
+    error_of,
+    finish_reason_name,
+    fitting,
+    logprobs_of,
+    message_of,
+    response_of,
+)
+from isthmus.proto_scores import EMBED_FIELDS, SCORE_FIELDS, embed_message, embedding_of, score_message, scores_of
+from isthmus.protocol import Model
+from isthmus.questions import to_question
+from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion
 from isthmus.types import (
     AskOptions,
     Completion,
@@ -58,7 +71,7 @@ def generate_request(
     """
     asked = to_question(prompt, None, options, arguments=template_arguments)
     message = message_of(asked, token_ids=return_token_ids)
-    message.request_id, message.parse_special = request_id, parse_special
+    message.request_id, message.prompt.parse_special = request_id, parse_special
     return message
 
 
@@ -134,6 +147,13 @@ def cancel_request(request_ids: Sequence[str]) -> control_pb2.CancelRequest:
     return fitting("request_ids", lambda: control_pb2.CancelRequest(request_ids=ids))
 
 
+def watch_request(interval: float) -> control_pb2.WatchLoadRequest:
+    """Raises InvalidRequest."""
+    request = control_pb2.WatchLoadRequest()
+    fitting("interval", lambda: request.interval.FromNanoseconds(round(1e9 * interval)))
+    return request
+
+
 def closed() -> Unavailable:
     """What becomes of a call on a client that was closed."""
     return Unavailable("this client was closed", None)
@@ -172,10 +192,25 @@ class Client(Model):
     def at_once(self) -> int:
         return self._at_once
 
-    def begin(self, question: Question, timeout: float | None = None) -> _Call:
-        message = message_of(question)
+    def begin(self, question: Question, timeout: float | None = None) -> _Call[Completion]:
+        return self._begin(self._inference.Generate, message_of(question), timeout, response_of, API_FIELDS)
+
+    def begin_score(self, question: ScoreQuestion, timeout: float | None = None) -> _Call[list[Score]]:
+        return self._begin(self._inference.Score, score_message(question), timeout, scores_of, SCORE_FIELDS)
+
+    def begin_embed(self, question: EmbedQuestion, timeout: float | None = None) -> _Call[Embedding]:
+        return self._begin(self._inference.Embed, embed_message(question), timeout, embedding_of, EMBED_FIELDS)
+
+    def _begin(
+        self,
+        method: Any,
+        message: object,
+        timeout: float | None,
+        convert: Callable[[Any], T],
+        fields: Mapping[str, str],
+    ) -> _Call[T]:
         with _opened():
-            return _Call(self._inference.Generate.future(message, timeout=timeout, metadata=self._metadata))
+            return _Call(method.future(message, timeout=timeout, metadata=self._metadata), convert, fields)
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
@@ -209,8 +244,22 @@ class Client(Model):
             self._control.GetServerInfo, control_pb2.GetServerInfoRequest(), control_pb2.GetServerInfoResponse, timeout
         )
 
-    def load(self, *, timeout: float | None = None) -> control_pb2.GetLoadResponse:
-        return self._call(self._control.GetLoad, control_pb2.GetLoadRequest(), control_pb2.GetLoadResponse, timeout)
+    def load(self, *, timeout: float | None = None) -> control_pb2.Load:
+        request = control_pb2.GetLoadRequest()
+        return self._call(self._control.GetLoad, request, control_pb2.GetLoadResponse, timeout).load
+
+    def watch_load(self, interval: float = 1.0) -> Generator[control_pb2.Load, None, None]:
+        """Yields how busy the server is, at once and then every `interval` seconds, until it ends. Raises RequestError,
+        which is Unavailable if the server is gone."""
+        with _opened():
+            call = self._control.WatchLoad(watch_request(interval), metadata=self._metadata)
+        try:
+            for response in call:
+                yield response.load
+        except grpc.RpcError as error:
+            raise error_of(error, {}) from error
+        finally:
+            call.cancel()
 
     def cancel(self, request_ids: Sequence[str], *, timeout: float | None = None) -> list[str]:
         """Ends requests by their ids, whoever made them. Returns the ids that were in flight."""
@@ -226,7 +275,7 @@ class Client(Model):
             with _opened():
                 answer: T = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_of(error, generating=False) from error
+            raise error_of(error, {}) from error
         return answer
 
     def close(self) -> None:
@@ -248,22 +297,23 @@ def _opened() -> Iterator[None]:
         raise closed() from None
 
 
-class _Call:
-    """A call of Generate that is under way."""
+class _Call(Generic[T]):
+    """A call that is under way."""
 
-    def __init__(self, future: Any) -> None:
-        self._future = future
+    def __init__(self, future: Any, convert: Callable[[Any], T], fields: Mapping[str, str]) -> None:
+        """convert: makes the result of the response. fields: as in `error_of`."""
+        self._future, self._convert, self._fields = future, convert, fields
 
-    def result(self) -> Completion:
+    def result(self) -> T:
         try:
             answer = self._future.result()
         except grpc.FutureCancelledError:
-            raise error_of(self._future) from None
+            raise error_of(self._future, self._fields) from None
         except grpc.RpcError as error:
-            raise error_of(error) from error
+            raise error_of(error, self._fields) from error
         finally:  # whoever stops waiting, as by Ctrl-C, doesn't want it any more
             self._future.cancel()
-        return response_of(answer)
+        return self._convert(answer)
 
     def cancel(self) -> None:
         self._future.cancel()
@@ -277,9 +327,8 @@ class Gathered:
 
     def __init__(self) -> None:
         self._started = inference_pb2.Started()
-        self._texts: list[str] = []
-        self._ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] | None = None
+        self._prompt: tuple[TokenLogprobs, ...] | None = None
+        self._choices: defaultdict[int, list[Delta]] = defaultdict(list)
 
     def take(self, event: inference_pb2.GenerateStreamResponse) -> Delta | None:
         """The delta for an event; None for the event that starts the stream."""
@@ -287,14 +336,28 @@ class Gathered:
             case "started":
                 self._started = event.started
                 return None
+            case "prompt_logprobs":
+                self._prompt = logprobs_of(event.prompt_logprobs)
+                return Delta("", (), prompt_logprobs=self._prompt)
             case "delta":
-                ids, logprobs = tuple(event.delta.token_ids), logprobs_of(event.delta)
-                self._texts.append(event.delta.text)
-                self._ids += ids
-                if logprobs is not None:
-                    self._logprobs = [*(self._logprobs or ()), *logprobs]
-                return Delta(event.delta.text, ids, logprobs=logprobs)
+                told = logprobs_of(event.delta.logprobs) if event.delta.HasField("logprobs") else None
+                index = event.delta.choice_index
+                delta = Delta(event.delta.text, tuple(event.delta.token_ids), logprobs=told, index=index)
+                self._choices[index].append(delta)
+                return delta
             case _:
-                text, ids = "".join(self._texts), tuple(self._ids)
-                told = None if self._logprobs is None else tuple(self._logprobs)
-                return Delta("", (), completion_of(self._started, text, ids, event.finished, told))
+                return self._last(event.finished)
+
+    def _last(self, finished: inference_pb2.Finished) -> Delta:
+        deltas = self._choices.pop(finished.choice_index, [])
+        completion = completion_of(
+            self._started.seed,
+            "".join(delta.text for delta in deltas),
+            tuple(token for delta in deltas for token in delta.token_ids),
+            finished,
+            tuple(each for delta in deltas for each in delta.logprobs or ())
+            if any(delta.logprobs is not None for delta in deltas)
+            else None,
+            self._prompt,
+        )
+        return Delta("", (), completion, index=finished.choice_index)

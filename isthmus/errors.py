@@ -7,10 +7,7 @@ the name of the gRPC status that a server answers with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
-
-if TYPE_CHECKING:
-    from isthmus.types import Completion
+from typing import Any, ClassVar
 
 RETRY_SECONDS = 1.0
 """Seconds to wait before asking again: about the time that a full queue takes to move"""
@@ -49,6 +46,12 @@ class DuplicateRequest(InvalidRequest):
     """A request with this id is in flight already."""
 
     code = "ALREADY_EXISTS"
+
+
+class ModelNotFound(InvalidRequest):
+    """There is no model with the name that was asked."""
+
+    code = "NOT_FOUND"
 
 
 class Overloaded(RequestError):
@@ -106,7 +109,7 @@ class BatchError(RequestError):
     """At least one item of a list failed. `results` has the outcome of each, in the order of the list; `errors` has the
     errors alone, by index."""
 
-    def __init__(self, results: Sequence[Completion | RequestError]) -> None:
+    def __init__(self, results: Sequence[Any]) -> None:
         self.results = list(results)
         self.errors: Mapping[int, RequestError] = {
             index: result for index, result in enumerate(results) if isinstance(result, RequestError)
@@ -117,5 +120,5 @@ class BatchError(RequestError):
             "(this error's `results` has all outcomes; return_errors=True returns them instead of raising)"
         )
 
-    def __reduce__(self) -> tuple[type[BatchError], tuple[list[Completion | RequestError]]]:
+    def __reduce__(self) -> tuple[type[BatchError], tuple[list[Any]]]:
         return type(self), (self.results,)

@@ -12,12 +12,13 @@ import queue
 import sys
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from threading import Semaphore
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import jax
 
@@ -28,14 +29,16 @@ from isthmus.model.sharding import MeshShape
 from isthmus.model.weights.folder import ModelFolder
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.protocol import AsyncModel, Model
+from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion
 from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.messages import Request
-from isthmus.serve.prepare.answer import Answer
-from isthmus.serve.prepare.delivery import LoopStream, ThreadStream, deliver
-from isthmus.serve.prepare.reader import Reader, Whole
+from isthmus.serve.engine.messages import End, Request
+from isthmus.serve.prepare.choices import Choices, completion_of_all
+from isthmus.serve.prepare.delivery import Last, LoopStream, Receiver, ThreadStream, deliver
+from isthmus.serve.prepare.reader import Reader
 from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
+from isthmus.serve.prepare.scores import embed_request, embedding_of, score_requests, scores_of
 from isthmus.serve.prepare.workers import Workers
 from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt, check_sized
 
@@ -120,28 +123,35 @@ class LLM(Model):
         """This model for asyncio, on any event loops that call it."""
         return AsyncLLM(self)
 
-    def begin(self, question: Question, timeout: float | None = None) -> _Begun:
+    def begin(self, question: Question, timeout: float | None = None) -> _Begun[Completion]:
         self._check_open()
-        prepared = self._preparation.request(question, deadline=_deadline(timeout))
-        return _Begun(self._engine, self._whole(prepared), timeout)
+        return self._whole(self._preparation.requests(question, deadline=_deadline(timeout)), timeout)
+
+    def begin_score(self, question: ScoreQuestion, timeout: float | None = None) -> _Begun[list[Score]]:
+        self._check_open()
+        prepared = score_requests(self._preparation, question, deadline=_deadline(timeout))
+        return self._last(prepared, timeout, lambda asked, ends: scores_of(asked, ends, question))
+
+    def begin_embed(self, question: EmbedQuestion, timeout: float | None = None) -> _Begun[Embedding]:
+        self._check_open()
+        prepared = embed_request(self._preparation, question, deadline=_deadline(timeout))
+        return self._last([prepared], timeout, lambda asked, ends: embedding_of(asked[0], ends[0], question))
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         self._check_open()
         deadline = _deadline(timeout)
         events = ThreadStream()
-        request = self._submitted(self._preparation.request(question, deadline=deadline), events)
-        answer, ended = Answer(self._model.tokenizer, request), False
+        requests = self._submitted(self._preparation.requests(question, deadline=deadline), lambda _: events)
+        choices = Choices(self._model.tokenizer, requests, self._engine.cancel)
         try:
-            while not ended:
-                delta = answer.take([events.get(_left(deadline))])
-                if ended := delta.completion is not None:  # by a stop string, which the engine doesn't know of
-                    self._engine.cancel(request)
-                if ended or delta.text or delta.token_ids:
-                    yield delta
+            while not choices.ended:
+                for delta in choices.take([events.get(_left(deadline))]):
+                    if _says_something(delta):
+                        yield delta
         except queue.Empty:
             raise _too_late(timeout) from None
         finally:
-            self._engine.cancel(request)
+            self._cancel(requests)
 
     def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
         self._check_open()
@@ -171,37 +181,73 @@ class LLM(Model):
         if self._process != os.getpid():  # the engine's thread isn't there, so nothing would ever be answered
             raise Unavailable("this model was opened in another process, of which this is a fork: open it here", None)
 
-    def _whole(self, request: Request) -> Request:
-        """Hands a request over whose reply_to is to have its completion."""
-        return self._submitted(request, self._reader.receiver(request.text_options))
+    def _whole(self, requests: Sequence[Request], timeout: float | None) -> _Begun[Completion]:
+        """Hands over the requests of a question for a completion."""
+        submitted = self._submitted(requests, lambda request: self._reader.receiver(request.text_options))
+        futures: list[Future[Completion]] = [request.reply_to.completion for request in submitted]
+        return _Begun(self._engine, submitted, futures, completion_of_all, timeout)
 
-    def _submitted(self, request: Request, receiver: Whole | ThreadStream | LoopStream) -> Request:
+    def _last(
+        self,
+        requests: Sequence[Request],
+        timeout: float | None,
+        answer: Callable[[Sequence[Request], Sequence[End]], T],
+    ) -> _Begun[T]:
+        """Hands over requests whose ends have what is asked for. answer: makes that of them."""
+        submitted = self._submitted(requests, lambda _: Last())
+        ends: list[Future[End]] = [request.reply_to.end for request in submitted]
+        return _Begun(self._engine, submitted, ends, partial(answer, submitted), timeout)
+
+    def _submitted(self, requests: Sequence[Request], receiver: Callable[[Request], Receiver]) -> list[Request]:
         self._check_open()
-        request = dataclasses.replace(request, reply_to=receiver)
-        self._engine.submit(request)
-        return request
+        submitted = [dataclasses.replace(request, reply_to=receiver(request)) for request in requests]
+        self._engine.submit(*submitted)
+        return submitted
+
+    def _cancel(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._engine.cancel(request)
 
 
-class _Begun:
-    """A request in the engine."""
+class _Begun(Generic[T]):
+    """A question's requests in the engine."""
 
-    def __init__(self, engine: Engine, request: Request, timeout: float | None) -> None:
-        self._engine, self._request, self._timeout = engine, request, timeout
-        self._completion: Future[Completion] = request.reply_to.completion
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        futures: Sequence[Future[Any]],
+        convert: Callable[[list[Any]], T],
+        timeout: float | None,
+    ) -> None:
+        """futures: what each request gives. convert: makes the result of that."""
+        self._engine, self._requests, self._timeout = engine, requests, timeout
+        self._futures, self._convert = futures, convert
 
-    def result(self) -> Completion:
+    def result(self) -> T:
+        deadline = self._requests[0].deadline
         try:
-            return self._completion.result(_left(self._request.deadline))
+            return self._convert([future.result(_left(deadline)) for future in self._futures])
         except TimeoutError:
             raise _too_late(self._timeout) from None
-        finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the request any more
+        finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the requests any more
+            self.cancel()
+
+    async def result_async(self) -> T:
+        """What `result` returns, awaited on an event loop."""
+        try:
+            return self._convert(await asyncio.gather(*map(asyncio.wrap_future, self._futures)))
+        finally:
             self.cancel()
 
     def cancel(self) -> None:
-        self._engine.cancel(self._request)
+        for request in self._requests:
+            self._engine.cancel(request)
 
     def then(self, call: Callable[[], object]) -> None:
-        self._completion.add_done_callback(lambda _: call())
+        left = Semaphore(len(self._futures) - 1)
+        for future in self._futures:
+            future.add_done_callback(lambda _: None if left.acquire(blocking=False) else call())
 
 
 class AsyncLLM(AsyncModel):
@@ -215,38 +261,49 @@ class AsyncLLM(AsyncModel):
         return self._llm.at_once
 
     async def ask(self, question: Question, timeout: float | None = None) -> Completion:
-        llm = self._llm
+        prompt = question.prompt
+        # A template and a grammar are programs: even a short one may take a second.
+        program = isinstance(prompt, Conversation) or question.sampling.response_format is not None
+        work = partial(self._llm.begin, question, timeout)
+        return await self._ended(self._run(_size(prompt), work, always=program), timeout)
+
+    async def ask_score(self, question: ScoreQuestion, timeout: float | None = None) -> list[Score]:
+        # The prompt is encoded with each continuation.
+        size = sum(_size(question.prompt) + len(each) for each in question.continuations)
+        work = partial(self._llm.begin_score, question, timeout)
+        return await self._ended(self._run(size, work, always=isinstance(question.prompt, Conversation)), timeout)
+
+    async def ask_embed(self, question: EmbedQuestion, timeout: float | None = None) -> Embedding:
+        work, talk = partial(self._llm.begin_embed, question, timeout), isinstance(question.prompt, Conversation)
+        return await self._ended(self._run(_size(question.prompt), work, always=talk), timeout)
+
+    async def _ended(self, begun: Coroutine[None, None, _Begun[T]], timeout: float | None) -> T:
         try:
             async with asyncio.timeout(timeout):
-                request = llm._whole(await self._prepared(question, _deadline(timeout)))
-                completion: Future[Completion] = request.reply_to.completion
-                try:
-                    return await asyncio.wrap_future(completion)
-                finally:
-                    llm._engine.cancel(request)
+                return await (await begun).result_async()
         except TimeoutError:
             raise _too_late(timeout) from None
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         llm, deadline = self._llm, _deadline(timeout)
-        request = await self._prepared(question, deadline)
-        events = LoopStream()
-        request = llm._submitted(request, events)
-        answer, ended = Answer(llm._model.tokenizer, request), False
+        prompt, events = question.prompt, LoopStream()
+        program = isinstance(prompt, Conversation) or question.sampling.response_format is not None
+        work = partial(llm._preparation.requests, question, deadline=deadline)
+        prepared = await self._run(_size(prompt), work, always=program)
+        requests = llm._submitted(prepared, lambda _: events)
+        choices = Choices(llm._model.tokenizer, requests, llm._engine.cancel)
         try:
-            while not ended:
+            while not choices.ended:
                 try:
                     async with asyncio.timeout(_left(deadline)):
                         some = await events.some(MOST_AT_ONCE)
                 except TimeoutError:
                     raise _too_late(timeout) from None
-                delta = answer.take(some)
-                if ended := delta.completion is not None:
-                    llm._engine.cancel(request)
-                if ended or delta.text or delta.token_ids:
-                    yield delta
+                for delta in choices.take(some):
+                    if _says_something(delta):
+                        yield delta
         finally:
-            llm._engine.cancel(request)
+            llm._cancel(requests)
 
     async def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
         work = partial(self._llm.tokenize, text, parse_special=parse_special)
@@ -255,18 +312,24 @@ class AsyncLLM(AsyncModel):
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._run(len(check_sized("token_ids", token_ids)), partial(self._llm.detokenize, token_ids))
 
-    async def _prepared(self, question: Question, deadline: float | None) -> Request:
-        prompt = question.prompt
-        # A template and a grammar are programs: even a short one may take a second.
-        program = isinstance(prompt, Conversation) or question.sampling.response_format is not None
-        size = len(check_string("prompt", prompt.text)) if isinstance(prompt, TextPrompt) else 0
-        size = len(check_sized("prompt", prompt.ids)) if isinstance(prompt, TokenPrompt) else size
-        work = partial(self._llm._preparation.request, question, deadline=deadline)
-        return await self._run(size, work, always=program)
-
     async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
         self._llm._check_open()
         return await self._llm._workers.run(size, work, always=always)
+
+
+def _size(prompt: TextPrompt | TokenPrompt | Conversation) -> int:
+    """How much there is to encode: characters of a text, or token ids."""
+    match prompt:
+        case TextPrompt(text):
+            return len(check_string("prompt", text))
+        case TokenPrompt(ids):
+            return len(check_sized("prompt", ids))
+        case Conversation():
+            return 0
+
+
+def _says_something(delta: Delta) -> bool:
+    return bool(delta.completion is not None or delta.text or delta.token_ids or delta.prompt_logprobs)
 
 
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -16,6 +17,7 @@ from isthmus.errors import (
     DeadlineExceeded,
     DuplicateRequest,
     InvalidRequest,
+    ModelNotFound,
     Overloaded,
     RequestError,
     RequestFailed,
@@ -32,6 +34,7 @@ from isthmus.types import (
     Service,
     TextPrompt,
     TokenLogprobs,
+    TokenPrompt,
     check_cache,
     check_sized,
     check_stops,
@@ -52,10 +55,24 @@ SCALARS = (
     "presence_penalty",
 )
 """The numbers that both SamplingParams have under one name"""
+PROMPT_ARGUMENTS = {
+    "messages": "prompt.messages.messages",
+    "chat_template": "prompt.messages",
+    "template_arguments": "prompt.messages.template_arguments_json",
+    "parse_special": "prompt.parse_special",
+    "truncate_prompt_tokens": "prompt.truncate_prompt_tokens",
+}
+"""The library's arguments for a prompt, and the fields of a request with a Prompt; `prompt` is as PROMPT_FIELDS say"""
+SERVICE_ARGUMENTS = {
+    "priority": "scheduling.priority",
+    "max_queue_time": "scheduling.max_queue_time",
+    "cache": "prefix_cache",
+    "cache_salt": "prefix_cache.salt",
+}
+"""The same for how a request is served"""
 API_FIELDS = {
-    "messages": "messages.messages",
-    "chat_template": "messages",
-    "template_arguments": "messages.template_arguments_json",
+    **PROMPT_ARGUMENTS,
+    **SERVICE_ARGUMENTS,
     **{name: f"sampling.{name}" for name in SCALARS},
     "logit_bias": "sampling.logit_bias",
     "allowed_token_ids": "sampling.allowed_token_ids.ids",
@@ -66,21 +83,18 @@ API_FIELDS = {
     "stop": "stop.strings",
     "include_stop": "stop.include_stop",
     "logprobs": "output.logprobs",
+    "prompt_logprobs": "output.prompt_logprobs",
+    "n": "sampling.n",
     "json": "response_format.json_object",
     "schema": "response_format.json_schema",
     "regex": "response_format.regex",
     "grammar": "response_format.lark_grammar",
     "choices": "response_format.choices.texts",
     "skip_special_tokens": "output.keep_special_tokens",
-    "priority": "scheduling.priority",
-    "max_queue_time": "scheduling.max_queue_time",
-    "cache": "prefix_cache",
-    "cache_salt": "prefix_cache.salt",
 }
 """The library's arguments, and the fields of a GenerateRequest for them. All others but `prompt` have the same name"""
-PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
+PROMPT_FIELDS = {"text": "prompt.text", "token_ids": "prompt.token_ids.ids", "messages": "prompt.messages.messages"}
 """The kinds of prompt in a GenerateRequest, and the field of each that the library's `prompt` stands for"""
-_ARGUMENTS = {theirs: ours for ours, theirs in API_FIELDS.items()} | {"text": "prompt", "token_ids.ids": "prompt"}
 _DETAILS = "grpc-status-details-bin"
 
 
@@ -99,7 +113,21 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
     """The message for a question. token_ids: whether the response is to hold them. Raises InvalidRequest for a value
     that the message can't hold."""
     message = inference_pb2.GenerateRequest(request_id=question.request_id)
-    match question.prompt:
+    set_prompt(message.prompt, question.prompt, question.sampling.truncate_prompt_tokens)
+    _set_sampling(message, question.sampling)
+    _set_format(message, question.sampling.response_format)
+    set_service(message, question.service)
+    if question.service.predicted_text:
+        message.predicted_text = check_string("predicted_text", question.service.predicted_text)
+    message.output.token_ids = token_ids
+    return message
+
+
+def set_prompt(
+    message: inference_pb2.Prompt, prompt: TextPrompt | TokenPrompt | Conversation, last: int | None
+) -> None:
+    """Writes a prompt. last: how many of its last tokens to keep. Raises InvalidRequest."""
+    match prompt:
         case TextPrompt(text, parse_special):
             message.text = check_string("prompt", text)
             fitting("parse_special", lambda: setattr(message, "parse_special", parse_special))
@@ -110,15 +138,12 @@ def message_of(question: Question, *, token_ids: bool = True) -> inference_pb2.G
             if arguments:
                 written = _json(arguments)
                 fitting("template_arguments", lambda: setattr(message.messages, "template_arguments_json", written))
-        case prompt:
-            ids = check_sized("prompt", prompt.ids)
+        case TokenPrompt(given):
+            ids = check_sized("prompt", given)
             message.token_ids.SetInParent()
             fitting("prompt", lambda: message.token_ids.ids.extend(ids))
-    _set_sampling(message, question.sampling)
-    _set_format(message, question.sampling.response_format)
-    _set_service(message, question.service)
-    message.output.token_ids = token_ids
-    return message
+    if last is not None:
+        fitting("truncate_prompt_tokens", lambda: setattr(message, "truncate_prompt_tokens", last))
 
 
 def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingParams) -> None:
@@ -140,9 +165,10 @@ def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingPara
     bad = check_sized("bad_token_ids", sampling.bad_token_ids)
     fitting("bad_token_ids", lambda: message.sampling.bad_token_ids.extend(bad))
     fitting("logit_bias", lambda: message.sampling.logit_bias.update(sampling.logit_bias))
-    if sampling.truncate_prompt_tokens is not None:
-        last = sampling.truncate_prompt_tokens
-        fitting("truncate_prompt_tokens", lambda: setattr(message, "truncate_prompt_tokens", last))
+    if sampling.n != 1:
+        fitting("n", lambda: setattr(message.sampling, "n", sampling.n))
+    if sampling.prompt_logprobs is not None:
+        fitting("prompt_logprobs", lambda: setattr(message.output, "prompt_logprobs", sampling.prompt_logprobs))
     skip = sampling.skip_special_tokens  # set as it is first, so that a value of a wrong type is refused
     fitting("skip_special_tokens", lambda: setattr(message.output, "keep_special_tokens", skip))
     message.output.keep_special_tokens = not skip
@@ -194,7 +220,11 @@ def format_of(message: inference_pb2.GenerateRequest) -> ResponseFormat | None:
     return None
 
 
-def _set_service(message: inference_pb2.GenerateRequest, service: Service) -> None:
+def set_service(
+    message: inference_pb2.GenerateRequest | inference_pb2.ScoreRequest | inference_pb2.EmbedRequest, service: Service
+) -> None:
+    """Writes how a request is served, but for predicted_text. Raises InvalidRequest."""
+    message.model = check_string("model", service.model)
     if service.priority != 0:
         fitting("priority", lambda: setattr(message.scheduling, "priority", service.priority))
     if (seconds := service.max_queue_time) is not None:
@@ -222,17 +252,26 @@ def _json(arguments: Mapping[str, object]) -> str:
 
 
 def response_of(message: inference_pb2.GenerateResponse) -> Completion:
-    """The completion that a response holds."""
-    return completion_of(
-        message.started, message.text, tuple(message.token_ids), message.finished, logprobs_of(message)
-    )
+    """The completion that a response holds, with its alternatives. Raises RequestFailed if it holds none."""
+    if not message.choices:
+        raise RequestFailed("the server answered with no choice")
+    prompt = logprobs_of(message.prompt_logprobs) if message.HasField("prompt_logprobs") else None
+    first, *others = [
+        completion_of(
+            message.seed,
+            choice.text,
+            tuple(choice.token_ids),
+            choice.finished,
+            logprobs_of(choice.logprobs) if choice.HasField("logprobs") else None,
+            prompt,
+        )
+        for choice in message.choices
+    ]
+    return dataclasses.replace(first, alternatives=tuple(others)) if others else first
 
 
-def logprobs_of(message: inference_pb2.GenerateResponse | inference_pb2.Delta) -> tuple[TokenLogprobs, ...] | None:
-    """What a message tells about its tokens; None if it tells nothing."""
-    if not message.HasField("logprobs"):
-        return None
-    told = message.logprobs
+def logprobs_of(told: inference_pb2.Logprobs) -> tuple[TokenLogprobs, ...]:
+    """What is told about tokens, one by one."""
     pairs = list(zip(told.top_token_ids, told.top, strict=True))
     each = len(pairs) // max(1, len(told.tokens))
     return tuple(
@@ -241,13 +280,14 @@ def logprobs_of(message: inference_pb2.GenerateResponse | inference_pb2.Delta) -
 
 
 def completion_of(
-    started: inference_pb2.Started,
+    seed: int,
     text: str,
     token_ids: tuple[int, ...],
     finished: inference_pb2.Finished,
     logprobs: tuple[TokenLogprobs, ...] | None = None,
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None,
 ) -> Completion:
-    """The completion that the parts of a response make up."""
+    """The completion that the parts of a response make up. seed: the first choice's."""
     usage, times = finished.usage, finished.timings
     return Completion(
         text=text,
@@ -256,7 +296,7 @@ def completion_of(
         finish_reason=FinishReason(finish_reason_name(finished.finish_reason)),
         stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
         stop_string=finished.stop_string if finished.HasField("stop_string") else None,
-        seed=started.seed,
+        seed=(seed + finished.choice_index) % (1 << 64),
         prompt_tokens=usage.prompt_tokens,
         cached_prompt_tokens=usage.cached_prompt_tokens,
         completion_tokens=usage.completion_tokens,
@@ -265,6 +305,7 @@ def completion_of(
         queue_seconds=_seconds(times.queue),
         time_to_first_token=_seconds(times.time_to_first_token),
         total_seconds=_seconds(times.total),
+        prompt_logprobs=prompt_logprobs if finished.choice_index == 0 else None,
     )
 
 
@@ -280,14 +321,16 @@ def _seconds(duration: duration_pb2.Duration) -> float:
 # Errors
 
 
-def error_of(call: grpc.RpcError, *, generating: bool = True) -> RequestError:
-    """The exception for a call that failed. generating: whether the fields in its status are a GenerateRequest's, which
-    are renamed to the library's arguments."""
+def error_of(call: grpc.RpcError, fields: Mapping[str, str] = API_FIELDS) -> RequestError:
+    """The exception for a call that failed. fields: the library's arguments, and the request's fields for them, which
+    are renamed in the error."""
     code, message, status = call.code(), call.details() or "", _status(call)
     violations = _detail(status, error_details_pb2.BadRequest).field_violations
     field = violations[0].field if violations else ""
-    if generating:
-        field = rename(field, _ARGUMENTS)
+    if fields:
+        prompt = fields.get("chat_template", "").removesuffix(".messages")
+        ours = {theirs: name for name, theirs in fields.items()}
+        field = rename(field, {**ours, f"{prompt}.text": "prompt", f"{prompt}.token_ids.ids": "prompt"})
     if violations:
         message = violations[0].description
     retry = _detail(status, error_details_pb2.RetryInfo)
@@ -297,6 +340,8 @@ def error_of(call: grpc.RpcError, *, generating: bool = True) -> RequestError:
             return InvalidRequest(field, message)
         case grpc.StatusCode.ALREADY_EXISTS:
             return DuplicateRequest(field, message)
+        case grpc.StatusCode.NOT_FOUND if violations:
+            return ModelNotFound(field, message)
         # gRPC's own limits, of a message and of metadata, which hold the token
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in message or "metadata size" in message:
             return InvalidRequest("", message)

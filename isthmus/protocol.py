@@ -10,64 +10,41 @@ A subclass inherits `generate`, `chat` and `stream`, and implements what they ca
 
 from __future__ import annotations
 
-import numbers
 from abc import abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Literal, Protocol, TypeVar, Unpack, cast, overload
 
-from isthmus.batches import Outcome, Pending, ask_all, ask_all_async, progress_bar
-from isthmus.errors import BatchError, InvalidRequest, RequestError
+from isthmus.batches import Pending, ask_all, ask_all_async, progress_bar
+from isthmus.errors import BatchError, RequestError
+from isthmus.questions import (
+    C,
+    ChatOptions,
+    EmbedOptions,
+    GenerateOptions,
+    P,
+    ScoreOptions,
+    StreamOptions,
+    conversation_of,
+    conversations_of,
+    prompts_of,
+    to_embed_question,
+    to_question,
+    to_score_question,
+    to_streamed,
+)
+from isthmus.scores import Continuation, Embedding, EmbedQuestion, Score, ScoreQuestion
 from isthmus.types import (
     AskOptions,
     Completion,
-    Conversation,
     Delta,
     Messages,
     Prompt,
     Question,
-    SamplingOptions,
     SamplingParams,
-    Service,
-    ServiceOptions,
-    TextPrompt,
-    TokenPrompt,
     check_timeout,
 )
 
-P = TypeVar("P", bound=Prompt)
-C = TypeVar("C", bound=Messages)
-
-
-class CallOptions(AskOptions, total=False):
-    """Keywords of a call. The fields of SamplingParams among them replace those of `sampling`, for this call; those of
-    Service say how it is served."""
-
-    timeout: float | None
-    """Seconds until DeadlineExceeded, for each item of a list; None is no limit"""
-    progress: bool | None
-    """Whether to show how much of a list is done; None shows it if standard error is a terminal"""
-
-
-class GenerateOptions(CallOptions, total=False):
-    """Keywords of `generate`."""
-
-    parse_special: bool
-    """Whether a special token that a text spells out is read as that token, instead of as text"""
-
-
-class ChatOptions(CallOptions, total=False):
-    """Keywords of `chat`."""
-
-    template_arguments: Mapping[str, object]
-    """Variables of the chat template, such as {"enable_thinking": False}; they reach it in this order"""
-
-
-class StreamOptions(AskOptions, total=False):
-    """Keywords of `stream`, which mean what they do for `generate` and `chat`."""
-
-    timeout: float | None
-    parse_special: bool
-    template_arguments: Mapping[str, object]
+R = TypeVar("R")
 
 
 class Model(Protocol):
@@ -105,10 +82,10 @@ class Model(Protocol):
         timeout: float | None = None,
         progress: bool | None = None,
         **options: Unpack[AskOptions],
-    ) -> Completion | list[Completion] | list[Outcome]:
+    ) -> Completion | list[Completion] | list[Completion | RequestError]:
         """Continues a text or token ids. Raises RequestError."""
         timeout = check_timeout(timeout)
-        if (prompts := _prompts(prompt)) is None:
+        if (prompts := prompts_of(prompt)) is None:
             return self.begin(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout).result()
         questions = [to_question(one, sampling, options, parse_special) for one in prompts]
         return self._all(questions, timeout, progress, return_errors)
@@ -145,13 +122,15 @@ class Model(Protocol):
         timeout: float | None = None,
         progress: bool | None = None,
         **options: Unpack[AskOptions],
-    ) -> Completion | list[Completion] | list[Outcome]:
+    ) -> Completion | list[Completion] | list[Completion | RequestError]:
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         timeout = check_timeout(timeout)
-        if (talks := _conversations(messages)) is None:
-            talk = _talk(messages)
+        if (talks := conversations_of(messages)) is None:
+            talk = conversation_of(messages)
             return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
-        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in map(_talk, talks)]
+        questions = [
+            to_question(talk, sampling, options, arguments=template_arguments) for talk in map(conversation_of, talks)
+        ]
         return self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -162,8 +141,50 @@ class Model(Protocol):
     ) -> Generator[Delta, None, None]:
         """Continues a text or token ids, or answers a conversation, and yields the result as it comes. The last delta
         has the completion. Closing the generator ends the request. Raises RequestError, also between deltas."""
-        asked, timeout = streamed(prompt, sampling, options)
+        asked, timeout = to_streamed(prompt, sampling, options)
         return self.follow(asked, timeout)
+
+    @overload
+    def score(
+        self, prompt: Prompt | Messages, continuation: list[str], **options: Unpack[ScoreOptions]
+    ) -> list[Score]: ...
+    @overload
+    def score(
+        self, prompt: Prompt | Messages, continuation: list[list[int]], **options: Unpack[ScoreOptions]
+    ) -> list[Score]: ...
+    @overload
+    def score(
+        self, prompt: Prompt | Messages, continuation: Continuation, **options: Unpack[ScoreOptions]
+    ) -> Score: ...
+    def score(
+        self,
+        prompt: Prompt | Messages,
+        continuation: Continuation | list[str] | list[list[int]],
+        **options: Unpack[ScoreOptions],
+    ) -> Score | list[Score]:
+        """How likely a text, or each of a list of texts, is after a prompt, which is computed once. A text becomes
+        tokens together with the prompt, unless a token would lie across the boundary; a space between them is the
+        continuation's. Raises RequestError."""
+        several = prompts_of(cast("Continuation | list[Continuation]", continuation))
+        asked = [cast(Continuation, continuation)] if several is None else several
+        question, timeout = to_score_question(prompt, asked, options)
+        scores = self.begin_score(question, timeout).result()
+        return scores[0] if several is None else scores
+
+    @overload
+    def embed(self, prompt: list[P], **options: Unpack[EmbedOptions]) -> list[Embedding]: ...
+    @overload
+    def embed(self, prompt: Prompt, **options: Unpack[EmbedOptions]) -> Embedding: ...
+    def embed(self, prompt: Prompt | list[P], **options: Unpack[EmbedOptions]) -> Embedding | list[Embedding]:
+        """The vector of a text, or of each of a list of texts, by the model's last hidden states after its final norm.
+        Raises RequestError, and BatchError if items of a list fail."""
+        if (several := prompts_of(prompt)) is None:
+            question, timeout = to_embed_question(cast(Prompt, prompt), options)
+            return self.begin_embed(question, timeout).result()
+        asked = [to_embed_question(each, options) for each in several]
+        with progress_bar(len(asked), None, "embedding") as tick:
+            outcomes = ask_all(lambda one: self.begin_embed(*one), asked, self.at_once, tick)
+        return results_of(outcomes)
 
     @abstractmethod
     def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
@@ -174,8 +195,16 @@ class Model(Protocol):
         """The text of token ids, without special tokens. Raises RequestError."""
 
     @abstractmethod
-    def begin(self, question: Question, timeout: float | None = None) -> Pending:
+    def begin(self, question: Question, timeout: float | None = None) -> Pending[Completion]:
         """Starts a request without waiting for it. Raises RequestError if it is refused at once."""
+
+    @abstractmethod
+    def begin_score(self, question: ScoreQuestion, timeout: float | None = None) -> Pending[list[Score]]:
+        """Starts to score continuations, as `begin` starts a request."""
+
+    @abstractmethod
+    def begin_embed(self, question: EmbedQuestion, timeout: float | None = None) -> Pending[Embedding]:
+        """Starts to embed a text, as `begin` starts a request."""
 
     @abstractmethod
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
@@ -188,10 +217,10 @@ class Model(Protocol):
 
     def _all(
         self, questions: Sequence[Question], timeout: float | None, progress: bool | None, return_errors: bool
-    ) -> list[Completion] | list[Outcome]:
-        with progress_bar(len(questions), progress) as tick:
+    ) -> list[Completion] | list[Completion | RequestError]:
+        with progress_bar(len(questions), progress, "generating") as tick:
             outcomes = ask_all(lambda one: self.begin(one, timeout), questions, self.at_once, tick)
-        return outcomes if return_errors else _completions(outcomes)
+        return outcomes if return_errors else results_of(outcomes)
 
 
 class AsyncModel(Protocol):
@@ -229,10 +258,10 @@ class AsyncModel(Protocol):
         timeout: float | None = None,
         progress: bool | None = None,
         **options: Unpack[AskOptions],
-    ) -> Completion | list[Completion] | list[Outcome]:
+    ) -> Completion | list[Completion] | list[Completion | RequestError]:
         """Continues a text or token ids. Raises RequestError."""
         timeout = check_timeout(timeout)
-        if (prompts := _prompts(prompt)) is None:
+        if (prompts := prompts_of(prompt)) is None:
             return await self.ask(to_question(cast(Prompt, prompt), sampling, options, parse_special), timeout)
         questions = [to_question(one, sampling, options, parse_special) for one in prompts]
         return await self._all(questions, timeout, progress, return_errors)
@@ -269,13 +298,15 @@ class AsyncModel(Protocol):
         timeout: float | None = None,
         progress: bool | None = None,
         **options: Unpack[AskOptions],
-    ) -> Completion | list[Completion] | list[Outcome]:
+    ) -> Completion | list[Completion] | list[Completion | RequestError]:
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         timeout = check_timeout(timeout)
-        if (talks := _conversations(messages)) is None:
-            talk = _talk(messages)
+        if (talks := conversations_of(messages)) is None:
+            talk = conversation_of(messages)
             return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
-        questions = [to_question(talk, sampling, options, arguments=template_arguments) for talk in map(_talk, talks)]
+        questions = [
+            to_question(talk, sampling, options, arguments=template_arguments) for talk in map(conversation_of, talks)
+        ]
         return await self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -286,8 +317,50 @@ class AsyncModel(Protocol):
     ) -> AsyncGenerator[Delta, None]:
         """Continues a text or token ids, or answers a conversation, and yields the result as it comes. The last delta
         has the completion. Closing the generator ends the request. Raises RequestError, also between deltas."""
-        asked, timeout = streamed(prompt, sampling, options)
+        asked, timeout = to_streamed(prompt, sampling, options)
         return self.follow(asked, timeout)
+
+    @overload
+    async def score(
+        self, prompt: Prompt | Messages, continuation: list[str], **options: Unpack[ScoreOptions]
+    ) -> list[Score]: ...
+    @overload
+    async def score(
+        self, prompt: Prompt | Messages, continuation: list[list[int]], **options: Unpack[ScoreOptions]
+    ) -> list[Score]: ...
+    @overload
+    async def score(
+        self, prompt: Prompt | Messages, continuation: Continuation, **options: Unpack[ScoreOptions]
+    ) -> Score: ...
+    async def score(
+        self,
+        prompt: Prompt | Messages,
+        continuation: Continuation | list[str] | list[list[int]],
+        **options: Unpack[ScoreOptions],
+    ) -> Score | list[Score]:
+        """How likely a text, or each of a list of texts, is after a prompt, which is computed once. A text becomes
+        tokens together with the prompt, unless a token would lie across the boundary; a space between them is the
+        continuation's. Raises RequestError."""
+        several = prompts_of(cast("Continuation | list[Continuation]", continuation))
+        asked = [cast(Continuation, continuation)] if several is None else several
+        question, timeout = to_score_question(prompt, asked, options)
+        scores = await self.ask_score(question, timeout)
+        return scores[0] if several is None else scores
+
+    @overload
+    async def embed(self, prompt: list[P], **options: Unpack[EmbedOptions]) -> list[Embedding]: ...
+    @overload
+    async def embed(self, prompt: Prompt, **options: Unpack[EmbedOptions]) -> Embedding: ...
+    async def embed(self, prompt: Prompt | list[P], **options: Unpack[EmbedOptions]) -> Embedding | list[Embedding]:
+        """The vector of a text, or of each of a list of texts, by the model's last hidden states after its final norm.
+        Raises RequestError, and BatchError if items of a list fail."""
+        if (several := prompts_of(prompt)) is None:
+            question, timeout = to_embed_question(cast(Prompt, prompt), options)
+            return await self.ask_embed(question, timeout)
+        asked = [to_embed_question(each, options) for each in several]
+        with progress_bar(len(asked), None, "embedding") as tick:
+            outcomes = await ask_all_async(lambda one: self.ask_embed(*one), asked, self.at_once, tick)
+        return results_of(outcomes)
 
     @abstractmethod
     async def tokenize(self, text: str, *, parse_special: bool = False) -> list[int]:
@@ -302,6 +375,14 @@ class AsyncModel(Protocol):
         """Answers one question. Raises RequestError."""
 
     @abstractmethod
+    async def ask_score(self, question: ScoreQuestion, timeout: float | None = None) -> list[Score]:
+        """Scores continuations. Raises RequestError."""
+
+    @abstractmethod
+    async def ask_embed(self, question: EmbedQuestion, timeout: float | None = None) -> Embedding:
+        """Embeds a text. Raises RequestError."""
+
+    @abstractmethod
     def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         """Yields the answer to a question as it comes, as `stream` does."""
 
@@ -312,91 +393,15 @@ class AsyncModel(Protocol):
 
     async def _all(
         self, questions: Sequence[Question], timeout: float | None, progress: bool | None, return_errors: bool
-    ) -> list[Completion] | list[Outcome]:
-        with progress_bar(len(questions), progress) as tick:
+    ) -> list[Completion] | list[Completion | RequestError]:
+        with progress_bar(len(questions), progress, "generating") as tick:
             outcomes = await ask_all_async(lambda one: self.ask(one, timeout), questions, self.at_once, tick)
-        return outcomes if return_errors else _completions(outcomes)
+        return outcomes if return_errors else results_of(outcomes)
 
 
-# From arguments to questions
-
-
-def to_question(
-    prompt: Prompt | Messages,
-    sampling: SamplingParams | None,
-    options: AskOptions,
-    parse_special: bool = False,
-    arguments: Mapping[str, object] | None = None,
-) -> Question:
-    """The question that the arguments of a call ask. Raises TypeError for an unknown option and for sampling that isn't
-    SamplingParams, and InvalidRequest for an option that doesn't go with the prompt."""
-    if sampling is not None and not isinstance(sampling, SamplingParams):
-        raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
-    service = {name: value for name, value in options.items() if name in ServiceOptions.__annotations__}
-    drawn = {name: value for name, value in options.items() if name not in service}
-    asked = (sampling or SamplingParams()).replace(**cast(SamplingOptions, drawn))
-    if isinstance(prompt, str):
-        kind: TextPrompt | TokenPrompt | Conversation = TextPrompt(prompt, parse_special)
-    elif _is_conversation(prompt):
-        kind = Conversation(cast(Messages, prompt), arguments or {})
-    elif isinstance(prompt, Mapping):
-        raise TypeError("a message is not a prompt: give chat a list of messages")
-    else:
-        kind = TokenPrompt(cast(Sequence[int], prompt))
-    if parse_special and not isinstance(kind, TextPrompt):
-        raise InvalidRequest("parse_special", "is for a text only: in messages a special token is always read as one")
-    if arguments is not None and not isinstance(kind, Conversation):
-        raise InvalidRequest("template_arguments", "are for messages only")
-    if arguments is not None and not isinstance(arguments, Mapping):
-        raise InvalidRequest("template_arguments", f"must be a mapping, not {type(arguments).__name__}")
-    return Question(kind, asked, service=Service(**cast(ServiceOptions, service)))
-
-
-def streamed(
-    prompt: Prompt | Messages, sampling: SamplingParams | None, options: StreamOptions
-) -> tuple[Question, float | None]:
-    """The question and the timeout that the arguments of `stream` give."""
-    rest = dict(options)
-    timeout, parsed = rest.pop("timeout", None), rest.pop("parse_special", False)
-    arguments = rest.pop("template_arguments", None)
-    asked = to_question(
-        prompt,
-        sampling,
-        cast(AskOptions, rest),
-        cast(bool, parsed),
-        cast("Mapping[str, object] | None", arguments),
-    )
-    return asked, check_timeout(cast("float | None", timeout))
-
-
-def _is_conversation(prompt: object) -> bool:
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _prompts(prompt: Prompt | list[P]) -> list[P] | None:
-    """The prompt as a list of prompts; None if it is a single one. A list of numbers is one prompt, of token ids."""
-    if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], numbers.Integral)):
-        return cast("list[P]", prompt)
-    return None
-
-
-def _conversations(messages: Messages | list[C]) -> list[C] | None:
-    """The messages as a list of conversations; None if they are a single one."""
-    if isinstance(messages, list) and not _is_conversation(messages):
-        return cast("list[C]", messages)
-    return None
-
-
-def _talk(messages: object) -> Messages:
-    """The messages as a conversation. Raises TypeError if they aren't one."""
-    if not _is_conversation(messages):
-        raise TypeError(f"a conversation is a list of messages with role and content, not {type(messages).__name__}")
-    return cast(Messages, messages)
-
-
-def _completions(outcomes: list[Outcome]) -> list[Completion]:
-    """The outcomes as completions. Raises BatchError if one is an error."""
-    completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
-    if len(completions) < len(outcomes):
+def results_of(outcomes: Sequence[R | RequestError]) -> list[R]:
+    """The outcomes if none is an error. Raises BatchError if one is."""
+    results = [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]
+    if len(results) < len(outcomes):
         raise BatchError(outcomes)
-    return completions
+    return results

@@ -50,6 +50,8 @@ class SamplingOptions(FormatOptions, total=False):
     allowed_token_ids: Sequence[int] | None
     bad_token_ids: Sequence[int]
     min_tokens: int | None
+    n: int
+    prompt_logprobs: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,12 @@ class SamplingParams:
     """Tokens that are never drawn"""
     min_tokens: int | None = None
     """The number of tokens before which none is drawn that ends the text; by default 0"""
+    n: int = 1
+    """Completions to draw for the prompt, which is computed once; at most 128. Each takes a place as a request of its
+    own does. Completion i is what the seed plus i draws alone"""
+    prompt_logprobs: int | None = None
+    """Tells the log-probability of each token of the prompt but the first, and of so many of the likeliest tokens at
+    its place, at most 20; None tells nothing. The prompt takes longer then, and isn't read from the prefix cache"""
     resume_token_ids: Sequence[int] = ()
     """Tokens of an answer that broke off, to the same prompt with the same options and `seed`: this one goes on after
     them, exactly as that one would have, also elsewhere. They count as drawn, and are no part of this answer"""
@@ -130,6 +138,8 @@ class ServiceOptions(TypedDict, total=False):
     max_queue_time: float | None
     cache: Cache
     cache_salt: str
+    predicted_text: str
+    model: str
 
 
 class AskOptions(SamplingOptions, ServiceOptions, total=False):
@@ -150,6 +160,12 @@ class Service:
     cache_salt: str = ""
     """Only requests with the same salt share what was computed, so that the time to the first token tells nobody else
     what was asked; at most 256 characters"""
+    predicted_text: str = ""
+    """What the text is expected to be, such as the code of which a changed version is asked: where that is right, the
+    text comes sooner"""
+    model: str = ""
+    """The name of the model that is asked; another than the one that is there is ModelNotFound. Empty asks whichever is
+    there"""
 
 
 class FinishReason(StrEnum):
@@ -212,6 +228,15 @@ class Completion:
     """Seconds from arrival to the first token, as the engine measured them"""
     total_seconds: float = 0.0
     """Seconds from arrival to the end, as the engine measured them"""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each token of the prompt but the first; None unless SamplingParams.prompt_logprobs asks for them"""
+    alternatives: tuple[Completion, ...] = ()
+    """The other completions of the same prompt, if SamplingParams.n asks for more than one"""
+
+    @property
+    def choices(self) -> tuple[Completion, ...]:
+        """All completions of the prompt, of which this is the first."""
+        return (self, *self.alternatives)
 
 
 @dataclass(frozen=True)
@@ -222,9 +247,13 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     completion: Completion | None = None
-    """The whole completion, in the last delta"""
+    """The whole completion, in its last delta"""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of token_ids; None unless SamplingParams.logprobs asks for them"""
+    index: int = 0
+    """Which of the SamplingParams.n completions this belongs to; each has a last delta of its own"""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each token of the prompt but the first, in the first delta of the completion; None in the others"""
 
 
 # What a front end makes of a call

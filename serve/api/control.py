@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from importlib.metadata import version
+from typing import Any
 
 import grpc
 import jax
 
 from isthmus.serve.api.errors import abort, invalid
 from isthmus.serve.api.session import Session
+from isthmus.serve.engine.engine import Engine
 from isthmus.v1 import control_pb2 as pb
 from isthmus.v1 import control_pb2_grpc
 
 MAX_CANCELS = 1024
+"""Most ids of a call of Cancel"""
+SHORTEST_WATCH, LONGEST_WATCH = 0.1, 3600.0
+"""Seconds between two snapshots of WatchLoad"""
+
+
+def _value(names: Any, name: str) -> Any:
+    """The value of an enum that has this name in capitals; its first, which says nothing, if none has."""
+    return names.Value(name.upper()) if name.upper() in names.keys() else 0  # noqa: SIM118
 
 
 class ControlService(control_pb2_grpc.ControlServiceServicer):
@@ -25,6 +37,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         engine = await self._session.ready_engine(context)
         model = self._session.model
         config = model.config
+        cache_dtype = engine.executor.served.cache_dtype
         return pb.GetModelInfoResponse(
             name=model.name,
             parameters=config.parameters,
@@ -34,8 +47,10 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             heads=config.heads,
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
-            dtype=model.execution.dtype,
+            dtype=_value(pb.Dtype, f"DTYPE_{model.execution.dtype}"),
+            cache_dtype=_value(pb.Dtype, f"DTYPE_{cache_dtype}"),
             eos_token_ids=sorted(model.tokenizer.eos_ids),
+            embedding_size=config.dim,
         )
 
     async def GetServerInfo(
@@ -46,7 +61,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return pb.GetServerInfoResponse(
             version=version("isthmus"),
             jax_version=jax.__version__,
-            platform=devices[0].platform,
+            platform=_value(pb.Platform, f"PLATFORM_{devices[0].platform}"),
             devices=[device.device_kind for device in devices],
             buckets=[bucket.tokens for bucket in engine.config.buckets],
             page_size=engine.config.page_size,
@@ -57,9 +72,21 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         )
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
-        load = (await self._session.ready_engine(context)).load()
-        report_cached = self._session.report_cached
-        return pb.GetLoadResponse(
+        return pb.GetLoadResponse(load=self._load(await self._session.ready_engine(context)))
+
+    async def WatchLoad(self, request: pb.WatchLoadRequest, context: grpc.aio.ServicerContext) -> None:
+        engine = await self._session.ready_engine(context)
+        seconds = request.interval.ToNanoseconds() / 1e9 if request.HasField("interval") else 1.0
+        if not SHORTEST_WATCH <= seconds <= LONGEST_WATCH:
+            await abort(context, invalid("interval", f"must be {SHORTEST_WATCH:g} to {LONGEST_WATCH:g} seconds"))
+        while not self._session.closing.is_set():
+            await context.write(pb.WatchLoadResponse(load=self._load(engine)))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._session.closing.wait(), seconds)
+
+    def _load(self, engine: Engine) -> pb.Load:
+        load, report_cached = engine.load(), self._session.report_cached
+        return pb.Load(
             running=load.running,
             waiting=load.waiting,
             pages_total=load.pages_total,

@@ -63,7 +63,7 @@ def status_of(error: RequestError) -> status_pb2.Status:
         case DuplicateRequest():
             return plain(code, str(error), _blame(error.field, "is in flight already"))
         case InvalidRequest():
-            return invalid(error.field, error.message)
+            return plain(code, f"{error.field}: {error.message}", _blame(error.field, error.message))
         case Overloaded() | Unavailable():
             return retry_later(code, str(error), error.retry_after)
         case RequestFailed():

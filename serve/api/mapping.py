@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf import duration_pb2
 
 from isthmus.errors import InvalidRequest
 from isthmus.proto import API_FIELDS, PROMPT_FIELDS, SCALARS, format_of, rename
+from isthmus.scores import Continuation, Embedding, EmbedQuestion, Score, ScoreQuestion
 from isthmus.serve.engine.messages import Request
 from isthmus.types import (
     Cache,
@@ -29,21 +32,58 @@ MAX_ARGUMENTS = 256 << 10
 
 def question_of(message: pb.GenerateRequest) -> Question:
     """The question that a message asks. Raises InvalidRequest."""
-    return Question(_prompt(message), _sampling(message), message.request_id, _service(message))
+    service = replace(_service(message), predicted_text=message.predicted_text)
+    return Question(_prompt(message.prompt), _sampling(message), message.request_id, service)
 
 
-def _prompt(message: pb.GenerateRequest) -> TextPrompt | TokenPrompt | Conversation:
-    kind = message.WhichOneof("prompt")
+def score_question_of(message: pb.ScoreRequest) -> ScoreQuestion:
+    """The question that a message asks. Raises InvalidRequest."""
+    return ScoreQuestion(
+        _prompt(message.prompt),
+        [_continuation(index, each) for index, each in enumerate(message.continuations)],
+        message.logprobs if message.HasField("logprobs") else None,
+        _last(message.prompt),
+        message.request_id,
+        _service(message),
+    )
+
+
+def _continuation(index: int, given: pb.Continuation) -> Continuation:
+    kind = given.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest(f"continuations[{index}]", "give text or token_ids")
+    return given.text if kind == "text" else list(given.token_ids.ids)
+
+
+def embed_question_of(message: pb.EmbedRequest, given: pb.Prompt) -> EmbedQuestion:
+    """The question that a message asks of one of its inputs. Raises InvalidRequest."""
+    return EmbedQuestion(
+        _prompt(given),
+        "last" if message.pooling == pb.POOLING_LAST else "mean",
+        not message.keep_length,
+        message.dimensions if message.HasField("dimensions") else None,
+        _last(given),
+        message.request_id,
+        _service(message),
+    )
+
+
+def _prompt(given: pb.Prompt) -> TextPrompt | TokenPrompt | Conversation:
+    kind = given.WhichOneof("kind")
     if kind is None:
         raise InvalidRequest("prompt", "give text, token_ids or messages")
-    if message.parse_special and kind != "text":
+    if given.parse_special and kind != "text":
         raise InvalidRequest("parse_special", f"is for text only: in {kind} a special token is always read as one")
     if kind == "text":
-        return TextPrompt(message.text, message.parse_special)
+        return TextPrompt(given.text, given.parse_special)
     if kind == "token_ids":
-        return TokenPrompt(message.token_ids.ids)
-    turns = [{"role": turn.role, "content": turn.content} for turn in message.messages.messages]
-    return Conversation(turns, _arguments(message.messages.template_arguments_json))
+        return TokenPrompt(given.token_ids.ids)
+    turns = [{"role": turn.role, "content": turn.content} for turn in given.messages.messages]
+    return Conversation(turns, _arguments(given.messages.template_arguments_json))
+
+
+def _last(given: pb.Prompt) -> int | None:
+    return given.truncate_prompt_tokens if given.HasField("truncate_prompt_tokens") else None
 
 
 def _sampling(message: pb.GenerateRequest) -> SamplingParams:
@@ -60,14 +100,16 @@ def _sampling(message: pb.GenerateRequest) -> SamplingParams:
         stop=tuple(stop.strings),
         include_stop=stop.include_stop,
         skip_special_tokens=not output.keep_special_tokens,
-        truncate_prompt_tokens=(message.truncate_prompt_tokens if message.HasField("truncate_prompt_tokens") else None),
+        truncate_prompt_tokens=_last(message.prompt),
+        n=given.n if given.HasField("n") else 1,
+        prompt_logprobs=output.prompt_logprobs if output.HasField("prompt_logprobs") else None,
         ignore_eos=stop.ignore_eos,
         logprobs=output.logprobs if output.HasField("logprobs") else None,
         response_format=format_of(message),
     )
 
 
-def _service(message: pb.GenerateRequest) -> Service:
+def _service(message: pb.GenerateRequest | pb.ScoreRequest | pb.EmbedRequest) -> Service:
     scheduling, cache = message.scheduling, message.prefix_cache
     uses: dict[tuple[bool, bool], Cache] = {
         (False, False): "on",
@@ -81,6 +123,7 @@ def _service(message: pb.GenerateRequest) -> Service:
         max_queue_time=limit,
         cache=uses[cache.bypass_read, cache.bypass_write],
         cache_salt=cache.salt,
+        model=message.model,
     )
 
 
@@ -110,14 +153,28 @@ def _arguments(text: str) -> dict[str, Any]:
     return value
 
 
-def in_api_words(error: InvalidRequest, message: pb.GenerateRequest) -> InvalidRequest:
-    """The same error, naming the message's field for the library's argument."""
-    prompt = PROMPT_FIELDS.get(message.WhichOneof("prompt") or "", "prompt")
-    return type(error)(rename(error.field, {**API_FIELDS, "prompt": prompt}), error.message)
+def in_api_words(
+    error: InvalidRequest, prompt: pb.Prompt, fields: Mapping[str, str] = API_FIELDS, place: str = "prompt"
+) -> InvalidRequest:
+    """The same error, naming the message's field for the library's argument. fields: as API_FIELDS. place: the field
+    that has the prompt."""
+    kind = PROMPT_FIELDS.get(prompt.WhichOneof("kind") or "", "prompt").replace("prompt", place, 1)
+    return type(error)(rename(error.field, {**fields, "prompt": kind}), error.message)
 
 
 def started(request: Request) -> pb.Started:
-    return pb.Started(request_id=request.id, prompt_tokens=len(request.prompt), seed=request.sampling.seed)
+    return pb.Started(request_id=request.id, seed=request.sampling.seed, prompt_tokens=len(request.prompt))
+
+
+def choice(index: int, completion: Completion, *, with_ids: bool, report_cached: bool) -> pb.Choice:
+    """with_ids: whether it has the token ids. report_cached: whether it tells how much of the prompt was cached."""
+    return pb.Choice(
+        index=index,
+        text=completion.text,
+        token_ids=completion.token_ids if with_ids else (),
+        logprobs=logprobs(completion.logprobs),
+        finished=finished(index, completion, report_cached=report_cached),
+    )
 
 
 def logprobs(told: tuple[TokenLogprobs, ...] | None) -> pb.Logprobs | None:
@@ -131,8 +188,30 @@ def logprobs(told: tuple[TokenLogprobs, ...] | None) -> pb.Logprobs | None:
     )
 
 
-def finished(completion: Completion, *, report_cached: bool) -> pb.Finished:
+def score(told: Score, *, report_cached: bool) -> pb.ContinuationScore:
+    """report_cached: as in `choice`."""
+    return pb.ContinuationScore(
+        logprob=told.logprob,
+        is_greedy=told.is_greedy,
+        token_ids=told.token_ids,
+        logprobs=logprobs(told.logprobs),
+        usage=_usage(told, report_cached=report_cached),
+    )
+
+
+def embedding(made: Embedding, *, report_cached: bool) -> pb.Embedding:
+    """report_cached: as in `choice`."""
+    return pb.Embedding(values=made.values, usage=_usage(made, report_cached=report_cached))
+
+
+def _usage(answer: Score | Embedding, *, report_cached: bool) -> pb.Usage:
+    cached = answer.cached_prompt_tokens if report_cached else 0
+    return pb.Usage(prompt_tokens=answer.prompt_tokens, cached_prompt_tokens=cached)
+
+
+def finished(index: int, completion: Completion, *, report_cached: bool) -> pb.Finished:
     return pb.Finished(
+        choice_index=index,
         finish_reason=f"FINISH_REASON_{completion.finish_reason}",
         stop_token_id=completion.stop_token_id,
         stop_string=completion.stop_string,

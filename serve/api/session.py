@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import grpc
 from google.rpc import code_pb2
@@ -39,7 +39,9 @@ class Session:
         """Threads for Tokenize and Detokenize, and for prompts that are truncated: their texts may be longer than what
         a context holds, and mustn't hold other prompts up"""
         self._answering: dict[Request, asyncio.Event] = {}
-        """For each request that the engine has taken until its call has ended, which sets it"""
+        """By the first request of each call whose requests the engine has taken, until it has ended, which sets it"""
+        self.closing = asyncio.Event()
+        """Set when the server ends"""
         self.report_cached = config.report_cached_tokens
         self.needs_token = False
         """Whether calls need an auth token, which then says who calls"""
@@ -55,7 +57,8 @@ class Session:
         return tenant_of(context) if self.needs_token else ""
 
     def close(self) -> None:
-        """Stops the threads for texts; those that wait end as UNAVAILABLE."""
+        """Stops the threads for texts, and what watches the server; those that wait end as UNAVAILABLE."""
+        self.closing.set()
         self.workers.close()
         self.tokenizing.close()
 
@@ -73,29 +76,32 @@ class Session:
 
     @property
     def answering(self) -> int:
-        """Calls whose request the engine has taken and whose last message isn't sent yet."""
+        """Calls whose requests the engine has taken and whose last message isn't sent yet."""
         return len(self._answering)
 
     @contextlib.asynccontextmanager
-    async def submitted(self, request: Request) -> AsyncIterator[Request]:
-        """Hands a request to the engine, which must be ready, and yields it with a LoopStream as its reply_to; cancels
-        it in the end. Used on the event loop. Raises RequestError if the request isn't taken."""
+    async def submitted(self, requests: Sequence[Request]) -> AsyncIterator[list[Request]]:
+        """Hands a call's requests to the engine, which must be ready, and yields them with one LoopStream as their
+        reply_to; cancels them in the end. Used on the event loop. Raises RequestError if they aren't taken."""
         engine = self.engine
         assert engine is not None
-        request = dataclasses.replace(request, reply_to=LoopStream())
+        events = LoopStream()
+        asked = [dataclasses.replace(request, reply_to=events) for request in requests]
+        first = asked[0]
         if self.stalled:
             raise Unavailable(f"the engine's step has taken {engine.busy_seconds:.0f} s and hasn't ended")
         try:
-            engine.submit(request)
+            engine.submit(*asked)
         except DuplicateRequest:
-            await self._earlier_call(request.id)
-            engine.submit(request)
-        ended = self._answering[request] = asyncio.Event()
+            await self._earlier_call(first.id)
+            engine.submit(*asked)
+        ended = self._answering[first] = asyncio.Event()
         try:
-            yield request
+            yield asked
         finally:
-            engine.cancel(request)
-            del self._answering[request]
+            for request in asked:
+                engine.cancel(request)
+            del self._answering[first]
             ended.set()
 
     async def _earlier_call(self, request_id: str) -> None:

@@ -6,7 +6,7 @@ there is a completion. By then the engine may have drawn a token or two more, wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from isthmus.errors import Cancelled, DeadlineExceeded, Overloaded, RequestError, RequestFailed, Unavailable
@@ -39,6 +39,10 @@ class TextOptions:
     """Whether the text has the one that ended it"""
     keep_special: bool = False
     """Whether special tokens are text"""
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told at the place of each that was drawn; None tells nothing"""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens"""
 
 
 class Answer:
@@ -46,7 +50,7 @@ class Answer:
 
     def __init__(self, tokenizer: Tokenizer, request: Request, *, with_text: bool = True) -> None:
         """with_text: whether there is to be any text; if not, all texts are empty."""
-        options: TextOptions = request.text_options or TextOptions()
+        self._options = options = request.text_options or TextOptions()
         self._request, self._with_text = request, with_text
         self._search = None if options.stops is None else options.stops.search(include=options.include_stop)
         before, resumed = [*request.prompt, *request.resumed], 0
@@ -59,6 +63,8 @@ class Answer:
         self._texts: list[str] = []
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._prompt: list[Logprobs] = []
+        self._tells_prompt = options.prompt_logprobs is not None
 
     def _resume(self, tokens: Sequence[int]) -> None:
         """Goes on after tokens whose text, as far as it wasn't held back, the caller has."""
@@ -73,6 +79,7 @@ class Answer:
         request's last event, or before it if a stop string is found. Raises RequestError if the request ended without
         a result."""
         known, last = len(self._ids), events[-1]
+        self._prompt += [each for event in events for each in event.prompt_logprobs]
         text, progress = self._until_stop(events) if self._search else (self._all(events), last.progress)
         if not self._found and last.end is not None:
             if last.end.reason not in _REASONS:
@@ -82,12 +89,20 @@ class Answer:
         told = self._told([each for event in events for each in event.logprobs][: len(ids)])
         self._texts.append(text if self._with_text else "")
         ended = self._found or last.end is not None
-        return Delta(self._texts[-1], ids, self._completion(last.end, progress) if ended else None, told)
+        completion = self._completion(last.end, progress) if ended else None
+        return Delta(
+            self._texts[-1],
+            ids,
+            completion,
+            told,
+            prompt_logprobs=self._told_of_prompt(completion is not None or bool(ids)),
+        )
 
     def whole(self, end: End) -> Completion:
         """The completion of the request, which has ended, without a call of `take` before. Raises RequestError if it
         ended without a result."""
-        completion = self.take([Event(self._request, end.tokens, end.logprobs, end, end.progress)]).completion
+        event = Event(self._request, end.tokens, end.logprobs, end, end.progress, end.prompt_logprobs)
+        completion = self.take([event]).completion
         assert completion is not None
         return completion
 
@@ -127,11 +142,19 @@ class Answer:
 
     def _told(self, logprobs: Sequence[Logprobs]) -> tuple[TokenLogprobs, ...] | None:
         """The log-probabilities of the newest tokens; None if the request doesn't ask for them."""
-        if self._request.sampling.logprobs < 0:
+        if self._options.logprobs is None:
             return None
-        told = [TokenLogprobs(own, tuple(zip(tokens, top, strict=True))) for own, tokens, top in logprobs]
+        told = told_of(logprobs, self._options.logprobs)
         self._logprobs += told
-        return tuple(told)
+        return told
+
+    def _told_of_prompt(self, whole: bool) -> tuple[TokenLogprobs, ...] | None:
+        """The log-probabilities of the prompt, once, when it is computed as a `whole`; None otherwise, and if the
+        request doesn't ask for them."""
+        if not whole or not self._tells_prompt:
+            return None
+        self._tells_prompt = False
+        return told_of(self._prompt, self._options.prompt_logprobs or 0)
 
     def _completion(self, end: End | None, progress: Progress) -> Completion:
         """end: how the engine ended the request; not looked at where a stop string did."""
@@ -141,7 +164,10 @@ class Answer:
         return Completion(
             text="".join(self._texts),
             token_ids=tuple(self._ids),
-            logprobs=None if request.sampling.logprobs < 0 else tuple(self._logprobs),
+            logprobs=None if self._options.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=(
+                None if self._options.prompt_logprobs is None else told_of(self._prompt, self._options.prompt_logprobs)
+            ),
             finish_reason=FinishReason.STOP_STRING if found or end is None else _REASONS[end.reason],
             stop_token_id=stop_token,
             stop_string=found,
@@ -155,6 +181,13 @@ class Answer:
             time_to_first_token=first - request.arrival,
             total_seconds=progress.at - request.arrival,
         )
+
+
+def told_of(logprobs: Iterable[Logprobs], most: int) -> tuple[TokenLogprobs, ...]:
+    """What a caller is told about tokens, with at most so many of the likeliest ones at each place."""
+    return tuple(
+        TokenLogprobs(each.token, tuple(zip(each.top_tokens[:most], each.top[:most], strict=True))) for each in logprobs
+    )
 
 
 def _text_ids(event: Event) -> tuple[int, ...]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
+from concurrent.futures import Future
 from queue import SimpleQueue
 
-from isthmus.serve.engine.messages import Event
+from isthmus.serve.engine.messages import End, Event
 
 
 class Receiver(ABC):
@@ -36,6 +37,21 @@ class ThreadStream(Receiver):
     def get(self, timeout: float | None) -> Event:
         """The next event. Raises queue.Empty after `timeout` seconds."""
         return self._events.get(timeout=timeout)
+
+
+class Last(Receiver):
+    """The end of a request, for whoever waits for that only."""
+
+    streams = False
+
+    def __init__(self) -> None:
+        self.end: Future[End] = Future()
+        """It can't be cancelled: cancel the request, and this has the end that says so"""
+        self.end.set_running_or_notify_cancel()
+
+    def put_nowait(self, event: Event, /) -> None:
+        assert event.end is not None
+        self.end.set_result(event.end)
 
 
 class LoopStream(asyncio.Queue[Event], Receiver):

@@ -3,13 +3,14 @@ library's argument (isthmus/types.py); a front end whose fields have other names
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from isthmus.errors import InvalidRequest
+from isthmus.errors import InvalidRequest, ModelNotFound
 from isthmus.forms import check_string
 from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS, StopStrings
@@ -17,6 +18,7 @@ from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.answer import TextOptions
 from isthmus.serve.prepare.checks import check_flag, check_int, check_text, check_token_ids, check_within
 from isthmus.serve.prepare.grammar import Grammars
@@ -26,6 +28,7 @@ from isthmus.types import (
     Conversation,
     Question,
     SamplingParams,
+    Service,
     TextPrompt,
     TokenPrompt,
     check_cache,
@@ -41,6 +44,8 @@ MAX_PRIORITY = 100
 MAX_SALT = 256
 """Most characters of a request's cache_salt"""
 MAX_MESSAGES = 1024
+MAX_CHOICES = 128
+"""Most requests that one question makes"""
 MAX_TOKENS = 1 << 18
 """Most tokens of a text that `tokenized` or `detokenized` takes, and of a prompt that is truncated, unless the
 context has room for more: they would hold up all streams while they become a list"""
@@ -61,12 +66,32 @@ class Preparation:
     context_length: int
     grammars: Grammars | None = None
     """Compiles what a text must be, and keeps it for the next question; None refuses to"""
+    name: str = ""
+    """The model's name"""
+    embedding_size: int = 0
+    """Numbers of a hidden state"""
 
     @classmethod
     def of(cls, model: ModelFolder, context_length: int) -> Preparation:
         """The preparation for a model. context_length: the engine's, in tokens."""
-        grammars = Grammars(model.tokenizer, model.config.vocab_size)
-        return cls(model.tokenizer, model.chat, model.generation, context_length, grammars)
+        config = model.config
+        grammars = Grammars(model.tokenizer, config.vocab_size)
+        return cls(model.tokenizer, model.chat, model.generation, context_length, grammars, model.name, config.dim)
+
+    def requests(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> list[Request]:
+        """The engine's requests for a question, one for each completion, the arguments as for `request`. The first has
+        the question's seed, and each other one more than the one before it. They share the pages of the prompt."""
+        count = check_int("n", question.sampling.n)
+        if not 1 <= count <= MAX_CHOICES:
+            raise InvalidRequest("n", f"must be 1 to {MAX_CHOICES}, not {count}")
+        first = self.request(question, tenant=tenant, deadline=deadline)
+        if count == 1:
+            return [first]
+        if first.resumed:
+            raise InvalidRequest("resume_token_ids", "are of one completion: ask for each by itself, with its own seed")
+        options = dataclasses.replace(first.text_options, prompt_logprobs=None)
+        other = dataclasses.replace(first, scored_from=None, text_options=options)  # the first tells of the prompt
+        return sharing([first, *(_with_seed(other, first.sampling.seed + index) for index in range(1, count))])
 
     def request(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> Request:
         """The engine's request for a question. Raises InvalidRequest. `Engine.submit` checks the rest.
@@ -74,30 +99,56 @@ class Preparation:
         tenant: who asks. Tenants share the engine, and never what the prefix cache has. deadline: when the caller stops
         waiting, on the clock of time.perf_counter.
         """
-        asked, service = question.sampling, question.service
-        priority, limit, cache = _priority(service.priority), _limit(service.max_queue_time), check_cache(service.cache)
-        salt = _salt(tenant, service.cache_salt)
-        prompt = self.prompt_ids(question.prompt, self._kept_tokens(asked.truncate_prompt_tokens))
+        asked = question.sampling
+        plain = self.plain(question.request_id, question.service, tenant=tenant, deadline=deadline)
+        prompt = self.prompt_ids(question.prompt, self.kept_tokens(asked.truncate_prompt_tokens))
         left = self.context_length - len(prompt)
         drawing = drawing_of(asked, self.recommended, self.tokenizer, left)
-        return Request(
-            id=_request_id(question.request_id),
+        return dataclasses.replace(
+            plain,
             prompt=prompt,
             sampling=drawing.sampling,
             max_tokens=drawing.max_tokens,
             stop_ids=drawing.stop_ids,
             eos_ids=drawing.eos_ids,
             resumed=self._resumed(asked),
-            tenant=tenant,
-            priority=priority,
-            deadline=deadline,
-            max_queue_time=limit,
-            cache_salt=salt,
-            cache_read=cache in ("on", "read"),
-            cache_write=cache in ("on", "write"),
+            scored_from=1 if asked.prompt_logprobs is not None and len(prompt) > 1 else None,
             constraint=self._constraint(asked),
             text_options=self._text_options(asked),
+            predicted=self._predicted(question.service.predicted_text),
         )
+
+    def plain(self, request_id: str, service: Service, *, tenant: str, deadline: float | None) -> Request:
+        """A request that is served so, for a prompt that is still to be said, and draws nothing. tenant, deadline: as
+        for `request`. Raises InvalidRequest."""
+        self._check_name(service.model)
+        cache = check_cache(service.cache)
+        return Request(
+            id=_request_id(request_id),
+            prompt=(),
+            sampling=Sampling(),
+            max_tokens=0,
+            tenant=tenant,
+            priority=_priority(service.priority),
+            deadline=deadline,
+            max_queue_time=_limit(service.max_queue_time),
+            cache_salt=_salt(tenant, service.cache_salt),
+            cache_read=cache in ("on", "read"),
+            cache_write=cache in ("on", "write"),
+        )
+
+    def _check_name(self, asked: str) -> None:
+        if check_string("model", asked) not in ("", self.name):
+            raise ModelNotFound("model", f"{asked!r:.160} is not here; this is {self.name!r}")
+
+    def _predicted(self, text: str) -> list[int]:
+        most = self.tokenizer.most_characters(self.context_length)
+        if not check_string("predicted_text", text):
+            return []
+        try:
+            return self.tokenizer.encode_part(text[:most])[: self.context_length]
+        except TextError as error:
+            raise InvalidRequest("predicted_text", str(error)) from None
 
     def _resumed(self, asked: SamplingParams) -> list[int]:
         given = check_sized("resume_token_ids", asked.resume_token_ids)
@@ -132,7 +183,24 @@ class Preparation:
                 ids = self._given(prompt.ids, most)
         return ids if last is None else ids[-last:]
 
-    def _kept_tokens(self, last: int | None) -> int | None:
+    def encoded_together(self, prompt: TextPrompt | Conversation, more: str, last: int | None) -> tuple[list[int], int]:
+        """The token ids of a prompt and a text that follows it, and how many of them are the prompt's. They are those
+        of both as one text, unless a token lies across the boundary: then each is encoded by itself. last: how many of
+        the prompt's last ones to keep, as in `prompt_ids`. Raises InvalidRequest."""
+        most = self.context_length if last is None else max(self.context_length, MAX_TOKENS)
+        if isinstance(prompt, Conversation):
+            field, text, encode = "messages", self._rendered(prompt), self.tokenizer.encode_chat
+        else:
+            field, text = "prompt", check_text("prompt", prompt.text)
+            encode = partial(self.tokenizer.encode, parse_special=check_flag("parse_special", prompt.parse_special))
+        before = self._encoded(field, text, encode, most)
+        ids = self._encoded(field, text + more, encode, most + MAX_TOKENS)
+        if ids[: len(before)] != before:
+            ids = [*before, *self.tokenizer.encode_part(more)]
+        cut = 0 if last is None else max(0, len(before) - last)
+        return ids[cut:], len(before) - cut
+
+    def kept_tokens(self, last: int | None) -> int | None:
         """How many of a prompt's last tokens are kept; None is all."""
         if last is None:
             return None
@@ -194,6 +262,8 @@ class Preparation:
             StopStrings(strings) if strings else None,
             include_stop=check_flag("include_stop", asked.include_stop),
             keep_special=not check_flag("skip_special_tokens", asked.skip_special_tokens),
+            logprobs=asked.logprobs,
+            prompt_logprobs=asked.prompt_logprobs,
         )
 
 
@@ -227,6 +297,18 @@ def _stops(given: str | Sequence[str]) -> tuple[str, ...]:
         if not 1 <= len(string) <= MAX_STOP_CHARACTERS:
             raise InvalidRequest(f"stop[{index}]", f"has {len(string)} characters; give 1 to {MAX_STOP_CHARACTERS}")
     return strings
+
+
+def sharing(requests: Sequence[Request]) -> list[Request]:
+    """A caller's requests, made so that they share pages: with each other alone, if they may use no others."""
+    if len(requests) == 1 or requests[0].cache_read or requests[0].cache_write:
+        return list(requests)
+    salt = requests[0].cache_salt + secrets.token_bytes(16)
+    return [dataclasses.replace(one, cache_salt=salt, cache_read=True, cache_write=True) for one in requests]
+
+
+def _with_seed(request: Request, seed: int) -> Request:
+    return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed % (1 << 64)))
 
 
 def _request_id(given: str) -> str:

@@ -45,7 +45,9 @@ def drawing_of(asked: SamplingParams, recommended: GenerationDefaults, tokenizer
         top_p=within("top_p", first(asked.top_p, recommended.top_p, 1.0), 0, 1, open_low=True),
         min_p=within("min_p", first(asked.min_p, recommended.min_p, 0.0), 0, 1),
         seed=check_whole("seed", asked.seed, 64) if asked.seed is not None else secrets.randbits(63),
-        logprobs=_logprobs(asked.logprobs),
+        logprobs=max(
+            check_logprobs("logprobs", asked.logprobs), check_logprobs("prompt_logprobs", asked.prompt_logprobs)
+        ),
         repetition_penalty=within(
             "repetition_penalty",
             first(asked.repetition_penalty, recommended.repetition_penalty, 1.0),
@@ -85,12 +87,13 @@ def _bias(given: Mapping[int, float], vocab: int) -> tuple[tuple[int, float], ..
     return tuple(zip(ids, values, strict=True))
 
 
-def _logprobs(count: int | None) -> int:
+def check_logprobs(field: str, count: int | None) -> int:
+    """How many of the likeliest tokens are told; -1 if nothing is. Raises InvalidRequest."""
     if count is None:
         return -1
-    count = check_int("logprobs", count)
+    count = check_int(field, count)
     if not 0 <= count <= MOST_LOGPROBS:
-        raise InvalidRequest("logprobs", f"must be 0 to {MOST_LOGPROBS}, not {count}")
+        raise InvalidRequest(field, f"must be 0 to {MOST_LOGPROBS}, not {count}")
     return count
 
 

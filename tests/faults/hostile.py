@@ -59,19 +59,23 @@ def _generate(rng: random.Random) -> pb.GenerateRequest:
         request.request_id = rng.choice(TEXTS)
     kind = rng.choice(["text", "ids", "ids", "messages", "nothing"])
     if kind == "text":
-        request.text = rng.choice(TEXTS)
+        request.prompt.text = rng.choice(TEXTS)
     if kind == "ids":
-        request.token_ids.ids.extend(rng.choices(WHOLE[:6] if rng.random() < 0.8 else WHOLE, k=rng.randrange(300)))
+        request.prompt.token_ids.ids.extend(
+            rng.choices(WHOLE[:6] if rng.random() < 0.8 else WHOLE, k=rng.randrange(300))
+        )
     if kind == "messages":
         for _ in range(rng.choice([0, 1, 3, 1025])):
-            request.messages.messages.add(role=rng.choice(["user", "critic", "", "\0"]), content=rng.choice(TEXTS[:12]))
-        request.messages.template_arguments_json = rng.choice(ARGUMENTS)
+            request.prompt.messages.messages.add(
+                role=rng.choice(["user", "critic", "", "\0"]), content=rng.choice(TEXTS[:12])
+            )
+        request.prompt.messages.template_arguments_json = rng.choice(ARGUMENTS)
     if rng.random() < 0.8:
         request.stop.max_tokens = rng.choice([0, 1, 5, 30, rng.choice(WHOLE)])
     if rng.random() < 0.3:
         request.stop.token_ids.extend(rng.choices(WHOLE[: rng.choice([6, 11])], k=rng.choice([0, 1, 64, 65])))
     request.stop.ignore_eos = rng.random() < 0.5
-    request.parse_special = rng.random() < 0.3
+    request.prompt.parse_special = rng.random() < 0.3
     if rng.random() < 0.5:
         request.output.text, request.output.token_ids = rng.random() < 0.5, rng.random() < 0.5
     return request

@@ -81,7 +81,8 @@ def refuse(error: RequestError) -> Callable[[grpc.ServicerContext], bytes]:
 
 
 def answer(context: grpc.ServicerContext) -> bytes:
-    return pb.GenerateResponse(text="b", finished=pb.Finished(finish_reason=pb.FINISH_REASON_EOS)).SerializeToString()
+    choice = pb.Choice(text="b", finished=pb.Finished(finish_reason=pb.FINISH_REASON_EOS))
+    return pb.GenerateResponse(choices=[choice]).SerializeToString()
 
 
 @contextmanager

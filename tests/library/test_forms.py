@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from isthmus import LLM, Client, FinishReason, InvalidRequest, Model
-from tests.serve.api.harness import PROMPT, RunningServer
+from tests.library.conftest import OpenModel
+from tests.serve.api.harness import ENGINE, PROMPT, RunningServer
 
 PERSON = {
     "type": "object",
@@ -77,3 +79,31 @@ def test_what_cannot_be_kept_is_refused(models: tuple[Model, ...], field: str, o
         with pytest.raises(InvalidRequest) as refused:
             model.generate(PROMPT, max_tokens=4, **options)
         assert refused.value.field.startswith(field), refused.value
+
+
+FORCED: dict[str, dict[str, Any]] = {
+    "schema": {"schema": PERSON},
+    "choices": {"choices": ["the first of two long texts that are given", "the second of two long texts"]},
+    "other options": {"schema": PERSON, "repetition_penalty": 1.3, "bad_token_ids": [5, 7], "min_tokens": 3},
+    "a stop string": {"schema": PERSON, "stop": '"age":'},
+}
+
+
+def test_what_a_form_leaves_no_choice_about_comes_in_fewer_steps(open_model: OpenModel) -> None:
+    """Names of properties are most of a JSON text. It is the same text, with the same bits."""
+    texts: dict[int, list[tuple[object, ...]]] = {}
+    steps: dict[int, int] = {}
+    for draft_rows in (0, 8):
+        with open_model(engine=dataclasses.replace(ENGINE, draft_rows=draft_rows)) as llm:
+            texts[draft_rows] = [
+                (answer.token_ids, answer.logprobs, answer.finish_reason, answer.text)
+                for options in FORCED.values()
+                for seed in range(3)
+                for answer in [llm.generate(PROMPT, max_tokens=80, seed=seed, logprobs=2, **options)]
+            ]
+            counters = llm._engine.scheduler.counters
+            steps[draft_rows] = counters.steps
+            assert counters.accepted_tokens <= counters.drafted_tokens
+            assert (counters.accepted_tokens > 0) == (draft_rows > 0)
+    assert texts[0] == texts[8]
+    assert steps[8] < 0.9 * steps[0]

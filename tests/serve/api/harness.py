@@ -33,7 +33,7 @@ from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params
 from isthmus.model.weights.checkpoint import Checkpoints
-from isthmus.proto import completion_of
+from isthmus.proto import response_of
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.server import Server
 from isthmus.serve.engine.build import open_model
@@ -297,7 +297,7 @@ class ApiClient(Client):
         """options: as generate_request takes."""
         message = generate_request(prompt, **options)
         answer = self._inference.Generate(message, timeout=timeout, metadata=self._metadata)
-        return completion_of(answer.started, answer.text, tuple(answer.token_ids), answer.finished)
+        return response_of(answer)
 
     def stream(
         self, prompt: Any, *, timeout: float | None = None, **options: Any

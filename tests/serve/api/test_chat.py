@@ -97,7 +97,7 @@ def test_a_special_token_in_a_text_is_one_when_asked_for(client: ApiClient, toke
         assert got.text == client.generate(ids, max_tokens=4, temperature=0.0, timeout=PATIENCE).text
     with pytest.raises(grpc.RpcError) as refused:
         client.generate(want, parse_special=True, timeout=PATIENCE)
-    assert blamed_fields(refused.value) == ["parse_special"]
+    assert blamed_fields(refused.value) == ["prompt.parse_special"]
 
 
 def test_a_conversation_goes_on_from_the_cache(chat: ApiClient) -> None:
@@ -113,34 +113,43 @@ def turn(role: str, content: str = "a") -> dict[str, str]:
 
 
 Change = Callable[[Any], Any]
-ARGUMENTS = "messages.template_arguments_json"
+TURNS = "prompt.messages.messages"
+ARGUMENTS = "prompt.messages.template_arguments_json"
 
 
 def argue(text: str) -> Change:
-    return lambda message: setattr(message.messages, "template_arguments_json", text)
+    return lambda message: setattr(message.prompt.messages, "template_arguments_json", text)
 
 
 @pytest.mark.parametrize(
     "change, field, said",
     [
-        (lambda m: m.messages.ClearField("messages"), "messages.messages", f"1 to {MAX_MESSAGES}"),
-        (lambda m: m.messages.messages.extend([m.messages.messages[0]] * MAX_MESSAGES), "messages.messages", "1 to"),
-        (lambda m: m.messages.messages.add(content="a"), "messages.messages[2].role", "must not be empty"),
-        (lambda m: m.messages.messages.add(role="critic"), "messages", "there are no critics here"),
-        (argue('{"messages": 1}'), "messages", "'messages'"),
-        (argue('{"style": "endless"}'), "messages", "chat template may"),
+        (lambda m: m.prompt.messages.ClearField("messages"), TURNS, f"1 to {MAX_MESSAGES}"),
+        (
+            lambda m: m.prompt.messages.messages.extend([m.prompt.messages.messages[0]] * MAX_MESSAGES),
+            TURNS,
+            "1 to",
+        ),
+        (
+            lambda m: m.prompt.messages.messages.add(content="a"),
+            f"{TURNS}[2].role",
+            "must not be empty",
+        ),
+        (lambda m: m.prompt.messages.messages.add(role="critic"), "prompt.messages", "there are no critics here"),
+        (argue('{"messages": 1}'), "prompt.messages", "'messages'"),
+        (argue('{"style": "endless"}'), "prompt.messages", "chat template may"),
         (argue('{"style": 1'), ARGUMENTS, "is not JSON: Expecting ',' delimiter"),
         (argue("[1]"), ARGUMENTS, "must be a JSON object"),
         (argue('{"style": {"a": 1, "a": 2}}'), ARGUMENTS, "a key twice"),
         (argue('{"style": NaN}'), ARGUMENTS, "NaN is not a number"),
         (argue('{"style": ' + "9" * 5000 + "}"), ARGUMENTS, "is not JSON: Exceeds the limit"),
         (argue('{"style": ' + "[" * 100_000), ARGUMENTS, "nested too deep"),
-        (argue('{"style": ' + "[" * 100 + "]" * 100 + "}"), "messages", "nested more than 64 deep"),
+        (argue('{"style": ' + "[" * 100 + "]" * 100 + "}"), "prompt.messages", "nested more than 64 deep"),
         (argue('{"style": "' + "a" * MAX_ARGUMENTS + '"}'), ARGUMENTS, f"at most {MAX_ARGUMENTS}"),
-        (lambda m: setattr(m, "parse_special", True), "parse_special", "is for text"),
+        (lambda m: setattr(m.prompt, "parse_special", True), "prompt.parse_special", "is for text"),
         (
-            lambda m: m.messages.messages.add(role="user", content="a\n" * NETWORK.context_length),
-            "messages.messages",
+            lambda m: m.prompt.messages.messages.add(role="user", content="a\n" * NETWORK.context_length),
+            TURNS,
             f"context of {NETWORK.context_length}",
         ),
     ],
@@ -161,7 +170,7 @@ def test_a_model_without_a_template_says_so(client: ApiClient) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         client.generate(TALK, timeout=PATIENCE)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert blamed_fields(refused.value) == ["messages"] and "no chat template" in refused.value.details()
+    assert blamed_fields(refused.value) == ["prompt.messages"] and "no chat template" in refused.value.details()
 
 
 def test_a_slow_template_holds_nobody_up(chat: ApiClient) -> None:

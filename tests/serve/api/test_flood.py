@@ -54,7 +54,7 @@ REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 GARBAGE = {
     "no field at all": b"\xff" * 50,
     "a length past the end": b"\x0a\xff\xff\xff\xff\x0f",
-    "cut short": pb.GenerateRequest(text="a", token_ids=pb.TokenIds(ids=[1])).SerializeToString()[:-1],
+    "cut short": pb.GenerateRequest(prompt=pb.Prompt(text="abc")).SerializeToString()[:-1],
     "an open group": b"\x0b\x0b",
     "long": b"\xff" * 100_000,
 }
@@ -208,18 +208,23 @@ def test_the_log_is_bounded() -> None:
 
 
 LIMITS: dict[str, tuple[Any, int, Callable[[int], Any], str]] = {
-    "a text": (pb.GenerateRequest, MAX_TEXT_BYTES, lambda n: pb.GenerateRequest(text="a" * n), "text"),
+    "a text": (
+        pb.GenerateRequest,
+        MAX_TEXT_BYTES,
+        lambda n: pb.GenerateRequest(prompt=pb.Prompt(text="a" * n)),
+        "text",
+    ),
     "a streamed text": (
         pb.GenerateStreamRequest,
         MAX_TEXT_BYTES,
-        lambda n: pb.GenerateStreamRequest(request=pb.GenerateRequest(text="a" * n)),
+        lambda n: pb.GenerateStreamRequest(request=pb.GenerateRequest(prompt=pb.Prompt(text="a" * n))),
         "text",
     ),
     "a text to tokenize": (pb.TokenizeRequest, MAX_TEXT_BYTES, lambda n: pb.TokenizeRequest(text="a" * n), "text"),
     "ids": (
         pb.GenerateRequest,
         MAX_NUMBERS_BYTES,
-        lambda n: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * n)),
+        lambda n: pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1] * n))),
         "token_ids.ids",
     ),
     "ids to detokenize": (
@@ -238,11 +243,13 @@ LIMITS: dict[str, tuple[Any, int, Callable[[int], Any], str]] = {
         pb.GenerateRequest,
         MAX_TEXT_BYTES,
         lambda n: pb.GenerateRequest(
-            messages=pb.Messages(
-                messages=[pb.ChatMessage(content="a" * (n // 2)), pb.ChatMessage(content="a" * (n - n // 2))]
+            prompt=pb.Prompt(
+                messages=pb.Messages(
+                    messages=[pb.ChatMessage(content="a" * (n // 2)), pb.ChatMessage(content="a" * (n - n // 2))]
+                )
             )
         ),
-        "messages.messages.content",
+        "prompt.messages.messages.content",
     ),
     "ids to cancel": (
         control_pb2.CancelRequest,
@@ -266,7 +273,7 @@ def test_a_limit_is_what_it_says(case: Any) -> None:
 def test_values_inside_values_are_counted() -> None:
     """Short turns in a row take far longer to parse than a long one; each is a field, and has two."""
     request = pb.GenerateRequest()
-    turns = request.messages.messages
+    turns = request.prompt.messages.messages
     turns.extend([pb.ChatMessage(role="a", content="b")] * ((MAX_FIELDS - 1) // 3))
     check_wire(request.SerializeToString(), request.DESCRIPTOR)
     turns.add(role="a", content="b")
@@ -277,7 +284,7 @@ def test_values_inside_values_are_counted() -> None:
 def test_what_comes_before_a_broken_end_is_counted() -> None:
     """The parser reads it before it finds the end: a last byte that is wrong must not lift the limit."""
     request = pb.GenerateRequest()
-    request.messages.messages.extend([pb.ChatMessage()] * (MAX_FIELDS + 1))
+    request.prompt.messages.messages.extend([pb.ChatMessage()] * (MAX_FIELDS + 1))
     for broken in (b"\xff", b"\x12\x05a"):
         with pytest.raises(InvalidRequest, match=r"messages"):
             check_wire(request.SerializeToString() + broken, request.DESCRIPTOR)
@@ -294,9 +301,9 @@ def test_a_field_that_nobody_knows_is_named_by_its_message() -> None:
 def test_above_four_mebibytes_the_field_is_named(client: ApiClient) -> None:
     """gRPC's own limit is 4 MiB, and says nothing of what was too long."""
     for size in (MAX_TEXT_BYTES + 1, 3 * MAX_TEXT_BYTES):
-        for call in (client.tokenize, lambda text, **options: client.generate(text, **options)):
+        for call, field in ((client.tokenize, "text"), (client.generate, "prompt.text")):
             error = refused(call, "a" * size)
-            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(error) == ["text"]
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(error) == [field]
             assert str(MAX_TEXT_BYTES) in error.details()
     error = refused(client.detokenize, [1] * (MAX_NUMBERS_BYTES + 1))
     assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(error) == ["token_ids"]

@@ -34,8 +34,8 @@ PROSE = "Nothing in it may keep the loop for longer than that. "
 
 def _template_arguments(entries: int) -> bytes:
     request = pb.GenerateRequest()
-    request.messages.messages.add(role="user", content="a")
-    request.messages.template_arguments_json = json.dumps({f"{i}": i for i in range(entries)})
+    request.prompt.messages.messages.add(role="user", content="a")
+    request.prompt.messages.template_arguments_json = json.dumps({f"{i}": i for i in range(entries)})
     return request.SerializeToString()
 
 
@@ -43,9 +43,14 @@ def _endless() -> bytes:
     return generate_request([{"role": "user", "content": "a"}], template_arguments=ENDLESS).SerializeToString()
 
 
+def _prompt(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt=pb.Prompt(**fields))
+
+
 def _of_messages(body: bytes) -> bytes:
     """A GenerateRequest whose messages are `body`."""
-    return pb.GenerateRequest(messages=pb.Messages()).SerializeToString()[:1] + _varint(len(body)) + body
+    prompt = pb.Prompt(messages=pb.Messages()).SerializeToString()[:1] + _varint(len(body)) + body
+    return pb.GenerateRequest(prompt=pb.Prompt()).SerializeToString()[:1] + _varint(len(prompt)) + prompt
 
 
 def _varint(value: int) -> bytes:
@@ -57,49 +62,56 @@ def _varint(value: int) -> bytes:
 
 def _chat(turns: int, content: str) -> bytes:
     messages = [pb.ChatMessage(role="user", content=content)] * turns
-    return pb.GenerateRequest(messages=pb.Messages(messages=messages)).SerializeToString()
+    return pb.GenerateRequest(prompt=pb.Prompt(messages=pb.Messages(messages=messages))).SerializeToString()
 
 
 CASES: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
     "a prompt of 4 MB": (
         INFERENCE + "Generate",
-        lambda: pb.GenerateRequest(text=(PROSE * 80_000)[:4_000_000]).SerializeToString(),
+        lambda: _prompt(text=(PROSE * 80_000)[:4_000_000]).SerializeToString(),
         INVALID,
-        "text",
+        "prompt.text",
     ),
     "a prompt of 8 MB": (
         INFERENCE + "Generate",
-        lambda: pb.GenerateRequest(text="é" * (4 * MIB)).SerializeToString(),
+        lambda: _prompt(text="é" * (4 * MIB)).SerializeToString(),
         INVALID,
-        "text",
+        "prompt.text",
     ),
     "a prompt that might fit, and doesn't": (
         INFERENCE + "Generate",
-        lambda: pb.GenerateRequest(text=("a b c " * MIB)[: 12 * NETWORK.context_length]).SerializeToString(),
+        lambda: _prompt(text=("a b c " * MIB)[: 12 * NETWORK.context_length]).SerializeToString(),
         INVALID,
-        "text",
+        "prompt.text",
     ),
     "a prompt of 2 million ids": (
         INFERENCE + "Generate",
-        lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * (2 * MIB))).SerializeToString(),
+        lambda: _prompt(token_ids=pb.TokenIds(ids=[1] * (2 * MIB))).SerializeToString(),
         INVALID,
-        "token_ids.ids",
+        "prompt.token_ids.ids",
     ),
     "2 million ids to stop at": (
         INFERENCE + "Generate",
-        lambda: pb.GenerateRequest(text="a", stop=pb.StopConditions(token_ids=[1] * (2 * MIB))).SerializeToString(),
+        lambda: pb.GenerateRequest(
+            prompt=pb.Prompt(text="a"), stop=pb.StopConditions(token_ids=[1] * (2 * MIB))
+        ).SerializeToString(),
         INVALID,
         "stop.token_ids",
     ),
     "ids in many rows": (
         INFERENCE + "Generate",
-        lambda: pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * MIB)).SerializeToString() * 12,
+        lambda: _prompt(token_ids=pb.TokenIds(ids=[1] * MIB)).SerializeToString() * 12,
         INVALID,
-        "token_ids.ids",
+        "prompt.token_ids.ids",
     ),
-    "a thousand messages of 3 kB": (INFERENCE + "Generate", lambda: _chat(1024, PROSE * 60), INVALID, "messages"),
-    "a thousand messages of 50 B": (INFERENCE + "Generate", lambda: _chat(1024, PROSE), INVALID, "messages"),
-    "a template without an end": (INFERENCE + "Generate", _endless, INVALID, "messages"),
+    "a thousand messages of 3 kB": (
+        INFERENCE + "Generate",
+        lambda: _chat(1024, PROSE * 60),
+        INVALID,
+        "prompt.messages",
+    ),
+    "a thousand messages of 50 B": (INFERENCE + "Generate", lambda: _chat(1024, PROSE), INVALID, "prompt.messages"),
+    "a template without an end": (INFERENCE + "Generate", _endless, INVALID, "prompt.messages"),
     "two million empty messages": (
         INFERENCE + "Generate",
         lambda: _of_messages(b"\x0a\x00" * (2 * MIB)),
@@ -117,7 +129,7 @@ CASES: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
         INFERENCE + "Tokenize",
         lambda: pb.TokenizeRequest(text=(PROSE * 80_000)[:4_000_000]).SerializeToString(),
         INVALID,
-        "text",
+        "prompt.text",
     ),
     "400 kB to tokenize": (
         INFERENCE + "Tokenize",

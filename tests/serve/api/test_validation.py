@@ -43,12 +43,12 @@ BAD_REQUESTS: list[tuple[str, Callable[[pb.GenerateRequest], None], str]] = [
     ("top_k 2^32-1", lambda r: setattr(r.sampling, "top_k", (1 << 32) - 1), "sampling.top_k"),
     ("empty text", lambda r: setattr(r, "text", ""), "text"),
     ("no prompt", lambda r: r.ClearField("text"), "prompt"),
-    ("no ids", lambda r: r.token_ids.SetInParent(), "token_ids.ids"),
-    ("unknown id", lambda r: r.token_ids.ids.extend([1, 2, 512]), "token_ids.ids[2]"),
-    ("largest id", lambda r: r.token_ids.ids.extend([(1 << 32) - 1]), "token_ids.ids[0]"),
+    ("no ids", lambda r: r.prompt.token_ids.SetInParent(), "prompt.token_ids.ids"),
+    ("unknown id", lambda r: r.prompt.token_ids.ids.extend([1, 2, 512]), "prompt.token_ids.ids[2]"),
+    ("largest id", lambda r: r.prompt.token_ids.ids.extend([(1 << 32) - 1]), "prompt.token_ids.ids[0]"),
     ("unknown stop id", lambda r: r.stop.token_ids.extend([0, 512]), "stop.token_ids[1]"),
     ("too many stop ids", lambda r: r.stop.token_ids.extend(range(MAX_STOP_TOKENS + 1)), "stop.token_ids"),
-    ("too many ids", lambda r: r.token_ids.ids.extend([1] * NETWORK.context_length), "token_ids.ids"),
+    ("too many ids", lambda r: r.prompt.token_ids.ids.extend([1] * NETWORK.context_length), "prompt.token_ids.ids"),
     ("too long a text", lambda r: setattr(r, "text", "\x00" * NETWORK.context_length), "text"),
     ("a very long text", lambda r: setattr(r, "text", "word " * 200_000), "text"),
     ("max_tokens 0", lambda r: setattr(r.stop, "max_tokens", 0), "stop.max_tokens"),
@@ -103,9 +103,9 @@ def test_the_limits_themselves_are_allowed(client: ApiClient) -> None:
         request_id="x" * MAX_REQUEST_ID,
     )
     request.stop.token_ids.extend(range(MAX_STOP_TOKENS))
-    assert raw_stub(client).Generate(request).finished.usage.completion_tokens >= 1
+    assert raw_stub(client).Generate(request).choices[0].finished.usage.completion_tokens >= 1
     tiny = generate_request(PROMPT, max_tokens=2, temperature=1e-30, top_p=1e-30, top_k=1, min_p=0.0)
-    assert raw_stub(client).Generate(tiny).finished.usage.completion_tokens >= 1
+    assert raw_stub(client).Generate(tiny).choices[0].finished.usage.completion_tokens >= 1
 
 
 def test_a_stream_without_its_request_is_refused(client: ApiClient) -> None:

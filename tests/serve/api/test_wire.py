@@ -12,8 +12,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from isthmus import generate_request
+from isthmus import InvalidRequest, RequestError, generate_request
 from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
+from isthmus.v1 import control_pb2
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
@@ -25,14 +26,17 @@ from tests.serve.api.harness import (
     ApiClient,
     RunningServer,
     begin,
+    blamed_fields,
     byte_token,
     check_health,
     collect,
     cycle,
     details,
+    idle,
     raw_stub,
     save_model,
     scripted_params,
+    wait_for,
 )
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -103,8 +107,8 @@ def test_text_can_be_turned_off(client: ApiClient) -> None:
     request.output.text = False
     streamed = collect(raw_stub(client).GenerateStream(pb.GenerateStreamRequest(request=request)))
     whole = raw_stub(client).Generate(request)
-    assert streamed.text == whole.text == ""
-    assert len(streamed.token_ids) == 40 and list(streamed.token_ids) == list(whole.token_ids)
+    assert streamed.text == whole.choices[0].text == ""
+    assert len(streamed.token_ids) == 40 and list(streamed.token_ids) == list(whole.choices[0].token_ids)
 
 
 def test_a_stream_of_neither_text_nor_ids_still_says_how_it_ended(client: ApiClient) -> None:
@@ -267,17 +271,60 @@ def test_model_info_is_true(client: ApiClient, model_folder: Path, tokenizer: To
     assert info.parameters == NETWORK.parameters
     for field in ("context_length", "layers", "heads", "kv_heads", "head_dim"):
         assert getattr(info, field) == getattr(NETWORK, field)
-    assert info.dtype == "float32"
+    assert info.dtype == info.cache_dtype == control_pb2.DTYPE_FLOAT32
 
 
 def test_server_info_is_true(client: ApiClient) -> None:
     info = client.server_info()
     assert info.version == version("isthmus") and info.jax_version == jax.__version__
-    assert info.platform == "cpu" and list(info.devices) == ["cpu"]
+    assert info.platform == control_pb2.PLATFORM_CPU and list(info.devices) == ["cpu"]
     assert list(info.buckets) == [1, 2, 4, 8, 8 + 32, 8 + 64]
     assert (info.page_size, info.max_sequences) == (ENGINE.page_size, ENGINE.max_sequences)
     assert info.pages_total == ENGINE.max_sequences * NETWORK.context_length // ENGINE.page_size // 2
     assert info.compile_seconds > 0 and info.warmup_seconds > 0
+
+
+def test_load_is_told_again_and_again_until_the_server_ends(start_server: StartServer) -> None:
+    """A router that polls has old news, or none; and one that watches must not keep a server from ending."""
+    server = start_server()
+    with server.client() as client:
+        watch = client.watch_load(0.1)
+        assert next(watch).completion_tokens == 0
+        client.generate("a", max_tokens=3, ignore_eos=True)
+        wait_for(lambda: next(watch).completion_tokens == 3, "the news")
+        server.stop()
+        assert len(list(watch)) < 10
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01, 3601, -1])
+def test_an_interval_that_cannot_be_is_named(client: ApiClient, seconds: float) -> None:
+    with pytest.raises(RequestError) as refused:
+        next(client.watch_load(seconds))
+    assert isinstance(refused.value, InvalidRequest) and refused.value.field == "interval"
+
+
+def test_several_inputs_are_embedded_in_order_and_the_one_at_fault_is_named(client: ApiClient) -> None:
+    request = pb.EmbedRequest(inputs=[pb.Prompt(text="a"), pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2, 3]))])
+    answer = raw_stub(client).Embed(request)
+    assert [each.usage.prompt_tokens for each in answer.embeddings] == [len(client.tokenize("a")), 3]
+    for index in range(2):
+        alone = raw_stub(client).Embed(pb.EmbedRequest(inputs=[request.inputs[index]]))
+        assert alone.embeddings[0].values == answer.embeddings[index].values
+    request.inputs.add(token_ids=pb.TokenIds(ids=[512]))
+    for wrong, field in ((request, "inputs[2].token_ids.ids[0]"), (pb.EmbedRequest(), "inputs")):
+        with pytest.raises(grpc.RpcError) as refused:
+            raw_stub(client).Embed(wrong)
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(refused.value) == [field]
+
+
+def test_a_cancel_ends_all_choices(client: ApiClient) -> None:
+    """Those that nobody reads would go on to the end."""
+    events = begin(client, request_id="many", n=4)
+    assert client.cancel(["many"]) == ["many"]
+    with pytest.raises(grpc.RpcError) as ended:
+        list(events)
+    assert ended.value.code() == grpc.StatusCode.CANCELLED
+    wait_for(lambda: idle(client), "all choices to end")
 
 
 def test_load_counts_what_happened(client: ApiClient) -> None:

@@ -31,7 +31,7 @@ STOPS = st.lists(
 
 
 def request_of(prompt: list[int], stops: list[str], *, include: bool = False) -> Request:
-    options = TextOptions(StopStrings(stops) if stops else None, include)
+    options = TextOptions(StopStrings(stops) if stops else None, include, logprobs=0)
     return Request("r", prompt, Sampling(logprobs=0), 99, text_options=options, arrival=0.0)
 
 
