@@ -1,4 +1,5 @@
-"""Whether a request gets the same bits whatever happens around it: each is run in a crowd and again alone."""
+"""Whether a request gets the same bits whatever happens around it: each is run in a crowd and again alone, and some
+are resumed in the middle, or have what they drew scored."""
 
 from __future__ import annotations
 
@@ -10,20 +11,24 @@ import numpy as np
 from isthmus.checks.chain import Chain
 from isthmus.checks.crowd import Arrival, play
 from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import End, Ending, Event, Request
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a request got something else in the crowd than alone."""
+    """Where a request got something else than alone."""
 
     request: Request
     at: int
-    """The index of the token in the completion"""
-    crowd: str
+    """The index of the token in the completion; of the prompt's last token it is -1"""
+    other: str
     alone: str
+    where: str = "in the crowd"
+    """Where it got `other`"""
 
     def __str__(self) -> str:
         request = self.request
@@ -31,7 +36,7 @@ class Difference:
         asked = [f"{name}={value}" for name, value in asdict(request.sampling).items() if value != plain[name]]
         return (
             f"request {request.id} ({len(request.prompt)} tokens of prompt, {', '.join(asked)}) at token {self.at}: "
-            f"{self.crowd} in the crowd, {self.alone} alone"
+            f"{self.other} {self.where}, {self.alone} alone"
         )
 
 
@@ -42,6 +47,9 @@ class Verdict:
     requests: int
     tokens: int
     """That were compared, each with its log-probabilities"""
+    resumed: int
+    scored: int
+    """Requests that were also resumed in the middle, and whose tokens were also scored"""
     differences: tuple[Difference, ...]
     """The first one of each request that differs"""
     preemptions: int
@@ -70,11 +78,18 @@ def crowd_config(context_length: int, sequences: int = 16) -> EngineConfig:
     )
 
 
-def random_arrivals(vocab: int, context_length: int, count: int, seed: int = 0, ids: int = 0) -> list[Arrival]:
+def random_arrivals(
+    vocab: int,
+    context_length: int,
+    count: int,
+    seed: int = 0,
+    ids: int = 0,
+    constraints: Sequence[Constraint] = (),
+) -> list[Arrival]:
     """Requests of every length and with every option, some of which begin alike, that come a few each step, of several
     tenants with priorities and salts; one in ten is cancelled in the middle, and one in seven has a constraint.
 
-    ids: the width of the model's logits; 0 is vocab.
+    ids: the width of the model's logits; 0 is vocab. constraints: what to choose from besides a Chain.
     """
     rng = np.random.default_rng(seed)
     shared = [rng.integers(0, vocab, context_length // 2).tolist() for _ in range(3)]
@@ -84,6 +99,8 @@ def random_arrivals(vocab: int, context_length: int, count: int, seed: int = 0, 
         if rng.random() < 0.4:
             prompt = shared[int(rng.integers(3))][: int(rng.integers(1, context_length // 2))] + prompt[:5]
         limit = int(rng.integers(1, context_length // 2 - 4))
+        chosen = int(rng.integers(1 + len(constraints)))
+        constraint = constraints[chosen - 1] if chosen else Chain(vocab, ids or vocab)
         stops = frozenset(rng.integers(0, vocab, 2).tolist()) if rng.random() < 0.3 else frozenset()
         request = Request(
             f"r{index}",
@@ -91,13 +108,18 @@ def random_arrivals(vocab: int, context_length: int, count: int, seed: int = 0, 
             random_sampling(rng, vocab, index),
             limit,
             stop_ids=stops,
-            constraint=Chain(vocab, ids or vocab) if rng.random() < 1 / 7 else None,
+            constraint=constraint if rng.random() < 1 / 7 else None,
+            scored_from=int(rng.integers(1, len(prompt))) if len(prompt) > 1 and rng.random() < 0.1 else None,
+            predicted=prompt[::-1] if rng.random() < 0.1 else (),
             tenant=str(rng.choice(["a", "a", "b"])),
             priority=int(rng.choice([0, 0, 0, 1])),
             cache_salt=bytes(rng.choice([b"", b"", b"salt"])),
             cache_read=rng.random() < 0.9,
             cache_write=rng.random() < 0.9,
         )
+        if rng.random() < 0.07:  # it asks for an embedding, and draws nothing
+            pooling = (Pooling.MEAN, Pooling.LAST)[index % 2]
+            request = replace(request, max_tokens=0, scored_from=None, constraint=None, pooling=pooling)
         cancel = int(rng.integers(1, limit + 1)) if rng.random() < 0.1 else None
         made.append(Arrival(request, step=int(rng.integers(0, 2 + 2 * count)), cancel_after=cancel))
     return made
@@ -138,17 +160,26 @@ def check(executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[],
 
     played = play(executor, arrivals, report)
     counters = played.engine.scheduler.counters
-    differences, tokens = [], 0
-    for arrival in arrivals:
-        alone = Arrival(replace(arrival.request, id=f"{arrival.request.id} alone"))
-        play(executor, [alone])
-        assert arrival.end is not None and alone.end is not None
-        tokens += len(arrival.end.tokens)
-        differences += list(compared(arrival.request, arrival.end, alone.end))[:1]
+    differences, tokens, resumed, scored = [], 0, 0, 0
+    for index, arrival in enumerate(arrivals):
+        request, end = arrival.request, arrival.end
+        alone = _end_of(executor, replace(request, id=f"{request.id} alone"))
+        assert end is not None
+        tokens += len(end.tokens) + len(end.prompt_logprobs)
+        found = list(compared(request, end, alone))
+        if index % 3 == 1 and len(alone.tokens) > 1:
+            resumed += 1
+            found += compared(request, _resumed(executor, request, alone), alone, "resumed")
+        if index % 3 == 2 and alone.tokens:
+            scored += 1
+            found += compared(request, _scored(executor, request, alone), alone, "scored")
+        differences += found[:1]
         on_done()
     return Verdict(
         len(arrivals),
         tokens,
+        resumed,
+        scored,
         tuple(differences),
         counters.preemptions,
         counters.cached_prompt_tokens,
@@ -156,23 +187,68 @@ def check(executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[],
     )
 
 
-def compared(request: Request, crowd: End, alone: End) -> Iterator[Difference]:
+def _end_of(executor: Executor, request: Request) -> End:
+    """How a request ends that is alone in a new engine."""
+    arrival = Arrival(request)
+    play(executor, [arrival])
+    assert arrival.end is not None
+    return arrival.end
+
+
+def _resumed(executor: Executor, request: Request, alone: End) -> End:
+    """What it gets if it breaks off in the middle, and goes on in a new engine."""
+    half = len(alone.tokens) // 2
+    rest = _end_of(executor, replace(request, resumed=alone.tokens[:half], scored_from=None))
+    return replace(
+        rest,
+        tokens=(*alone.tokens[:half], *rest.tokens),
+        logprobs=(*alone.logprobs[:half], *rest.logprobs),
+        prompt_logprobs=alone.prompt_logprobs,
+    )
+
+
+def _scored(executor: Executor, request: Request, alone: End) -> End:
+    """What it is told about its tokens if they are given, as the end of a prompt."""
+    scoring = Request(
+        f"{request.id} scored",
+        [*request.prompt, *alone.tokens],
+        Sampling(logprobs=request.sampling.logprobs),
+        0,
+        scored_from=len(request.prompt),
+    )
+    return replace(alone, logprobs=_end_of(executor, scoring).prompt_logprobs)
+
+
+def compared(request: Request, other: End, alone: End, where: str = "in the crowd") -> Iterator[Difference]:
     """Yields every token at which the two differ, by its id or by a bit of what was told about it. A request that was
     cancelled has a beginning of what it gets alone."""
-    for at in range(max(len(crowd.tokens), len(alone.tokens))):
-        if at >= len(crowd.tokens) and crowd.reason is Ending.CANCELLED:
+    cancelled = other.reason is Ending.CANCELLED
+    first = -max(len(other.prompt_logprobs), len(alone.prompt_logprobs))
+    for at in range(first, max(len(other.tokens), len(alone.tokens))):
+        if cancelled and at >= (len(other.tokens) if at >= 0 else first + len(other.prompt_logprobs)):
             return
-        one, other = told(crowd, at), told(alone, at)
-        if one != other:
-            yield Difference(request, at, one, other)
-    if crowd.reason not in (alone.reason, Ending.CANCELLED):
-        yield Difference(request, len(crowd.tokens), crowd.reason.value, alone.reason.value)
+        one, two = told(other, at, first), told(alone, at, first)
+        if one != two:
+            yield Difference(request, at, one, two, where)
+    if not cancelled and _vector(other) != _vector(alone):
+        yield Difference(request, 0, f"embedding {_vector(other)[:32]}…", f"{_vector(alone)[:32]}…", where)
+    if not cancelled and other.reason is not alone.reason:
+        yield Difference(request, len(other.tokens), other.reason.value, alone.reason.value, where)
 
 
-def told(end: End, at: int) -> str:
-    """A token and all that was told about it, to the last bit."""
+def _vector(end: End) -> str:
+    """The bits of an embedding."""
+    return "none" if end.embedding is None else end.embedding.tobytes().hex()
+
+
+def told(end: End, at: int, first: int = 0) -> str:
+    """A token and all that was told about it, to the last bit. at: as in Difference. first: where the prompt's tokens
+    begin that were scored, which is 0 if none were."""
     if at >= len(end.tokens):
         return f"the end ({end.reason.value})"
-    own = end.logprobs[at]
+    if at < 0 and at - first >= len(end.prompt_logprobs):
+        return "nothing"
+    own = end.logprobs[at] if at >= 0 else end.prompt_logprobs[at - first]
     top = ", ".join(f"{token} {value.hex()}" for token, value in zip(own.top_tokens, own.top, strict=True))
-    return f"token {end.tokens[at]} with log-probability {own.token.hex()}" + (f" [{top}]" if top else "")
+    token = f"token {end.tokens[at]}" if at >= 0 else "a token of the prompt"
+    return f"{token} with log-probability {own.token.hex()}" + (f" [{top}]" if top else "")

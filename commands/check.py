@@ -14,13 +14,16 @@ from rich.console import Console
 from isthmus.checks.determinism import Verdict, check, crowd_config, random_arrivals
 from isthmus.checks.networks import NETWORKS, Numbers, small_executor
 from isthmus.errors import ConfigError
+from isthmus.forms import Choices, JsonSchema, Regex
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.ops.operation import AUTO
 from isthmus.model.parameter import Dtype
 from isthmus.model.process.progress import Display, stages
 from isthmus.model.sharding import MeshShape
 from isthmus.serve.engine.build import build_executor, open_model
+from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.executor import Executor
+from isthmus.serve.prepare.grammar import Grammars
 
 USAGE = """usage: isthmus check CHECK [options]
 
@@ -35,7 +38,8 @@ examples:
   isthmus check determinism --model models/llama --requests 1000"""
 HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch,
 from a cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
-cancelled, pages run short; then each runs again alone, and every token is compared. Exits with 1 if a bit differs.
+cancelled, pages run short; then each runs again alone, a third of them is resumed in the middle, another third has its
+tokens scored, and every token is compared. Exits with 1 if a bit differs.
 
 examples:
   isthmus check determinism                                    small networks of each kind
@@ -105,17 +109,32 @@ def _of_folder(config: Determinism, path: Path) -> Executor:
     return build_executor(model, engine, MeshShape(), kernels=config.kernels)
 
 
+FORMS = (
+    JsonSchema({"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 9}}}),
+    Regex("[a-z]{2,20}( [0-9]+)*"),
+    Choices(("yes", "no", "perhaps tomorrow")),
+)
+"""What texts of --model must be, in some requests"""
+
+
+def _grammars(path: Path) -> list[Constraint]:
+    folder = open_model(path)
+    return [Grammars(folder.tokenizer, folder.config.vocab_size).constraint(form) for form in FORMS]
+
+
 def run(config: Determinism, console: Console) -> int:
     """Prints a verdict for each subject. Returns 1 if any request got other bits in the crowd than alone."""
     if config.requests < 1:
         raise ConfigError(f"requests={config.requests} must be at least 1")
     failed = 0
+    constraints = _grammars(config.model) if config.model is not None else ()
     for name, build in subjects(config):
         with stages(Display(stderr=True, soft_wrap=True)) as shown:
             shown.say(f"{name}: loading and compiling")
             executor = build()
             vocab, context = executor.served.vocab, executor.engine.context_length
-            arrivals = random_arrivals(vocab, context, config.requests, config.seed, executor.model.vocab_size)
+            width = executor.model.vocab_size
+            arrivals = random_arrivals(vocab, context, config.requests, config.seed, width, constraints)
             stage = shown.begin(f"{name}: requests in the crowd and alone", 2 * config.requests, "requests")
             verdict = check(executor, arrivals, stage.advance)
         executor.free()
@@ -128,7 +147,7 @@ def _print(console: Console, name: str, verdict: Verdict) -> None:
     equal = verdict.requests - len(verdict.differences)
     around = (
         f"{verdict.tokens:,} tokens; {verdict.preemptions} preemptions, {verdict.cached_tokens:,} cached tokens, "
-        f"{verdict.cancelled} cancelled"
+        f"{verdict.cancelled} cancelled; {verdict.resumed} resumed, {verdict.scored} scored"
     )
     console.print(f"{name}: {equal:,} of {verdict.requests:,} requests with the same bits ({around})", highlight=False)
     if verdict.differences:

@@ -30,12 +30,31 @@ END = End(Ending.LENGTH, (7, 8), TOLD)
         (replace(END, reason=Ending.EOS), 2),
         (replace(END, logprobs=(TOLD[0], Logprobs(float(np.nextafter(-1.5, 0)), (9,), (-0.125,)))), 1),
         (replace(END, logprobs=(Logprobs(-0.5, (6,), (-0.25,)), TOLD[1])), 0),
+        (replace(END, prompt_logprobs=TOLD), -2),
+        (replace(END, embedding=np.ones(2, np.float32)), 0),
     ],
-    ids=["nothing", "a token", "a token less", "the reason", "the last bit of a logarithm", "another token's"],
+    ids=[
+        "nothing",
+        "a token",
+        "a token less",
+        "the reason",
+        "the last bit of a logarithm",
+        "another token's",
+        "the prompt's",
+        "an embedding",
+    ],
 )
 def test_a_difference_is_seen_where_it_is(other: End, at: int | None) -> None:
     found = list(compared(REQUEST, END, other))
     assert [difference.at for difference in found[:1]] == ([] if at is None else [at])
+
+
+def test_what_is_told_of_a_prompt_is_compared_token_by_token() -> None:
+    scored = replace(END, prompt_logprobs=TOLD)
+    assert not list(compared(REQUEST, scored, scored))
+    other = replace(END, prompt_logprobs=(TOLD[0], Logprobs(-1.0, (9,), (-0.125,))))
+    assert [difference.at for difference in compared(REQUEST, other, scored)] == [-1]
+    assert not list(compared(REQUEST, End(Ending.CANCELLED, prompt_logprobs=TOLD[:1]), scored))
 
 
 def test_a_cancelled_request_has_a_beginning_of_its_text() -> None:
