@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from isthmus.serve.engine.pooling import Pooling
 
 from isthmus.errors import InvalidRequest
 from isthmus.scores import Continuation, Embedding, EmbedQuestion, Score, ScoreQuestion, check_pooling
 from isthmus.serve.engine.messages import End, Ending, Request
+from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.answer import error_of, told_of
 from isthmus.serve.prepare.checks import check_flag, check_int, check_token_ids
