@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -183,22 +183,24 @@ class Preparation:
                 ids = self._given(prompt.ids, most)
         return ids if last is None else ids[-last:]
 
-    def encoded_together(self, prompt: TextPrompt | Conversation, more: str, last: int | None) -> tuple[list[int], int]:
-        """The token ids of a prompt and a text that follows it, and how many of them are the prompt's. They are those
-        of both as one text, unless a token lies across the boundary: then each is encoded by itself. last: how many of
-        the prompt's last ones to keep, as in `prompt_ids`. Raises InvalidRequest."""
+    def continued(
+        self, prompt: TextPrompt | Conversation, texts: Mapping[str, str], last: int | None
+    ) -> tuple[list[int], list[list[int]]]:
+        """The token ids of a prompt, and of each text that may follow it. They are those of both as one text, unless a
+        token lies across the boundary: then each is encoded by itself. texts: by the names of their fields. last: as in
+        `prompt_ids`. Raises InvalidRequest."""
         most = self.context_length if last is None else max(self.context_length, MAX_TOKENS)
         if isinstance(prompt, Conversation):
             field, text, encode = "messages", self._rendered(prompt), self.tokenizer.encode_chat
         else:
             field, text = "prompt", check_text("prompt", prompt.text)
             encode = partial(self.tokenizer.encode, parse_special=check_flag("parse_special", prompt.parse_special))
-        before = self._encoded(field, text, encode, most)
-        ids = self._encoded(field, text + more, encode, most + MAX_TOKENS)
-        if ids[: len(before)] != before:
-            ids = [*before, *self.tokenizer.encode_part(more)]
-        cut = 0 if last is None else max(0, len(before) - last)
-        return ids[cut:], len(before) - cut
+        before, after = self._encoded(field, text, encode, most), []
+        for name, more in texts.items():
+            ids = self._encoded(name, text + more, encode, most + self.context_length)
+            fits = ids[: len(before)] == before
+            after.append(ids[len(before) :] if fits else self.tokenizer.encode_part(more))
+        return before if last is None else before[-last:], after
 
     def kept_tokens(self, last: int | None) -> int | None:
         """How many of a prompt's last tokens are kept; None is all."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from isthmus.errors import InvalidRequest
-from isthmus.scores import Continuation, Embedding, EmbedQuestion, Score, ScoreQuestion, check_pooling
+from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion, check_pooling
 from isthmus.serve.engine.messages import End, Ending, Request
 from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
@@ -17,7 +17,7 @@ from isthmus.serve.prepare.answer import error_of, told_of
 from isthmus.serve.prepare.checks import check_flag, check_int, check_token_ids
 from isthmus.serve.prepare.request import MAX_CHOICES, Preparation, sharing
 from isthmus.serve.prepare.sampling import check_logprobs
-from isthmus.types import Conversation, TextPrompt, TokenPrompt, check_sized
+from isthmus.types import TokenPrompt, check_sized
 
 _POOLING = {"mean": Pooling.MEAN, "last": Pooling.LAST}
 
@@ -32,13 +32,40 @@ def score_requests(
         raise InvalidRequest("continuations", f"has {len(given)}; give 1 to {MAX_CHOICES}")
     # Whether a continuation is the likeliest is seen by the likeliest token.
     sampling = Sampling(temperature=0.0, logprobs=max(1, check_logprobs("logprobs", question.logprobs)))
-    last = preparation.kept_tokens(question.truncate_prompt_tokens)
     plain = preparation.plain(question.request_id, question.service, tenant=tenant, deadline=deadline)
-    requests = []
-    for index, continuation in enumerate(given):
-        before, after = _split(preparation, question.prompt, continuation, f"continuations[{index}]", last)
-        requests.append(replace(plain, prompt=[*before, *after], sampling=sampling, scored_from=len(before)))
-    return sharing(requests)
+    before, after = _encoded(preparation, question, preparation.kept_tokens(question.truncate_prompt_tokens))
+    for field, ids in after.items():
+        total = len(before) + len(ids)
+        if not ids:
+            raise InvalidRequest(field, "adds no token to the prompt")
+        if total > preparation.context_length:
+            raise InvalidRequest(
+                field, f"with the prompt makes {total} tokens; the context holds {preparation.context_length}"
+            )
+    scored = replace(plain, sampling=sampling, scored_from=len(before))
+    return sharing([replace(scored, prompt=[*before, *ids]) for ids in after.values()])
+
+
+def _encoded(
+    preparation: Preparation, question: ScoreQuestion, last: int | None
+) -> tuple[list[int], dict[str, list[int]]]:
+    """The tokens of the prompt, the last ones if only those are kept, and of each continuation, by its field."""
+    prompt, tokenizer = question.prompt, preparation.tokenizer
+    named = {f"continuations[{index}]": given for index, given in enumerate(question.continuations)}
+    texts = {field: given for field, given in named.items() if isinstance(given, str)}
+    if isinstance(prompt, TokenPrompt):
+        before = preparation.prompt_ids(prompt, last)
+        encoded = [tokenizer.encode_part(text) for text in texts.values()]
+    else:
+        before, encoded = preparation.continued(prompt, texts, last)
+    of_texts = dict(zip(texts, encoded, strict=True))
+    after = {
+        field: of_texts[field]
+        if isinstance(given, str)
+        else check_token_ids(field, check_sized(field, given), tokenizer.vocab_size).tolist()
+        for field, given in named.items()
+    }
+    return before, after
 
 
 def embed_request(
@@ -91,30 +118,3 @@ def embedding_of(request: Request, end: End, question: EmbedQuestion) -> Embeddi
 def _check_dimensions(asked: int | None, size: int) -> None:
     if asked is not None and not 1 <= check_int("dimensions", asked) <= size:
         raise InvalidRequest("dimensions", f"must be 1 to {size}, not {asked}")
-
-
-def _split(
-    preparation: Preparation,
-    prompt: TextPrompt | TokenPrompt | Conversation,
-    continuation: Continuation,
-    field: str,
-    last: int | None,
-) -> tuple[list[int], list[int]]:
-    """The tokens of the prompt, the last ones if only those are kept, and of the continuation."""
-    before = preparation.prompt_ids(prompt, last)
-    if not isinstance(continuation, str):
-        vocab = preparation.tokenizer.vocab_size
-        after = check_token_ids(field, check_sized(field, continuation), vocab).tolist()
-    elif isinstance(prompt, TokenPrompt):
-        after = preparation.tokenizer.encode_part(continuation)
-    else:
-        ids, count = preparation.encoded_together(prompt, continuation, last)
-        before, after = ids[:count], ids[count:]
-    if not after:
-        raise InvalidRequest(field, "adds no token to the prompt")
-    if len(before) + len(after) > preparation.context_length:
-        raise InvalidRequest(
-            field,
-            f"with the prompt makes {len(before) + len(after)} tokens; the context holds {preparation.context_length}",
-        )
-    return before, after
