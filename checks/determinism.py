@@ -10,6 +10,7 @@ import numpy as np
 
 from isthmus.checks.chain import Chain
 from isthmus.checks.crowd import Arrival, play
+from isthmus.serve.engine.adapters import Resident
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.executor import Executor
@@ -85,11 +86,13 @@ def random_arrivals(
     seed: int = 0,
     ids: int = 0,
     constraints: Sequence[Constraint] = (),
+    adapters: Sequence[Resident] = (),
 ) -> list[Arrival]:
     """Requests of every length and with every option, some of which begin alike, that come a few each step, of several
     tenants with priorities and salts; one in ten is cancelled in the middle, and one in seven has a constraint.
 
     ids: the width of the model's logits; 0 is vocab. constraints: what to choose from besides a Chain.
+    adapters: what to choose from besides none.
     """
     rng = np.random.default_rng(seed)
     shared = [rng.integers(0, vocab, context_length // 2).tolist() for _ in range(3)]
@@ -110,6 +113,7 @@ def random_arrivals(
             stop_ids=stops,
             constraint=constraint if rng.random() < 1 / 7 else None,
             scored_from=int(rng.integers(1, len(prompt))) if len(prompt) > 1 and rng.random() < 0.1 else None,
+            adapter=(None, *adapters)[int(rng.integers(1 + len(adapters)))],
             predicted=prompt[::-1] if rng.random() < 0.1 else (),
             tenant=str(rng.choice(["a", "a", "b"])),
             priority=int(rng.choice([0, 0, 0, 1])),
@@ -215,6 +219,7 @@ def _scored(executor: Executor, request: Request, alone: End) -> End:
         Sampling(logprobs=request.sampling.logprobs),
         0,
         scored_from=len(request.prompt),
+        adapter=request.adapter,
     )
     return replace(alone, logprobs=_end_of(executor, scoring).prompt_logprobs)
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
+
 from isthmus.model.config import ModelConfig
-from isthmus.model.config_parts import LatentConfig, MixtureConfig
+from isthmus.model.config_parts import LatentConfig, LoraConfig, MixtureConfig
 from isthmus.model.execution import Execution
 from isthmus.model.ops.operation import AUTO
 from isthmus.model.ops.rounding import narrowed
-from isthmus.model.parameter import Dtype
+from isthmus.model.parameter import INIT_STD, Dtype
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.transformer import abstract_params
 from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.model.weights.random import init_params
+from isthmus.serve.engine.adapters import KEY_BYTES, Resident
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Served
 
@@ -30,6 +33,7 @@ NETWORKS: dict[str, ModelConfig] = {
         head_dim=48,
         latent=LatentConfig(rank=32, query_rank=32, rope_dim=16, nope_dim=32, value_dim=32),
     ),
+    "adapters": replace(_DENSE, lora=LoraConfig(8, 8.0, adapters=3)),
 }
 """By the name of what is special about each"""
 SPREAD = 4.0
@@ -57,9 +61,16 @@ def small_executor(config: ModelConfig, numbers: Numbers, engine: EngineConfig, 
     engine = replace(engine, cache_dtype=numbers.cache_dtype).resolve(config)
     served = Served(config, engine, config.vocab_size, Execution(numbers.dtype)).with_kernels(kernels, mesh)
     made, kept = init_params(config, 0, mesh), abstract_params(config, mesh, dtype=numbers.dtype)
+    for path in made:
+        if path.endswith("/lora_b"):  # a fresh adapter adds nothing
+            made[path] = INIT_STD * jax.random.normal(jax.random.key(len(path)), made[path].shape)
     params = {path: narrowed(x * SPREAD if x.ndim > 1 else x, kept[path].dtype) for path, x in made.items()}
     if rules := SCHEMES[numbers.quantize]:
         quantize_params(config, params, rules)
-    executor = Executor(served, params, mesh)
+    numbered = range(1, config.lora.adapters + 1)
+    adapters = {
+        f"adapter {place}": Resident(f"adapter {place}", place, bytes([place] * KEY_BYTES)) for place in numbered
+    }
+    executor = Executor(served, params, mesh, adapters)
     executor.warm_up()
     return executor

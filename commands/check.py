@@ -134,7 +134,8 @@ def run(config: Determinism, console: Console) -> int:
             executor = build()
             vocab, context = executor.served.vocab, executor.engine.context_length
             width = executor.model.vocab_size
-            arrivals = random_arrivals(vocab, context, config.requests, config.seed, width, constraints)
+            adapters = list(executor.adapters.values())
+            arrivals = random_arrivals(vocab, context, config.requests, config.seed, width, constraints, adapters)
             stage = shown.begin(f"{name}: requests in the crowd and alone", 2 * config.requests, "requests")
             verdict = check(executor, arrivals, stage.advance)
         executor.free()

@@ -29,6 +29,7 @@ HELP = """Serves a model folder over gRPC, with continuous batching on a paged K
 examples:
   isthmus serve --model runs/mine
   isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt --tls-cert cert.pem --tls-key key.pem
+  isthmus serve --model runs/mine --adapters poems=runs/poems code=runs/code
   isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
 
 Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains the server; a second one ends it."""
@@ -44,6 +45,7 @@ async def serve(config: ServeConfig, console: Console) -> int:
         config.dtype,
         merge_adapter=config.merge_adapter,
         quantize=config.quantize,
+        adapters=config.adapter_folders,
         options=config.folder,
     )
     for warning in model.remarks:
@@ -80,6 +82,8 @@ def announce(server: Server, console: Console) -> None:
         f"{pages * engine.config.page_size * token_bytes / 1e6:.0f} MB",
         highlight=False,
     )
+    for name, adapter in model.adapters.items():
+        console.print(f"adapter {name}: rank {adapter.lora.rank}", highlight=False, markup=False)
     _announce_kernels(engine.executor, config.kernels, console)
     for line in _costs(config, model):
         console.print(line, style="yellow", markup=False)

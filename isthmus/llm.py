@@ -12,7 +12,7 @@ import queue
 import sys
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -71,6 +71,7 @@ class LLM(Model):
         mesh: MeshShape | None = None,
         kernels: str = "auto",
         engine: EngineConfig | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
         merge_adapter: bool = False,
         base: str | os.PathLike[str] | None = None,
         ignore_field: Sequence[str] = (),
@@ -82,11 +83,12 @@ class LLM(Model):
         or a name like Org/Name in the local Hugging Face cache. dtype: of weights, activations and KV cache; auto is
         bfloat16, and float32 on CPU. quantize: keep matrices as integers, quantized while loading. mesh: the devices to
         split the model over; by default one. kernels: "auto", "reference", or a name, as for `isthmus serve --kernels`.
-        engine: the engine's sizes. merge_adapter: add an adapter to its base model's weights once. base: the folder or
-        Org/Name of an adapter's base model. ignore_field: fields of config.json to read as if absent. download: fetch
-        an Org/Name that the local cache lacks. compilation_cache: folder for compiled programs; by default the one that
-        JAX is set to, or ~/.cache/isthmus/xla. progress: whether to show how loading goes; None shows it if standard
-        error is a terminal.
+        engine: the engine's sizes. adapters: folders of LoRA adapters of the model, by names; a question whose `model`
+        is one of these names is computed with that adapter. merge_adapter: add an adapter to its base model's weights
+        once. base: the folder or Org/Name of an adapter's base model. ignore_field: fields of config.json to read as if
+        absent. download: fetch an Org/Name that the local cache lacks. compilation_cache: folder for compiled programs;
+        by default the one that JAX is set to, or ~/.cache/isthmus/xla. progress: whether to show how loading goes; None
+        shows it if standard error is a terminal.
 
         Raises ConfigError, naming the setting, and CheckpointError for a folder whose weights can't be read.
         """
@@ -94,11 +96,18 @@ class LLM(Model):
         _check("quantize", quantize, get_args(Quantize))
         _keep_programs(compilation_cache)
         options = FolderOptions(None if base is None else Path(base), tuple(ignore_field), download)
-        self._model = open_model(Path(path), dtype, merge_adapter=merge_adapter, quantize=quantize, options=options)
+        self._model = open_model(
+            Path(path),
+            dtype,
+            merge_adapter=merge_adapter,
+            quantize=quantize,
+            adapters={name: Path(folder) for name, folder in (adapters or {}).items()},
+            options=options,
+        )
         for remark in self._model.remarks:
             logger.warning("%s", remark)
         self._engine = _load(self._model, engine or EngineConfig(), mesh or MeshShape(), kernels, progress)
-        self._preparation = Preparation.of(self._model, self._engine.config.context_length)
+        self._preparation = Preparation.of(self._model, self._engine)
         self._workers = Workers()
         self._reader = Reader(self._model.tokenizer, self._engine.cancel)
         self._process = os.getpid()

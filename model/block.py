@@ -36,23 +36,30 @@ class Block(nnx.Module):
         self.mlp_out_norm = norm(after, STREAM)
         self.experts, self.dtype = config.mixture.experts, execution.dtype
         for path in config.adapted(kind):
-            attrgetter(path.replace("/", "."))(self).add_adapter(config.lora.rank, config.lora.alpha, rngs)
+            attrgetter(path.replace("/", "."))(self).add_adapter(config.lora, rngs)
 
     def __call__(
-        self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
+        self,
+        x: jax.Array,
+        kind: LayerKind,
+        angles: Angles,
+        layer: jax.Array,
+        attend: Attend,
+        cache: Cache,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns the stream, float32[..., dim], the cache, and the experts' load: float32[1, experts], or
-        float32[0, experts] in a dense layer."""
+        float32[0, experts] in a dense layer. chosen: as in Linear."""
         inner = _normalized(self.attention_norm, x).astype(self.dtype)
-        out, cache = self.attention(inner, kind, angles, layer, attend, cache)
+        out, cache = self.attention(inner, kind, angles, layer, attend, cache, chosen)
         x = shard(x + _normalized(self.attention_out_norm, out), "residual")
         inner = _normalized(self.mlp_norm, x).astype(self.dtype)
         load = jnp.zeros((0, self.experts), jnp.float32)
         if isinstance(self.mlp, Mixture):
-            out, expert_load = self.mlp(inner)
+            out, expert_load = self.mlp(inner, chosen)
             load = expert_load[None]
         else:
-            out = self.mlp(inner)
+            out = self.mlp(inner, chosen)
         return shard(x + _normalized(self.mlp_out_norm, out), "residual"), cache, load
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+import tyro
 
 from isthmus.errors import ConfigError
 
@@ -145,14 +147,19 @@ class LoraConfig:
     targets: str = r"attention/(query|key|value|out)|mlp/(gate|up|down)"
     """Regular expression; a projection gets an adapter if its whole path in the block matches, such as mlp/shared/up"""
 
+    adapters: Annotated[int, tyro.conf.Fixed, tyro.conf.Suppress] = 0
+    """How many adapters there are, of which each token has one, or none, when it is served; 0 is a single one that all
+    tokens have. Of several, `alpha` is the rank: the factors b are already multiplied by each adapter's own scale"""
+
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def validate(self) -> None:
         """Raises ConfigError naming the field that can't work."""
-        if self.rank < 0:
-            raise ConfigError(f"model.lora.rank must not be negative, not {self.rank}")
+        for name in ("rank", "adapters"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.lora.{name} must not be negative, not {getattr(self, name)}")
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"model.lora.alpha={self.alpha} must be positive and finite")
         try:

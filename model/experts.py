@@ -79,13 +79,14 @@ class Mixture(nnx.Module):
         self.shared = MLP(config, mixture.shared_dim, kernels, rngs) if mixture.shared_dim else None
         self.config, self.kernels = config, kernels
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the output, float32[..., dim], and how many tokens went to each expert, float32[experts]."""
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Returns the output, float32[..., dim], and how many tokens went to each expert, float32[experts]. chosen: as
+        in Linear, for the MLP that every token goes to."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, experts = self.router(tokens)
         out = self._experts(tokens, weights, experts).reshape(x.shape)
         load = jnp.zeros(self.config.mixture.experts, jnp.float32).at[experts.reshape(-1)].add(1.0)
-        return (out if self.shared is None else out + self.shared(x)), load
+        return (out if self.shared is None else out + self.shared(x, chosen)), load
 
     def _experts(self, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         """float32[tokens, dim]. Over a mesh each device computes its own experts (and its part of their width) for all

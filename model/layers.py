@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from isthmus.model.config import LayerKind, ModelConfig
+from isthmus.model.config import LayerKind, LoraConfig, ModelConfig
 from isthmus.model.ops.attention import Scoring
 from isthmus.model.ops.cpu.packed import Packed
 from isthmus.model.ops.gated import gated
 from isthmus.model.ops.grouped_matmul import multiply_heads
 from isthmus.model.ops.kernels import Kernels
 from isthmus.model.ops.linear import linear, linears
+from isthmus.model.ops.lora import Factors, add_lora
 from isthmus.model.ops.norm import rms_norm
 from isthmus.model.ops.rotary import rotate
 from isthmus.model.parameter import INIT_STD, Role, parameter
@@ -45,7 +46,10 @@ STREAM = "float32"
 
 
 class Linear(nnx.Module):
-    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's output)."""
+    """x[..., *inputs] @ kernel[*inputs, *outputs] (+ bias[*outputs]) (+ an adapter's output).
+
+    `chosen`, where it is called with it: int32[...], each token's adapter, as in model/ops/lora.py.
+    """
 
     def __init__(
         self,
@@ -68,42 +72,57 @@ class Linear(nnx.Module):
         self.inputs, self.outputs = len(inputs), tuple(outputs.values())
         self.lora_a: nnx.Param | None = None
         self.lora_b: nnx.Param | None = None
-        self.lora_rank, self.lora_scale = 0, 0.0
+        self.lora = LoraConfig()
         self.dtype, self.kernels = dtype, kernels
 
-    def add_adapter(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+    def add_adapter(self, lora: LoraConfig, rngs: nnx.Rngs) -> None:
         """Adds alpha / rank * (x @ lora_a[*inputs, rank]) @ lora_b[rank, *outputs] to the output: nothing at first,
-        since lora_b starts as zeros."""
+        since lora_b starts as zeros. Of several adapters the factors have a leading axis."""
         inputs, outputs = self.kernel.get_value().shape[: self.inputs], self.outputs
         start = nnx.initializers.normal(1 / math.sqrt(math.prod(inputs)))
-        a_axes, b_axes = (*self.axes[: self.inputs], None), (None, *self.axes[self.inputs :])
-        a = parameter(rngs, (*inputs, rank), a_axes, Role.ADAPTER, inputs=math.prod(inputs), initializer=start)
-        b = parameter(rngs, (rank, *outputs), b_axes, Role.ADAPTER, inputs=rank, initializer=nnx.initializers.zeros)
-        self.lora_a, self.lora_b = nnx.data(a), nnx.data(b)
-        self.lora_rank, self.lora_scale = rank, alpha / rank
+        several, rank = (lora.adapters,) if lora.adapters else (), lora.rank
+        role, axis = Role.ADAPTERS if several else Role.ADAPTER, (None,) * len(several)
+        a_axes, b_axes = (*axis, *self.axes[: self.inputs], None), (*axis, None, *self.axes[self.inputs :])
+        a = parameter(rngs, (*several, *inputs, rank), a_axes, role, inputs=math.prod(inputs), initializer=start)
+        nothing = nnx.initializers.zeros
+        b = parameter(rngs, (*several, rank, *outputs), b_axes, role, inputs=rank, initializer=nothing)
+        self.lora_a, self.lora_b, self.lora = nnx.data(a), nnx.data(b), lora
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return project(x, self)[0]
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
+        return project(x, self, chosen=chosen)[0]
 
-    def finish(self, x: jax.Array, out: jax.Array) -> jax.Array:
+    def finish(self, x: jax.Array, out: jax.Array, chosen: jax.Array | None) -> jax.Array:
         """Adds bias and adapter to `out`, the product of x and the kernel, [..., *outputs], and casts it to the
         output's dtype."""
         if self.bias is not None:
             out = out + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
-            product = partial(linear, implementation=self.kernels.linear)
-            hidden = product(x, self.lora_a.get_value(), (self.lora_rank,), self.inputs).astype(x.dtype)
-            out = out + self.lora_scale * product(hidden, self.lora_b.get_value(), self.outputs)
+            out = self._adapted(x, out, self.lora_a.get_value(), self.lora_b.get_value(), chosen)
         return out.astype(self.dtype or x.dtype)
 
+    def _adapted(self, x: jax.Array, out: jax.Array, a: Factors, b: Factors, chosen: jax.Array | None) -> jax.Array:
+        if self.lora.adapters:
+            return out if chosen is None else self._add_chosen(x, out, a, b, chosen)
+        product = partial(linear, implementation=self.kernels.linear)
+        hidden = product(x, a, (self.lora.rank,), self.inputs).astype(x.dtype)
+        return out + self.lora.scale * product(hidden, b, self.outputs)
 
-def project(x: jax.Array, *layers: Linear) -> list[jax.Array]:
-    """layer(x) for each of the layers, which must have the same inputs and the same output dtype."""
+    def _add_chosen(self, x: jax.Array, out: jax.Array, a: Factors, b: Factors, chosen: jax.Array) -> jax.Array:
+        inputs, outputs, rank = math.prod(x.shape[x.ndim - self.inputs :]), math.prod(self.outputs), self.lora.rank
+        if not isinstance(a, Packed) and not isinstance(b, Packed):
+            a, b = a.reshape(-1, inputs, rank), b.reshape(-1, rank, outputs)
+        flat = (out.reshape(-1, outputs), x.reshape(-1, inputs), a, b, chosen.reshape(-1))
+        return add_lora(*flat, implementation=self.kernels.lora).reshape(out.shape)
+
+
+def project(x: jax.Array, *layers: Linear, chosen: jax.Array | None = None) -> list[jax.Array]:
+    """layer(x) for each of the layers, which must have the same inputs and the same output dtype. chosen: as in
+    Linear."""
     weights = [(layer.kernel.get_value(), layer.outputs) for layer in layers]
     plain = all(layer.bias is None and layer.lora_a is None for layer in layers)
     dtype = (layers[0].dtype or x.dtype) if plain else jnp.float32
     products = linears(x, weights, layers[0].inputs, dtype=dtype, implementation=layers[0].kernels.linear)
-    return [layer.finish(x, product) for layer, product in zip(layers, products, strict=True)]
+    return [layer.finish(x, product, chosen) for layer, product in zip(layers, products, strict=True)]
 
 
 def zeros(rngs: nnx.Rngs, sizes: dict[str, int], role: Role = Role.VECTOR) -> nnx.Param:
@@ -190,9 +209,16 @@ class Attention(nnx.Module):
         return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape) if self.norms_projection else norm(x)
 
     def __call__(
-        self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
+        self,
+        x: jax.Array,
+        kind: LayerKind,
+        angles: Angles,
+        layer: jax.Array,
+        attend: Attend,
+        cache: Cache,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        q, k, v = project(x, self.query, self.key, self.value)
+        q, k, v = project(x, self.query, self.key, self.value, chosen=chosen)
         q, k = self._normalize(self.query_norm, q), self._normalize(self.key_norm, k)
         if kind.rope != "none":
             q, k = rotate(angles[kind.rope], q, k, implementation=self.kernels.rotary)
@@ -200,7 +226,7 @@ class Attention(nnx.Module):
         k, v = shard(k, "kv_heads", "head_dim"), shard(v, "kv_heads", "head_dim")
         sinks = None if self.sinks is None else self.sinks[...]
         out, cache = attend(layer, q, k, v, cache, Scoring(self.scale, kind.window, self.soft_cap), sinks)
-        return self.out(shard(out, "heads", "head_dim")), cache
+        return self.out(shard(out, "heads", "head_dim"), chosen), cache
 
 
 class LatentAttention(nnx.Module):
@@ -228,12 +254,19 @@ class LatentAttention(nnx.Module):
         self.scale = config.attention_scale or (latent.nope_dim + latent.rope_dim) ** -0.5
 
     def __call__(
-        self, x: jax.Array, kind: LayerKind, angles: Angles, layer: jax.Array, attend: Attend, cache: Cache
+        self,
+        x: jax.Array,
+        kind: LayerKind,
+        angles: Angles,
+        layer: jax.Array,
+        attend: Attend,
+        cache: Cache,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         squeezed = x
         if self.query_down is not None and self.query_norm is not None:
-            squeezed = self.query_norm(self.query_down(x))
-        q, latent = self.query(squeezed), self.latent(x)
+            squeezed = self.query_norm(self.query_down(x, chosen))
+        q, latent = self.query(squeezed, chosen), self.latent(x, chosen)
         plain, turned = q[..., : self.nope_dim], q[..., self.nope_dim :]
         content, position = self.latent_norm(latent[..., : self.rank]), latent[..., None, self.rank :]
         if kind.rope != "none":
@@ -243,7 +276,7 @@ class LatentAttention(nnx.Module):
         k = shard(jnp.concatenate([content[..., None, :], position], axis=-1), "latent_head", "head_dim")
         out, cache = attend(layer, q, k, None, cache, Scoring(self.scale, kind.window), None)
         out = self.value(out[..., : self.rank])
-        return self.out(shard(out, "heads", "head_dim")), cache
+        return self.out(shard(out, "heads", "head_dim"), chosen), cache
 
 
 LATENT_EPS = 1e-6
@@ -262,7 +295,7 @@ class MLP(nnx.Module):
         )
         self.activation, self.limit, self.kernels = config.activation, config.activation_limit, kernels
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = project(x, self.gate, self.up)
+    def __call__(self, x: jax.Array, chosen: jax.Array | None = None) -> jax.Array:
+        gate, up = project(x, self.gate, self.up, chosen=chosen)
         hidden = gated(self.activation, self.limit, gate, up, implementation=self.kernels.gated)
-        return self.down(shard(hidden, "mlp"))
+        return self.down(shard(hidden, "mlp"), chosen)

@@ -40,6 +40,8 @@ class Role(enum.Enum):
     """A router's correction, float32, which training moves by the experts' load and not by the gradient"""
     ADAPTER = "adapter"
     """One of the two factors of a matrix's adapter (LoRA)"""
+    ADAPTERS = "adapters"
+    """One of the two factors, [adapter, inputs, outputs], of each adapter of a matrix that tokens choose among"""
 
     @property
     def is_small(self) -> bool:
@@ -59,7 +61,14 @@ class Role(enum.Enum):
     @property
     def multiplies(self) -> bool:
         """Whether activations are multiplied by it as by one or more matrices, which a kernel may want packed."""
-        return self.is_matrix or self in (Role.HEADS, Role.TURNED_HEADS, Role.EXPERTS, Role.ROUTER, Role.ADAPTER)
+        return self.is_matrix or self in (
+            Role.HEADS,
+            Role.TURNED_HEADS,
+            Role.EXPERTS,
+            Role.ROUTER,
+            Role.ADAPTER,
+            Role.ADAPTERS,
+        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +93,8 @@ class Spec:
 
     @property
     def matrices(self) -> int:
-        """How many matrices it is: one for each expert or head, and otherwise one."""
-        axis = {Role.EXPERTS: 0, Role.HEADS: 1, Role.TURNED_HEADS: 1}.get(self.role)
+        """How many matrices it is: one for each expert, head or chosen adapter, and otherwise one."""
+        axis = {Role.EXPERTS: 0, Role.ADAPTERS: 0, Role.HEADS: 1, Role.TURNED_HEADS: 1}.get(self.role)
         return 1 if axis is None else self.shape[axis]
 
     def as_matrix(self, array: jax.Array) -> jax.Array:

@@ -60,12 +60,14 @@ class Transformer(nnx.Module):
         attend: Attend,
         cache: Cache,
         uses_long_rope: jax.Array | None = None,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns the hidden states before the head, [..., dim], and the cache as `attend` left it.
 
-        tokens, positions: int32[...]. uses_long_rope: as in `rotary_angles`.
+        tokens, positions: int32[...]. uses_long_rope: as in `rotary_angles`. chosen: int32[...], each token's adapter
+        where config.lora.adapters are served, as in model/ops/lora.py; None is none of them.
         """
-        hidden, cache, _ = self.run(tokens, positions, attend, cache, uses_long_rope)
+        hidden, cache, _ = self.run(tokens, positions, attend, cache, uses_long_rope, chosen)
         return hidden, cache
 
     def run(
@@ -75,6 +77,7 @@ class Transformer(nnx.Module):
         attend: Attend,
         cache: Cache,
         uses_long_rope: jax.Array | None = None,
+        chosen: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache, jax.Array]:
         """Returns what __call__ does, and how many tokens each expert got, float32[sparse layers, experts]."""
         config = self.config
@@ -82,31 +85,39 @@ class Transformer(nnx.Module):
         if config.embedding_scale != 1:
             x = x * jnp.asarray(config.embedding_scale, self.execution.dtype).astype(STREAM)
         x = shard(x, "residual")
-        x, cache, loads = self._run_blocks(x, rotary_angles(config, positions, uses_long_rope), attend, cache)
+        angles = rotary_angles(config, positions, uses_long_rope)
+        x, cache, loads = self._run_blocks(x, angles, attend, cache, chosen)
         return self.norm(x), cache, jnp.concatenate(loads)
 
     def _run_blocks(
-        self, x: jax.Array, angles: Angles, attend: Attend, cache: Cache
+        self, x: jax.Array, angles: Angles, attend: Attend, cache: Cache, chosen: jax.Array | None
     ) -> tuple[jax.Array, Cache, list[jax.Array]]:
         kinds = self.config.layer_kinds
         body = self._body(attend)
         loads = [jnp.zeros((0, self.config.mixture.experts), jnp.float32)]
         if not self.execution.scan_layers:
             for layer, block in enumerate(self.blocks):
-                x, cache, load = body(*nnx.split(block), kinds[layer], jnp.int32(layer), angles, x, cache)
+                x, cache, load = body(*nnx.split(block), kinds[layer], jnp.int32(layer), angles, x, cache, chosen)
                 loads.append(load)
             return x, cache, loads
         for run in runs(self.config):
-            x, cache, run_loads = self._scan(run, body, angles, x, cache)
+            x, cache, run_loads = self._scan(run, body, angles, x, cache, chosen)
             loads += run_loads
         return x, cache, loads
 
     def _body(self, attend: Attend) -> Callable[..., tuple[jax.Array, Any, jax.Array]]:
         def body(
-            graph: Any, state: Any, kind: LayerKind, layer: jax.Array, angles: Angles, x: jax.Array, cache: Cache
+            graph: Any,
+            state: Any,
+            kind: LayerKind,
+            layer: jax.Array,
+            angles: Angles,
+            x: jax.Array,
+            cache: Cache,
+            chosen: jax.Array | None,
         ) -> tuple[jax.Array, Cache, jax.Array]:
             block: Block = nnx.merge(graph, state)
-            return block(x, kind, angles, layer, attend, cache)
+            return block(x, kind, angles, layer, attend, cache, chosen)
 
         scanned, remat = self.execution.scan_layers, self.execution.remat
         if remat == "none":
@@ -119,7 +130,13 @@ class Transformer(nnx.Module):
         return jax.checkpoint(body, policy=policy, prevent_cse=not scanned, static_argnums=(0, 2))
 
     def _scan(
-        self, run: range, body: Callable[..., Any], angles: Angles, x: jax.Array, cache: Cache
+        self,
+        run: range,
+        body: Callable[..., Any],
+        angles: Angles,
+        x: jax.Array,
+        cache: Cache,
+        chosen: jax.Array | None,
     ) -> tuple[jax.Array, Cache, list[jax.Array]]:
         """Scans over the repetitions of a group of kinds in `run`; layers left over at its end follow one by one."""
         kinds = [self.config.layer_kind(layer) for layer in run]
@@ -136,7 +153,7 @@ class Transformer(nnx.Module):
             loads = []
             for index in range(period):
                 part = layer_of(state, index) if period > 1 else state
-                *carry, load = body(graph, part, kinds[index], first + index, angles, *carry)
+                *carry, load = body(graph, part, kinds[index], first + index, angles, *carry, chosen)
                 loads.append(load)
             return tuple(carry), jnp.concatenate(loads)
 
@@ -148,7 +165,7 @@ class Transformer(nnx.Module):
         loads = [scanned.reshape(math.prod(scanned.shape[:-1]), scanned.shape[-1])]
         for index in range(repeats * period, len(run)):
             state, layer = layer_of(stacked, index), jnp.int32(run[index])
-            x, cache, load = body(graph, state, kinds[index], layer, angles, x, cache)
+            x, cache, load = body(graph, state, kinds[index], layer, angles, x, cache, chosen)
             loads.append(load)
         return x, cache, loads
 

@@ -10,6 +10,7 @@ from isthmus.model.ops.attention import ATTENTION
 from isthmus.model.ops.gated import GATED
 from isthmus.model.ops.grouped_matmul import GROUPED_MATMUL
 from isthmus.model.ops.linear import LINEAR
+from isthmus.model.ops.lora import LORA
 from isthmus.model.ops.norm import NORM
 from isthmus.model.ops.operation import AUTO, REFERENCE, Operation, Setting
 from isthmus.model.ops.paged_attention import PAGED_ATTENTION
@@ -26,6 +27,7 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     GATED,
     ROUTING,
     GROUPED_MATMUL,
+    LORA,
     SAMPLING,
 )
 
@@ -48,6 +50,8 @@ class Kernels:
     """The scores of a mixture's experts: model/ops/routing.py"""
     grouped_matmul: str = REFERENCE
     """Products with the matrices of experts, and of latent attention's heads: model/ops/grouped_matmul.py"""
+    lora: str = REFERENCE
+    """What each token's own adapter adds to a product, in serving: model/ops/lora.py"""
     sampling: str = REFERENCE
     """Drawing tokens from logits, in serving: model/ops/sampling.py"""
 

@@ -4,7 +4,7 @@ PEFT's layout, which name the model that they adapt. A GGUF file is opened as th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ from isthmus.model.weights.huggingface.files import INDEX, SINGLE, WeightFiles
 from isthmus.model.weights.huggingface.integers import Kept
 from isthmus.model.weights.huggingface.load import PublishedSource, check_size, integer_matrices
 from isthmus.model.weights.load import OnProgress, Source, Transform, load_params
-from isthmus.model.weights.lora import Adapter, AdapterSource, Merge
+from isthmus.model.weights.lora import Adapter, AdapterSource, Merge, side_by_side
 from isthmus.model.weights.quantization import Quantize, formats, rules_for
 from isthmus.model.weights.writer import write_folder
+
+MAX_NAME = 128
+"""Most characters of an adapter's name"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class ModelFolder:
     """The folder of the adapter, where one was opened; `path` is then the folder of its base model"""
     factors: Adapter | None = None
     """The adapter that this folder holds"""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    """Adapters of this model by their names, of which each request chooses one, or none"""
     quantize: tuple[str, ...] = ()
     """The rules by which matrices are quantized when they are loaded. Matrices that are already integers are not
     affected"""
@@ -160,6 +165,8 @@ class ModelFolder:
             if self.factors.lora != config.lora:
                 raise ConfigError(f"{self.adapter} holds an adapter of {self.factors.lora}, not of {config.lora}")
             source = AdapterSource(source, self.factors.factors)
+        elif config.lora.adapters:
+            source = AdapterSource(source, side_by_side(config, self.adapters.values()))
         return load_params(source, abstract_params(config, mesh, stacked=stacked, dtype=dtype), changes, on_progress)
 
     def save(self, target: Path, params: Params) -> None:
@@ -172,7 +179,8 @@ class ModelFolder:
 
     def _source(self, mesh: Mesh) -> Source:
         """The source of the parameters without those of an adapter."""
-        config = dataclasses.replace(self.config, lora=LoraConfig()) if self.factors is not None else self.config
+        apart = self.factors is not None or self.config.lora.adapters > 0
+        config = dataclasses.replace(self.config, lora=LoraConfig()) if apart else self.config
         if self.family is None or self.weights is None:
             return CheckpointSource(self.path, config, mesh)
         return PublishedSource(self.weights, self.family, config, mesh, self.kept_integers)
@@ -217,6 +225,37 @@ def _open_adapter(path: Path, options: FolderOptions) -> ModelFolder:
     folder = folder.with_config(lora=adapter.lora)
     folder.config.validate()
     return folder
+
+
+def open_adapters(base: ModelFolder, folders: Mapping[str, Path], options: FolderOptions | None = None) -> ModelFolder:
+    """Returns `base` with adapters, by the names that requests call them. They share its tokenizer and chat template.
+    Raises ConfigError, naming the adapter, for one that doesn't fit the model or whose settings aren't supported."""
+    options, found, warnings = options or FolderOptions(), {}, list(base.warnings)
+    for name, where in folders.items():
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            raise ConfigError(f"adapters: {name!r:.160} must be a name of at most {MAX_NAME} printable characters")
+        if name == base.name:
+            raise ConfigError(f"adapters: {name!r} is the model's own name")
+        try:
+            folder = find_folder(where, download=options.download)
+            if not is_adapter_folder(folder):
+                raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter's folder")
+            found[name] = load_adapter(folder, base)
+            if unused := ", ".join(_unused(folder, base)):
+                warnings.append(f"{folder} has {unused}: not used, because adapters share those of the model")
+        except ConfigError as error:
+            raise ConfigError(f"adapters: {name}={where} can't be had beside {base.name}: {error}") from None
+    return dataclasses.replace(base, adapters=found, warnings=tuple(warnings))
+
+
+def _unused(folder: Path, base: ModelFolder) -> Iterator[str]:
+    """What else an adapter's folder holds, where it isn't as the base model's."""
+    tokenizers = [each / "tokenizer.json" for each in (folder, base.path)]
+    if all(map(present, tokenizers)) and len({path.read_bytes() for path in tokenizers}) > 1:
+        yield "another tokenizer"
+    chat = ChatTemplate.load(folder)
+    if chat is not None and (base.chat is None or chat.source != base.chat.source):
+        yield "another chat template"
 
 
 def _base_of(path: Path, options: FolderOptions) -> Path:

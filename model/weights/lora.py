@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -47,13 +47,31 @@ class Adapter(NamedTuple):
     """The factors in float32, by their paths in the unstacked layout"""
 
 
+def side_by_side(config: ModelConfig, adapters: Iterable[Adapter]) -> dict[str, np.ndarray]:
+    """The factors of adapters that tokens choose among, as `config.lora` has room for: float32[adapters, ...] by their
+    paths in the unstacked layout. Where an adapter has a smaller rank, or none, there are zeros."""
+    whole = {
+        path: np.zeros(spec.shape, np.float32)
+        for path, spec in parameter_specs(config).items()
+        if spec.role is Role.ADAPTERS
+    }
+    for place, adapter in enumerate(adapters):
+        rank, scale = adapter.lora.rank, np.float32(adapter.lora.scale)
+        for path, factor in adapter.factors.items():
+            if path.endswith("/lora_a"):
+                whole[path][place, ..., :rank] = factor
+            else:
+                whole[path][place, :rank] = scale * factor
+    return whole
+
+
 @dataclass(frozen=True)
 class AdapterSource:
-    """A source of a base model's parameters together with those of an adapter."""
+    """A source of a base model's parameters together with those of an adapter, or of several."""
 
     base: Source
     adapters: Mapping[str, np.ndarray]
-    """The factors in float32, by their paths in the unstacked layout"""
+    """The factors in float32, by their paths in the unstacked layout; those of several adapters side by side"""
 
     @property
     def nbytes(self) -> int:

@@ -30,6 +30,8 @@ class ServeConfig:
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
         default_factory=FolderOptions
     )
+    adapters: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FOLDER")] = ()
+    """LoRA adapters of the model, each as NAME=FOLDER: a request whose `model` is NAME is computed with it"""
     merge_adapter: bool = False
     """If --model is an adapter, add it to the base model's weights once instead of computing it in every step"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
@@ -81,6 +83,19 @@ class ServeConfig:
         for name in ("stall_seconds", "keepalive_seconds"):
             if not 1 <= getattr(self, name) <= MAX_SECONDS:
                 raise ConfigError(f"{name}={getattr(self, name)} must be 1 to {MAX_SECONDS}")
+
+    @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """The folders of `adapters` by their names. Raises ConfigError."""
+        folders: dict[str, Path] = {}
+        for each in self.adapters:
+            name, equals, folder = each.partition("=")
+            if not (name and equals and folder):
+                raise ConfigError(f"adapters: {each!r} must be NAME=FOLDER")
+            if name in folders:
+                raise ConfigError(f"adapters: {name!r} is there twice")
+            folders[name] = Path(folder)
+        return folders
 
     @property
     def mesh_shape(self) -> MeshShape:

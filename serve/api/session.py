@@ -71,7 +71,7 @@ class Session:
     def preparation(self, engine: Engine) -> Preparation:
         """What makes requests for the engine: one for all calls, because it keeps compiled grammars."""
         if self._preparation is None:
-            self._preparation = Preparation.of(self.model, engine.config.context_length)
+            self._preparation = Preparation.of(self.model, engine)
         return self._preparation
 
     @property

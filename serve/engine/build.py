@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -21,10 +21,11 @@ from isthmus.model.ops.operation import AUTO
 from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible, named_sharding
 from isthmus.model.transformer import Params, abstract_params, parameter_specs
-from isthmus.model.weights.folder import ModelFolder, open_folder
+from isthmus.model.weights.folder import ModelFolder, open_adapters, open_folder
 from isthmus.model.weights.hub import FolderOptions
 from isthmus.model.weights.packing import Packing, pack_params
 from isthmus.model.weights.quantization import SCHEMES, quantize_params, weight_bytes
+from isthmus.serve.engine.adapters import residents
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink
 from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_like, compile_steps
@@ -40,11 +41,13 @@ def open_model(
     *,
     merge_adapter: bool = False,
     quantize: str = "none",
+    adapters: Mapping[str, Path] | None = None,
     options: FolderOptions | None = None,
 ) -> ModelFolder:
     """Opens a model folder as serving runs it. dtype: float32, bfloat16, or auto, which is bfloat16 except on CPU.
     merge_adapter: an adapter's folder becomes a model without adapters when its parameters are loaded. quantize: a name
-    of model/weights/quantization.py's SCHEMES; matrices become integers when they are loaded.
+    of model/weights/quantization.py's SCHEMES; matrices become integers when they are loaded. adapters: folders of
+    LoRA adapters of the model, by the names that requests call them.
 
     Raises ConfigError if the folder isn't a model's, or if one that is quantized already is to be quantized.
     """
@@ -57,7 +60,36 @@ def open_model(
     dtype = default_dtype() if dtype == "auto" else dtype
     check_dtype(dtype)
     folder = dataclasses.replace(folder.keeping(SCHEMES[quantize]), execution=Execution(dtype))
-    return folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
+    folder = folder.with_config(lora=LoraConfig()) if merge_adapter and folder.adapter else folder
+    return open_adapters(folder, adapters, options) if adapters else folder
+
+
+def with_places(model: ModelFolder, engine: EngineConfig) -> ModelFolder:
+    """The folder with places in its network for the adapters that the engine is to have, as `EngineConfig.max_adapters`
+    says. Raises ConfigError for adapters that don't fit into them."""
+    given, places = list(model.adapters.values()), engine.max_adapters or len(model.adapters)
+    if not places:
+        return model
+    engine.resolve(model.config)
+    if model.adapter is not None or model.config.lora.rank:
+        raise ConfigError(
+            f"adapters: {model.name} is an adapter itself: serve its base model, and give it among the adapters"
+        )
+    if len(given) > places:
+        raise ConfigError(f"engine.max_adapters={places} has no place for {len(given)} adapters")
+    if engine.max_adapters:
+        for name, adapter in model.adapters.items():
+            if adapter.lora.rank > engine.adapter_rank:
+                raise ConfigError(
+                    f"adapters: {name} has rank {adapter.lora.rank}; the most is "
+                    f"engine.adapter_rank={engine.adapter_rank}"
+                )
+        config, rank = model.config, engine.adapter_rank
+        targets = {path for kind in config.layer_kinds for path in config.projections(kind)}
+    else:
+        rank = max(adapter.lora.rank for adapter in given)
+        targets = {path for adapter in given for path in adapter.lora.targets.split("|")}
+    return model.with_config(lora=LoraConfig(rank, float(rank), "|".join(sorted(targets)), adapters=places))
 
 
 def fit_memory(engine: EngineConfig, model: ModelFolder, mesh: MeshShape, free: int | None) -> EngineConfig:
@@ -128,6 +160,7 @@ def build_executor(
 ) -> Executor:
     """Loads the newest checkpoint and compiles every bucket meanwhile. on_progress: called with a text as either goes
     on, from any thread. kernels: as in `isthmus.model.ops.kernels.choose`. Raises ConfigError."""
+    model = with_places(model, engine)
     check_divisible(model.config, mesh)
     devices = build_mesh(mesh)
     engine = fit_memory(engine, model, mesh, _room(devices.devices.flat[0]))
@@ -152,7 +185,8 @@ def build_executor(
     with ThreadPoolExecutor(1, "compile") as worker:
         ready = None if abstract is None else worker.submit(compile_all, abstract)
         try:
-            executor = Executor(served, load_served(model, devices, packing, on_progress), devices)
+            params = load_served(model, devices, packing, on_progress)
+            executor = Executor(served, params, devices, residents(model.adapters))
         except BaseException:
             cancelled = True
             raise

@@ -33,8 +33,12 @@ MOST = {
     "prefill_tokens": 1 << 17,
     "block_size": 1 << 12,
     "max_waiting": 1 << 20,
+    "adapter_rank": 1 << 10,
 }
 """The largest sizes that an engine takes. Beyond them a slip of the pen would compile for hours."""
+
+
+MOST_ADAPTERS = 1 << 10
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class EngineConfig:
     """Most requests in flight beyond max_sequences; further ones are refused"""
     prefix_cache: bool = True
     """Keep the pages of finished requests for later prompts with the same beginning"""
+    max_adapters: int = 0
+    """Places for LoRA adapters, each of adapter_rank and for every projection; 0 is exactly those that are given at the
+    start, each projection that one of them adapts at the largest of their ranks"""
+    adapter_rank: int = 16
+    """Largest rank of an adapter where max_adapters says how many there may be"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
     """The dtype of keys and values; model is the dtype that the model runs in. int8 has a float32 scale for every 64
     numbers of a head"""
@@ -75,6 +84,8 @@ class EngineConfig:
             raise ConfigError(f"engine.target_itl={self.target_itl} must be 0 to 3600 seconds")
         if not 0 <= self.draft_rows <= MOST["max_sequences"]:
             raise ConfigError(f"engine.draft_rows={self.draft_rows} must be 0 to {MOST['max_sequences']}")
+        if not 0 <= self.max_adapters <= MOST_ADAPTERS:
+            raise ConfigError(f"engine.max_adapters={self.max_adapters} must be 0 to {MOST_ADAPTERS}")
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"engine.{name}={getattr(self, name)} must be 1 to {most}")

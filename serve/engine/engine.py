@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
+from isthmus.errors import DuplicateRequest, InvalidRequest, ModelNotFound, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Progress, Request
@@ -62,6 +62,8 @@ class Engine:
         self.executor = executor
         self.config: EngineConfig = executor.engine
         self.scheduler = Scheduler(self.config, executor.model.rope_switch, executor.model.vocab_size)
+        self.adapters = executor.adapters
+        """The adapters that requests may have, by their names"""
         self.times = StepTimes()
         self._sink = sink
         self._inbox: deque[Request | Cancel] = deque()
@@ -88,6 +90,8 @@ class Engine:
     def validate(self, request: Request) -> None:
         """Raises InvalidRequest for a request that could never run here. Works before `start`, too."""
         limit = self.config.context_length
+        if request.adapter is not None and self.adapters.get(request.adapter.name) != request.adapter:
+            raise ModelNotFound("model", f"the adapter {request.adapter.name!r} is not here")
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
         check_scored(request, self.executor.served.vocab)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from isthmus.model.ops.sampling import Drawn
 from isthmus.model.sharding import named_sharding, use_mesh
 from isthmus.model.transformer import Params, Transformer, abstract_params, bind, parameter_specs
 from isthmus.model.weights.packing import is_packed, pack_params
+from isthmus.serve.engine.adapters import Resident
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.plan import FROM_DEVICE, StepPlan, empty_plan, plan_size, split_plan
 from isthmus.serve.engine.sampling import DRAW, Adjusting, Bias, abstract_adjusting, draw, no_draws, words
@@ -117,8 +118,9 @@ def forward(
     held = state.tokens.at[slots, at[: bucket.rows]].set(rows)  # drafts, too, which later rows' draws look back at
     step = PagedStep(bucket.rows, tables[arrays.slots], arrays.positions)
     attend = paged_attention(engine, step, model.execution.kernels.paged_attention)
-    uses_long_rope = arrays.uses_long_rope[sequence_of_token(bucket)] > 0
-    hidden, cache = model(tokens, at, attend, state.cache, uses_long_rope)
+    sequence = sequence_of_token(bucket)
+    chosen = arrays.adapters[sequence] if model.config.lora.adapters else None
+    hidden, cache = model(tokens, at, attend, state.cache, arrays.uses_long_rope[sequence] > 0, chosen)
     return hidden, State(cache, tables, held)
 
 
@@ -167,12 +169,15 @@ class Launched:
 class Executor:
     """Device state and compiled programs of one engine. `warm_up` must have run before `launch`."""
 
-    def __init__(self, served: Served, params: Params, mesh: Mesh) -> None:
-        """served: with its kernels chosen. params: in the layout and dtypes that serving reads, packed or not."""
+    def __init__(
+        self, served: Served, params: Params, mesh: Mesh, adapters: Mapping[str, Resident] | None = None
+    ) -> None:
+        """served: with its kernels chosen. params: in the layout and dtypes that serving reads, packed or not.
+        adapters: those whose factors are among `params`, by their names."""
         if served.execution.kernels.packs_weights and not is_packed(params):
             params = pack_params(parameter_specs(served.model), dict(params))
         self.served, self.model, self.engine, self.mesh = served, served.model, served.engine, mesh
-        self.params = params
+        self.params, self.adapters = params, dict(adapters or {})
         self._programs = Compiled()
         self.warmup_seconds = 0.0
         self._compilations_when_ready = 0

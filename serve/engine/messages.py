@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from isthmus.serve.engine.adapters import Resident
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
@@ -37,6 +38,8 @@ class Request:
     scored_from: int | None = None
     """The index in the prompt, at least 1, from which on its tokens are scored: what is told about a drawn token is
     told about each, as if it had been drawn there. None scores none"""
+    adapter: Resident | None = None
+    """The adapter that its tokens are computed with; None is none"""
     pooling: Pooling | None = None
     """What the prompt's embedding is made of, if that is what is asked for. Nothing is drawn then, and what is said
     about draws means nothing"""

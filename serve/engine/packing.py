@@ -75,6 +75,8 @@ class Packer:
         self.tables = Tables(config)
         self.draws = np.zeros(config.max_sequences, DRAW)
         """Each slot's row, but for the position"""
+        self._adapters = np.zeros(config.max_sequences, np.int32)
+        """The place of each slot's adapter"""
         self._bias = Bias.none(config.nobody + 1)
         self._started: dict[int, Sequence] = {}
         """Sequences in slots that they have just got"""
@@ -84,6 +86,7 @@ class Packer:
         request, slot = sequence.request, sequence.slot
         self.draws[slot] = draw_of(request.sampling, sequence.prompt_length)
         self.draws["slot"][slot] = slot
+        self._adapters[slot] = 0 if request.adapter is None else request.adapter.place
         self._bias.set(slot, request.sampling.bias)
         self._started[slot] = sequence
 
@@ -132,6 +135,7 @@ class Packer:
         arrays.slots[:count] = slots
         arrays.row_page[:count] = self.tables.rows[slots, np.asarray(positions, np.int32) // self._config.page_size]
         arrays.uses_long_rope[:count] = [sequence.uses_long_rope for sequence in sequences]
+        arrays.adapters[:count] = self._adapters[slots]
         return [(row, row, work.sequence) for row, work in enumerate(singles) if work.draws]
 
     def _pack_ahead(self, plan: StepPlan, arrays: PlanArrays, singles: list[Work]) -> None:
@@ -145,6 +149,7 @@ class Packer:
             arrays.tokens[rows], arrays.positions[rows], arrays.slots[rows] = work.ahead, positions, sequence.slot
             arrays.row_page[rows] = self.tables.rows[sequence.slot, positions // self._config.page_size]
             arrays.uses_long_rope[rows] = sequence.uses_long_rope
+            arrays.adapters[rows] = self._adapters[sequence.slot]
             arrays.sample_token[rows] = np.arange(row, row + count)
             plan.draws[rows] = self.draws[sequence.slot]
             plan.draws["position"][rows] = positions + 1
@@ -161,6 +166,7 @@ class Packer:
             arrays.positions[first : first + count] = np.arange(start, start + count)
             arrays.slots[rows + block] = work.sequence.slot
             arrays.uses_long_rope[rows + block] = work.sequence.uses_long_rope
+            arrays.adapters[rows + block] = self._adapters[work.sequence.slot]
             block, last = block + 1, first + count - 1
         return block, last
 

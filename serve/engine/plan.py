@@ -34,6 +34,8 @@ class PlanArrays(NamedTuple):
     """int32[rows]: the page that takes a row's token, which its slot's table may not hold yet"""
     uses_long_rope: Any
     """int32[rows + blocks]: 1 for a sequence longer than the model's rope_switch"""
+    adapters: Any
+    """int32[rows + blocks]: the place of the sequence's adapter, from 1 on; 0 for none"""
     sample_token: Any
     """int32[samples]: index on the token axis of the token after which one is drawn"""
 
@@ -42,7 +44,7 @@ class PlanArrays(NamedTuple):
 def _layout(bucket: Bucket) -> tuple[slice, ...]:
     """Where each part lies. It is cached, because a plan is made every step."""
     tokens, sequences = bucket.tokens, bucket.rows + bucket.blocks
-    sizes = PlanArrays(tokens, tokens, sequences, bucket.rows, sequences, bucket.samples)
+    sizes = PlanArrays(tokens, tokens, sequences, bucket.rows, sequences, sequences, bucket.samples)
     return tuple(slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True))
 
 

@@ -15,11 +15,11 @@ from isthmus.serve.engine.sequence import Sequence
 
 
 def root_key(sequence: Sequence) -> bytes:
-    """The parent of a sequence's first page. Sequences share pages only if everything in it is equal: the salt, and how
-    keys are turned (see ModelConfig.rope_switch)."""
-    return hashlib.sha256(
-        (b"long" if sequence.uses_long_rope else b"short") + b"\0" + sequence.request.cache_salt
-    ).digest()
+    """The parent of a sequence's first page. Sequences share pages only if everything in it is equal: the adapter, the
+    salt, and how keys are turned (see ModelConfig.rope_switch)."""
+    request, turned = sequence.request, b"long" if sequence.uses_long_rope else b"short"
+    adapter = b"\0" if request.adapter is None else b"\1" + request.adapter.key
+    return hashlib.sha256(turned + adapter + request.cache_salt).digest()
 
 
 class PrefixCache:

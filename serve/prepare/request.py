@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from isthmus.errors import InvalidRequest, ModelNotFound
@@ -16,7 +16,9 @@ from isthmus.model.text.chat import ChatError, ChatTemplate
 from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS, StopStrings
 from isthmus.model.text.tokenizer import TextError, Tokenizer, TooManyTokens
 from isthmus.model.weights.folder import GenerationDefaults, ModelFolder
+from isthmus.serve.engine.adapters import Resident
 from isthmus.serve.engine.constraint import Constraint
+from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.answer import TextOptions
@@ -70,13 +72,24 @@ class Preparation:
     """The model's name"""
     embedding_size: int = 0
     """Numbers of a hidden state"""
+    adapters: Mapping[str, Resident] = field(default_factory=dict)
+    """The adapters that the model is served with, by the names that questions call them"""
 
     @classmethod
-    def of(cls, model: ModelFolder, context_length: int) -> Preparation:
-        """The preparation for a model. context_length: the engine's, in tokens."""
+    def of(cls, model: ModelFolder, engine: Engine) -> Preparation:
+        """The preparation for a model in an engine."""
         config = model.config
         grammars = Grammars(model.tokenizer, config.vocab_size)
-        return cls(model.tokenizer, model.chat, model.generation, context_length, grammars, model.name, config.dim)
+        return cls(
+            model.tokenizer,
+            model.chat,
+            model.generation,
+            engine.config.context_length,
+            grammars,
+            model.name,
+            config.dim,
+            engine.adapters,
+        )
 
     def requests(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> list[Request]:
         """The engine's requests for a question, one for each completion, the arguments as for `request`. The first has
@@ -121,13 +134,13 @@ class Preparation:
     def plain(self, request_id: str, service: Service, *, tenant: str, deadline: float | None) -> Request:
         """A request that is served so, for a prompt that is still to be said, and draws nothing. tenant, deadline: as
         for `request`. Raises InvalidRequest."""
-        self._check_name(service.model)
         cache = check_cache(service.cache)
         return Request(
             id=_request_id(request_id),
             prompt=(),
             sampling=Sampling(),
             max_tokens=0,
+            adapter=self._adapter(service.model),
             tenant=tenant,
             priority=_priority(service.priority),
             deadline=deadline,
@@ -137,9 +150,14 @@ class Preparation:
             cache_write=cache in ("on", "write"),
         )
 
-    def _check_name(self, asked: str) -> None:
-        if check_string("model", asked) not in ("", self.name):
-            raise ModelNotFound("model", f"{asked!r:.160} is not here; this is {self.name!r}")
+    def _adapter(self, asked: str) -> Resident | None:
+        """The adapter of that name; None where it is the model's."""
+        if check_string("model", asked) in ("", self.name):
+            return None
+        if (adapter := self.adapters.get(asked)) is None:
+            with_those = f" with the adapters {', '.join(map(repr, self.adapters))}" if self.adapters else ""
+            raise ModelNotFound("model", f"{asked!r:.160} is not here; this is {self.name!r}{with_those:.800}")
+        return adapter
 
     def _predicted(self, text: str) -> list[int]:
         most = self.tokenizer.most_characters(self.context_length)

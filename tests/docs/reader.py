@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -16,10 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isthmus.commands.main import main
+from isthmus.model.config import LoraConfig
+from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.text.tokenizer import END_OF_TEXT
+from isthmus.model.weights.folder import open_folder
+from isthmus.model.weights.huggingface.adapters import save_adapter
+from isthmus.model.weights.lora import split
 from tests.docs.pages import Block, statements
-from tests.serve.api.harness import CHAT_TEMPLATE, save_model, train_tokenizer, varied_params
-from tests.support import narrowest_dtype
+from tests.serve.api.harness import CHAT_TEMPLATE, NETWORK, save_model, train_tokenizer, varied_params
+from tests.support import narrowest_dtype, random_params
 
 PATIENCE = 600.0
 """Seconds that anything may take before a test calls it stuck."""
@@ -60,6 +66,10 @@ def write_files(folder: Path) -> None:
     (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     (folder / "chats.jsonl").write_text("".join(_conversation(n) for n in range(100)))
     trained = save_model(folder / "runs" / "mine", train_tokenizer(), varied_params())
+    for seed, name in enumerate(("poems", "code")):
+        config = dataclasses.replace(NETWORK, lora=LoraConfig(4))
+        _, adapter = split(config, random_params(config, build_mesh(MeshShape()), seed))
+        save_adapter(folder / "runs" / name, open_folder(trained), config, adapter)
     published = folder / "SmolLM2-135M-Instruct"
     assert main(["convert", str(trained), str(published)]) == 0
     (published / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -42,6 +42,8 @@ HANDLERS = (
     "linear_int6",
     "linear_int5",
     "linear_int4",
+    "lora_float32",
+    "lora_bfloat16",
     "paged_attention",
     "rms_norm",
     "rotate_pairs",

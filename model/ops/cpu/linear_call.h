@@ -23,6 +23,18 @@ int64_t lines_of(int64_t inputs) {
 }
 inline int64_t padded_to_panels(int64_t outputs) { return (outputs + kPanel - 1) / kPanel * kPanel; }
 
+// Where a matrix is in a stack, and its outputs. count: how many matrices, from that one on, must be there.
+inline ffi::ErrorOr<Weights> find_matrix(Index index, Stack stack, int64_t lines, int64_t count = 1) {
+  auto fail = [](const char* what) { return ffi::Unexpected(ffi::Error::InvalidArgument(what)); };
+  auto size = stack.dimensions();
+  const int64_t matrices = size[0], panels = size[1], matrix = *index.typed_data();
+  if (size[2] != lines || size[3] != kLine) return fail("linear: weights have other inputs than x");
+  if (matrix < 0 || matrix > matrices - count) return fail("linear: weights have fewer matrices than the index says");
+  Weights w{stack.typed_data() + matrix * panels * lines * kLine};
+  w.padded = panels * kPanel;
+  return w;
+}
+
 // Reads the arguments that belong to one weight, from `at` on; see model/ops/cpu/packed.py. count: how many matrices of the
 // stack belong to it.
 template <class F>
@@ -32,13 +44,11 @@ ffi::ErrorOr<Weights> read_weights(ffi::RemainingArgs arguments, size_t at, int6
   auto index = arguments.get<Index>(at);
   auto stack = arguments.get<Stack>(at + 1);
   if (!index || !stack) return fail("linear: weights must be an int32 index and uint8[matrices, panels, lines, 64]");
-  auto size = stack->dimensions();
-  const int64_t matrices = size[0], panels = size[1], matrix = *index->typed_data();
-  if (size[2] != lines || size[3] != kLine) return fail("linear: weights have other inputs than x");
-  if (matrix < 0 || matrix > matrices - count) return fail("linear: weights have fewer matrices than the index says");
-  Weights w{stack->typed_data() + matrix * panels * lines * kLine};
-  w.padded = panels * kPanel;
+  auto found = find_matrix(*index, *stack, lines, count);
+  if (!found) return found;
+  Weights w = *found;
   if constexpr (is_integers<F>) {
+    const int64_t matrices = stack->dimensions()[0], panels = stack->dimensions()[1], matrix = *index->typed_data();
     const int64_t runs = lines / F::kLines;
     w.group = group / F::kRun, w.groups = (runs + w.group - 1) / w.group;
     auto scales = arguments.get<ffi::AnyBuffer>(at + 2);

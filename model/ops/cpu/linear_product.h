@@ -59,9 +59,11 @@ struct Out {
   void* y;
   bool bf16;
   int64_t outputs;
+  bool adds = false;  // to what is there, which is float32
 
   // Writes `value` to kLanes columns from `column` of a row, as far as there are columns.
   void put(int64_t row, int64_t column, Floats value) const {
+    if (adds) value += read((const float*)y + row * outputs, column);
     bf16 ? put((uint16_t*)y + row * outputs, column, value) : put((float*)y + row * outputs, column, value);
   }
 
@@ -71,6 +73,13 @@ struct Out {
   }
 
  private:
+  Floats read(const float* row, int64_t column) const {
+    if (column + kLanes <= outputs) return load<Floats>(row + column);
+    Floats value = {};
+    for (int i = 0; column + i < outputs; i++) value[i] = row[column + i];
+    return value;
+  }
+
   template <class Y>
   void put(Y* row, int64_t column, Floats value) const {
     if (column + kLanes <= outputs)
@@ -273,6 +282,18 @@ struct Work {
   int64_t depth = 0, chunks = 0;
 };
 
+// The rows of x at some places, none of them zeros.
+template <class F, class X>
+Work prepare(const X* x, std::vector<int64_t> places, int64_t inputs, int64_t lines, bool rotated,
+             std::vector<Product> products) {
+  Work work;
+  if (places.empty()) return work;
+  work.rows = pack<F>(x, std::move(places), inputs, lines, rotated), work.products = std::move(products);
+  work.depth = work.rows.tiles == 1 ? lines : std::min(lines, kBlockLines / F::kLines * F::kLines);
+  for (Product& p : work.products) divide<F>(p, work.rows, work.depth), work.chunks += p.chunks;
+  return work;
+}
+
 // The rows [first, last) of x.
 template <class F, class X>
 Work prepare(const X* x, int64_t first, int64_t last, int64_t inputs, int64_t lines, bool rotated,
@@ -283,12 +304,7 @@ Work prepare(const X* x, int64_t first, int64_t last, int64_t inputs, int64_t li
       places.push_back(row);
     else
       for (const Product& p : products) p.out.clear(row);
-  Work work;
-  if (places.empty()) return work;
-  work.rows = pack<F>(x, std::move(places), inputs, lines, rotated), work.products = std::move(products);
-  work.depth = work.rows.tiles == 1 ? lines : std::min(lines, kBlockLines / F::kLines * F::kLines);
-  for (Product& p : work.products) divide<F>(p, work.rows, work.depth), work.chunks += p.chunks;
-  return work;
+  return prepare<F>(x, std::move(places), inputs, lines, rotated, std::move(products));
 }
 
 template <class F>

@@ -190,7 +190,9 @@ class RunningServer:
                 self.on_loop(self.server.load())
 
     async def _start(self) -> Server:
-        server = Server(self.config, open_model(self.config.model, self.config.dtype))
+        server = Server(
+            self.config, open_model(self.config.model, self.config.dtype, adapters=self.config.adapter_folders)
+        )
         await server.start()
         return server
 
