@@ -61,7 +61,8 @@ class Case(Generic[B]):
     """The heading of its results in the report"""
     bench: type[B]
     run: Callable[[B, Console], Record]
-    """Measures and returns the record. Raises ConfigError, BenchError"""
+    """Measures with settings that `validate` has passed, and returns the record. Raises ConfigError for what only the
+    work finds out, and BenchError"""
     show: Callable[[Record, Qualities], str]
     """Returns the result in Markdown. The second argument is {} where no qualities were measured"""
     plot: Callable[[Record], Figure | None] | None = None

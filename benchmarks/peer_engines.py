@@ -124,7 +124,6 @@ class EngineSide:
 
 def run(bench: PeersBench, console: Console) -> Record:
     """Measures and returns the record, added to the result's file if --merge is set. Raises ConfigError, BenchError."""
-    bench.validate()
     stacks = chosen(bench.stacks)
     amount = len(stacks) * (1 + len(bench.cells) * (1 + bench.repeats))
     return comparison.run_comparison("peers", bench, stacks, bench.cells, amount, console, partial(measure, bench))

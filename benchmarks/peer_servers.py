@@ -189,7 +189,6 @@ class _Loads:
 
 def run(bench: PeerServersBench, console: Console) -> Record:
     """Measures and returns the record, added to the result's file if --merge is set. Raises ConfigError, BenchError."""
-    bench.validate()
     stacks = chosen(bench.stacks, SERVERS)
     amount = len(stacks) * (2 + bench.runs_engine + len(bench.loads) * bench.repeats)
     return comparison.run_comparison(

@@ -163,7 +163,6 @@ def windows(folder: ModelFolder, file: BaseLogits) -> np.ndarray:
 
 def run(bench: QualityBench, console: Console) -> Record:
     """Measures and returns the record, added to the result's file if --merge is set. Raises ConfigError, BenchError."""
-    bench.validate()
     open_folder(bench.model)
     machine = describe()
     files = {kind: bench.file(kind) for kind in bench.types}

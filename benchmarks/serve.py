@@ -81,7 +81,7 @@ class ServeBench(Bench):
         self.check_positive("seconds", "timeout")
         if any(not rate > 0 for rate in self.rates):
             raise ConfigError("rates must be above 0")
-        self.check_least(compare_rounds=0)
+        self.check_least(vocab_size=0, compare_rounds=0)
         if not 1 <= self.compare_requests <= self.engine.max_waiting:
             raise ConfigError(f"compare_requests must be 1 to engine.max_waiting={self.engine.max_waiting}")
 
@@ -169,7 +169,6 @@ def sweep(load: _Load, rates: tuple[float, ...], tick: Tick) -> list[dict[str, A
 
 def run(bench: ServeBench, console: Console) -> Record:
     """Measures and returns the record. Raises ConfigError, BenchError."""
-    bench.validate()
     with (
         temporary_folder("isthmus-bench-") as folder,
         Child(module("isthmus.benchmarks.load"), folder / "load.log") as child,

@@ -65,7 +65,7 @@ class StepBench(Bench):
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(draft_rows=0))
 
     def validate(self) -> None:
-        self.check_least(repeats=3, warmup=1, tp=1, depth=0)
+        self.check_least(vocab_size=0, repeats=3, warmup=1, tp=1, depth=0)
         if self.overhead_tokens and self.overhead_tokens < 8:
             raise ConfigError(f"overhead_tokens={self.overhead_tokens} must be 0 or at least 8")
 
@@ -114,7 +114,6 @@ def build_executor(bench: StepBench, config: ModelConfig, dtype: Dtype, tick: Ti
 
 def run(bench: StepBench, console: Console) -> Record:
     """Measures and returns the record. Raises ConfigError."""
-    bench.validate()
     machine = describe()
     config, dtype = preset(bench.preset, bench.vocab_size), bench.dtype or default_dtype()
     before = measure_limits(dtype, bench.tp)

@@ -155,7 +155,6 @@ def take_turns(sides: dict[str, Callable[[int], float]], bench: TrainBench, tick
 
 def run(bench: TrainBench, console: Console) -> Record:
     """Measures and returns the record. Raises ConfigError, BenchError."""
-    bench.validate()
     machine = describe()
     config = dataclasses.replace(PRESETS[bench.preset], vocab_size=bench.vocab_size)
     dtype = PRESET_EXECUTIONS.get(bench.preset, DEFAULT_EXECUTION).dtype

@@ -64,6 +64,11 @@ class WeightsBench(Bench):
     warm: bool = False
     """Leave the files in the page cache, instead of dropping them before each reading"""
 
+    def validate(self) -> None:
+        self.check_least(repeats=1)
+        if self.model is None and self.quantize != "none":
+            raise ConfigError("quantize: only with --model; the weights of --preset are loaded as they are")
+
 
 def run(config: WeightsBench, console: Console) -> Record:
     """Measures and returns the record. Raises ConfigError for a model that can't be read."""
@@ -73,8 +78,6 @@ def run(config: WeightsBench, console: Console) -> Record:
         if not files:
             raise ConfigError(f"model: {path} is neither a folder with safetensors nor a GGUF file")
         return _measure(config, files, partial(_load_served, path, config), f"{path.resolve().stem}-{kept}", console)
-    if config.quantize != "none":
-        raise ConfigError("quantize: only with --model; the weights of --preset are loaded as they are")
     with temporary_folder("isthmus-bench-") as path:
         write_random(path, preset(config.preset, config.vocab_size))
         files = sorted(path.glob("*.safetensors"))

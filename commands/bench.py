@@ -25,6 +25,7 @@ examples:
   isthmus bench serve --preset 125m                      a server under load: throughput and latency by arrival rate
   isthmus bench serve --model runs/mine --rates 1 2 4    a model folder, at the rates named (requests per second)
   isthmus bench serve --address 127.0.0.1:50051          a server that is already running
+  isthmus bench features --model models/smollm2          what guesses, the prefix cache, options and forms cost or save
   isthmus bench train --peer                             a training step, beside nanoGPT in torch (make peers)
   isthmus bench weights                                  loading a model, beside just reading its files
   isthmus bench peers --model models/125m                beside llama.cpp, vLLM and transformers (benchmarks/peers)
@@ -39,7 +40,8 @@ NAMED: dict[str, Callable[..., Bench]] = {**{case.name: case.bench for case in C
 
 
 def _measure(case: Case, bench: Bench, console: Console) -> None:
-    """Runs, prints and saves one benchmark."""
+    """Checks, runs, prints and saves one benchmark. Raises ConfigError and BenchError."""
+    bench.validate()
     if warning := enable_compilation_cache():
         console.print(warning, style="yellow", markup=False)
     record = case.run(bench, console)

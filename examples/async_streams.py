@@ -22,4 +22,6 @@ async def main(path: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python {sys.argv[0]} MODEL")
     asyncio.run(main(sys.argv[1]))

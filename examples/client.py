@@ -2,7 +2,7 @@
 
 import sys
 
-from isthmus import Client, InvalidRequest, Unavailable
+from isthmus import Client, InvalidRequest, RequestError
 
 PROMPTS = ["def __init__(self", "import ", "class ", "for i in range("]
 
@@ -18,8 +18,8 @@ def main(address: str) -> int:
             client.generate("import ", temperature=-1)
         except InvalidRequest as error:
             print(f"as it should be, {error.field} is refused: {error.message}")
-        except Unavailable as error:
-            print(f"no server at {address}: {error}", file=sys.stderr)
+        except RequestError as error:  # of a list it is a BatchError, whose `errors` has each item's
+            print(f"{address}: {error}", file=sys.stderr)
             return 1
     return 0
 

@@ -75,5 +75,7 @@ def main(text: Path, out: Path, steps: int, shape: str) -> None:
 
 
 if __name__ == "__main__":
+    if not 3 <= len(sys.argv) <= 5:
+        sys.exit(f"usage: python {sys.argv[0]} TEXT OUT [STEPS [MESH]]")
     words = dict(enumerate(sys.argv))
     main(Path(words[1]), Path(words[2]), int(words.get(3, 200)), words.get(4, ""))

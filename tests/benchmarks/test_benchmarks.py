@@ -310,6 +310,11 @@ def test_wrong_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path: 
     for words, field in (
         (["step", "--preset", "7m"], "preset"),
         (["step", "--repeats", "1"], "repeats"),
+        (["step", "--vocab-size", "-1"], "vocab_size"),
+        (["features"], "model: name a folder"),
+        (["weights", "--repeats", "0"], "repeats"),
+        (["quality", "--model", str(tmp_path)], "model:"),
+        (["serve", "--address", "localhost"], "must be HOST:PORT"),
         (["serve", "--seconds", "0"], "seconds"),
         (["serve", "--lengths.scale", "0"], "lengths.scale"),
         (["serve", "--compare-requests", "1000"], "compare_requests"),

@@ -34,6 +34,18 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("programs")
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_without_arguments_it_says_how_it_is_called(name: str) -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLES / name)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.startswith("usage: python ") and done.stderr.count("\n") == 1
+
+
+def test_a_client_without_a_server_says_so() -> None:
+    words = [sys.executable, str(EXAMPLES / "client.py"), "127.0.0.1:1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.startswith("127.0.0.1:1: ") and "Traceback" not in done.stderr
+
+
 def test_llm(model_folder: Path, programs: Path) -> None:
     lines = run("llm.py", model_folder, programs=programs)
     assert len(re.findall(r"\(LENGTH, 24 tokens\)|\(EOS, \d+ tokens\)", lines)) == 4
