@@ -60,3 +60,12 @@ def test_what_cannot_be_resumed_is_named(models: tuple[Model, ...], field: str, 
         with pytest.raises(InvalidRequest) as refused:
             model.generate(PROMPT, **{**DRAWN, **options})
         assert refused.value.field == field
+
+
+def test_what_its_form_does_not_allow_is_the_callers_mistake(models: tuple[Model, ...]) -> None:
+    """The engine would end it as its own failure, of which a server's operator is told."""
+    for model in models:
+        ids = model.tokenize("7a")
+        with pytest.raises(InvalidRequest) as refused:
+            model.generate(PROMPT, **{**DRAWN, "ignore_eos": False}, resume_token_ids=ids, regex="[0-9]+")
+        assert refused.value.field.startswith("resume_token_ids[")

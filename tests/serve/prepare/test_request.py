@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from isthmus.errors import InvalidRequest
+from isthmus.forms import Choices, Regex
 from isthmus.model.text.chat import ChatTemplate
 from isthmus.model.text.stops import MAX_STOP_CHARACTERS, MAX_STOPS
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
 from isthmus.serve.prepare.answer import TextOptions
+from isthmus.serve.prepare.grammar import Grammars
 from isthmus.serve.prepare.request import (
     MAX_MESSAGES,
     MAX_TOKENS,
@@ -25,6 +27,7 @@ from isthmus.serve.prepare.request import (
 from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
 from isthmus.types import Conversation, Question, SamplingParams, Service, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
+from tests.serve.prepare.schemas import small_tokenizer
 
 RECOMMENDED = GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
 A = TextPrompt("a")
@@ -144,6 +147,49 @@ def test_what_can_not_work_is_named(preparation: Preparation, prompt: Any, sampl
     with pytest.raises(InvalidRequest) as refused:
         preparation.request(Question(prompt, SamplingParams(**sampling)))
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    "text, options, field",
+    [
+        ("abab", {"response_format": Regex("(ab)+")}, None),
+        ("abaa", {"response_format": Regex("(ab)+")}, "resume_token_ids[3]"),
+        ("cab", {"response_format": Choices(["ab", "ba"])}, "resume_token_ids[0]"),
+        ("ab", {"response_format": Choices(["ab", "ba"])}, "resume_token_ids"),
+        ("abab", {"response_format": Choices(["ab", "ba"])}, "resume_token_ids[2]"),
+        ("abc", {"stop": "ab"}, None),
+        ("abc", {"ends": "b"}, "resume_token_ids[1]"),
+        ("a" * 65, {}, "resume_token_ids"),
+    ],
+)
+def test_what_can_not_be_resumed_is_refused_before_it_costs_anything(
+    text: str, options: dict[str, Any], field: str | None
+) -> None:
+    """Text that breaks its form, or that has ended, would fail in the engine, as if that were at fault."""
+    tokenizer = small_tokenizer()
+    ids = [token for letter in text for token in tokenizer.encode_part(letter)]
+    if ends := options.pop("ends", ""):
+        options["stop_token_ids"] = tokenizer.encode_part(ends)
+    preparation = Preparation(
+        tokenizer, None, GenerationDefaults(), 64, Grammars(tokenizer, tokenizer.vocab_size)
+    )  # fmt: skip
+    question = Question(TokenPrompt([1]), SamplingParams(seed=1, resume_token_ids=ids, **options))
+    if field is None:
+        assert preparation.request(question).resumed == ids
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        preparation.request(question)
+    assert refused.value.field == field
+
+
+def test_the_end_of_a_text_is_not_resumed(preparation: Preparation, tokenizer: Tokenizer) -> None:
+    """Whoever adds the token that ended a text to it would get another text after it."""
+    (end,) = tokenizer.eos_ids
+    sampling = SamplingParams(seed=1, resume_token_ids=[2, end])
+    with pytest.raises(InvalidRequest) as refused:
+        preparation.request(Question(A, sampling))
+    assert refused.value.field == "resume_token_ids[1]"
+    assert preparation.request(Question(A, sampling.replace(ignore_eos=True))).resumed == [2, end]
 
 
 def test_a_model_without_a_template_says_so(tokenizer: Tokenizer) -> None:
