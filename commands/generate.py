@@ -144,7 +144,11 @@ _OF_A_FOLDER = ("merge_adapter", "quantize", "dtype", "mesh", "kernels", "compil
 def _open(config: GenerateConfig) -> Client | LLM:
     """Opens a client of the server, or the model in this process. Raises ConfigError and CheckpointError."""
     if config.model is None:
-        return Client(config.address, token=config.read_token(), tls_ca=config.tls_ca)
+        token = config.read_token()
+        try:
+            return Client(config.address, token=token, tls_ca=config.tls_ca)
+        except OSError as error:
+            raise ConfigError(f"tls_ca: {error}") from None
     from isthmus.llm import LLM
     from isthmus.model.sharding import MeshShape
 
@@ -187,20 +191,9 @@ def _print(prompt: str, complete: Complete, parse_special: bool) -> None:
 
 
 def _reason(error: RequestError, address: str) -> str:
-    """The error of a call as a message. It has a hint if the status isn't an Isthmus server's, whose statuses all have
-    details in the call's trailing metadata."""
-    code, hint = error.code, ""
-    if isinstance(call := error.__cause__, grpc.RpcError):
-        code = call.code().name
-        if not call.trailing_metadata():
-            hint = _HINTS.get(code, "")
-    return f"{address}: {code}: {error}{hint}"
-
-
-_HINTS = {
-    "UNAVAILABLE": "; is a server running there? isthmus serve --model DIR",
-    "UNIMPLEMENTED": "; is it another server's port?",
-}
+    """The error of a call as a message."""
+    code = error.__cause__.code().name if isinstance(error.__cause__, grpc.RpcError) else error.code
+    return f"{address}: {code}: {error}"
 
 
 def main(argv: Sequence[str]) -> int:

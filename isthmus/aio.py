@@ -107,7 +107,7 @@ class AsyncClient(AsyncModel):
                 if (delta := gathered.take(event)) is not None:
                     yield delta
         except grpc.RpcError as error:
-            raise error_of(error) from error
+            raise error_of(error, timeout=timeout) from error
         except asyncio.CancelledError as error:
             raise self._reason(error) from None
         finally:
@@ -169,7 +169,7 @@ class AsyncClient(AsyncModel):
         try:
             answer: T = await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_of(error, _FIELDS.get(type(request), {})) from error
+            raise error_of(error, _FIELDS.get(type(request), {}), timeout) from error
         except asyncio.CancelledError as error:
             raise self._reason(error) from None
         return answer

@@ -10,23 +10,25 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
-from isthmus.errors import Unavailable
+from isthmus.arguments import check_flag, check_within
+from isthmus.errors import ConfigError, InvalidRequest, Unavailable
 from isthmus.forms import check_string
 from isthmus.proto import (
     API_FIELDS,
     completion_of,
     error_of,
     finish_reason_name,
-    fitting,
     logprobs_of,
     message_of,
     response_of,
+    set_ids,
 )
 from isthmus.proto_scores import EMBED_FIELDS, SCORE_FIELDS, embed_message, embedding_of, score_message, scores_of
 from isthmus.protocol import Model
 from isthmus.questions import to_question
 from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion
 from isthmus.types import (
+    NO_LIMIT,
     AskOptions,
     Completion,
     Delta,
@@ -34,7 +36,6 @@ from isthmus.types import (
     Prompt,
     Question,
     TokenLogprobs,
-    check_sized,
     check_timeout,
 )
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -71,86 +72,92 @@ def generate_request(
     """
     asked = to_question(prompt, None, options, arguments=template_arguments)
     message = message_of(asked, token_ids=return_token_ids)
-    message.request_id, message.prompt.parse_special = request_id, parse_special
+    message.request_id = check_string("request_id", request_id)
+    message.prompt.parse_special = check_flag("parse_special", parse_special)
     return message
 
 
 def read_token(path: Path) -> str:
-    """The auth token in a file. Raises OSError, and ValueError for a file that isn't one line of printable ASCII."""
+    """The auth token in a file. Raises OSError, and ConfigError for a file that isn't one line of printable ASCII."""
     data = path.read_bytes().strip()
     if not data or not data.isascii() or not data.decode("ascii").isprintable():
-        raise ValueError(f"{path} must hold one line of printable ASCII")
+        raise ConfigError(f"{path} must hold one line of printable ASCII")
     return data.decode("ascii")
 
 
 def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
-    """Credentials to call a server with TLS. Raises OSError, and ValueError for what isn't a PEM file.
+    """Credentials to call a server with TLS. Raises OSError, and ConfigError for what isn't a PEM file.
 
     ca: a PEM file with the certificate of the authority that signed the server's, or with a self-signed server's own.
     """
     data = Path(ca).read_bytes()
     if b"-----BEGIN " not in data:
-        raise ValueError(f"tls_ca: {ca} is not a PEM file, which has a line -----BEGIN CERTIFICATE-----")
+        raise ConfigError(f"tls_ca: {ca} is not a PEM file, which has a line -----BEGIN CERTIFICATE-----")
     return grpc.ssl_channel_credentials(data)
 
 
 def check_target(target: str) -> str:
-    """The address of a server. Raises ValueError for a host without a port, which gRPC would read as port 443."""
+    """The address of a server. Raises ConfigError for a host without a port, which gRPC would read as port 443."""
     if not isinstance(target, str) or ":" not in target:
-        raise ValueError(f"target={target!r} must be HOST:PORT, such as 127.0.0.1:50051")
+        raise ConfigError(f"target={target!r} must be HOST:PORT, such as 127.0.0.1:50051")
     return target
 
 
 def choose_credentials(
     credentials: grpc.ChannelCredentials | None, tls_ca: Path | str | None
 ) -> grpc.ChannelCredentials | None:
-    """The credentials that are given or made from tls_ca; None is plain text. Raises ValueError if both are given,
+    """The credentials that are given or made from tls_ca; None is plain text. Raises ConfigError if both are given,
     and what `tls_credentials` raises."""
     if tls_ca is None:
         return credentials
     if credentials is not None:
-        raise ValueError("give credentials or tls_ca, not both")
+        raise ConfigError("give credentials or tls_ca, not both")
     return tls_credentials(tls_ca)
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
-    """The metadata that carries an auth token. Raises ValueError for what metadata can't carry."""
+    """The metadata that carries an auth token. Raises ConfigError for what metadata can't carry."""
     if token is None:
         return ()
     if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
-        raise ValueError("token must be a line of printable ASCII")
+        raise ConfigError("token must be a line of printable ASCII")
     return (("authorization", f"Bearer {token}"),)
 
 
 def check_at_once(at_once: int) -> int:
-    """Raises ValueError for less than one."""
-    if not isinstance(at_once, int) or at_once < 1:
-        raise ValueError(f"at_once must be a whole number of at least 1, not {at_once!r:.80}")
+    """Raises ConfigError for less than one."""
+    if not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1:
+        raise ConfigError(f"at_once must be a whole number of at least 1, not {at_once!r:.80}")
     return at_once
 
 
 def tokenize_request(text: str, parse_special: bool) -> inference_pb2.TokenizeRequest:
     """Raises InvalidRequest."""
-    checked = check_string("text", text)
-    return fitting("parse_special", lambda: inference_pb2.TokenizeRequest(text=checked, parse_special=parse_special))
+    return inference_pb2.TokenizeRequest(
+        text=check_string("text", text), parse_special=check_flag("parse_special", parse_special)
+    )
 
 
 def detokenize_request(token_ids: Sequence[int]) -> inference_pb2.DetokenizeRequest:
     """Raises InvalidRequest."""
-    ids = check_sized("token_ids", token_ids)
-    return fitting("token_ids", lambda: inference_pb2.DetokenizeRequest(token_ids=ids))
+    request = inference_pb2.DetokenizeRequest()
+    set_ids("token_ids", token_ids, request.token_ids)
+    return request
 
 
 def cancel_request(request_ids: Sequence[str]) -> control_pb2.CancelRequest:
     """Raises InvalidRequest."""
     ids = [request_ids] if isinstance(request_ids, str) else request_ids
-    return fitting("request_ids", lambda: control_pb2.CancelRequest(request_ids=ids))
+    if not isinstance(ids, Sequence) or isinstance(ids, bytes):
+        raise InvalidRequest("request_ids", f"must be a sequence of strings, not {type(ids).__name__}")
+    checked = [check_string(f"request_ids[{index}]", each) for index, each in enumerate(ids)]
+    return control_pb2.CancelRequest(request_ids=checked)
 
 
 def watch_request(interval: float) -> control_pb2.WatchLoadRequest:
     """Raises InvalidRequest."""
     request = control_pb2.WatchLoadRequest()
-    fitting("interval", lambda: request.interval.FromNanoseconds(round(1e9 * interval)))
+    request.interval.FromNanoseconds(round(1e9 * check_within("interval", interval, 0, NO_LIMIT)))
     return request
 
 
@@ -174,7 +181,7 @@ class Client(Model):
         """target: host:port. token: the server's auth token. credentials: for a server with TLS. tls_ca: in place of
         credentials, the PEM file that `tls_credentials` takes. at_once: most items of a list that are asked at once.
 
-        Without credentials and tls_ca, calls are plain text. Raises OSError if tls_ca can't be read, and ValueError if
+        Without credentials and tls_ca, calls are plain text. Raises OSError if tls_ca can't be read, and ConfigError if
         both are given, for a target without a port, for a token that isn't a line of printable ASCII, and for an
         at_once below 1.
         """
@@ -210,7 +217,7 @@ class Client(Model):
         fields: Mapping[str, str],
     ) -> _Call[T]:
         with _opened():
-            return _Call(method.future(message, timeout=timeout, metadata=self._metadata), convert, fields)
+            return _Call(method.future(message, timeout=timeout, metadata=self._metadata), convert, fields, timeout)
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
@@ -222,7 +229,7 @@ class Client(Model):
                 if (delta := gathered.take(event)) is not None:
                     yield delta
         except grpc.RpcError as error:
-            raise error_of(error) from error
+            raise error_of(error, timeout=timeout) from error
         finally:
             call.cancel()
 
@@ -275,7 +282,7 @@ class Client(Model):
             with _opened():
                 answer: T = method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise error_of(error, {}) from error
+            raise error_of(error, {}, timeout) from error
         return answer
 
     def close(self) -> None:
@@ -300,17 +307,19 @@ def _opened() -> Iterator[None]:
 class _Call(Generic[T]):
     """A call that is under way."""
 
-    def __init__(self, future: Any, convert: Callable[[Any], T], fields: Mapping[str, str]) -> None:
-        """convert: makes the result of the response. fields: as in `error_of`."""
-        self._future, self._convert, self._fields = future, convert, fields
+    def __init__(
+        self, future: Any, convert: Callable[[Any], T], fields: Mapping[str, str], timeout: float | None
+    ) -> None:
+        """convert: makes the result of the response. fields, timeout: as in `error_of`."""
+        self._future, self._convert, self._fields, self._timeout = future, convert, fields, timeout
 
     def result(self) -> T:
         try:
             answer = self._future.result()
         except grpc.FutureCancelledError:
-            raise error_of(self._future, self._fields) from None
+            raise error_of(self._future, self._fields, self._timeout) from None
         except grpc.RpcError as error:
-            raise error_of(error, self._fields) from error
+            raise error_of(error, self._fields, self._timeout) from error
         finally:  # whoever stops waiting, as by Ctrl-C, doesn't want it any more
             self._future.cancel()
         return self._convert(answer)

@@ -87,6 +87,11 @@ class DeadlineExceeded(RequestError, TimeoutError):
 
     code = "DEADLINE_EXCEEDED"
 
+    @classmethod
+    def after(cls, timeout: float | None) -> DeadlineExceeded:
+        """What becomes of a request that hasn't ended within its timeout. timeout: in seconds."""
+        return cls(f"the request hasn't ended within its timeout of {timeout} s")
+
 
 class Unauthenticated(RequestError):
     """The server needs an auth token, and the call had none or a wrong one."""

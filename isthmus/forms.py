@@ -102,6 +102,13 @@ def response_format(options: FormatOptions) -> ResponseFormat | None:
     return Choices(options["choices"])
 
 
+def check_choices(texts: Sequence[str]) -> list[str]:
+    """The texts of which one is to be written. Raises InvalidRequest for what is no sequence of strings."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Sequence):
+        raise InvalidRequest("choices", f"must be a list of texts, not {type(texts).__name__}")
+    return [check_string(f"choices[{index}]", text) for index, text in enumerate(texts)]
+
+
 def check_string(field: str, text: str) -> str:
     """The text. Raises InvalidRequest for what is no string, and for one that UTF-8 can't hold."""
     if not isinstance(text, str):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Semaphore
+from types import NoneType
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import jax
@@ -94,6 +95,19 @@ class LLM(Model):
         """
         _check("dtype", dtype, get_args(Dtype))
         _check("quantize", quantize, get_args(Quantize))
+        for name, value, kinds in (
+            ("path", path, (str, os.PathLike)),
+            ("mesh", mesh, (MeshShape, NoneType)),
+            ("kernels", kernels, (str,)),
+            ("engine", engine, (EngineConfig, NoneType)),
+            ("merge_adapter", merge_adapter, (bool,)),
+            ("base", base, (str, os.PathLike, NoneType)),
+            ("ignore_field", ignore_field, (list, tuple)),
+            ("download", download, (bool,)),
+            ("compilation_cache", compilation_cache, (str, os.PathLike, NoneType)),
+            ("progress", progress, (bool, NoneType)),
+        ):
+            _check_type(name, value, kinds)
         _keep_programs(compilation_cache)
         options = FolderOptions(None if base is None else Path(base), tuple(ignore_field), download)
         self._model = open_model(
@@ -158,7 +172,7 @@ class LLM(Model):
                     if _says_something(delta):
                         yield delta
         except queue.Empty:
-            raise _too_late(timeout) from None
+            raise DeadlineExceeded.after(timeout) from None
         finally:
             self._cancel(requests)
 
@@ -238,7 +252,7 @@ class _Begun(Generic[T]):
         try:
             return self._convert([future.result(_left(deadline)) for future in self._futures])
         except TimeoutError:
-            raise _too_late(self._timeout) from None
+            raise DeadlineExceeded.after(self._timeout) from None
         finally:  # a caller that stops waiting, for example by Ctrl-C, doesn't need the requests any more
             self.cancel()
 
@@ -291,7 +305,7 @@ class AsyncLLM(AsyncModel):
             async with asyncio.timeout(timeout):
                 return await (await begun).result_async()
         except TimeoutError:
-            raise _too_late(timeout) from None
+            raise DeadlineExceeded.after(timeout) from None
 
     async def follow(self, question: Question, timeout: float | None = None) -> AsyncGenerator[Delta, None]:
         llm, deadline = self._llm, _deadline(timeout)
@@ -307,7 +321,7 @@ class AsyncLLM(AsyncModel):
                     async with asyncio.timeout(_left(deadline)):
                         some = await events.some(MOST_AT_ONCE)
                 except TimeoutError:
-                    raise _too_late(timeout) from None
+                    raise DeadlineExceeded.after(timeout) from None
                 for delta in choices.take(some):
                     if _says_something(delta):
                         yield delta
@@ -344,6 +358,12 @@ def _says_something(delta: Delta) -> bool:
 def _check(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+def _check_type(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        wanted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise ConfigError(f"{name} must be {wanted}, not {type(value).__name__}")
 
 
 def _keep_programs(folder: str | os.PathLike[str] | None) -> None:
@@ -393,7 +413,3 @@ def _deadline(timeout: float | None) -> float | None:
 
 def _left(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.perf_counter())
-
-
-def _too_late(timeout: float | None) -> DeadlineExceeded:
-    return DeadlineExceeded(f"the request hasn't ended in {timeout} s")

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import re
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from typing import TypeVar, cast
 
 import grpc
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+from isthmus.arguments import (
+    check_flag,
+    check_int,
+    check_number,
+    check_whole,
+    check_within,
+    not_a_token,
+    refused_ids,
+)
 from isthmus.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -24,8 +33,9 @@ from isthmus.errors import (
     Unauthenticated,
     Unavailable,
 )
-from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_string
+from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_choices, check_string
 from isthmus.types import (
+    NO_LIMIT,
     Completion,
     Conversation,
     FinishReason,
@@ -35,7 +45,9 @@ from isthmus.types import (
     TextPrompt,
     TokenLogprobs,
     TokenPrompt,
+    check_bias,
     check_cache,
+    check_priority,
     check_sized,
     check_stops,
     check_turn,
@@ -44,17 +56,10 @@ from isthmus.v1 import inference_pb2
 
 T = TypeVar("T")
 
-SCALARS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+SCALARS = (*NUMBERS, "top_k", "seed")
 """The numbers that both SamplingParams have under one name"""
+LOGPROBS = ("logprobs", "prompt_logprobs")
 PROMPT_ARGUMENTS = {
     "messages": "prompt.messages.messages",
     "chat_template": "prompt.messages",
@@ -130,53 +135,49 @@ def set_prompt(
     match prompt:
         case TextPrompt(text, parse_special):
             message.text = check_string("prompt", text)
-            fitting("parse_special", lambda: setattr(message, "parse_special", parse_special))
+            message.parse_special = check_flag("parse_special", parse_special)
         case Conversation(messages, arguments):
             turns = [check_turn(index, turn) for index, turn in enumerate(messages)]
-            fitting("messages", lambda: message.messages.messages.extend(inference_pb2.ChatMessage(**t) for t in turns))
+            message.messages.messages.extend(inference_pb2.ChatMessage(**turn) for turn in turns)
             message.messages.SetInParent()
             if arguments:
-                written = _json(arguments)
-                fitting("template_arguments", lambda: setattr(message.messages, "template_arguments_json", written))
+                message.messages.template_arguments_json = check_string("template_arguments", _json(arguments))
         case TokenPrompt(given):
-            ids = check_sized("prompt", given)
             message.token_ids.SetInParent()
-            fitting("prompt", lambda: message.token_ids.ids.extend(ids))
+            set_ids("prompt", given, message.token_ids.ids)
     if last is not None:
-        fitting("truncate_prompt_tokens", lambda: setattr(message, "truncate_prompt_tokens", last))
+        message.truncate_prompt_tokens = check_whole("truncate_prompt_tokens", last, 32)
 
 
 def _set_sampling(message: inference_pb2.GenerateRequest, sampling: SamplingParams) -> None:
-    for name in SCALARS:
-        if (value := getattr(sampling, name)) is not None:
-            fitting(name, partial(setattr, message.sampling, name, value))
-    if sampling.max_tokens is not None:
-        fitting("max_tokens", lambda: setattr(message.stop, "max_tokens", sampling.max_tokens))
-    if sampling.logprobs is not None:
-        fitting("logprobs", lambda: setattr(message.output, "logprobs", sampling.logprobs))
-    if sampling.min_tokens is not None:
-        fitting("min_tokens", lambda: setattr(message.stop, "min_tokens", sampling.min_tokens))
+    to, stop, output = message.sampling, message.stop, message.output
+    for name in NUMBERS:
+        if (number := getattr(sampling, name)) is not None:
+            setattr(to, name, check_number(name, number))
+    for holder, names in ((to, ("top_k", "n")), (stop, ("max_tokens", "min_tokens")), (output, LOGPROBS)):
+        for name in names:
+            if (whole := getattr(sampling, name)) is not None:
+                setattr(holder, name, check_whole(name, whole, 32))
+    if sampling.seed is not None:
+        to.seed = check_whole("seed", sampling.seed, 64)
     if (allowed := sampling.allowed_token_ids) is not None:
-        message.sampling.allowed_token_ids.SetInParent()
-        ids = check_sized("allowed_token_ids", allowed)
-        fitting("allowed_token_ids", lambda: message.sampling.allowed_token_ids.ids.extend(ids))
-    before = check_sized("resume_token_ids", sampling.resume_token_ids)
-    fitting("resume_token_ids", lambda: message.resume_token_ids.extend(before))
-    bad = check_sized("bad_token_ids", sampling.bad_token_ids)
-    fitting("bad_token_ids", lambda: message.sampling.bad_token_ids.extend(bad))
-    fitting("logit_bias", lambda: message.sampling.logit_bias.update(sampling.logit_bias))
-    if sampling.n != 1:
-        fitting("n", lambda: setattr(message.sampling, "n", sampling.n))
-    if sampling.prompt_logprobs is not None:
-        fitting("prompt_logprobs", lambda: setattr(message.output, "prompt_logprobs", sampling.prompt_logprobs))
-    skip = sampling.skip_special_tokens  # set as it is first, so that a value of a wrong type is refused
-    fitting("skip_special_tokens", lambda: setattr(message.output, "keep_special_tokens", skip))
-    message.output.keep_special_tokens = not skip
-    stops = check_sized("stop_token_ids", sampling.stop_token_ids)
-    fitting("stop_token_ids", lambda: message.stop.token_ids.extend(stops))
-    message.stop.strings.extend(check_stops(sampling.stop))
-    fitting("include_stop", lambda: setattr(message.stop, "include_stop", sampling.include_stop))
-    fitting("ignore_eos", lambda: setattr(message.stop, "ignore_eos", sampling.ignore_eos))
+        to.allowed_token_ids.SetInParent()
+        set_ids("allowed_token_ids", allowed, to.allowed_token_ids.ids)
+    set_ids("resume_token_ids", sampling.resume_token_ids, message.resume_token_ids)
+    set_ids("bad_token_ids", sampling.bad_token_ids, to.bad_token_ids)
+    set_ids("stop_token_ids", sampling.stop_token_ids, stop.token_ids)
+    _set_bias(to, sampling.logit_bias)
+    output.keep_special_tokens = not check_flag("skip_special_tokens", sampling.skip_special_tokens)
+    stop.strings.extend(check_stops(sampling.stop))
+    stop.include_stop = check_flag("include_stop", sampling.include_stop)
+    stop.ignore_eos = check_flag("ignore_eos", sampling.ignore_eos)
+
+
+def _set_bias(message: inference_pb2.SamplingParams, given: Mapping[int, float]) -> None:
+    for token, value in check_bias(given).items():
+        if not 0 <= check_int("logit_bias", token) < 1 << 32:
+            raise InvalidRequest(f"logit_bias[{token}]", not_a_token(token))
+        message.logit_bias[token] = check_number(f"logit_bias[{token}]", value)
 
 
 def _set_format(message: inference_pb2.GenerateRequest, form: ResponseFormat | None) -> None:
@@ -194,9 +195,7 @@ def _set_format(message: inference_pb2.GenerateRequest, form: ResponseFormat | N
             to.lark_grammar = check_string("grammar", lark)
         case Choices(texts):
             to.choices.SetInParent()
-            if isinstance(texts, str):
-                raise InvalidRequest("choices", "must be a list of texts, not a string")
-            fitting("choices", lambda: to.choices.texts.extend(texts))
+            to.choices.texts.extend(check_choices(texts))
         case _:
             raise InvalidRequest("response_format", f"must be a form of text, not {type(form).__name__}")
 
@@ -226,9 +225,10 @@ def set_service(
     """Writes how a request is served, but for predicted_text. Raises InvalidRequest."""
     message.model = check_string("model", service.model)
     if service.priority != 0:
-        fitting("priority", lambda: setattr(message.scheduling, "priority", service.priority))
+        message.scheduling.priority = check_priority(service.priority)
     if (seconds := service.max_queue_time) is not None:
-        fitting("max_queue_time", lambda: message.scheduling.max_queue_time.FromNanoseconds(round(1e9 * seconds)))
+        checked = check_within("max_queue_time", seconds, 0, NO_LIMIT, open_low=True)
+        message.scheduling.max_queue_time.FromNanoseconds(round(1e9 * checked))
     if check_cache(service.cache) != "on":
         message.prefix_cache.bypass_read = service.cache not in ("on", "read")
         message.prefix_cache.bypass_write = service.cache not in ("on", "write")
@@ -236,12 +236,13 @@ def set_service(
         message.prefix_cache.salt = check_string("cache_salt", service.cache_salt)
 
 
-def fitting(field: str, put: Callable[[], T]) -> T:
-    """Returns put(), which sets a field of a message. Raises InvalidRequest if the value doesn't fit."""
+def set_ids(field: str, given: Sequence[int], to: MutableSequence[int]) -> None:
+    """Adds token ids to a field of a message. Raises InvalidRequest for what isn't a sequence of them."""
+    ids = check_sized(field, given)
     try:
-        return put()
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidRequest(field, str(error)) from None
+        to.extend(ids)
+    except (ValueError, TypeError, OverflowError):
+        raise refused_ids(field, ids, 32) from None
 
 
 def _json(arguments: Mapping[str, object]) -> str:
@@ -321,10 +322,39 @@ def _seconds(duration: duration_pb2.Duration) -> float:
 # Errors
 
 
-def error_of(call: grpc.RpcError, fields: Mapping[str, str] = API_FIELDS) -> RequestError:
+_HINTS = (
+    ("UNAVAILABLE", "Hostname Verification Check failed", "the server's certificate doesn't name this host"),
+    (
+        "UNAVAILABLE",
+        "CERTIFICATE_VERIFY_FAILED",
+        "tls_ca (--tls-ca) isn't the authority of the server's certificate",
+    ),
+    ("UNAVAILABLE", "WRONG_VERSION_NUMBER", "does the server have TLS? it may not need tls_ca (--tls-ca)"),
+    (
+        "UNAVAILABLE",
+        r"failed to connect.*(Socket closed|Connection reset)",
+        "is it another program's port, or does it need tls_ca (--tls-ca)?",
+    ),
+    ("UNAVAILABLE", "", "is a server running there? isthmus serve --model DIR"),
+    ("UNIMPLEMENTED", "", "is it another server's port?"),
+)
+"""What may be the matter if a call ends with a status, and words in its details, that no Isthmus server gave it: the
+first that fits"""
+
+
+def _hint(call: grpc.RpcError) -> str:
+    """What may be the matter with a call, to be added to its details. An Isthmus server's statuses all have details in
+    the call's trailing metadata, and need none."""
+    if call.trailing_metadata():
+        return ""
+    name, details = call.code().name, call.details() or ""
+    return next((f"; {hint}" for code, words, hint in _HINTS if code == name and re.search(words, details)), "")
+
+
+def error_of(call: grpc.RpcError, fields: Mapping[str, str] = API_FIELDS, timeout: float | None = None) -> RequestError:
     """The exception for a call that failed. fields: the library's arguments, and the request's fields for them, which
-    are renamed in the error."""
-    code, message, status = call.code(), call.details() or "", _status(call)
+    are renamed in the error. timeout: the call's, in seconds."""
+    code, message, status = call.code(), (call.details() or "") + _hint(call), _status(call)
     violations = _detail(status, error_details_pb2.BadRequest).field_violations
     field = violations[0].field if violations else ""
     if fields:
@@ -349,6 +379,8 @@ def error_of(call: grpc.RpcError, fields: Mapping[str, str] = API_FIELDS) -> Req
             return Overloaded(message, after)
         case grpc.StatusCode.CANCELLED if "Channel closed" in message:  # by closing the client, here
             return Unavailable("this client was closed", None)
+        case grpc.StatusCode.DEADLINE_EXCEEDED if timeout is not None and not call.trailing_metadata():
+            return DeadlineExceeded.after(timeout)
         case grpc.StatusCode.UNAVAILABLE:
             return Unavailable(message, after)
         case grpc.StatusCode.INTERNAL:

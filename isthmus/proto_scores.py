@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from isthmus.errors import InvalidRequest, RequestFailed
+from isthmus.arguments import check_flag, check_whole
+from isthmus.errors import RequestFailed
 from isthmus.forms import check_string
-from isthmus.proto import PROMPT_ARGUMENTS, SERVICE_ARGUMENTS, fitting, logprobs_of, set_prompt, set_service
+from isthmus.proto import PROMPT_ARGUMENTS, SERVICE_ARGUMENTS, logprobs_of, set_ids, set_prompt, set_service
 from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion, check_pooling
-from isthmus.types import check_sized
 from isthmus.v1 import inference_pb2
 
 SCORE_FIELDS = {**PROMPT_ARGUMENTS, **SERVICE_ARGUMENTS}
@@ -33,11 +31,10 @@ def score_message(question: ScoreQuestion) -> inference_pb2.ScoreRequest:
         if isinstance(continuation, str):
             added.text = check_string(f"continuations[{index}]", continuation)
         else:
-            ids = check_sized(f"continuations[{index}]", continuation)
             added.token_ids.SetInParent()
-            fitting(f"continuations[{index}]", partial(added.token_ids.ids.extend, ids))
+            set_ids(f"continuations[{index}]", continuation, added.token_ids.ids)
     if question.logprobs is not None:
-        fitting("logprobs", lambda: setattr(message, "logprobs", question.logprobs))
+        message.logprobs = check_whole("logprobs", question.logprobs, 32)
     set_service(message, question.service)
     return message
 
@@ -62,11 +59,9 @@ def embed_message(question: EmbedQuestion) -> inference_pb2.EmbedRequest:
     message = inference_pb2.EmbedRequest(request_id=question.request_id)
     set_prompt(message.inputs.add(), question.prompt, question.truncate_prompt_tokens)
     message.pooling = _POOLING[check_pooling(question.pooling)]
-    if not isinstance(question.normalize, bool):
-        raise InvalidRequest("normalize", f"must be True or False, not {question.normalize!r:.80}")
-    message.keep_length = not question.normalize
+    message.keep_length = not check_flag("normalize", question.normalize)
     if question.dimensions is not None:
-        fitting("dimensions", lambda: setattr(message, "dimensions", question.dimensions))
+        message.dimensions = check_whole("dimensions", question.dimensions, 32)
     set_service(message, question.service)
     return message
 

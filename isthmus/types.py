@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypedDict, Unpack, cast, get_args
 
+from isthmus.arguments import check_int
 from isthmus.errors import InvalidRequest
 from isthmus.forms import FormatOptions, ResponseFormat, check_string, response_format
 
@@ -302,6 +303,25 @@ def check_cache(cache: Cache) -> Cache:
     if cache not in get_args(Cache):
         raise InvalidRequest("cache", f"must be one of {', '.join(get_args(Cache))}, not {cache!r:.80}")
     return cache
+
+
+MAX_PRIORITY = 100
+"""The highest priority, and minus the lowest"""
+
+
+def check_priority(priority: int) -> int:
+    """Raises InvalidRequest for what isn't one."""
+    checked = check_int("priority", priority)
+    if abs(checked) > MAX_PRIORITY:
+        raise InvalidRequest("priority", f"must be {-MAX_PRIORITY} to {MAX_PRIORITY}, not {checked}")
+    return checked
+
+
+def check_bias(bias: Mapping[int, float]) -> Mapping[int, float]:
+    """The map, whose ids and numbers are not looked at. Raises InvalidRequest for what is none."""
+    if not isinstance(bias, Mapping):
+        raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {type(bias).__name__}")
+    return bias
 
 
 def check_sized(field: str, ids: Sequence[int]) -> Sequence[int]:

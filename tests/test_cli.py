@@ -159,6 +159,12 @@ def test_a_token_file_that_can_not_be_sent_is_named(
     assert "auth_token_file" in said and str(token) in said
 
 
+def test_a_file_for_tls_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a", "--address", "127.0.0.1:1", "--tls-ca", str(tmp_path / "ca.pem")]) == 2
+    said = capsys.readouterr().err
+    assert "tls_ca: " in said and "ca.pem" in said
+
+
 def test_generate_asks_for_what_was_given_and_no_more() -> None:
     """Every prompt was drawn at 0.8 and 0.95, against what the model's makers recommend and the API promises."""
     from isthmus.commands.generate import GenerateConfig

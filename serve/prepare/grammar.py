@@ -23,7 +23,7 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 
 from isthmus.errors import InvalidRequest, Overloaded
-from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_string
+from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat, check_choices, check_string
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.serve.engine.constraint import ConstraintError
 from isthmus.serve.prepare import grammar_trial, schema
@@ -227,13 +227,12 @@ def _bounded(name: str, text: str, most: int) -> str:
 
 
 def _listed(texts: Sequence[str]) -> str:
-    if isinstance(texts, str) or not isinstance(texts, Sequence):
-        raise InvalidRequest("choices", f"must be a list of texts, not {type(texts).__name__}")
+    texts = check_choices(texts)
     if not 1 <= len(texts) <= MAX_CHOICES:
         raise InvalidRequest("choices", f"has {len(texts)}; give 1 to {MAX_CHOICES}")
     for index, text in enumerate(texts):
         _bounded(f"choices[{index}]", text, MAX_GRAMMAR)
-    return _bounded("choices", json.dumps(list(texts), ensure_ascii=False), MAX_GRAMMAR)
+    return _bounded("choices", json.dumps(texts, ensure_ascii=False), MAX_GRAMMAR)
 
 
 def _grammar(asked: ResponseFormat, text: str) -> str:

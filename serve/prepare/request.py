@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from isthmus.arguments import check_flag, check_int, check_within
 from isthmus.errors import InvalidRequest, ModelNotFound
 from isthmus.forms import check_string
 from isthmus.model.text.chat import ChatError, ChatTemplate
@@ -22,7 +23,7 @@ from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.answer import TextOptions
-from isthmus.serve.prepare.checks import check_flag, check_int, check_text, check_token_ids, check_within
+from isthmus.serve.prepare.checks import check_text, check_token_ids
 from isthmus.serve.prepare.grammar import Grammars
 from isthmus.serve.prepare.sampling import Drawing, drawing_of
 from isthmus.types import (
@@ -34,6 +35,7 @@ from isthmus.types import (
     TextPrompt,
     TokenPrompt,
     check_cache,
+    check_priority,
     check_sized,
     check_stops,
     check_turn,
@@ -41,8 +43,6 @@ from isthmus.types import (
 
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
-MAX_PRIORITY = 100
-"""The highest priority, and minus the lowest"""
 MAX_SALT = 256
 """Most characters of a request's cache_salt"""
 MAX_MESSAGES = 1024
@@ -145,7 +145,7 @@ class Preparation:
             max_tokens=0,
             adapter=self._adapter(service.model),
             tenant=tenant,
-            priority=_priority(service.priority),
+            priority=check_priority(service.priority),
             deadline=deadline,
             max_queue_time=_limit(service.max_queue_time),
             cache_salt=_salt(tenant, service.cache_salt),
@@ -358,13 +358,6 @@ def _request_id(given: str) -> str:
     if len(given) > MAX_REQUEST_ID or not given.isprintable():
         raise InvalidRequest("request_id", f"must be at most {MAX_REQUEST_ID} printable characters")
     return given or secrets.token_hex(8)
-
-
-def _priority(given: int) -> int:
-    priority = check_int("priority", given)
-    if abs(priority) > MAX_PRIORITY:
-        raise InvalidRequest("priority", f"must be {-MAX_PRIORITY} to {MAX_PRIORITY}, not {priority}")
-    return priority
 
 
 def _limit(seconds: float | None) -> float | None:

@@ -6,12 +6,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from isthmus.arguments import check_flag, check_int, check_whole, check_within, not_a_token
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
 from isthmus.serve.engine.sampling import MOST_BIASED, MOST_LOGPROBS, Sampling
-from isthmus.serve.prepare.checks import check_flag, check_int, check_token_ids, check_whole, check_within, first
-from isthmus.types import SamplingParams, check_sized
+from isthmus.serve.prepare.checks import check_token_ids, first
+from isthmus.types import SamplingParams, check_bias, check_sized
 
 DEFAULT_MAX_TOKENS = 256
 MAX_STOP_TOKENS = 64
@@ -78,13 +79,19 @@ def _ids(field: str, given: Sequence[int], vocab: int, most: int | None = None) 
 
 
 def _bias(given: Mapping[int, float], vocab: int) -> tuple[tuple[int, float], ...]:
-    if not isinstance(given, Mapping):
-        raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be a {type(given).__name__}")
-    if len(given) > MOST_BIASED:
+    if len(check_bias(given)) > MOST_BIASED:
         raise InvalidRequest("logit_bias", f"has {len(given)} ids; at most {MOST_BIASED}")
-    ids = check_token_ids("logit_bias", list(given), vocab).tolist()
-    values = [check_within(f"logit_bias[{token}]", given[token], -MAX_BIAS, MAX_BIAS) for token in given]
-    return tuple(zip(ids, values, strict=True))
+    return tuple(
+        (_biased(token, vocab), check_within(f"logit_bias[{token}]", value, -MAX_BIAS, MAX_BIAS))
+        for token, value in given.items()
+    )
+
+
+def _biased(token: int, vocab: int) -> int:
+    token = check_int("logit_bias", token)
+    if not 0 <= token < vocab:
+        raise InvalidRequest(f"logit_bias[{token}]", f"{not_a_token(token)}; the vocabulary has {vocab}")
+    return token
 
 
 def check_logprobs(field: str, count: int | None) -> int:

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from isthmus.arguments import check_flag, check_int
 from isthmus.errors import InvalidRequest
 from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion, check_pooling
 from isthmus.serve.engine.messages import End, Ending, Request
 from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.answer import error_of, told_of
-from isthmus.serve.prepare.checks import check_flag, check_int, check_token_ids
+from isthmus.serve.prepare.checks import check_token_ids
 from isthmus.serve.prepare.request import MAX_CHOICES, Preparation, sharing
 from isthmus.serve.prepare.sampling import check_logprobs
 from isthmus.types import TokenPrompt, check_sized

@@ -21,6 +21,7 @@ from isthmus import (
     AsyncClient,
     Cancelled,
     Client,
+    ConfigError,
     DuplicateRequest,
     InvalidRequest,
     Overloaded,
@@ -160,7 +161,7 @@ def test_a_status_that_is_none_of_ours_keeps_its_words() -> None:
 
 
 def test_no_server_is_unavailable() -> None:
-    with Client("127.0.0.1:1") as client, pytest.raises(Unavailable) as refused:
+    with Client("127.0.0.1:1") as client, pytest.raises(Unavailable, match="is a server running there") as refused:
         client.generate("a", timeout=PATIENCE)
     assert refused.value.retry_after is None
 
@@ -168,15 +169,15 @@ def test_no_server_is_unavailable() -> None:
 def test_what_can_not_be_a_client_is_told_at_once() -> None:
     """A list would wait for ever with no call at a time, and gRPC says of a token only that metadata is invalid."""
     for kind in (Client, AsyncClient):
-        with pytest.raises(ValueError, match="target='localhost' must be HOST:PORT"):
+        with pytest.raises(ConfigError, match="target='localhost' must be HOST:PORT"):
             kind("localhost")
-        with pytest.raises(ValueError, match="target=5 must be HOST:PORT"):
+        with pytest.raises(ConfigError, match="target=5 must be HOST:PORT"):
             kind(5)  # type: ignore[arg-type]
-        for at_once in (0, -1, 1.5):
-            with pytest.raises(ValueError, match="at_once must be a whole number of at least 1"):
+        for at_once in (0, -1, 1.5, True):
+            with pytest.raises(ConfigError, match="at_once must be a whole number of at least 1"):
                 kind("127.0.0.1:1", at_once=at_once)  # type: ignore[arg-type]
         for token in ("", "ü", "a\n", "a\x00"):
-            with pytest.raises(ValueError, match="token must be a line of printable ASCII"):
+            with pytest.raises(ConfigError, match="token must be a line of printable ASCII"):
                 kind("127.0.0.1:1", token=token)
 
 

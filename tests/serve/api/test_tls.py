@@ -14,7 +14,7 @@ import pytest
 from isthmus.benchmarks.load import Target, run_load, server_facts
 from isthmus.benchmarks.workload import PlannedRequest
 from isthmus.client import Client
-from isthmus.errors import ConfigError
+from isthmus.errors import ConfigError, Unavailable
 from isthmus.serve.api.config import ServeConfig
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ISTHMUS, PATIENCE, PROMPT, SERVING, ApiClient, RunningServer, check_health
@@ -76,6 +76,24 @@ def test_plain_text_and_an_unknown_authority_get_nothing(encrypted: RunningServe
         with client, pytest.raises(grpc.RpcError) as failure:
             client.generate(PROMPT, max_tokens=1, timeout=PATIENCE)
         assert failure.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_handshake_that_fails_says_what_to_change(encrypted: RunningServer, pair: Pair, folder: Path) -> None:
+    """TLS libraries have words for it, of which none is an option."""
+    other = self_signed(folder, "stranger").cert
+    elsewhere = encrypted.address.replace("127.0.0.1", "127.0.0.2")
+    for address, authority, said in (
+        (encrypted.address, None, r"does it need tls_ca \(--tls-ca\)\?"),
+        (encrypted.address, other, r"tls_ca \(--tls-ca\) isn't the authority"),
+        (elsewhere, pair.cert, "certificate doesn't name this host"),
+    ):
+        with Client(address, token=TOKEN, tls_ca=authority) as client, pytest.raises(Unavailable, match=said):
+            client.generate(PROMPT, max_tokens=1, timeout=PATIENCE)
+
+
+def test_tls_to_a_server_without_it_says_so(server: RunningServer, pair: Pair) -> None:
+    with Client(server.address, tls_ca=pair.cert) as client, pytest.raises(Unavailable, match="may not need tls_ca"):
+        client.generate(PROMPT, max_tokens=1, timeout=PATIENCE)
 
 
 def test_the_command_line_talks_tls(encrypted: RunningServer, pair: Pair, token_file: Path) -> None:

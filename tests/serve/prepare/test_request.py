@@ -110,7 +110,7 @@ def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
         (TokenPrompt([1] * 64), {}, "prompt"),
         (TokenPrompt([1, 2, 90]), {}, "prompt[2]"),
         (TokenPrompt([1, -1]), {}, "prompt[1]"),
-        (TokenPrompt([1 << 70]), {}, "prompt"),
+        (TokenPrompt([1 << 70]), {}, "prompt[0]"),
         (Conversation([]), {}, "messages"),
         (Conversation([{"role": "user"}] * (MAX_MESSAGES + 1)), {}, "messages"),
         (Conversation([{"role": "user"}, {"content": "a"}]), {}, "messages[1].role"),
