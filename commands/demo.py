@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import lzma
+import os
 import shutil
+import sys
 import sysconfig
 import threading
 import time
@@ -227,6 +229,11 @@ def run(config: DemoConfig, console: Console) -> None:
         _call(server.address, config, console)
 
 
+def _command() -> str:
+    """What starts isthmus in the shell that ran this: its path, where no folder of PATH has it, as after make demo."""
+    return "isthmus" if shutil.which("isthmus") else f"{os.path.relpath(sys.executable)} -m isthmus"
+
+
 def main(argv: Sequence[str]) -> int:
     console = Console(soft_wrap=True)
     config = tyro.cli(DemoConfig, args=list(argv), description=HELP, prog="isthmus demo")
@@ -243,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"isthmus demo: {error}", style="red", markup=False)
         return 1
     console.print(
-        f"done in {time.perf_counter() - start:.0f} s. Serve it yourself: isthmus serve --model {config.out}",
+        f"done in {time.perf_counter() - start:.0f} s. Serve it yourself: {_command()} serve --model {config.out}",
         highlight=False,
     )
     return 0

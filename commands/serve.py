@@ -17,7 +17,7 @@ from isthmus.model.process.progress import Display, working
 from isthmus.model.process.signals import end_at_once
 from isthmus.model.weights.checkpoint import CheckpointError
 from isthmus.model.weights.folder import ModelFolder
-from isthmus.quality.costs import FILE, known, measured
+from isthmus.quality.costs import FILE, known, margin, measured
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.logs import bound_logs
 from isthmus.serve.api.server import Server
@@ -118,11 +118,13 @@ def _costs(config: ServeConfig, model: ModelFolder) -> Iterator[str]:
             f"{cost.dtype} with a cache in {cost.cache_dtype}"
         )
     elif config.quantize != "none":
-        told = [f"{cost.text()} on {name}" for name, cost in known(config.quantize, dtype).items()]
+        costs = known(config.quantize, dtype)
+        told = ", ".join(f"{cost.kl:.2g}{margin(cost.kl_error)} on {name}" for name, cost in costs.items())
+        fitted = "" if config.quantize == "int8" else ", and fits the integers so that less is lost"
         yield (
-            f"--quantize {config.quantize} rounds while loading, which changes what the model says. isthmus convert "
-            f"{config.model} TARGET --quantize {config.quantize} measures by how much, and loses less with fewer than "
-            "8 bits" + (f". Measured in {dtype} elsewhere: {'; '.join(told)}" if told else "")
+            f"--quantize {config.quantize} rounds while loading, which changes what the model says; isthmus convert "
+            f"{config.model} TARGET --quantize {config.quantize} measures by how much{fitted}"
+            + (f". Known KL divergences in {dtype}, in nats per token: {told}" if told else "")
         )
 
 

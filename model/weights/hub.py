@@ -53,7 +53,7 @@ def find_folder(path: Path, *, download: bool = False, revision: str | None = No
     if not is_hub_name(name):
         raise ConfigError(
             f"{shortened(name)}: there is no such folder or GGUF file; a model of a hub is named Org/Name, and "
-            "--download fetches it"
+            "download=True (--download) fetches it"
         )
     return _download(name, revision) if download else _cached(name, revision)
 
@@ -118,12 +118,12 @@ def _cached(name: str, revision: str | None) -> Path:
             found = ", ".join(sorted(each.name for each in folder.iterdir() if each.is_dir())[:5])
             raise ConfigError(
                 f"{name}: there is no such folder or GGUF file, nor is it in the Hugging Face cache; {folder} holds "
-                f"{found or 'no folders'}, and --download asks the hub"
+                f"{found or 'no folders'}, and download=True (--download) asks the hub"
             )
     version = "" if revision is None else f" at revision {shortened(revision)}"
     raise ConfigError(
         f"{name}{version}: there is no such folder or GGUF file, and the Hugging Face cache ({constants.HF_HUB_CACHE}) "
-        "doesn't have it; --download fetches it"
+        "doesn't have it; download=True (--download) fetches it"
     )
 
 

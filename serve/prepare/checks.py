@@ -38,8 +38,7 @@ def check_token_ids(field: str, ids: Sequence[int], vocab_size: int) -> np.ndarr
 
 
 def _integers(ids: Sequence[int]) -> np.ndarray:
-    """int64[len(ids)]. Raises OverflowError or TypeError; numpy would cut fractions off, and read numbers in strings and
-    in True."""
+    """int64[len(ids)]. Raises OverflowError or TypeError; numpy would cut fractions off and read numbers in strings."""
     if isinstance(ids, list | tuple):
         if bool in set(map(type, ids)):
             raise TypeError

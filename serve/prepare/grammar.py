@@ -288,6 +288,8 @@ def _reason(error: str) -> str:
         return "is too large to be compiled"
     if error.startswith("NoExtensionBias"):
         return "no text fits it"
+    if "coerce_one_of" in error:
+        return "'oneOf': that no text fits two of its schemas isn't plain here: use anyOf, which allows a text to"
     lines = [line for line in error.split("\n") if not re.match(r"\s*(\d+ \||\^|$)", line)]
     return re.sub(r"^(at )?\d+\(\d+\): ", "", " ".join(lines))[:300]
 

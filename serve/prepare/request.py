@@ -263,7 +263,9 @@ class Preparation:
         if most >= self.context_length:
             return InvalidRequest(field, f"has {tokens} tokens; at most {most} can be truncated")
         return InvalidRequest(
-            field, f"has {tokens} tokens; the context of {self.context_length} needs room for one more"
+            field,
+            f"has {tokens} tokens; the context of {self.context_length} needs room for one more. "
+            "truncate_prompt_tokens keeps the last ones",
         )
 
     def _rendered(self, conversation: Conversation) -> str:

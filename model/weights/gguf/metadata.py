@@ -94,7 +94,7 @@ class Metadata:
             if own == name or name in self._read or own in harmless or not _on(value):
                 continue
             raise self.error(name, "is not supported, and may change what the model computes; to go on without it: "
-                                   f"--ignore-field {shortened(name)}")  # fmt: skip
+                                   f"ignore_field= (--ignore-field {shortened(name)})")  # fmt: skip
 
 
 def _on(value: Any) -> bool:

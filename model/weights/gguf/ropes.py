@@ -33,7 +33,7 @@ def fields(metadata: Metadata, header: Header, head_dim: int) -> dict[str, Any]:
         raise metadata.error(
             attention,
             "is supported only with 'yarn' or 'longrope' scaling, and may change what the model computes; to go on "
-            f"without it: --ignore-field {shortened(attention)}",
+            f"without it: ignore_field= (--ignore-field {shortened(attention)})",
         )
     if scaling.get("rope_type") == "longrope":  # Phi's config.json has this field outside rope_scaling
         found["original_max_position_embeddings"] = scaling.pop("original_max_position_embeddings")

@@ -48,7 +48,7 @@ def base_folder(path: Path, download: bool = False) -> Path:
     name = fields.raw("base_model_name_or_path", None)
     if not isinstance(name, str) or not name:
         raise fields.error(
-            "base_model_name_or_path", "must name the base model's folder; --base FOLDER says where it is"
+            "base_model_name_or_path", "must name the base model's folder; base= (--base FOLDER) says where it is"
         )
     beside = path / name  # an absolute `name` replaces `path` here
     if os.path.isdir(beside):
@@ -56,7 +56,9 @@ def base_folder(path: Path, download: bool = False) -> Path:
     try:
         return find_folder(Path(name), download=download, revision=_revision(fields))
     except ConfigError as error:
-        raise fields.error("base_model_name_or_path", f"isn't here: {error}. --base FOLDER says where it is") from None
+        raise fields.error(
+            "base_model_name_or_path", f"isn't here: {error}. base= (--base FOLDER) says where it is"
+        ) from None
 
 
 def _revision(fields: Fields) -> str | None:

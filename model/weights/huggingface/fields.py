@@ -149,4 +149,4 @@ class Fields:
                 continue
             flag = shortened(f"{self._inside}{name}")
             raise self.error(name, f"is not supported, and may change what the model computes; to go on without it: "
-                                   f"--ignore-field {flag}")  # fmt: skip
+                                   f"ignore_field= (--ignore-field {flag})")  # fmt: skip

@@ -93,11 +93,11 @@ def test_a_name_in_the_cache_is_a_folder(cache: Path) -> None:
 
 
 def test_a_name_that_is_nowhere_says_where_it_was_looked_for(cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Org/Other: .*the Hugging Face cache \(.*hub\) doesn't have it; --download"):
+    with pytest.raises(ConfigError, match=r"Org/Other: .*the Hugging Face cache \(.*hub\) doesn't have it; download=True"):
         open_folder(Path("Org/Other"))
     Path("runs/mine").mkdir(parents=True)
     with pytest.raises(
-        ConfigError, match=r"runs/mien: there is no such folder or GGUF file.*; runs holds mine, and --download"
+        ConfigError, match=r"runs/mien: there is no such folder or GGUF file.*; runs holds mine, and download=True"
     ):
         open_folder(Path("runs/mien"))
     for name in ("nowhere", "a/b/c", "../a/b", "Org/..", "x" * 5000, "a\0b/c"):
@@ -126,7 +126,7 @@ def test_what_a_name_looks_like() -> None:
 def test_an_adapter_of_a_name_finds_its_base_in_the_cache(cache: Path, mesh: Mesh) -> None:
     """PEFT writes down the name that the model was loaded by."""
     folder = adapter(Path("adapter"), "Org/Name")
-    with pytest.raises(ConfigError, match=r"base_model_name_or_path='Org/Name' isn't here.*--base FOLDER says where"):
+    with pytest.raises(ConfigError, match=r"base_model_name_or_path='Org/Name' isn't here.*--base FOLDER\) says where"):
         open_folder(folder)
     put(cache, "Org/Name", "llama3")
     opened = open_folder(folder)
@@ -352,7 +352,7 @@ def test_only_download_reaches_the_network(hub: tuple[str, list[str]], tmp_path:
     fetched."""
     address, asked = hub
     (line,) = find(address, tmp_path / "home", "Org/Name")
-    assert "--download fetches it" in line and str(tmp_path / "home") in line and not asked
+    assert "download=True (--download) fetches it" in line and str(tmp_path / "home") in line and not asked
     fetched, missing = find(address, tmp_path / "home", "Org/Name+", "Org/Other+")
     assert fetched == "config.json model.safetensors tokenizer.json"
     assert missing.startswith("refused: Org/Other can't be downloaded: ")
