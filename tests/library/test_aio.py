@@ -121,9 +121,9 @@ def test_leaving_a_stream_ends_its_request(opened: Opened, in_flight: Callable[[
 def test_a_timeout_ends_the_request(opened: Opened, in_flight: Callable[[], int]) -> None:
     async def work() -> None:
         async with opened() as model:
-            with pytest.raises(DeadlineExceeded, match="within its timeout of 0.05 s"):
+            with pytest.raises(DeadlineExceeded, match=r"within its timeout of 0\.05 s"):
                 await model.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.05)
-            with pytest.raises(DeadlineExceeded, match="within its timeout of 0.05 s"):
+            with pytest.raises(DeadlineExceeded, match=r"within its timeout of 0\.05 s"):
                 async for _ in model.stream(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.05):
                     pass
             await asyncio.to_thread(wait_for, lambda: in_flight() == 0, "the end of the requests")

@@ -413,9 +413,9 @@ def test_leaving_a_stream_ends_its_request(llm: LLM) -> None:
 
 def test_a_timeout_ends_the_request(llm: LLM, client: Client) -> None:
     for model in (llm, client):
-        with pytest.raises(DeadlineExceeded, match="within its timeout of 0.05 s"):
+        with pytest.raises(DeadlineExceeded, match=r"within its timeout of 0\.05 s"):
             model.generate(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.05)
-        with pytest.raises(DeadlineExceeded, match="within its timeout of 0.05 s"):
+        with pytest.raises(DeadlineExceeded, match=r"within its timeout of 0\.05 s"):
             list(model.stream(PROMPT, max_tokens=LONG, ignore_eos=True, timeout=0.05))
         failed = model.generate([PROMPT] * 2, max_tokens=LONG, ignore_eos=True, timeout=0.05, return_errors=True)
         assert [type(each) for each in failed] == [DeadlineExceeded] * 2

@@ -93,7 +93,9 @@ def test_a_name_in_the_cache_is_a_folder(cache: Path) -> None:
 
 
 def test_a_name_that_is_nowhere_says_where_it_was_looked_for(cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Org/Other: .*the Hugging Face cache \(.*hub\) doesn't have it; download=True"):
+    with pytest.raises(
+        ConfigError, match=r"Org/Other: .*the Hugging Face cache \(.*hub\) doesn't have it; download=True"
+    ):
         open_folder(Path("Org/Other"))
     Path("runs/mine").mkdir(parents=True)
     with pytest.raises(
