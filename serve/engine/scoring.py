@@ -24,9 +24,8 @@ def check_scored(request: Request, vocab: int) -> None:
     if first is None:
         return
     if not 1 <= first < len(request.prompt):
-        raise InvalidRequest(
-            "scored_from", f"is {first}; must be 1 to {len(request.prompt) - 1}, an index in the prompt"
-        )
+        length = len(request.prompt)
+        raise InvalidRequest("scored_from", f"must be at least 1 and an index in the prompt of {length}, not {first}")
     if request.sampling.logprobs < 0:
         raise InvalidRequest("logprobs", "must be at least 0 where a prompt is scored")
     if request.resumed:
@@ -45,8 +44,8 @@ def divide(step: Step, rows: int, rope_switch: int) -> Iterator[tuple[Work, tupl
 
 
 def _ahead(sequence: Sequence, most: int, rope_switch: int) -> tuple[int, ...]:
-    """At most so many tokens of the prompt after those that the step computes. Its last one isn't scored from, and all
-    rows of a step turn by the same frequencies."""
+    """At most so many tokens of the prompt after those that the step computes. Nothing is scored behind its last one,
+    and a sequence's rows of a step all turn by the same frequencies."""
     first, end = sequence.computed, sequence.prompt_length - 1
     if rope_switch and not sequence.uses_long_rope:
         end = min(end, rope_switch)

@@ -18,15 +18,16 @@ from isthmus.serve.engine.pooling import Embedding
 
 @dataclass(eq=False)
 class Sequence:
-    """`tokens` grows by one a step once the prompt is computed. A prompt that is scored ends for that purpose before
-    the first scored token; the scored ones come to `tokens` as drawn ones do, many a step."""
+    """`tokens` grows by one a step once the prompt is computed. Of a prompt that is scored it holds at first what
+    comes before the first scored token; the others come to it as drawn ones do, many a step."""
 
     request: Request
     prompt_length: int = field(init=False)
     drawn_from: int = field(init=False)
     """The index of its first token that isn't computed in a block at first, because it was drawn or scored"""
     tokens: list[int] = field(init=False)
-    """The prompt, as far as it was scored, and the tokens that were drawn, here and before, that the host knows of"""
+    """The prompt, or what of it isn't left to score, and the tokens that were drawn, here and before, as far as the
+    host knows them"""
     logprobs: list[Logprobs] = field(default_factory=list, init=False)
     """One for each token that was drawn, if they were asked for"""
     prompt_logprobs: list[Logprobs] = field(default_factory=list, init=False)
@@ -97,7 +98,7 @@ class Sequence:
         return len(self.tokens) < self.prompt_length
 
     def known(self, index: int) -> int:
-        """A token that the host knows: of the prompt, though not scored yet, or one that was drawn."""
+        """A token that the host knows: of the prompt, which may be left to score, or a drawn one."""
         return self.request.prompt[index] if index < self.prompt_length else self.tokens[index]
 
     @property
