@@ -34,6 +34,7 @@ SIZES = (
 )
 """(inputs, outputs): on both sides of every vector, line, panel, group and block"""
 pack = jax.jit(pack_eagerly, static_argnums=1, static_argnames=("count", "transposed"))
+pack_bytes = jax.jit(as_bytes, static_argnums=1)
 ROWS = (0, 1, 2, 5, 6, 7, 12, 13, 47)
 
 
@@ -52,7 +53,7 @@ def random_weight(rng: np.random.Generator, kind: str, inputs: int, outputs: int
     scales = rng.uniform(0, 0.001 if "rotated" in options else 0.1, groups).astype(
         np.float16 if "float16" in options else BFLOAT16
     )
-    values = as_bytes(jnp.asarray(integers), bits)
+    values = pack_bytes(jnp.asarray(integers), bits)
     return Quantized(values, jnp.asarray(scales), bits, inputs, group, "rotated" in options)
 
 
@@ -109,6 +110,16 @@ def columns_of(weight: jax.Array | Quantized, inputs: int) -> np.ndarray:
 
 def product(x: np.ndarray | jax.Array, weight: Packed) -> np.ndarray:
     return np.asarray(multiply(jnp.asarray(x), [weight])[0])
+
+
+def products(xs: list[np.ndarray], weight: Packed) -> list[np.ndarray]:
+    """`product` of each, by one program: to compile one for each of them would take many times as long as to run it."""
+    return list(map(np.asarray, _products(xs, weight)))
+
+
+@jax.jit
+def _products(xs: list[jax.Array], weight: Packed) -> list[jax.Array]:
+    return [multiply(x, [weight])[0] for x in xs]
 
 
 def columns(weight: Packed, indices: np.ndarray) -> np.ndarray:
@@ -175,10 +186,12 @@ def exact(x: np.ndarray, weight: jax.Array | Quantized) -> tuple[np.ndarray, np.
     return exact_floats(x.astype(np.float64), np.asarray(weight, np.float64))
 
 
-def assert_right(x: np.ndarray, weight: jax.Array | Quantized) -> None:
-    got = product(x, pack(weight, x.shape[1]))
-    want, tolerance = exact(x, weight)
-    assert got.dtype == np.float32 and got.shape == want.shape
+def assert_right(weight: jax.Array | Quantized, *xs: np.ndarray) -> None:
+    want, tolerance = exact(np.concatenate([x.astype(np.float32) for x in xs]), weight)  # a row's is its own
+    each = products(list(xs), pack(weight, xs[0].shape[1]))
+    assert [got.dtype for got in each] == [np.float32] * len(xs) and list(map(len, each)) == list(map(len, xs))
+    got = np.concatenate(each)
+    assert got.shape == want.shape
     worst = np.max(np.abs(got - want) / tolerance, initial=0)
     assert worst <= 1, f"{worst:.2f} times as far from the exact product as rounding explains"
 
@@ -190,9 +203,10 @@ def test_a_product_is_the_exact_one_up_to_rounding(kind: str, inputs: int, outpu
     rng = np.random.default_rng(inputs * 31 + outputs)
     weight = random_weight(rng, kind, inputs, outputs)
     index = SIZES.index((inputs, outputs))
-    for rows in (ROWS[index % len(ROWS)], ROWS[(index + 3) % len(ROWS)]):
-        assert_right(random_x(rng, rows, inputs), weight)
-        assert_right(random_x(rng, rows, inputs, BFLOAT16), weight)
+    some, others = ROWS[index % len(ROWS)], ROWS[(index + 3) % len(ROWS)]
+    assert_right(
+        weight, *(random_x(rng, rows, inputs, dtype) for rows in (some, others) for dtype in (np.float32, BFLOAT16))
+    )
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -200,7 +214,8 @@ def test_a_product_is_the_exact_one_up_to_rounding(kind: str, inputs: int, outpu
 def test_any_number_of_rows(kind: str, rows: int) -> None:
     """Rows are tiled by up to six, and a batch of any size comes."""
     rng = np.random.default_rng(rows)
-    assert_right(random_x(rng, rows, 130), random_weight(rng, kind, 130, 90))
+    x = random_x(rng, rows, 130)
+    assert_right(random_weight(rng, kind, 130, 90), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,8 +228,7 @@ def test_large_and_small_numbers(kind: str) -> None:
     x[8] = -0.0
     x[2, :150] = 0
     x[6, ::2] = 0
-    weight = random_weight(rng, kind, 200, 50)
-    assert_right(x, weight)
+    assert_right(random_weight(rng, kind, 200, 50), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,9 +252,9 @@ def test_numbers_at_the_end_of_their_range(kind: str) -> None:
     x = np.concatenate([signs, np.ones((1, 512), np.float32), -np.ones((1, 512), np.float32)])
     weight = random_weight(np.random.default_rng(7), kind, 512, 20)
     if not isinstance(weight, Quantized):
-        return assert_right(x, jnp.asarray(np.tile(x, (4, 1)).T, kind))
+        return assert_right(jnp.asarray(np.tile(x, (4, 1)).T, kind), x)
     for byte in (0, 255):  # the least or the largest everywhere
-        assert_right(x, dataclasses.replace(weight, values=jnp.full_like(weight.values, byte)))
+        assert_right(dataclasses.replace(weight, values=jnp.full_like(weight.values, byte)), x)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("int")])
@@ -289,11 +303,10 @@ def test_a_row_gives_the_same_bits_in_any_batch(kind: str, dtype: str, inputs: i
     x = random_x(rng, 47, inputs, np.float32 if dtype == "float32" else BFLOAT16)
     x[[5, 20]] = 0
     whole = product(x, weight)
-    for row in range(0, 47, 5):
-        assert_same_bits(product(x[row : row + 1], weight)[0], whole[row])
-    for size in (2, 3, 4, 5, 6, 7, 12, 13, 47):
-        some = rng.permutation(47)[:size]
-        assert_same_bits(product(x[some], weight), whole[some])
+    batches = [np.array([row]) for row in range(0, 47, 5)]
+    batches += [rng.permutation(47)[:size] for size in (2, 3, 4, 5, 6, 7, 12, 13, 47)]
+    for some, got in zip(batches, products([x[some] for some in batches], weight), strict=True):
+        assert_same_bits(got, whole[some])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])

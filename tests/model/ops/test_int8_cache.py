@@ -3,6 +3,9 @@ keys look like, and how far the CPU's kernel and the reference are from each oth
 
 from __future__ import annotations
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +23,8 @@ head_dims = pytest.mark.parametrize("head_dim", [24, 64, 80, 96, 128, 192, 256])
 paths = pytest.mark.parametrize("kernel", [True, False], ids=["kernels", "reference"])
 
 
-def attend(kernel: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray | None, cache: str) -> np.ndarray:
+@partial(jax.jit, static_argnames=("implementation", "cache"))
+def prefill(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array | None, cache: str) -> jax.Array:
     """float32[tokens, heads, head_dim]: a prompt of one sequence, over a cache that it writes itself."""
     tokens, kv_heads, head_dim = k.shape
     shape = (1 + tokens // PAGE, PAGE, kv_heads * (1 if v is None else 2), head_dim)
@@ -29,10 +33,12 @@ def attend(kernel: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray | None, cac
     pages = PagedCache(jnp.zeros(shape, jnp.int8 if integers else jnp.float32), scales)
     tables = jnp.tile(jnp.arange(1, shape[0], dtype=jnp.int32), (2, 1))
     step = PagedStep(1, tables, jnp.arange(tokens, dtype=jnp.int32))  # its first token alone, then the others
-    arrays = (jnp.asarray(q), jnp.asarray(k), None if v is None else jnp.asarray(v))
-    implementation, scoring = "cpu" if kernel else "reference", Scoring(head_dim**-0.5)
-    out, _ = paged_step(*arrays, pages, jnp.int32(0), step, scoring, None, implementation=implementation)
-    return np.asarray(out)
+    scoring = Scoring(head_dim**-0.5)
+    return paged_step(q, k, v, pages, jnp.int32(0), step, scoring, None, implementation=implementation)[0]
+
+
+def attend(kernel: bool, q: np.ndarray, k: np.ndarray, v: np.ndarray | None, cache: str) -> np.ndarray:
+    return np.asarray(prefill("cpu" if kernel else "reference", q, k, v, cache))
 
 
 def prompt(head_dim: int, outlier: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
