@@ -231,21 +231,25 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SMALL = ("--engine.max-sequences", "1", "--engine.prefill-tokens", "32", "--engine.draft-rows", "0")
+"""Two programs, where the defaults have eleven"""
+
+
 def talk(monkeypatch: pytest.MonkeyPatch, text: str, *words: object) -> int:
     """`isthmus generate --chat` with `text` piped in."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    options = ("--chat", "--temperature", "0", "--max-tokens", "6")
+    options = ("--chat", "--temperature", "0", "--max-tokens", "6", *SMALL)
     return main(["generate", *options, *map(str, words)])
 
 
 @contextmanager
 def model_of(folder: Path) -> Iterator[Callable[[str], str]]:
     """What the model goes on with after a text as a template writes it, led by no token."""
-    from isthmus import LLM
+    from isthmus import LLM, EngineConfig
     from isthmus.model.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    with LLM(folder) as llm:
+    with LLM(folder, engine=EngineConfig(max_sequences=1, prefill_tokens=32, draft_rows=0)) as llm:
         yield lambda text: llm.generate(tokenizer.encode_chat(text), temperature=0, max_tokens=6).text
 
 
@@ -278,7 +282,7 @@ def test_chat_that_the_template_refuses_says_why(
 def test_generate_takes_what_serve_takes(chat_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a server is to run could not be tried without one."""
     words = ["--temperature", "0", "--max-tokens", "6", "--quantize", "int8", "--dtype", "float32"]
-    engine = ["--engine.context-length", "64", "--engine.max-sequences", "1", "--engine.prefill-tokens", "32"]
+    engine = ["--engine.context-length", "64", *SMALL]
     assert main(["generate", "abc", "--model", str(chat_folder), *words, *engine]) == 0
     assert capsys.readouterr().out.startswith("abc")
     assert main(["generate", "a b c " * 60, "--model", str(chat_folder), *words, *engine]) == 2

@@ -140,7 +140,8 @@ def test_a_server_that_loads(folder: Path, stage: str, number: str, status: int)
     "stage", ["call isthmus.serve.engine.build:load_served", "call isthmus.serve.engine.engine:submit"]
 )
 def test_generating_here(folder: Path, stage: str) -> None:
-    check(tell("SIGINT", stage, "generate", "a", "--model", folder))
+    small = ["--engine.max-sequences", 1, "--engine.prefill-tokens", 32, "--engine.draft-rows", 0]
+    check(tell("SIGINT", stage, "generate", "a", "--model", folder, *small))
 
 
 def test_calling_a_server_that_does_not_answer() -> None:

@@ -462,8 +462,9 @@ def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
 
     gc.collect()  # what tests before this one left
     before, taken = held(), []
+    engine = EngineConfig(max_sequences=1, prefill_tokens=32, draft_rows=0)
     for kernels in ("auto", "reference"):
-        with open_model(engine=EngineConfig(max_sequences=1, prefill_tokens=32), kernels=kernels) as llm:
+        with open_model(engine=engine, kernels=kernels) as llm:
             assert llm.generate(PROMPT, DRAWN).text
             taken.append(held() - before)
         assert held() == before
@@ -513,7 +514,8 @@ def test_progress_is_for_a_terminal(llm: LLM, capsys: pytest.CaptureFixture[str]
 
 def test_what_serve_takes_it_takes(open_model: OpenModel, tmp_path: Path) -> None:
     plain = open_model()
-    with plain, open_model(quantize="int8", engine=EngineConfig(max_sequences=2, context_length=64)) as small:
+    engine = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, draft_rows=0)
+    with plain, open_model(quantize="int8", engine=engine) as small:
         assert (plain.context_length, small.context_length) == (4096, 64)
         assert small._model.quantize and not plain._model.quantize
         assert len(small.generate("a", ignore_eos=True).token_ids) < 64

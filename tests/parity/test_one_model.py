@@ -144,7 +144,7 @@ def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> N
 
 def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
     """Splitting the heads and the cache over devices is for size and speed only."""
-    engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=16, pages=25)
+    engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=16, pages=25, draft_rows=4)
     split = start_executor(CONFIG, engine, build_mesh(MeshShape(tp=2)))
     arrivals = random_arrivals(16)
     counters = play(split, arrivals).engine.scheduler.counters

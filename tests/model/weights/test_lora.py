@@ -47,7 +47,7 @@ LATENT = dataclasses.replace(
     mixture=MixtureConfig(experts=4, dim=8, shared_dim=16, dense_layers=(0,)),
     lora=dataclasses.replace(LORA, targets=EVERYTHING),
 )
-ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16)
+ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0)
 NETWORKS = {
     "dense": dataclasses.replace(TINY, lora=LORA),
     "with biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, qk_norm="head", lora=LORA),

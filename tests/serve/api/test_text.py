@@ -56,7 +56,8 @@ def test_generate_prints_prompt_and_answer_as_one_text(
     """It printed "helloworld"; and it drew at 0.8, 0.95, whatever the model's makers recommend."""
     text = ["é", "--max-tokens", "2"]
     (folder / "generation_config.json").write_text("{}")  # greedy
-    for where in (["--model", str(folder)], ["--address", text_server.address, "--temperature", "0"]):
+    small = ["--engine.max-sequences", "1", "--engine.prefill-tokens", "32", "--engine.draft-rows", "0"]
+    for where in (["--model", str(folder), *small], ["--address", text_server.address, "--temperature", "0"]):
         assert main(["generate", *text, *where]) == 0
         captured = capsys.readouterr()
         assert (captured.out, captured.err) == ("é ab\n", "")

@@ -75,9 +75,11 @@ def test_adjusted_text_is_what_the_definitions_leave(kernels: str, mesh: Mesh) -
     assert engine.scheduler.counters.preemptions > 0, "nothing was taken up again"
     assert executor.recompilations == 0
     changed = 0
-    for arrival in arrivals:
+    tokens = np.zeros((len(arrivals), TINY.context_length), np.int32)
+    for row, arrival in zip(tokens, arrivals, strict=True):
+        row[: len(arrival.tokens)] = arrival.tokens
+    for arrival, logits in zip(arrivals, forward(TINY, params, tokens), strict=True):
         request, text = arrival.request, arrival.completion
-        logits = forward(TINY, params, np.asarray([arrival.tokens]))[0]
         for at, token in enumerate(text):
             own = logits[len(request.prompt) + at - 1]
             want = expected(request, text[:at], own)
@@ -91,7 +93,8 @@ def test_adjusted_text_is_what_the_definitions_leave(kernels: str, mesh: Mesh) -
 def test_the_largest_bias_fits(mesh: Mesh) -> None:
     """A list of the length that is allowed must have its place, to its last entry."""
     config = dataclasses.replace(TINY, vocab_size=MOST_BIASED + 7)
-    served = Served(config, ENGINE.resolve(config), config.vocab_size).with_kernels("auto", mesh)
+    engine = dataclasses.replace(ENGINE, max_sequences=1, prefill_tokens=16, draft_rows=0).resolve(config)
+    served = Served(config, engine, config.vocab_size).with_kernels("auto", mesh)
     executor = Executor(served, as_kept(config, mesh, random_params(config, mesh), "float32"), mesh)
     executor.warm_up()
     bias = (*((token, -100.0) for token in range(MOST_BIASED - 1)), (MOST_BIASED + 6, 100.0))

@@ -95,6 +95,16 @@ def test_devices_share_the_cache_unless_it_is_latent() -> None:
     assert several < 1.1 * alone
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    source = write_folder(folder / "source", "llama3", shards=2)
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--quantize", "int8", "--text", str(folder / "text.txt"), "--force"]
+    assert main(["convert", str(source), str(folder / "small"), *flags]) == 0
+    return folder / "small"
+
+
 @pytest.mark.parametrize(
     "kind, kernels, tp",
     [
@@ -105,18 +115,17 @@ def test_devices_share_the_cache_unless_it_is_latent() -> None:
         ("converted", "reference", 2),
     ],
 )
-def test_programs_are_compiled_for_what_will_be_loaded(kind: str, kernels: str, tp: int, tmp_path: Path) -> None:
+def test_programs_are_compiled_for_what_will_be_loaded(
+    kind: str, kernels: str, tp: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """They are compiled while the parameters are read, made integers and packed one by one: made for anything else, a
     start would fail at its end. It generates what an engine does whose parameters were there first."""
-    path = write_folder(tmp_path / "source", "llama3", shards=2)
     if kind == "converted":
-        text = tmp_path / "text.txt"
-        text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-        flags = ["--quantize", "int8", "--text", str(text), "--force"]
-        assert main(["convert", str(path), str(tmp_path / "small"), *flags]) == 0
-        path = tmp_path / "small"
+        path = request.getfixturevalue("converted")
+    else:
+        path = write_folder(tmp_path / "source", "llama3", shards=2)
     model = open_model(path, "float32", quantize=kind if kind.startswith("int") else "none")
-    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32)
+    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32, draft_rows=0)
     ticks: list[str] = []
     executor = build_executor(model, engine, MeshShape(tp=tp), ticks.append, kernels=kernels)
     assert sum("programs" in text for text in ticks) == len(executor.engine.buckets)

@@ -84,10 +84,11 @@ def test_texts_are_the_same_with_and_without_guesses(mesh: Mesh, monkeypatch: py
         pytest.skip(reason)
     plain = arrivals()
     steps = play(executor(mesh, 0), plain).engine.scheduler.counters.steps
+    guessing = executor(mesh, 8)
     for patience in (PATIENCE, 0):
         monkeypatch.setattr(drafts, "PATIENCE", patience)
         guessed = arrivals()
-        engine = play(executor(mesh, 8), guessed).engine
+        engine = play(guessing, guessed).engine
         counters = engine.scheduler.counters
         assert counters.drafted_tokens > counters.accepted_tokens > 30, "right and wrong guesses"
         assert engine.executor.recompilations == 0
