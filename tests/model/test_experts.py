@@ -27,7 +27,7 @@ from isthmus.model.transformer import Params, abstract_params, bind, by_path
 from isthmus.model.weights.layout import stack_params, unstack_params
 from isthmus.train.config import OptimizerConfig
 from isthmus.train.data import Batch
-from isthmus.train.step import balance_experts, gradients, packed_attention
+from isthmus.train.step import Gradients, balance_experts, gradients, packed_attention
 from tests.parity.test_families import batch_of
 from tests.support import TINY, on_host, packed_params, random_params, relative_error
 
@@ -115,6 +115,11 @@ def random_batch(rows: int, seq: int = 24) -> Batch:
     return batch_of(tokens, [seq] * rows)
 
 
+def eight() -> Batch:
+    """Eight sequences, as the one part of a step."""
+    return jax.tree.map(lambda x: np.asarray(x)[None], random_batch(8))
+
+
 def test_a_mixture_is_each_tokens_own_experts(mesh: Mesh) -> None:
     """Sorting, grouping and putting back must give what a loop over tokens and their experts gives."""
     prefix = "blocks/1/mlp/"
@@ -150,22 +155,33 @@ def test_a_mixture_is_each_tokens_own_experts(mesh: Mesh) -> None:
     np.testing.assert_array_equal(load, count)
 
 
+@pytest.fixture(scope="module")
+def small(mesh: Mesh) -> Params:
+    return jax.tree.map(lambda x: x if x.ndim == 1 else 0.5 * x, random_params(SPARSE, mesh))
+
+
+@pytest.fixture(scope="module")
+def of_one_device(small: Params) -> Gradients:
+    """Those of `small` on `eight`, on one device."""
+    return jax.jit(partial(gradients, SPARSE, DEFAULT_EXECUTION))(small, eight())
+
+
 @pytest.mark.parametrize(
     ("shape", "scan_layers"),
     [(MeshShape(ep=4, tp=2), False), (MeshShape(dp=2, fsdp=2, ep=2), False), (MeshShape(ep=8), True)],
     ids=str,
 )
-def test_experts_over_devices_are_one_devices(shape: MeshShape, scan_layers: bool, mesh: Mesh) -> None:
+def test_experts_over_devices_are_one_devices(
+    shape: MeshShape, scan_layers: bool, small: Params, of_one_device: Gradients
+) -> None:
     """Expert parallelism is for size and speed only: same loss, gradients, loads and logits."""
-    batch = jax.tree.map(lambda x: np.asarray(x)[None], random_batch(8))
-    small = jax.tree.map(lambda x: x if x.ndim == 1 else 0.5 * x, random_params(SPARSE, mesh))
-    want = jax.jit(partial(gradients, SPARSE, DEFAULT_EXECUTION))(small, batch)
+    want = of_one_device
     devices = build_mesh(shape)
     params = placed(stack_params(small) if scan_layers else small, devices, stacked=scan_layers)
     split = NamedSharding(devices, PartitionSpec(None, *partition_spec(("batch", "seq"))))
     step = jax.jit(partial(gradients, SPARSE, Execution(scan_layers=scan_layers)))
     with use_mesh(devices):
-        got = step(params, jax.device_put(batch, split))
+        got = step(params, jax.device_put(eight(), split))
     assert abs(float(got.loss) - float(want.loss)) < 1e-5
     np.testing.assert_array_equal(got.load, want.load)
     assert relative_error(unstack_params(on_host(got.grads)), on_host(want.grads)) < 2e-4
