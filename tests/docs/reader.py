@@ -34,18 +34,22 @@ PORT = "50051"
 
 TINY = "--model.dim 32 --model.layers 2 --model.heads 4 --model.kv-heads 2 --model.head-dim 8 --model.mlp-dim 64"
 SHORT = "--batch 8 --text.seq 64 --text.vocab-size 300"
+SMALL = "--engine.max-sequences 2 --engine.prefill-tokens 32 --engine.draft-rows 2"
 EIGHT_DEVICES = "XLA_FLAGS=--xla_force_host_platform_device_count=8"
 REPLACEMENTS = (
     # pattern, what is typed in its place
     (r"(isthmus train .*--preset) \S+", rf"\1 5m --steps 3 {TINY} {SHORT}"),
-    (r"(isthmus bench step .*--preset) \S+", r"\1 nano --repeats 3 --warmup 1 --overhead-tokens 8"),
+    (r"(isthmus bench step .*--preset) \S+", rf"\1 nano --repeats 3 --warmup 1 --overhead-tokens 8 {SMALL}"),
     (r"--init (\S+)", r"--init \1 --steps 3 --batch 4 --text.seq 64"),
     (r"--steps \d\d+", "--steps 3"),
     (r"(isthmus train .*--mesh)", rf"{EIGHT_DEVICES} \1"),
     (r"steps=\d+, batch=\d+", "steps=2, batch=1"),
     (r"(isthmus convert .*--quantize \S+)", r"\1 --windows 2 --calibration 2 --force"),
-    (r"isthmus serve", "isthmus serve --port 50051 --engine.max-sequences 2 --engine.prefill-tokens 32"),
+    (r"isthmus serve", f"isthmus serve --port 50051 {SMALL}"),
     (r"isthmus generate", "isthmus generate --address 127.0.0.1:50051 --max-tokens 8"),
+    (r"(isthmus generate .*--model \S+)", rf"\1 {SMALL}"),
+    (r"import LLM\b(.*)", r"import LLM\1, EngineConfig"),
+    (r"\bLLM\((\S+)\)", r"LLM(\1, engine=EngineConfig(2, prefill_tokens=32, draft_rows=2))"),
     (r"max_tokens=\d+", "max_tokens=8"),
 )
 """Sizes and steps that a test has time for. Where an option is given twice, the later one counts."""
