@@ -199,6 +199,8 @@ class _Run:
         self.started = time.perf_counter()
         self.stop_signal = 0
         """Number of the signal that asked the run to end; 0 means none"""
+        self._under_way = "this step; a second signal stops at once, without a checkpoint"
+        """What a signal lets end, and what a second one does"""
 
     def run(self) -> Report:
         state, first = self._start()
@@ -209,15 +211,17 @@ class _Run:
             f"({self.speed.source})"
         )
         try:
-            with self._interruptible(), self._progress(first) as progress:
-                state, done = self._loop(state, first, progress)
-            self._drain()
-            interrupted = self.stop_signal if done < self.config.steps else 0
-            if self.checkpoints.latest() != done:  # before the evaluation, which may take minutes and be interrupted
-                self._save(state, done)
-            else:
-                self._save_adapter(state)
-            heldout = (None, None) if interrupted else self._final_heldout(state, first, done)
+            with self._interruptible():
+                with self._progress(first) as progress:
+                    state, done = self._loop(state, first, progress)
+                self._drain()
+                if self.checkpoints.latest() != done:  # before the evaluation, which may take minutes
+                    self._save(state, done)
+                else:
+                    self._save_adapter(state)
+                self._under_way = "this batch of held-out text; a second signal stops at once"
+                heldout = (None, None) if done < self.config.steps else self._final_heldout(state, first, done)
+            interrupted = self.stop_signal if heldout[0] is None else 0
         finally:
             try:
                 self.checkpoints.close()
@@ -306,13 +310,15 @@ class _Run:
         self.speed.measure_again()
         self.speed.pause(time.perf_counter() - start)
 
-    def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float, float | None]:
-        """Held-out loss in nats per target, and bits per byte, or None if the text has conversations. whole: whether to
-        read all held-out text, or only `eval_batches` batches of it."""
+    def _evaluate(self, state: TrainState, step: int, *, whole: bool) -> tuple[float | None, float | None]:
+        """Held-out loss in nats per target, and bits per byte, or None if the text has conversations; None for both if
+        it is told to stop. whole: whether to read all held-out text, or only `eval_batches` batches of it."""
         nats, targets, split = [], 0, self.data.heldout
         for index, batch in enumerate(self.data.heldout_batches(self.config.batch // self.config.accumulate)):
             if not whole and index >= self.config.eval_batches:
                 break
+            if whole and self.stop_signal:
+                return None, None
             nats.append(self.trainer.evaluate(state.params, batch))
             targets += int(batch.weights.sum())
         total = float(np.sum([float(n) for n in nats]))
@@ -325,7 +331,7 @@ class _Run:
         self.log.write(step, **values)
         return values["heldout_loss"], values.get("bits_per_byte")
 
-    def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float, float | None]:
+    def _final_heldout(self, state: TrainState, first: int, done: int) -> tuple[float | None, float | None]:
         """What _evaluate returns for all held-out text, or what the metrics hold if the run was complete when
         resumed."""
         rows = [row for row in read_metrics(self.config.out) if row["step"] == done == first and "heldout_loss" in row]
@@ -366,14 +372,14 @@ class _Run:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Inside this context, the first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint, and
-        the second one ends it at once."""
+        """Inside this context, the first Ctrl-C or SIGTERM ends the run after the current step, or after a batch of the
+        last evaluation, with a checkpoint, and the second one ends it at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self.stop_signal:
                 raise KeyboardInterrupt
             self.stop_signal = number
-            self.console.print("stopping after this step; a second signal stops at once, without a checkpoint")
+            self.console.print(f"stopping after {self._under_way}")
 
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -30,7 +30,9 @@ class Speed:
         self._now = 0.0
         self._seconds, self._steps = 0.0, 0
         self.rate: float | None = None
-        """Steps per second in the last window or, in the first one, until now; None before two steps are done"""
+        """Steps per second in the last window and since; None before two steps are done"""
+        self._before = 0.0, 0
+        """Seconds and steps of the last window"""
 
     def start(self, step: int) -> None:
         """Starts the clock when `step` is done. That step compiled, so it doesn't count."""
@@ -42,8 +44,9 @@ class Speed:
         if self._start is None:
             return
         self._now, self._last = time.perf_counter(), step
-        if not self._steps and step > self._first:
-            self.rate = (step - self._first) / (self._now - self._start)
+        seconds, steps = self._before
+        if step > self._first:
+            self.rate = (steps + step - self._first) / (seconds + self._now - self._start)
 
     def window(self) -> dict[str, float]:
         """Ends a window at the last step that is done. Returns its tokens_per_second and mfu, or {} if it has no
@@ -52,11 +55,11 @@ class Speed:
             return {}
         seconds, steps = self._now - self._start, self._last - self._first
         self._seconds, self._steps = self._seconds + seconds, self._steps + steps
-        self._start, self._first = self._now, self._last
-        self.rate = steps / seconds
+        self._start, self._first, self._before = self._now, self._last, (seconds, steps)
+        rate = steps / seconds
         # The peak can't be below the mean speed. A single window doesn't prove that: the host's delays may distort it.
         self.peak = max(self.peak, self._steps / self._seconds * self._flops)
-        return {"tokens_per_second": self.rate * self._tokens, "mfu": self._mfu(self.rate)}
+        return {"tokens_per_second": rate * self._tokens, "mfu": self._mfu(rate)}
 
     def pause(self, seconds: float) -> None:
         """Excludes the time that something else took since the last step was done."""

@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from isthmus.commands.train import main
 from isthmus.train.config import TrainConfig
+from isthmus.train.step import Trainer
 from tests.faults.conftest import (
     CHECKPOINT_EVERY,
     SETTINGS,
@@ -89,6 +91,26 @@ def test_ctrl_c_saves_and_says_how_to_go_on(interrupted: Interrupted) -> None:
     assert f"stopped at step {step}, checkpoint saved" in interrupted.printed
     assert "--resume" in interrupted.printed and "Traceback" not in interrupted.printed
     assert [row for row in losses(interrupted.out) if row[1] == "loss"][-1][0] == step
+
+
+def test_ctrl_c_in_the_last_evaluation_says_how_to_go_on(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All steps are done and saved, and one word, stopped, looks like the loss of an hour's work."""
+    out, evaluate = tmp_path / "run", Trainer.evaluate
+
+    def interrupting(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", interrupting)
+        assert main([str(corpus), *SETTINGS, "--steps", "3", "--eval-every", "0", "--out", str(out)]) == 130
+    said = _said(capsys)
+    assert "stopped at step 3, checkpoint saved; go on with: isthmus train --resume" in said
+    assert newest_checkpoint(out) == 3
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert "done: held-out loss" in _said(capsys)
 
 
 def test_after_ctrl_c_it_goes_on_as_if_it_had_never_stopped(

@@ -58,9 +58,12 @@ def test_speed_leaves_out_the_first_step_and_the_pauses(clock: Clock) -> None:
     assert meter.window() == {"tokens_per_second": 200, "mfu": 0.2}
     clock.now += 30
     meter.pause(30)
+    shown = []
     for step in 5, 6:
         clock.now += 0.25
         meter.done(step)
+        shown.append(str(meter))
+    assert shown == ["229 tok/s | MFU 22.9%", "250 tok/s | MFU 25.0%"], "each step tells, not each window"
     assert meter.window() == {"tokens_per_second": 400, "mfu": 0.4}
     assert meter.mean == (pytest.approx(250), pytest.approx(0.25))
 
