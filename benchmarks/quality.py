@@ -45,7 +45,8 @@ class QualityBench(Bench):
     """
 
     model: Path = Path("models/125m")
-    """A model folder in Hugging Face's layout, of a trained model: the figures of random weights mean nothing"""
+    """A model folder in Hugging Face's layout, of a trained model: give one. The default is only where peers and
+    peer-servers look for theirs, which make_models.py fills with random weights, whose figures mean nothing"""
     kinds: tuple[str, ...] = ("none", "int8", "int4")
     """Our schemes to measure, as for `isthmus serve --quantize`"""
     folders: tuple[str, ...] = ()
@@ -74,7 +75,7 @@ class QualityBench(Bench):
     def validate(self) -> None:
         self.check_least(windows=1, n_ctx=8)
         if not (self.model / "config.json").is_file():
-            raise ConfigError(f"model: {self.model} has no config.json")
+            raise ConfigError(f"model: {self.model} has no config.json; name the folder of a trained model")
         if not (self.kinds or self.folders or self.types):
             raise ConfigError("kinds, folders and types are empty: nothing to measure")
         if not self.dtypes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
@@ -32,6 +33,9 @@ def chat(complete: Callable[[Sequence[Mapping[str, str]]], Answer], first: str |
             return
         if line == "/reset":
             history = list(start)
+            continue
+        if interactive and re.fullmatch(r"/[a-z]+", line):
+            print(f"{line} is no command: /exit ends, /reset starts anew", file=sys.stderr)
             continue
         asked = [*history, {"role": "user", "content": line}]
         try:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from isthmus.checks.determinism import Verdict, check, crowd_config, random_arrivals
 from isthmus.checks.networks import NETWORKS, Numbers, small_executor
+from isthmus.commands.main import near
 from isthmus.errors import ConfigError
 from isthmus.forms import Choices, JsonSchema, Regex
 from isthmus.model.device.compilation import enable_compilation_cache
@@ -25,6 +26,7 @@ from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.executor import Executor
 from isthmus.serve.prepare.grammar import Grammars
 
+CHECK = "determinism"
 USAGE = """usage: isthmus check CHECK [options]
 
 Proves on this machine what Isthmus promises.
@@ -39,7 +41,8 @@ examples:
 HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch,
 from a cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
 cancelled, pages run short; then each runs again alone, a third of them is resumed in the middle, another third has its
-tokens scored, and every token is compared. Exits with 1 if a bit differs.
+tokens scored, and every token is compared. Progress counts a run in the crowd and one alone for each request. Exits
+with 1 if a bit differs.
 
 examples:
   isthmus check determinism                                    small networks of each kind
@@ -136,7 +139,7 @@ def run(config: Determinism, console: Console) -> int:
             width = executor.model.vocab_size
             adapters = list(executor.adapters.values())
             arrivals = random_arrivals(vocab, context, config.requests, config.seed, width, constraints, adapters)
-            stage = shown.begin(f"{name}: requests in the crowd and alone", 2 * config.requests, "requests")
+            stage = shown.begin(f"{name}: requests in the crowd, then each alone", 2 * config.requests, "runs")
             verdict = check(executor, arrivals, stage.advance)
         executor.free()
         failed += not verdict.holds
@@ -161,7 +164,9 @@ def main(argv: Sequence[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)  # as every command does
-    if words[:1] != ["determinism"]:
+    if words[:1] != [CHECK]:
+        if words:
+            print(f"isthmus check: there is no check {words[0]!r}{near(words[0], [CHECK])}\n", file=sys.stderr)
         print(USAGE, file=sys.stderr)
         return 2
     config = tyro.cli(Determinism, args=words[1:], prog="isthmus check determinism", description=HELP)

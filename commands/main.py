@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from isthmus.model.process.signals import stop_at_once
 
@@ -22,6 +23,21 @@ COMMANDS = {
     "bench": ("isthmus.commands.bench", "measure a step, a server or training against the hardware's limits"),
     "demo": ("isthmus.commands.demo", "train a small model on Python's own source, serve it and call it"),
 }
+
+MEANT = {
+    "chat": "; isthmus generate --chat holds a conversation",
+    "quality": "; isthmus bench quality measures what integers cost",
+    "determinism": "; isthmus check determinism is meant",
+}
+"""What is said to words that are no commands, and are often taken for some"""
+
+
+def near(word: str, names: Iterable[str]) -> str:
+    """What is added to the message that there is no such name as `word`: the name that is most like it, if any is."""
+    import difflib
+
+    found = difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def usage() -> str:
@@ -50,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"isthmus {version('isthmus')}")
         return 0
     if words[0] not in COMMANDS:
-        meant = "; isthmus generate --chat holds a conversation" if words[0] == "chat" else ""
-        print(f"isthmus: there is no command {words[0]!r}{meant}\n\n{usage()}", file=sys.stderr)
+        said = f"there is no command {words[0]!r}{MEANT.get(words[0]) or near(words[0], COMMANDS)}"
+        print(f"isthmus: {said}\n\n{usage()}", file=sys.stderr)
         return 2
     import importlib
 

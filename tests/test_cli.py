@@ -17,6 +17,7 @@ import grpc
 import pytest
 import tyro
 
+from isthmus.commands.chat import chat
 from isthmus.commands.main import COMMANDS, main
 from tests.model.weights.huggingface.folders import write_folder
 
@@ -75,6 +76,21 @@ def test_an_unknown_command_is_named(name: str, capsys: pytest.CaptureFixture[st
     assert main([name]) == 2
     said = capsys.readouterr().err
     assert repr(name) in said and "usage: isthmus COMMAND" in said
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (["serv"], "did you mean serve?"),
+        (["chat"], "isthmus generate --chat"),
+        (["quality"], "isthmus bench quality"),
+        (["check", "determinsm"], "did you mean determinism?"),
+    ],
+)
+def test_what_was_meant_is_suggested(words: list[str], meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert meant in said and repr(words[-1]) in said
 
 
 @pytest.mark.parametrize("words", [["train", "text"], ["serve", "--model", "folder"], ["generate", "prompt"]])
@@ -269,6 +285,26 @@ def test_chat_answers_each_line_with_what_was_said_before_in_mind(
             text += f"<assistant>{want[-1]}\n"
         want.append(answer(f"{start}<user>hello\n<assistant>"))
     assert said == "".join(f"{one}\n" for one in want)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_slip_in_a_command_of_a_chat_is_no_turn(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model would answer to /rest, and the conversation would go on with it."""
+    monkeypatch.setattr(sys, "stdin", Terminal("/rest\n/home/me is full\n/exit\n"))
+    asked: list[str] = []
+
+    def complete(talk: Sequence[Mapping[str, str]]) -> Generator[str, None, None]:
+        asked.append(talk[-1]["content"])
+        yield "so be it"
+
+    chat(complete, None, None)
+    assert asked == ["/home/me is full"] and "/rest is no command" in capsys.readouterr().err
 
 
 def test_chat_that_the_template_refuses_says_why(
