@@ -288,6 +288,8 @@ def test_chat_answers_each_line_with_what_was_said_before_in_mind(
 
 
 class Terminal(io.StringIO):
+    """Somebody's typing."""
+
     def isatty(self) -> bool:
         return True
 
@@ -352,13 +354,6 @@ def test_generate_names_what_is_missing_or_wrong(
     assert main(["generate", *words]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
-
-
-class Terminal(io.StringIO):
-    """Somebody's typing."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def test_an_answer_that_is_stopped_was_said_and_one_that_fails_was_not(

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from isthmus import LLM, EngineConfig
 from tests.serve.api.harness import RunningServer, compilation_cache_in
 
