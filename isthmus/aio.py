@@ -101,7 +101,7 @@ class AsyncClient(AsyncModel):
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
         self._check_open()
         call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
-        gathered = Gathered()
+        gathered = Gathered(question)
         try:
             async for event in call:
                 if (delta := gathered.take(event)) is not None:

@@ -223,7 +223,7 @@ class Client(Model):
         message = inference_pb2.GenerateStreamRequest(request=message_of(question))
         with _opened():
             call = self._inference.GenerateStream(message, timeout=timeout, metadata=self._metadata)
-        gathered = Gathered()
+        gathered = Gathered(question)
         try:
             for event in call:
                 if (delta := gathered.take(event)) is not None:
@@ -258,8 +258,9 @@ class Client(Model):
     def watch_load(self, interval: float = 1.0) -> Generator[control_pb2.Load, None, None]:
         """Yields how busy the server is, at once and then every `interval` seconds, until it ends. Raises RequestError,
         which is Unavailable if the server is gone."""
+        request = watch_request(interval)
         with _opened():
-            call = self._control.WatchLoad(watch_request(interval), metadata=self._metadata)
+            call = self._control.WatchLoad(request, metadata=self._metadata)
         try:
             for response in call:
                 yield response.load
@@ -334,7 +335,8 @@ class _Call(Generic[T]):
 class Gathered:
     """Turns the events of a stream into deltas."""
 
-    def __init__(self) -> None:
+    def __init__(self, question: Question) -> None:
+        self._tells = question.sampling.logprobs is not None
         self._started = inference_pb2.Started()
         self._prompt: tuple[TokenLogprobs, ...] | None = None
         self._choices: defaultdict[int, list[Delta]] = defaultdict(list)
@@ -364,9 +366,7 @@ class Gathered:
             "".join(delta.text for delta in deltas),
             tuple(token for delta in deltas for token in delta.token_ids),
             finished,
-            tuple(each for delta in deltas for each in delta.logprobs or ())
-            if any(delta.logprobs is not None for delta in deltas)
-            else None,
+            tuple(each for delta in deltas for each in delta.logprobs or ()) if self._tells else None,
             self._prompt,
         )
         return Delta("", (), completion, index=finished.choice_index)

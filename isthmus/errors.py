@@ -122,7 +122,7 @@ class BatchError(RequestError):
         first, error = next(iter(self.errors.items()))
         super().__init__(
             f"{len(self.errors)} of {len(self.results)} failed, the first at index {first}: {error} "
-            "(this error's `results` has all outcomes; return_errors=True returns them instead of raising)"
+            "(this error's `results` has all outcomes)"
         )
 
     def __reduce__(self) -> tuple[type[BatchError], tuple[list[Any]]]:

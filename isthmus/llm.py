@@ -43,6 +43,7 @@ from isthmus.serve.prepare.scores import embed_request, embedding_of, score_requ
 from isthmus.serve.prepare.workers import Workers
 from isthmus.types import Completion, Conversation, Delta, Question, TextPrompt, TokenPrompt, check_sized
 
+R = TypeVar("R")
 T = TypeVar("T")
 Dtype = Literal["auto", "float32", "bfloat16"]
 Quantize = Literal["none", "int8", "int6", "int5", "int4"]
@@ -152,13 +153,15 @@ class LLM(Model):
 
     def begin_score(self, question: ScoreQuestion, timeout: float | None = None) -> _Begun[list[Score]]:
         self._check_open()
-        prepared = score_requests(self._preparation, question, deadline=_deadline(timeout))
-        return self._last(prepared, timeout, lambda asked, ends: scores_of(asked, ends, question))
+        return self._scoring(
+            question, score_requests(self._preparation, question, deadline=_deadline(timeout)), timeout
+        )
 
     def begin_embed(self, question: EmbedQuestion, timeout: float | None = None) -> _Begun[Embedding]:
         self._check_open()
-        prepared = embed_request(self._preparation, question, deadline=_deadline(timeout))
-        return self._last([prepared], timeout, lambda asked, ends: embedding_of(asked[0], ends[0], question))
+        return self._embedding(
+            question, embed_request(self._preparation, question, deadline=_deadline(timeout)), timeout
+        )
 
     def follow(self, question: Question, timeout: float | None = None) -> Generator[Delta, None, None]:
         self._check_open()
@@ -209,6 +212,14 @@ class LLM(Model):
         submitted = self._submitted(requests, lambda request: self._reader.receiver(request.text_options))
         futures: list[Future[Completion]] = [request.reply_to.completion for request in submitted]
         return _Begun(self._engine, submitted, futures, completion_of_all, timeout)
+
+    def _scoring(
+        self, question: ScoreQuestion, requests: Sequence[Request], timeout: float | None
+    ) -> _Begun[list[Score]]:
+        return self._last(requests, timeout, lambda asked, ends: scores_of(asked, ends, question))
+
+    def _embedding(self, question: EmbedQuestion, request: Request, timeout: float | None) -> _Begun[Embedding]:
+        return self._last([request], timeout, lambda asked, ends: embedding_of(asked[0], ends[0], question))
 
     def _last(
         self,
@@ -284,26 +295,34 @@ class AsyncLLM(AsyncModel):
         return self._llm.at_once
 
     async def ask(self, question: Question, timeout: float | None = None) -> Completion:
-        prompt = question.prompt
+        llm, prompt = self._llm, question.prompt
         # A template and a grammar are programs: even a short one may take a second.
         program = isinstance(prompt, Conversation) or question.sampling.response_format is not None
-        work = partial(self._llm.begin, question, timeout)
-        return await self._ended(self._run(_size(prompt), work, always=program), timeout)
+        work = partial(llm._preparation.requests, question, deadline=_deadline(timeout))
+        prepared = self._run(_size(prompt), work, always=program)
+        return await self._ended(prepared, lambda made: llm._whole(made, timeout), timeout)
 
     async def ask_score(self, question: ScoreQuestion, timeout: float | None = None) -> list[Score]:
-        # The prompt is encoded with each continuation.
-        size = sum(_size(question.prompt) + len(each) for each in question.continuations)
-        work = partial(self._llm.begin_score, question, timeout)
-        return await self._ended(self._run(size, work, always=isinstance(question.prompt, Conversation)), timeout)
+        llm, prompt = self._llm, question.prompt
+        work = partial(score_requests, llm._preparation, question, deadline=_deadline(timeout))
+        size = len(question.continuations) * _size(prompt)  # which is encoded with each of them
+        prepared = self._run(size, work, always=True)
+        return await self._ended(prepared, lambda made: llm._scoring(question, made, timeout), timeout)
 
     async def ask_embed(self, question: EmbedQuestion, timeout: float | None = None) -> Embedding:
-        work, talk = partial(self._llm.begin_embed, question, timeout), isinstance(question.prompt, Conversation)
-        return await self._ended(self._run(_size(question.prompt), work, always=talk), timeout)
+        llm, prompt = self._llm, question.prompt
+        work = partial(embed_request, llm._preparation, question, deadline=_deadline(timeout))
+        prepared = self._run(_size(prompt), work, always=isinstance(prompt, Conversation))
+        return await self._ended(prepared, lambda made: llm._embedding(question, made, timeout), timeout)
 
-    async def _ended(self, begun: Coroutine[None, None, _Begun[T]], timeout: float | None) -> T:
+    async def _ended(
+        self, prepared: Coroutine[None, None, R], begin: Callable[[R], _Begun[T]], timeout: float | None
+    ) -> T:
+        """What the requests give that are `prepared` on another thread. They begin here, so that whoever is cancelled
+        meanwhile leaves none behind."""
         try:
             async with asyncio.timeout(timeout):
-                return await (await begun).result_async()
+                return await begin(await prepared).result_async()
         except TimeoutError:
             raise DeadlineExceeded.after(timeout) from None
 

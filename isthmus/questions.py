@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TypeVar, cast, get_type_hints
 
 from isthmus.errors import InvalidRequest
 from isthmus.scores import Continuation, EmbedQuestion, Pooling, ScoreQuestion
@@ -172,21 +172,24 @@ def to_score_question(
     prompt: Prompt | Messages, continuations: Sequence[Continuation], options: ScoreOptions
 ) -> tuple[ScoreQuestion, float | None]:
     """The question and the timeout that the arguments of `score` give. Raises as `to_question` does."""
-    kind, service, timeout, rest = _given(prompt, cast("dict[str, object]", options))
+    kind, service, timeout, rest = _given(prompt, cast("dict[str, object]", options), ScoreOptions)
     return ScoreQuestion(kind, continuations, service=service, **rest), timeout  # type: ignore[arg-type]
 
 
 def to_embed_question(prompt: Prompt | Messages, options: EmbedOptions) -> tuple[EmbedQuestion, float | None]:
     """The question and the timeout that the arguments of `embed` give for one text. Raises as `to_question` does."""
-    kind, service, timeout, rest = _given(prompt, cast("dict[str, object]", options))
+    kind, service, timeout, rest = _given(prompt, cast("dict[str, object]", options), EmbedOptions)
     return EmbedQuestion(kind, service=service, **rest), timeout  # type: ignore[arg-type]
 
 
 def _given(
-    prompt: Prompt | Messages, options: Mapping[str, object]
+    prompt: Prompt | Messages, options: Mapping[str, object], known: type
 ) -> tuple[TextPrompt | TokenPrompt | Conversation, Service, float | None, dict[str, object]]:
-    """Prompt, service, timeout, and the other options."""
+    """Prompt, service, timeout, and the other options. known: the TypedDict that has all of them."""
     rest = dict(options)
+    for name in rest:
+        if name not in get_type_hints(known):
+            raise TypeError(f"unknown option {name!r}; there are {', '.join(sorted(get_type_hints(known)))}")
     timeout = check_timeout(cast("float | None", rest.pop("timeout", None)))
     parsed = cast(bool, rest.pop("parse_special", False))
     arguments = cast("Mapping[str, object] | None", rest.pop("template_arguments", None))

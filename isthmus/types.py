@@ -8,7 +8,6 @@ forms.py.
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -293,9 +292,9 @@ def check_timeout(timeout: float | None) -> float | None:
     """A call's timeout in seconds; None where there is none. Raises InvalidRequest for what isn't a number."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) or math.isnan(timeout):
+    if isinstance(timeout, bool) or not isinstance(timeout, numbers.Real) or timeout != timeout:
         raise InvalidRequest("timeout", f"must be a number of seconds or None, not {timeout!r:.80}")
-    return None if timeout > NO_LIMIT else float(timeout)
+    return None if timeout > NO_LIMIT else float(max(timeout, -NO_LIMIT))
 
 
 def check_cache(cache: Cache) -> Cache:

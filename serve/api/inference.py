@@ -3,6 +3,7 @@ from the types of serve/prepare."""
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -31,7 +32,7 @@ from isthmus.serve.api.session import Session
 from isthmus.serve.engine.messages import End, Request
 from isthmus.serve.prepare.choices import Choices
 from isthmus.serve.prepare.delivery import LoopStream
-from isthmus.serve.prepare.request import MAX_CHOICES, Preparation, detokenized, tokenized
+from isthmus.serve.prepare.request import Preparation, detokenized, tokenized
 from isthmus.serve.prepare.scores import embed_request, embedding_of, score_requests, scores_of
 from isthmus.types import Completion, Delta
 from isthmus.v1 import inference_pb2 as pb
@@ -100,16 +101,20 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         # Each continuation is encoded together with the prompt.
         size = request.ByteSize() + len(request.continuations) * request.prompt.ByteSize()
         async with self._submitted(context, [request.prompt], size, prepare, in_words) as asked:
-            scores = scores_of(asked, await self._ends(asked), questions[0])
-            told = [score(each, report_cached=self._session.report_cached) for each in scores]
-            return pb.ScoreResponse(request_id=asked[0].id, scores=told)
+            ends, report_cached = await self._ends(asked), self._session.report_cached
+
+            def answer() -> pb.ScoreResponse:
+                told = [score(each, report_cached=report_cached) for each in scores_of(asked, ends, questions[0])]
+                return pb.ScoreResponse(request_id=asked[0].id, scores=told)
+
+            # Of many tokens it takes seconds, in which all streams would stand still.
+            return await asyncio.to_thread(answer)
 
     async def Embed(self, request: pb.EmbedRequest, context: grpc.aio.ServicerContext) -> pb.EmbedResponse:
         questions: list[EmbedQuestion] = []
 
         def prepare(asking: Asking) -> list[Request]:
-            if not 1 <= len(request.inputs) <= MAX_CHOICES:
-                raise InvalidRequest("inputs", f"has {len(request.inputs)}; give 1 to {MAX_CHOICES}")
+            asking.preparation.check_count("inputs", len(request.inputs))
             requests: list[Request] = []
             for index, prompt in enumerate(request.inputs):
                 try:
@@ -123,9 +128,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             return requests
 
         async with self._submitted(context, request.inputs, request.ByteSize(), prepare) as asked:
-            ends = zip(asked, await self._ends(asked), questions, strict=True)
-            made = [embedding(embedding_of(*each), report_cached=self._session.report_cached) for each in ends]
-            return pb.EmbedResponse(request_id=asked[0].id, embeddings=made)
+            ends, report_cached = await self._ends(asked), self._session.report_cached
+
+            def answer() -> pb.EmbedResponse:
+                made = [embedding_of(*each) for each in zip(asked, ends, questions, strict=True)]
+                told = [embedding(each, report_cached=report_cached) for each in made]
+                return pb.EmbedResponse(request_id=asked[0].id, embeddings=told)
+
+            return await asyncio.to_thread(answer)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext) -> pb.TokenizeResponse:
         def work() -> list[int]:

@@ -11,7 +11,7 @@ from google.protobuf import duration_pb2
 
 from isthmus.errors import InvalidRequest
 from isthmus.proto import API_FIELDS, PROMPT_FIELDS, SCALARS, format_of, rename
-from isthmus.scores import Continuation, Embedding, EmbedQuestion, Score, ScoreQuestion
+from isthmus.scores import Continuation, Embedding, EmbedQuestion, Pooling, Score, ScoreQuestion
 from isthmus.serve.engine.messages import Request
 from isthmus.types import (
     Cache,
@@ -26,6 +26,7 @@ from isthmus.types import (
 )
 from isthmus.v1 import inference_pb2 as pb
 
+_POOLING: dict[int, Pooling] = {pb.POOLING_UNSPECIFIED: "mean", pb.POOLING_MEAN: "mean", pb.POOLING_LAST: "last"}
 MAX_ARGUMENTS = 256 << 10
 """Most characters of a template's arguments, tools included"""
 
@@ -57,9 +58,11 @@ def _continuation(index: int, given: pb.Continuation) -> Continuation:
 
 def embed_question_of(message: pb.EmbedRequest, given: pb.Prompt) -> EmbedQuestion:
     """The question that a message asks of one of its inputs. Raises InvalidRequest."""
+    if message.pooling not in _POOLING:
+        raise InvalidRequest("pooling", f"{message.pooling} is none that this server knows")
     return EmbedQuestion(
         _prompt(given),
-        "last" if message.pooling == pb.POOLING_LAST else "mean",
+        _POOLING[message.pooling],
         not message.keep_length,
         message.dimensions if message.HasField("dimensions") else None,
         _last(given),

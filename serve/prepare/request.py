@@ -52,7 +52,8 @@ MAX_TOKENS = 1 << 18
 """Most tokens of a text that `tokenized` or `detokenized` takes, and of a prompt that is truncated, unless the
 context has room for more: they would hold up all streams while they become a list"""
 MAX_CHARACTERS = 4_000_000
-"""Most characters of a text that `detokenized` returns"""
+"""Most characters of a text that `detokenized` returns, and of the texts that are encoded to score continuations, each
+of which has the prompt before it"""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Preparation:
     """The model's name"""
     embedding_size: int = 0
     """Numbers of a hidden state"""
+    room: int = MAX_CHOICES
+    """Requests that the engine takes at once"""
     adapters: Mapping[str, Resident] = field(default_factory=dict)
     """The adapters that the model is served with, by the names that questions call them"""
 
@@ -88,15 +91,21 @@ class Preparation:
             grammars,
             model.name,
             config.dim,
+            engine.config.max_sequences + engine.config.max_waiting,
             engine.adapters,
         )
+
+    def check_count(self, field: str, count: int) -> int:
+        """Returns how many requests one question makes. Raises InvalidRequest for what can never be in the engine."""
+        most = min(MAX_CHOICES, self.room)
+        if not 1 <= count <= most:
+            raise InvalidRequest(field, f"makes {count} requests at once; 1 to {most} are taken")
+        return count
 
     def requests(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> list[Request]:
         """The engine's requests for a question, one for each completion, the arguments as for `request`. The first has
         the question's seed, and each other one more than the one before it. They share the pages of the prompt."""
-        count = check_int("n", question.sampling.n)
-        if not 1 <= count <= MAX_CHOICES:
-            raise InvalidRequest("n", f"must be 1 to {MAX_CHOICES}, not {count}")
+        count = self.check_count("n", check_int("n", question.sampling.n))
         first = self.request(question, tenant=tenant, deadline=deadline)
         if count == 1:
             return [first]
@@ -193,10 +202,12 @@ class Preparation:
             raise InvalidRequest("response_format", "this model is served without forms of text")
         return self.grammars.constraint(asked.response_format)
 
-    def prompt_ids(self, prompt: TextPrompt | TokenPrompt | Conversation, last: int | None = None) -> list[int]:
-        """Token ids of the prompt. last: how many of its last ones to keep; with None, all must fit into the context.
-        Raises InvalidRequest; a text that can't fit is refused before it is encoded."""
-        most = self.context_length - 1
+    def prompt_ids(
+        self, prompt: TextPrompt | TokenPrompt | Conversation, last: int | None = None, *, room: int = 1
+    ) -> list[int]:
+        """Token ids of the prompt. last: how many of its last ones to keep; with None, all must fit into the context,
+        with `room` for more. Raises InvalidRequest; a text that can't fit is refused before it is encoded."""
+        most = self.context_length - room
         if last is not None:
             most = max(most, MAX_TOKENS)
         match prompt:
@@ -222,6 +233,11 @@ class Preparation:
         else:
             field, text = "prompt", check_text("prompt", prompt.text)
             encode = partial(self.tokenizer.encode, parse_special=check_flag("parse_special", prompt.parse_special))
+        if (total := sum(len(text) + len(more) for more in texts.values())) > MAX_CHARACTERS:
+            raise InvalidRequest(
+                "continuations",
+                f"have {total} characters, each with the prompt before it; at most {MAX_CHARACTERS} are taken at once",
+            )
         before, after = self._encoded(field, text, encode, most), []
         for name, more in texts.items():
             ids = self._encoded(name, text + more, encode, most + self.context_length)
@@ -260,7 +276,9 @@ class Preparation:
         return ids
 
     def _too_long(self, field: str, tokens: int | str, most: int) -> InvalidRequest:
-        if most >= self.context_length:
+        if most == self.context_length:
+            return InvalidRequest(field, f"has {tokens} tokens; the context holds {most}")
+        if most > self.context_length:
             return InvalidRequest(field, f"has {tokens} tokens; at most {most} can be truncated")
         return InvalidRequest(
             field,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -109,8 +110,34 @@ def _check_keywords(schema: dict[str, Any], where: str, root: dict[str, Any]) ->
         raise _refused(where, f"'minProperties': {missing} more than are required; a name may come twice, so at most 1")
     if _too_narrow(schema):
         raise _refused(where, "a whole number as exclusive bound can't be kept within 1 of the other: include it")
+    if "pattern" in schema:
+        schema["pattern"] = _kept_pattern(schema["pattern"], where)
+    if "patternProperties" in schema:
+        named = schema["patternProperties"]
+        schema["patternProperties"] = {_kept_pattern(name, where): named[name] for name in named}
     if isinstance(options := schema.get("oneOf"), list) and "anyOf" not in schema and _exclusive(options, root):
         schema["anyOf"] = schema.pop("oneOf")
+
+
+_CONTROL = re.compile(r"\\x[01][0-9a-fA-F]|\\u00[01][0-9a-fA-F]|\\[xu]\{0*[01]?[0-9a-fA-F]\}|[\x00-\x1f]")
+_PARTS = re.compile(r"\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[xu]\{[^}]*\}|\\.|\[\^?\]?|\]|.", re.DOTALL)
+
+
+def _kept_pattern(pattern: str, where: str) -> str:
+    """The pattern as llguidance keeps it. In JSON it writes a class of characters that has backspace and form feed with
+    every escape that there is, those of quote and backslash included, whether or not the class has these two. So they
+    are taken out of classes that exclude characters, and classes with a range of control characters are refused."""
+    made, inside = [], ""
+    for part in _PARTS.findall(pattern):
+        if part.startswith("["):
+            inside = "excluding" if part.startswith("[^") else inside or "naming"
+            made.append(part.replace("[^", r"[^\x08\x0c").replace("]", r"\]"))
+            continue
+        if inside == "naming" and _CONTROL.fullmatch(part):
+            raise _refused(where, f"'pattern': {pattern!r:.80} has control characters in [ ]: write them one by one")
+        inside = "" if part == "]" else inside
+        made.append(part)
+    return "".join(made)
 
 
 def _count(value: Any) -> str | None:

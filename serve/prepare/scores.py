@@ -10,13 +10,14 @@ import numpy as np
 
 from isthmus.arguments import check_flag, check_int
 from isthmus.errors import InvalidRequest
+from isthmus.forms import check_string
 from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion, check_pooling
 from isthmus.serve.engine.messages import End, Ending, Request
 from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.prepare.answer import error_of, told_of
 from isthmus.serve.prepare.checks import check_token_ids
-from isthmus.serve.prepare.request import MAX_CHOICES, Preparation, sharing
+from isthmus.serve.prepare.request import Preparation, sharing
 from isthmus.serve.prepare.sampling import check_logprobs
 from isthmus.types import TokenPrompt, check_sized
 
@@ -28,9 +29,7 @@ def score_requests(
 ) -> list[Request]:
     """The engine's requests for a question, one for each continuation. tenant, deadline: as in Preparation.request.
     Raises InvalidRequest."""
-    given = question.continuations
-    if not 1 <= len(given) <= MAX_CHOICES:
-        raise InvalidRequest("continuations", f"has {len(given)}; give 1 to {MAX_CHOICES}")
+    preparation.check_count("continuations", len(question.continuations))
     # Whether a continuation is the likeliest is seen by the likeliest token.
     sampling = Sampling(temperature=0.0, logprobs=max(1, check_logprobs("logprobs", question.logprobs)))
     plain = preparation.plain(question.request_id, question.service, tenant=tenant, deadline=deadline)
@@ -53,7 +52,7 @@ def _encoded(
     """The tokens of the prompt, the last ones if only those are kept, and of each continuation, by its field."""
     prompt, tokenizer = question.prompt, preparation.tokenizer
     named = {f"continuations[{index}]": given for index, given in enumerate(question.continuations)}
-    texts = {field: given for field, given in named.items() if isinstance(given, str)}
+    texts = {field: check_string(field, given) for field, given in named.items() if isinstance(given, str)}
     if isinstance(prompt, TokenPrompt):
         before = preparation.prompt_ids(prompt, last)
         encoded = [tokenizer.encode_part(text) for text in texts.values()]
@@ -77,7 +76,7 @@ def embed_request(
     _check_dimensions(question.dimensions, preparation.embedding_size)
     pooling = _POOLING[check_pooling(question.pooling)]
     plain = preparation.plain(question.request_id, question.service, tenant=tenant, deadline=deadline)
-    prompt = preparation.prompt_ids(question.prompt, preparation.kept_tokens(question.truncate_prompt_tokens))
+    prompt = preparation.prompt_ids(question.prompt, preparation.kept_tokens(question.truncate_prompt_tokens), room=0)
     return replace(plain, prompt=prompt, pooling=pooling)
 
 

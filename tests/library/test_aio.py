@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from isthmus import (
     InvalidRequest,
     SamplingParams,
 )
-from tests.serve.api.harness import LONG, PROMPT, RunningServer, wait_for
+from tests.serve.api.harness import LONG, PATIENCE, PROMPT, RunningServer, wait_for
 
 DRAWN = SamplingParams(max_tokens=24, seed=5)
 MANY = 32
@@ -142,3 +143,29 @@ def test_several_loops_share_a_model(llm: LLM) -> None:
         return await asyncio.gather(*(asyncio.to_thread(asyncio.run, work()) for _ in range(3)))
 
     assert asyncio.run(both()) == [alone] * 3
+
+
+def test_a_task_that_is_cancelled_before_its_request_began_leaves_none(llm: LLM) -> None:
+    """A thread prepares it meanwhile, and would hand it over to the engine, where it runs to its end unheard."""
+    began, go_on = threading.Event(), threading.Event()
+    preparation = llm._preparation
+    prepare = type(preparation).requests
+
+    def slow(self: Any, *given: Any, **more: Any) -> Any:
+        began.set()
+        assert go_on.wait(PATIENCE)
+        return prepare(self, *given, **more)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(llm.aio.generate("abc", regex="(x|y|z){2000}", max_tokens=2000))
+        await asyncio.to_thread(began.wait, PATIENCE)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        assert (await llm.aio.generate("abc", regex="(x|y)", max_tokens=2)).text in ("x", "y")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(preparation), "requests", slow)
+        asyncio.run(cancelled())
+    assert llm._engine.in_flight == 0

@@ -89,7 +89,7 @@ def test_more_than_there_is_room_for_are_none(open_model: OpenModel) -> None:
     import dataclasses
 
     with open_model(engine=dataclasses.replace(ENGINE, max_sequences=2, max_waiting=1)) as llm:
-        with pytest.raises(InvalidRequest, match="room for 3"):
+        with pytest.raises(InvalidRequest, match="1 to 3 are taken"):
             llm.generate(PROMPT, DRAWN, n=4)
         assert len(llm.generate(PROMPT, DRAWN, n=3).choices) == 3
         assert llm._engine.in_flight == 0

@@ -90,3 +90,13 @@ def test_another_number_is_refused_by_name(models: tuple[Model, ...], count: int
         with pytest.raises(InvalidRequest) as refused:
             model.generate(PROMPT, logprobs=count)
         assert refused.value.field == "logprobs"
+
+
+def test_a_text_that_ends_at_once_has_none_to_tell(models: tuple[Model, ...]) -> None:
+    """No log-probabilities are something else than none that were asked for."""
+    first = models[0].generate(PROMPT, DRAWN).token_ids[0]
+    for model in models:
+        answer = model.generate(PROMPT, DRAWN, stop_token_ids=[first])
+        *_, last = model.stream(PROMPT, DRAWN, stop_token_ids=[first])
+        assert answer.token_ids == () and answer.logprobs == () and last.completion is not None
+        assert last.completion.logprobs == ()

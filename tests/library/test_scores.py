@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from isthmus import LLM, AsyncClient, Client, InvalidRequest, Model, ModelNotFound, Score
-from tests.serve.api.harness import NETWORK, PROMPT, RunningServer
+from tests.library.conftest import OpenModel
+from tests.serve.api.harness import ENGINE, NETWORK, PROMPT, RunningServer
 
 
 @pytest.fixture
@@ -184,3 +187,59 @@ def test_what_was_foretold_comes_in_fewer_steps_and_is_the_same(llm: LLM) -> Non
         assert foretold.token_ids == plain.token_ids
         if predicted == plain.text and llm.tokenize(plain.text)[-60:] == list(plain.token_ids):
             assert counters.accepted_tokens - accepted > 40 and counters.steps - steps < 40
+
+
+@pytest.mark.parametrize(
+    "continuation, field",
+    [
+        ("\ud800", "continuations[0]"),
+        (5, "continuations[0]"),
+        (None, "continuations[0]"),
+        (["a", 5], "continuations[1]"),
+    ],
+)
+def test_what_is_no_continuation_is_refused_alike(
+    continuation: Any, field: str, models: tuple[Model, ...], llm: LLM, server: RunningServer
+) -> None:
+    async def ask() -> list[str]:
+        async with AsyncClient(server.address) as client:
+            found = []
+            for model in (llm.aio, client):
+                with pytest.raises(InvalidRequest) as refused:
+                    await model.score("a", continuation)
+                found.append(refused.value.field)
+            return found
+
+    for model in models:
+        with pytest.raises(InvalidRequest) as refused:
+            model.score("a", continuation)
+        assert refused.value.field == field
+    assert asyncio.run(ask()) == [field] * 2
+
+
+def test_a_prompt_that_fills_the_context_can_be_embedded(models: tuple[Model, ...]) -> None:
+    """It draws nothing, so it needs no room for more."""
+    size = NETWORK.context_length
+    for model in models:
+        assert model.embed([1] * size).prompt_tokens == size
+        with pytest.raises(InvalidRequest, match=f"has {size + 1} tokens; the context holds {size}"):
+            model.embed([1] * (size + 1))
+
+
+def test_unknown_options_and_too_many_items_are_named(models: tuple[Model, ...], open_model: OpenModel) -> None:
+    for model in models:
+        for ask in (model.embed, lambda *a, model=model, **o: model.score(*a, "b", **o)):
+            with pytest.raises(TypeError, match="unknown option 'best'; there are"):
+                ask("a", best=1)  # type: ignore[call-arg]
+    with open_model(engine=dataclasses.replace(ENGINE, max_sequences=2, max_waiting=1)) as small:
+        with pytest.raises(InvalidRequest, match="1 to 3 are taken") as refused:
+            small.score("a", ["b"] * 4)
+        assert refused.value.field == "continuations"
+
+
+def test_more_text_than_can_be_encoded_at_once_is_refused(models: tuple[Model, ...]) -> None:
+    """Each continuation is encoded behind the prompt: a small message could keep the server busy for minutes."""
+    for model in models:
+        with pytest.raises(InvalidRequest, match="4000000 are taken at once") as refused:
+            model.score("a " * 40_000, ["b"] * 100, truncate_prompt_tokens=3)
+        assert refused.value.field == "continuations"

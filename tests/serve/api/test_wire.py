@@ -317,6 +317,13 @@ def test_several_inputs_are_embedded_in_order_and_the_one_at_fault_is_named(clie
         assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(refused.value) == [field]
 
 
+def test_a_pooling_that_the_server_does_not_know_is_refused(client: ApiClient) -> None:
+    """A client of a later version would get vectors of another kind, and never know."""
+    with pytest.raises(grpc.RpcError) as refused:
+        raw_stub(client).Embed(pb.EmbedRequest(inputs=[pb.Prompt(text="a")], pooling=99))  # type: ignore[arg-type]
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and blamed_fields(refused.value) == ["pooling"]
+
+
 def test_a_cancel_ends_all_choices(client: ApiClient) -> None:
     """Those that nobody reads would go on to the end."""
     events = begin(client, request_id="many", n=4)

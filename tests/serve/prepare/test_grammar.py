@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Inner
 from isthmus.errors import InvalidRequest
 from isthmus.forms import Choices, Grammar, JsonObject, JsonSchema, Regex, ResponseFormat
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.serve.engine.constraint import ConstraintError
+from isthmus.serve.engine.constraint import Constraint, ConstraintError
 from isthmus.serve.prepare.grammar import Grammars, Limits
 from isthmus.types import SamplingParams
 from tests.model.text import tokenizers
@@ -234,6 +234,53 @@ def test_lark_without_what_the_engine_lacks(lark: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         GRAMMARS.constraint(Grammar(lark))
     assert refused.value.field == "grammar"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        '^[^"]{1,3}$',
+        r'^[^"\\]+$',
+        r"^[^\\]{2}$",
+        r'^(a|[^"])$',
+        r'^[^\n"]$',
+        r'^[^\x00-\x1f"]{1,2}$',
+        r'^\[[^"]\]$',
+        r"^[\t\n]{2}$",
+        r"^[!#-~]{1,2}$",
+        r'^[\^"a]$',
+        r"^\W{1,2}$",
+        r"^.$",
+    ],
+)
+def test_no_escape_brings_a_character_that_the_pattern_excludes(pattern: str) -> None:
+    """A value that is checked again, or put into a query, would hold the quote that its pattern was to keep out."""
+    for name, value in (
+        ("string", {"type": "string", "pattern": pattern}),
+        ("key", {"patternProperties": {pattern: {}}}),
+    ):
+        schema = value if name == "string" else {"type": "object", "additionalProperties": False, **value}
+        constraint = GRAMMARS.constraint(JsonSchema(schema))
+        for text in (r'"\""', r'"\\"', r'"\b"', r'"\n"', r'"x"', r'"\"\""', r'"\\\\"', r'"[x]"', r'"a\""'):
+            whole = text if name == "string" else f"{{{text}: 1}}"
+            if accepts(constraint, whole):
+                jsonschema.Draft202012Validator(schema).validate(json.loads(whole))
+
+
+def accepts(constraint: Constraint, text: str) -> bool:
+    ahead = constraint.copy()
+    try:
+        for token in TOKENIZER.encode_part(text):
+            ahead.accept(token)
+    except ConstraintError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("pattern", [r"^[\x00-\x1f]{1,2}$", r"^[\x00-!]$", r"^[a\u0001-\u0020]$"])
+def test_a_class_of_control_characters_is_refused(pattern: str) -> None:
+    with pytest.raises(InvalidRequest, match="'pattern'.*control characters"):
+        GRAMMARS.constraint(JsonSchema({"type": "string", "pattern": pattern}))
 
 
 def test_a_token_that_may_not_come() -> None:
