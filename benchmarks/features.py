@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
-from isthmus.benchmarks.figures import median, number, paragraphs, table
+from isthmus.benchmarks.figures import PAIRED, median, number, paragraphs, table
 from isthmus.benchmarks.machine import describe
 from isthmus.benchmarks.record import Record
 from isthmus.errors import ConfigError
@@ -246,6 +246,6 @@ def show(record: Record, _: Qualities) -> str:
         f"{record.subject}; {config['streams']} streams, {config['tokens']} tokens each. "
         f"A prompt of {config['prompt']:,} tokens beside {config['beside']} streams: their median gap is {gap:.0f} ms "
         f"and p99 {p99:.0f} ms, of {alone:.1f} ms alone; its first token comes after {beside['first']:.1f} s, "
-        f"{beside['first'] / beside['first_alone']:.2f}x of alone."
+        f"{beside['first'] / beside['first_alone']:.2f}x of alone. {PAIRED}"
     )
     return paragraphs(text, table(("", "unit", "without", "with", "ratio"), rows))

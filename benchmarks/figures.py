@@ -24,6 +24,11 @@ def median(values: Sequence[float]) -> float:
     return float(np.median(values))
 
 
+PAIRED = "A ratio is the median of the repetitions' own ratios, so it needn't be that of the medians beside it."
+OF_MEDIANS = "A ratio is that of the medians."
+"""What a table says of its ratios"""
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A number as text, with at least `digits` significant digits if it has as many; a dash for None and NaN."""
     if value is None or math.isnan(value):

@@ -18,7 +18,7 @@ from rich.console import Console
 from isthmus.benchmarks import comparison
 from isthmus.benchmarks.case import Qualities
 from isthmus.benchmarks.comparison import ComparisonBench, Idle, Run, Session
-from isthmus.benchmarks.figures import median, paragraphs, percent, table
+from isthmus.benchmarks.figures import OF_MEDIANS, median, paragraphs, percent, table
 from isthmus.benchmarks.machine import limits_of_any_dtype
 from isthmus.benchmarks.processes import Child
 from isthmus.benchmarks.record import Record
@@ -179,7 +179,8 @@ def show(record: Record, qualities: Qualities) -> str:
     runs = record.figures["pieces"]
     text = (
         "All engines ran the same model and prompts, greedily and in turns. Rates are medians; the ratio is to the "
-        "fastest peer whose weights have as many bits. Float32 of vLLM and transformers counts as 16 bits."
+        f"fastest peer whose weights have as many bits. {OF_MEDIANS} Float32 of vLLM and transformers counts as 16 "
+        "bits."
     )
     text += " KL is what the same types of weights cost the trained models above." if qualities else ""
     parts = [text, comparison.show_ratios(record, qualities), comparison.show_rates(runs, qualities)]

@@ -16,7 +16,7 @@ from rich.console import Console
 from isthmus.benchmarks import comparison
 from isthmus.benchmarks.case import Qualities
 from isthmus.benchmarks.comparison import PAUSE_SECONDS, ComparisonBench, Idle, Run, Session, Turns
-from isthmus.benchmarks.figures import listed, median, number, paragraphs, percentiles, table
+from isthmus.benchmarks.figures import OF_MEDIANS, listed, median, number, paragraphs, percentiles, table
 from isthmus.benchmarks.load import Target, as_json, ask_load, load_figures
 from isthmus.benchmarks.machine import limits_of_any_dtype
 from isthmus.benchmarks.processes import BenchError, Child, module
@@ -230,7 +230,7 @@ def show(record: Record, qualities: Qualities) -> str:
     text = (
         "All servers got the same requests: prompts of 16 to 256 tokens and completions of 16 to 96, streamed, greedy, "
         "without prefix caches. They arrive as a Poisson process, or a number of streams is always in flight. Rates "
-        "are completed tokens per second."
+        f"are completed tokens per second, medians of the repetitions. {OF_MEDIANS}"
     )
     text += " KL is what the same types of weights cost the trained models above." if qualities else ""
     lines = [line for run in runs for line in (*_engine_lines(run), _start_line(run))]

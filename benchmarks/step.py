@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
-from isthmus.benchmarks.figures import bucket_label, median, number, paragraphs, percent, table_of
+from isthmus.benchmarks.figures import PAIRED, bucket_label, median, number, paragraphs, percent, table_of
 from isthmus.benchmarks.machine import better, describe, measure_limits
 from isthmus.benchmarks.models import preset
 from isthmus.benchmarks.record import Record
@@ -171,7 +171,8 @@ def _samplings(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     parts = ", ".join(f"{row['name']} {number(row['seconds'] * 1e3)} ({row['greedy_ratio']:.2f}x)" for row in rows)
-    return f"The largest step without prompts by how its tokens are drawn, ms, and the rate beside greedy's: {parts}."
+    told = f"The largest step without prompts by how its tokens are drawn, ms, and the rate beside greedy's: {parts}."
+    return f"{told} {PAIRED}"
 
 
 def _overhead(over: dict[str, Any] | None) -> str:

@@ -56,8 +56,8 @@ class EngineConfig:
     prefill_tokens: int = 512
     """Most prompt tokens in a step; beside streams fewer, as target_itl says"""
     target_itl: float = 0.0
-    """Seconds between a stream's tokens that a step aims at while it computes prompts beside streams; 0 is four times
-    what a step without prompts takes"""
+    """Seconds between a stream's tokens that a step aims at while it computes prompts beside streams; 0 aims at four
+    times what a step without prompts takes. However long that takes, a step computes one block of a prompt"""
     block_size: int = 32
     """Prompt tokens in a block, which attend together; a multiple of page_size. Prompts are cached by whole blocks"""
     draft_rows: int = 8

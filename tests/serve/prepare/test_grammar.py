@@ -279,7 +279,7 @@ def accepts(constraint: Constraint, text: str) -> bool:
 
 @pytest.mark.parametrize("pattern", [r"^[\x00-\x1f]{1,2}$", r"^[\x00-!]$", r"^[a\u0001-\u0020]$"])
 def test_a_class_of_control_characters_is_refused(pattern: str) -> None:
-    with pytest.raises(InvalidRequest, match="'pattern'.*control characters"):
+    with pytest.raises(InvalidRequest, match=r"'pattern'.*control characters"):
         GRAMMARS.constraint(JsonSchema({"type": "string", "pattern": pattern}))
 
 
