@@ -152,7 +152,7 @@ def test_a_key_that_may_change_the_model_is_not_passed_over(tmp_path: Path, whol
     key = b"llama.attention.key_length"
     path.write_bytes(whole.replace(key, b"llama.attention.kee_length"))
     message = re.escape("llama.attention.kee_length=32 is not supported, and may change what the model computes; to go "
-                        "on without it: --ignore-field llama.attention.kee_length")  # fmt: skip
+                        "on without it: ignore_field= (--ignore-field llama.attention.kee_length)")  # fmt: skip
     with pytest.raises(ConfigError, match=message):
         open_folder(path)
     assert open_folder(path, FolderOptions(ignore_field=("llama.attention.kee_length",))).config.head_dim == 32
