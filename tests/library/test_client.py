@@ -136,8 +136,8 @@ def test_every_field_of_a_request_has_its_name_back() -> None:
             with pytest.raises(InvalidRequest) as refused:
                 client.generate("a", timeout=PATIENCE)
             assert refused.value.field == ours
-    assert rename("prompt[3]", {"prompt": PROMPT_FIELDS["token_ids"]}) == "token_ids.ids[3]"
-    assert rename("messages[1].role", API_FIELDS) == "messages.messages[1].role"
+    assert rename("prompt[3]", {"prompt": PROMPT_FIELDS["token_ids"]}) == "prompt.token_ids.ids[3]"
+    assert rename("messages[1].role", API_FIELDS) == "prompt.messages.messages[1].role"
 
 
 def _blames(field: str) -> Callable[[grpc.ServicerContext], bytes]:

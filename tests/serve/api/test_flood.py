@@ -212,20 +212,20 @@ LIMITS: dict[str, tuple[Any, int, Callable[[int], Any], str]] = {
         pb.GenerateRequest,
         MAX_TEXT_BYTES,
         lambda n: pb.GenerateRequest(prompt=pb.Prompt(text="a" * n)),
-        "text",
+        "prompt.text",
     ),
     "a streamed text": (
         pb.GenerateStreamRequest,
         MAX_TEXT_BYTES,
         lambda n: pb.GenerateStreamRequest(request=pb.GenerateRequest(prompt=pb.Prompt(text="a" * n))),
-        "text",
+        "prompt.text",
     ),
     "a text to tokenize": (pb.TokenizeRequest, MAX_TEXT_BYTES, lambda n: pb.TokenizeRequest(text="a" * n), "text"),
     "ids": (
         pb.GenerateRequest,
         MAX_NUMBERS_BYTES,
         lambda n: pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1] * n))),
-        "token_ids.ids",
+        "prompt.token_ids.ids",
     ),
     "ids to detokenize": (
         pb.DetokenizeRequest,
@@ -419,7 +419,7 @@ def test_a_retry_that_is_heard_before_the_cancel_waits_for_it(server: RunningSer
     async def in_turn() -> None:
         preparation = session.preparation(await session.ready_engine(None))  # type: ignore[arg-type]
         sampling = SamplingParams(max_tokens=LONG, ignore_eos=True)
-        first, second = (preparation.request(Question(TextPrompt("a"), sampling, "mine")) for _ in range(2))
+        first, second = (preparation.requests(Question(TextPrompt("a"), sampling, "mine")) for _ in range(2))
 
         async def retry() -> None:
             async with session.submitted(second):
