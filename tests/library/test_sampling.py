@@ -59,7 +59,7 @@ def test_a_text_has_its_least_length(models: tuple[Model, ...]) -> None:
         ("presence_penalty", {"presence_penalty": float("nan")}),
         ("logit_bias[3]", {"logit_bias": {3: 101.0}}),
         ("logit_bias", {"logit_bias": dict.fromkeys(range(301), 1.0)}),
-        ("logit_bias[0]", {"logit_bias": {1 << 31: 1.0}}),
+        ("logit_bias[2147483648]", {"logit_bias": {1 << 31: 1.0}}),
         ("allowed_token_ids", {"allowed_token_ids": []}),
         ("bad_token_ids[0]", {"bad_token_ids": [1 << 31]}),
         ("bad_token_ids", {"allowed_token_ids": [3], "bad_token_ids": [3]}),

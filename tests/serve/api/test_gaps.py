@@ -116,20 +116,20 @@ CASES: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
         INFERENCE + "Generate",
         lambda: _of_messages(b"\x0a\x00" * (2 * MIB)),
         INVALID,
-        "messages",
+        "prompt.messages",
     ),
     "200,000 template arguments": (
         INFERENCE + "Generate",
         lambda: _template_arguments(200_000),
         INVALID,
-        "messages.template_arguments_json",
+        "prompt.messages.template_arguments_json",
     ),
     "7 million unknown fields": (INFERENCE + "Generate", lambda: b"\x78\x01" * (7 * MIB), INVALID, "GenerateRequest"),
     "4 MB to tokenize": (
         INFERENCE + "Tokenize",
         lambda: pb.TokenizeRequest(text=(PROSE * 80_000)[:4_000_000]).SerializeToString(),
         INVALID,
-        "prompt.text",
+        "text",
     ),
     "400 kB to tokenize": (
         INFERENCE + "Tokenize",
