@@ -71,7 +71,8 @@ class Caller:
             response = await call
         except grpc.aio.AioRpcError:
             return await ended(call)
-        return End(OK, text=response.text, token_ids=tuple(response.token_ids))
+        (choice,) = response.choices
+        return End(OK, text=choice.text, token_ids=tuple(choice.token_ids))
 
     async def stream(
         self, request: pb.GenerateRequest, timeout: float = PATIENCE, on_event: OnEvent | None = None
