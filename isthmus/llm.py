@@ -305,8 +305,8 @@ class AsyncLLM(AsyncModel):
     async def ask_score(self, question: ScoreQuestion, timeout: float | None = None) -> list[Score]:
         llm, prompt = self._llm, question.prompt
         work = partial(score_requests, llm._preparation, question, deadline=_deadline(timeout))
-        size = len(question.continuations) * _size(prompt)  # which is encoded with each of them
-        prepared = self._run(size, work, always=True)
+        # The prompt is encoded with each continuation, which takes long even of a short one.
+        prepared = self._run(_size(prompt), work, always=True)
         return await self._ended(prepared, lambda made: llm._scoring(question, made, timeout), timeout)
 
     async def ask_embed(self, question: EmbedQuestion, timeout: float | None = None) -> Embedding:

@@ -98,9 +98,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         def in_words(error: InvalidRequest) -> InvalidRequest:
             return in_api_words(error, request.prompt, SCORE_FIELDS)
 
-        # Each continuation is encoded together with the prompt.
-        size = request.ByteSize() + len(request.continuations) * request.prompt.ByteSize()
-        async with self._submitted(context, [request.prompt], size, prepare, in_words) as asked:
+        size = request.ByteSize()
+        # The prompt is encoded with each continuation, which takes long even of a short message.
+        async with self._submitted(context, [request.prompt], size, prepare, in_words, program=True) as asked:
             ends, report_cached = await self._ends(asked), self._session.report_cached
 
             def answer() -> pb.ScoreResponse:

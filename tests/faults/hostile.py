@@ -18,7 +18,7 @@ GENERATE, STREAM = INFERENCE + "Generate", INFERENCE + "GenerateStream"
 WATCH, CHECK = HEALTH + "Watch", HEALTH + "Check"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 METHODS = [
-    *(GENERATE, STREAM, INFERENCE + "Tokenize", INFERENCE + "Detokenize"),
+    *(GENERATE, STREAM, *(INFERENCE + name for name in ("Score", "Embed", "Tokenize", "Detokenize"))),
     *(CONTROL + name for name in ("GetModelInfo", "GetServerInfo", "GetLoad", "Cancel")),
     *(CHECK, WATCH, REFLECTION),
 ]
@@ -53,29 +53,55 @@ def _harmless(rng: random.Random) -> pb.GenerateRequest:
     return generate_request(prompt, max_tokens=rng.randrange(1, 40), request_id=rng.choice(["", "a", "b", "c"]))
 
 
-def _generate(rng: random.Random) -> pb.GenerateRequest:
-    request = pb.GenerateRequest(sampling=_sampling(rng), request_id=rng.choice(["", "a", "b", "c"]))
-    if rng.random() < 0.1:
-        request.request_id = rng.choice(TEXTS)
+def _prompt(rng: random.Random) -> pb.Prompt:
+    prompt = pb.Prompt(parse_special=rng.random() < 0.3)
     kind = rng.choice(["text", "ids", "ids", "messages", "nothing"])
     if kind == "text":
-        request.prompt.text = rng.choice(TEXTS)
+        prompt.text = rng.choice(TEXTS)
     if kind == "ids":
-        request.prompt.token_ids.ids.extend(
-            rng.choices(WHOLE[:6] if rng.random() < 0.8 else WHOLE, k=rng.randrange(300))
-        )
+        prompt.token_ids.ids.extend(_ids(rng))
     if kind == "messages":
         for _ in range(rng.choice([0, 1, 3, 1025])):
-            request.prompt.messages.messages.add(
-                role=rng.choice(["user", "critic", "", "\0"]), content=rng.choice(TEXTS[:12])
-            )
-        request.prompt.messages.template_arguments_json = rng.choice(ARGUMENTS)
+            role, content = rng.choice(["user", "critic", "", "\0"]), rng.choice(TEXTS[:12])
+            prompt.messages.messages.add(role=role, content=content)
+        prompt.messages.template_arguments_json = rng.choice(ARGUMENTS)
+    return prompt
+
+
+def _ids(rng: random.Random) -> list[int]:
+    return rng.choices(WHOLE[:6] if rng.random() < 0.8 else WHOLE, k=rng.randrange(300))
+
+
+def _score(rng: random.Random) -> pb.ScoreRequest:
+    request = pb.ScoreRequest(prompt=_prompt(rng), request_id=rng.choice(["", "a", "b", "c"]))
+    for _ in range(rng.choice([0, 1, 1, 3, 129])):
+        text = rng.random() < 0.5
+        request.continuations.append(
+            pb.Continuation(text=rng.choice(TEXTS[:9]))
+            if text
+            else pb.Continuation(token_ids=pb.TokenIds(ids=_ids(rng)[:20]))
+        )
+    if rng.random() < 0.5:
+        request.logprobs = rng.choice([0, 1, 20, rng.choice(WHOLE)])
+    return request
+
+
+def _embed(rng: random.Random) -> pb.EmbedRequest:
+    request = pb.EmbedRequest(inputs=[_prompt(rng) for _ in range(rng.choice([0, 1, 1, 3]))])
+    request.keep_length = rng.random() < 0.5
+    if rng.random() < 0.3:
+        request.dimensions = rng.choice(WHOLE)
+    return request
+
+
+def _generate(rng: random.Random) -> pb.GenerateRequest:
+    request = pb.GenerateRequest(prompt=_prompt(rng), sampling=_sampling(rng))
+    request.request_id = rng.choice(TEXTS) if rng.random() < 0.1 else rng.choice(["", "a", "b", "c"])
     if rng.random() < 0.8:
         request.stop.max_tokens = rng.choice([0, 1, 5, 30, rng.choice(WHOLE)])
     if rng.random() < 0.3:
         request.stop.token_ids.extend(rng.choices(WHOLE[: rng.choice([6, 11])], k=rng.choice([0, 1, 64, 65])))
     request.stop.ignore_eos = rng.random() < 0.5
-    request.prompt.parse_special = rng.random() < 0.3
     if rng.random() < 0.5:
         request.output.text, request.output.token_ids = rng.random() < 0.5, rng.random() < 0.5
     return request
@@ -88,6 +114,10 @@ def message(rng: random.Random, method: str) -> Message:
             return rng.choice([_harmless, _generate])(rng)
         case "GenerateStream":
             return pb.GenerateStreamRequest(request=rng.choice([_harmless, _generate, lambda _: None])(rng))
+        case "Score":
+            return _score(rng)
+        case "Embed":
+            return _embed(rng)
         case "Tokenize":
             return pb.TokenizeRequest(text=rng.choice(TEXTS), parse_special=rng.random() < 0.5)
         case "Detokenize":
