@@ -93,8 +93,8 @@ def test_a_smaller_rank_padded_with_zeros_is_the_same(implementation: str) -> No
     padded = jnp.pad(a, ((0, 0), (0, 0), (0, 11))), jnp.pad(b, ((0, 0), (0, 11), (0, 0)))
     narrow = add_lora(base, x, *kept(implementation, a, b), chosen, implementation=implementation)
     wide = add_lora(base, x, *kept(implementation, *padded), chosen, implementation=implementation)
-    tolerance = 0 if implementation == "cpu" else 1e-5
-    np.testing.assert_allclose(np.asarray(wide), np.asarray(narrow), rtol=0, atol=tolerance)
+    tolerance = 0 if implementation == "cpu" else 1e-6
+    np.testing.assert_allclose(np.asarray(wide), np.asarray(narrow), rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(
