@@ -204,7 +204,7 @@ def test_the_base_may_be_integers(quantize: str, made: Made) -> None:
     for name, folder in made.folders.items():
         alone = build_executor(open_model(folder, "float32", quantize=quantize), ENGINE, MeshShape())
         alone.adapters = executor.adapters  # its network has the adapter in every token
-        np.testing.assert_allclose(told(executor, name), told(alone, name), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(told(executor, name), told(alone, name), rtol=5e-6, atol=2e-5)
         assert np.abs(np.subtract(told(executor, name), told(executor, ""))).max() > 0.1
 
 
@@ -212,7 +212,7 @@ def test_the_base_may_be_split_over_devices(made: Made, executor: Executor) -> N
     """An adapter's factors are split as the matrices are that they adapt."""
     split_up = made.executor(mesh=MeshShape(tp=2))
     for name in ("", *LORAS):
-        np.testing.assert_allclose(told(split_up, name), told(executor, name), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(told(split_up, name), told(executor, name), rtol=5e-6, atol=2e-5)
 
 
 def test_places_for_more_are_the_same(made: Made, executor: Executor) -> None:
