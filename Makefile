@@ -5,7 +5,7 @@ JOBS ?= 2
 EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
-.PHONY: demo test test-all lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
+.PHONY: demo test test-all test-long lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
 
 demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight prompts at once
 	$(BIN)/isthmus demo
@@ -15,7 +15,10 @@ test: $(VENV)/.ready-dev  ## everything but the slow tests and those that need a
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not peers"
 
 test-all: $(VENV)/.ready-dev  ## what CI runs
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "not long"
+
+test-long: $(VENV)/.ready-dev  ## what CI has no time for
+	$(BIN)/python -m pytest -n $(JOBS) -m long
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

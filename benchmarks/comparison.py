@@ -309,6 +309,7 @@ def with_comparison(runs: list[Run]) -> dict[str, Any]:
 def label(cell: str) -> str:
     """Describes a cell in words."""
     words = {"prefill": "prompt of {} tokens", "decode": "decode, {} sequences", "closed": "{} streams"}
+    words["sampled"] = "decode with sampling, {} sequences"
     words["rate"] = "{} requests/s"
     for prefix, text in words.items():
         if cell.startswith(prefix):

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from isthmus.serve.engine.engine import Engine, Sink, StepTimes
 from isthmus.serve.engine.messages import Ending, Event, Request
 from isthmus.serve.engine.sampling import Sampling
 
+GREEDY = Sampling(temperature=0.0)
 FAILED = (Ending.ERROR, Ending.CANCELLED)
 
 
@@ -128,36 +130,51 @@ class Driver:
             raise RuntimeError(watch.error)
         return watch.seen
 
-    def steps(self, prompts: list[list[int]], steps: int, longest: int) -> list[float]:
-        """Returns 1 + `steps` times by time.perf_counter: when every prompt had its first token, and when each of the
-        next `steps` steps was done. Tokens are drawn greedily, past any end of text. longest: the most tokens of a
-        request. Raises RuntimeError, also for a step that drew less than a token of each sequence."""
-        requests = self.requests([PlannedRequest(0.0, prompt, longest, 0) for prompt in prompts], 0.0)
+    def steps(self, prompts: list[list[int]], steps: int, longest: int, sampling: Sampling = GREEDY) -> list[float]:
+        """Returns 1 + `steps` times by time.perf_counter: when every prompt had its first token, or later, and when
+        each of the next `steps` steps was done, at equal distances within a launch. Tokens are drawn past any end of
+        text, with a seed for each prompt. longest: the most tokens of a request. Raises RuntimeError, also for a step
+        that drew less than a token of each sequence."""
+        planned = [PlannedRequest(0.0, prompt, longest, seed) for seed, prompt in enumerate(prompts)]
+        requests = self.requests(planned, sampling)
         count = len(requests)
 
         def enough(seen: list[SeenStep]) -> bool:
             short = len(seen) > 1 and seen[-2].begun == count and seen[-1].drawn < count
-            return short or (len(seen) > steps and seen[-1 - steps].begun == count)
+            return short or len(times_of(seen, count)) > steps
 
         seen = self.run(requests, count, enough)
-        if steps and min(step.drawn for step in seen[-steps:]) < count:
+        times = times_of(seen, count)
+        if len(times) <= steps:
             raise RuntimeError(f"a step drew less than a token of each of {count} sequences")
-        return [step.at for step in seen[-1 - steps :]]
+        return times[len(times) - 1 - steps :]
 
-    def requests(self, planned: Sequence[PlannedRequest], temperature: float) -> list[Request]:
-        """Returns requests with ids that were never used before."""
+    def requests(self, planned: Sequence[PlannedRequest], sampling: Sampling) -> list[Request]:
+        """Returns requests with ids that were never used before. sampling: but for the seed."""
         self._questions += 1
         return [
-            Request(f"q{self._questions}-{i}", p.prompt, Sampling(temperature=temperature, seed=p.seed), p.max_tokens)
+            Request(f"q{self._questions}-{i}", p.prompt, dataclasses.replace(sampling, seed=p.seed), p.max_tokens)
             for i, p in enumerate(planned)
         ]
 
     def closed_loop(self, planned: Sequence[PlannedRequest], streams: int, temperature: float) -> dict[str, Any]:
         """Runs the requests, `streams` at a time. Returns the `seconds` until the last one's end, and all `tokens`."""
-        requests = self.requests(planned, temperature)
+        requests = self.requests(planned, Sampling(temperature=temperature))
         start = time.perf_counter()
         seen = self.run(requests, streams, lambda seen: seen[-1].ended == len(requests))
         return {"seconds": seen[-1].at - start, "tokens": sum(step.drawn for step in seen)}
+
+
+def times_of(seen: list[SeenStep], count: int) -> list[float]:
+    """When all of `count` requests had begun, and when each step since was done, up to one that drew too little."""
+    first = next((index for index, step in enumerate(seen) if step.begun == count), len(seen))
+    times = [step.at for step in seen[first : first + 1]]
+    for before, launch in pairwise(seen[first:]):
+        if launch.drawn < count:
+            break
+        steps = launch.drawn // count
+        times += [before.at + (launch.at - before.at) * (step + 1) / steps for step in range(steps)]
+    return times
 
 
 class EngineProcess(Inference):
@@ -229,8 +246,9 @@ class EngineProcess(Inference):
         self._stopping.append(lambda: asyncio.run_coroutine_threadsafe(server.stop(), loop).result())
         return {"port": server.port}
 
-    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
-        return self.driver.steps(tokens, steps, self.limits[1] - len(tokens[0]) if steps else 1)
+    def times(self, tokens: list[list[int]], steps: int, sampling: dict[str, Any] | None) -> list[float]:
+        drawn = GREEDY if sampling is None else Sampling(**sampling)
+        return self.driver.steps(tokens, steps, self.limits[1] - len(tokens[0]) if steps else 1, drawn)
 
     def closed(self, requests: list[dict[str, Any]], streams: int, temperature: float = 0.0) -> dict[str, Any]:
         """Runs requests, given as the fields of PlannedRequest, `streams` at a time."""

@@ -1,5 +1,5 @@
-"""`isthmus bench features`: what guesses, the prefix cache, prompts beside streams, options and forms of text do to the
-speed of one engine, each beside the same work without it."""
+"""`isthmus bench features`: what guesses, the prefix cache, scores, prompts beside streams, options, forms of text and
+adapters do to the speed of one engine, each beside the same work without it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from isthmus.benchmarks import adapter_rates
 from isthmus.benchmarks.case import Bench, Qualities, Tick, progress_bar
 from isthmus.benchmarks.figures import PAIRED, median, number, paragraphs, table
 from isthmus.benchmarks.machine import describe
@@ -23,13 +24,25 @@ from isthmus.errors import ConfigError
 from isthmus.llm import LLM
 from isthmus.model.device.hardware import default_dtype
 from isthmus.model.parameter import Dtype
+from isthmus.model.process.cleaning import temporary_folder
 from isthmus.serve.engine.config import EngineConfig
 
 SHARED = 0.9
 """Share of a prompt that all prompts have in common, where the prefix cache is measured"""
 STORY = "Once upon a time, in a land far away, there lived a"
+FORMAL = {
+    "type": "object",
+    "properties": {
+        name: {"type": "boolean"} for name in ("is_available_now", "requires_confirmation", "was_found_in_the_index")
+    },
+    "required": ["is_available_now", "requires_confirmation", "was_found_in_the_index"],
+    "additionalProperties": False,
+}
+"""A schema that leaves little choice: three words of a text that is mostly names"""
 FORM = "([a-z]+ )+"
 """A regular expression that never ends, so that every step has masks"""
+ONE: dict[str, Any] = {"temperature": 1.0, "seed": 1}
+"""How the text of one sequence is drawn: with a seed, so that it is the same again"""
 OPTIONS: dict[str, Any] = {
     "temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1,
     "frequency_penalty": 0.1, "presence_penalty": 0.1, "logprobs": 5,
@@ -39,7 +52,14 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class FeaturesBench(Bench):
-    """Measures what the engine's features do to its speed, on a model that writes text."""
+    """Measures what the engine's features do to its speed, on a model that writes text.
+
+    Guesses (of text that repeats, that its caller foretells, that a schema forces, that was answered before), several
+    steps a launch, the prefix cache, scores, a long prompt beside streams, sampling options, forms and adapters, each
+    in turns with the same work without it. It takes minutes; --repeats 1 --tokens 64 gives a first impression.
+
+    example: isthmus bench features --model models/some-instruct --dtype bfloat16
+    """
 
     model: Path | None = None
     """A model folder or a GGUF file; random weights write no text that repeats"""
@@ -65,23 +85,27 @@ class FeaturesBench(Bench):
 
 
 class _Engines:
-    """Two engines of one model, with and without guesses, and the work that is measured on them."""
+    """Engines of one model, without guesses, with them, and with launches of single steps; and the work that is
+    measured on them."""
 
     def __init__(self, config: FeaturesBench) -> None:
         assert config.model is not None
         rows = max(config.streams, config.beside + 1)
         self.config = config
-        self.plain, self.guessing = (
+        self.plain, self.guessing, self.single = (
             LLM(
                 config.model,
                 dtype=config.dtype or default_dtype(),
                 quantize=config.quantize,
-                engine=EngineConfig(max_sequences=rows, draft_rows=draft_rows, pages=self._pages(rows)),
+                engine=EngineConfig(
+                    max_sequences=rows, pages=self._pages(rows), draft_rows=draft_rows, steps_per_launch=steps
+                ),
                 progress=False,
             )
-            for draft_rows in (0, 8)
+            for draft_rows, steps in ((0, 8), (8, 8), (0, 1))
         )
         vocab = self.plain._preparation.tokenizer.vocab_size
+        self._salt = 0
         self._random = np.random.default_rng(0)
         self._ids: Callable[[int], list[int]] = lambda count: self._random.integers(0, vocab, count).tolist()
 
@@ -92,19 +116,54 @@ class _Engines:
     def close(self) -> None:
         self.plain.close()
         self.guessing.close()
+        self.single.close()
 
     def guesses(self, *, repeats: bool) -> tuple[float, float]:
         """Tokens per second of one sequence without and with guesses. repeats: whether it repeats its own prompt."""
         source = Path(__file__).read_text()[:2000]
         prompt = f"A file:\n\n{source}\n\nThe same file, unchanged:\n\n{source[:200]}" if repeats else STORY
-        temperature = 0.0 if repeats else 1.0
-        return self._rate(self.plain, prompt, temperature), self._rate(self.guessing, prompt, temperature)
+        options: dict[str, Any] = {"temperature": 0.0 if repeats else 1.0, "ignore_eos": True}
+        return self._rate(self.plain, prompt, **options), self._rate(self.guessing, prompt, **options)
 
-    def _rate(self, llm: LLM, prompt: str, temperature: float) -> float:
+    def launches(self) -> tuple[float, float]:
+        """The same with launches of single steps and of several."""
+        return self._rate(self.single, STORY, ignore_eos=True), self._rate(self.plain, STORY, ignore_eos=True)
+
+    def forced(self) -> tuple[float, float]:
+        """The same of a text whose form mostly leaves one way."""
+        return self._rate(self.plain, STORY, schema=FORMAL), self._rate(self.guessing, STORY, schema=FORMAL)
+
+    def predicted(self) -> tuple[float, float]:
+        """The same of a text that its caller has foretold."""
+        text = self.plain.generate(STORY, max_tokens=self.config.tokens, **ONE, cache="off").text
+        options: dict[str, Any] = {"ignore_eos": True, "predicted_text": text}
+        return self._rate(self.plain, STORY, **options), self._rate(self.guessing, STORY, **options)
+
+    def repeated(self) -> tuple[float, float]:
+        """The same of an answer that its caller has had before."""
+        self._salt += 1
+        options: dict[str, Any] = {"ignore_eos": True, "cache": "on", "cache_salt": str(self._salt)}
+        self._rate(self.guessing, STORY, **options)
+        return self._rate(self.plain, STORY, **options), self._rate(self.guessing, STORY, **options)
+
+    def _rate(self, llm: LLM, prompt: str, **options: Any) -> float:
         """Tokens per second after the first."""
-        options: dict[str, Any] = {"temperature": temperature, "seed": 1, "ignore_eos": True}
-        answer = llm.generate(prompt, max_tokens=self.config.tokens, **options)
+        answer = llm.generate(prompt, max_tokens=self.config.tokens, **{**ONE, "cache": "off", **options})
         return (answer.completion_tokens - 1) / (answer.total_seconds - answer.time_to_first_token)
+
+    def scores(self, *, given: bool) -> tuple[float, float]:
+        """Prompt tokens per second of a prompt that is only computed, and of one whose tokens are scored. given: by
+        Score, as a continuation; else by a prompt's log-probabilities."""
+        prompt = self._ids(max(64, self.config.prompt // 16))
+        start = time.perf_counter()
+        self.plain.generate(prompt, max_tokens=1, ignore_eos=True, cache="off")
+        middle = time.perf_counter()
+        if given:
+            self.plain.score(prompt[:1], prompt[1:], cache="off")
+        else:
+            self.plain.generate(prompt, max_tokens=1, ignore_eos=True, cache="off", prompt_logprobs=0)
+        end = time.perf_counter()
+        return len(prompt) / (middle - start), len(prompt) / (end - middle)
 
     def prefix_cache(self) -> tuple[float, float]:
         """Prompt tokens per second without and with the prefix cache, of prompts that mostly begin alike."""
@@ -126,6 +185,15 @@ class _Engines:
             prompts, max_tokens=self.config.tokens, seed=1, progress=False, cache="off", **options
         )
         return sum(answer.completion_tokens for answer in answers) / (time.perf_counter() - start)
+
+    def masks(self) -> float:
+        """The share of a step's time in which the host makes masks for `streams` sequences with a form; the device
+        computes meanwhile."""
+        engine = self.plain._engine
+        before = engine.times.masks
+        start = time.perf_counter()
+        self.together(temperature=0.7, regex=FORM)
+        return (engine.times.masks - before) / (time.perf_counter() - start)
 
     def beside(self) -> dict[str, Any]:
         """A long prompt alone, and beside streams: the times between their tokens before and during it, and until its
@@ -166,7 +234,13 @@ def _gaps(times: Sequence[Sequence[float]], start: float, end: float) -> list[fl
 RATIOS = {
     "guesses, text that repeats": "tok/s of one sequence",
     "guesses, text that doesn't": "tok/s of one sequence",
+    "guesses, a form that leaves one way": "tok/s of one sequence",
+    "guesses, predicted text": "tok/s of one sequence",
+    "guesses, an answer again": "tok/s of one sequence",
+    "several steps a launch": "tok/s of one sequence",
     "prefix cache, 90% shared": "prompt tok/s",
+    "Score, beside a plain prompt": "prompt tok/s",
+    "a prompt's log-probabilities": "prompt tok/s",
     "all filters, penalties and log-probabilities": "tok/s of all streams",
     "a form of text": "tok/s of all streams",
 }
@@ -178,15 +252,18 @@ def run(config: FeaturesBench, console: Console) -> Record:
     assert config.model is not None
     engines = _Engines(config)
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in RATIOS}
-    beside = []
+    beside, masks = [], []
     try:
-        with progress_bar(console, "features", config.repeats * (len(RATIOS) + 1)) as tick:
+        with progress_bar(console, "features", config.repeats * (len(RATIOS) + 2)) as tick:
             for _ in range(config.repeats):
                 _one_turn(engines, pairs, tick)
+                masks.append(engines.masks())
+                tick()
                 beside.append(engines.beside())
                 tick()
     finally:
         engines.close()
+    adapters = _adapters(config, console)
     figures = {
         "ratios": [
             {
@@ -199,10 +276,27 @@ def run(config: FeaturesBench, console: Console) -> Record:
             for name, found in pairs.items()
         ],
         "beside": _summary(beside),
+        "masks": median(masks),
+        "adapters": adapters,
         "weights": config.quantize if config.quantize != "none" else config.dtype or default_dtype(),
     }
     subject = f"{config.model.resolve().stem}-{figures['weights']}"
     return Record("features", subject, describe(), dataclasses.asdict(config), figures)
+
+
+def _adapters(config: FeaturesBench, console: Console) -> dict[str, Any]:
+    assert config.model is not None
+    with temporary_folder("isthmus-bench-") as folder:
+        timed = adapter_rates.AdapterRates(config.model, folder, config.dtype, config.quantize, config.tokens)
+        runs = []
+        try:
+            with progress_bar(console, "adapters", config.repeats) as tick:
+                for _ in range(config.repeats):
+                    runs.append(timed.rates())
+                    tick()
+            return adapter_rates.summary(runs, timed.limits())
+        finally:
+            timed.close()
 
 
 def _one_turn(engines: _Engines, pairs: dict[str, list[tuple[float, float]]], tick: Tick) -> None:
@@ -215,7 +309,13 @@ def _one_turn(engines: _Engines, pairs: dict[str, list[tuple[float, float]]], ti
     measures: list[Callable[[], tuple[float, float]]] = [
         lambda: engines.guesses(repeats=True),
         lambda: engines.guesses(repeats=False),
+        engines.forced,
+        engines.predicted,
+        engines.repeated,
+        engines.launches,
         engines.prefix_cache,
+        lambda: engines.scores(given=True),
+        lambda: engines.scores(given=False),
         options,
         forms,
     ]
@@ -246,6 +346,10 @@ def show(record: Record, _: Qualities) -> str:
         f"{record.subject}; {config['streams']} streams, {config['tokens']} tokens each. "
         f"A prompt of {config['prompt']:,} tokens beside {config['beside']} streams: their median gap is {gap:.0f} ms "
         f"and p99 {p99:.0f} ms, of {alone:.1f} ms alone; its first token comes after {beside['first']:.1f} s, "
-        f"{beside['first'] / beside['first_alone']:.2f}x of alone. {PAIRED}"
+        f"{beside['first'] / beside['first_alone']:.2f}x of alone. "
+        + (f"Masks for a form take {figures['masks']:.1%} of a step on the host. " if "masks" in figures else "")
+        + PAIRED
     )
-    return paragraphs(text, table(("", "unit", "without", "with", "ratio"), rows))
+    parts = [text, table(("", "unit", "without", "with", "ratio"), rows)]
+    parts += [adapter_rates.show(figures["adapters"])] if "adapters" in figures else []
+    return paragraphs(*parts)

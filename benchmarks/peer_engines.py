@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +34,23 @@ MAX_PASSES = 8
 
 
 @dataclass(frozen=True)
-class PeersBench(ComparisonBench):
-    """Times several engines on one model with the same prompts, greedily. All are loaded at once, and take turns.
+class Drawing:
+    """How tokens are drawn, by names that all engines give the same meaning."""
 
-    A cell is prefillN, one prompt of N tokens, or decodeN, N sequences from when each has its first token. In each
-    repetition every stack runs every cell, in an order that rotates. Rates, in tokens per second, are medians over the
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 0.95
+    min_p: float = 0.02
+
+
+@dataclass(frozen=True)
+class PeersBench(ComparisonBench):
+    """Times several engines on one model with the same prompts. All are loaded at once, and take turns.
+
+    A cell is prefillN, one prompt of N tokens, decodeN, N sequences from when each has its first token, decoded
+    greedily, or sampledN, the same with tokens drawn by the temperature and filters below, which every engine is given
+    (but llama.cpp, whose benchmark chooses no tokens; it fails there). In each repetition every stack runs every cell,
+    in an order that rotates. Rates, in tokens per second, are medians over the
     repetitions; the ratio is to the fastest stack whose weights have as many bits. A stack that waits should sleep: the
     processor time that it takes meanwhile is measured. So are the memory bandwidth and the peak of a matrix product,
     before and after each repetition.
@@ -47,13 +59,15 @@ class PeersBench(ComparisonBench):
     stacks: tuple[str, ...] = tuple(STACKS)
     """Stacks to run: engines, each with one type of weights"""
     cells: tuple[str, ...] = ("prefill512", "decode1", "decode8", "decode32")
-    """Cells to measure, each prefillN or decodeN"""
+    """Cells to measure, each prefillN, decodeN or sampledN"""
     repeats: int = 5
     """How often every stack runs every cell"""
     prompt: int = 32
     """Tokens of each prompt that comes before decoding"""
     steps: int = 0
     """Steps of decoding in a turn; 0 takes as many as the median of the stacks does in --seconds"""
+    sampling: Drawing = field(default_factory=Drawing)
+    """How the tokens of sampledN are drawn"""
     seconds: float = 3.0
     """About how long a turn takes; a prompt is repeated to fill it"""
 
@@ -65,21 +79,24 @@ class PeersBench(ComparisonBench):
             parse_cell(cell)
         self.check_least(repeats=1, prompt=1, steps=0)
         self.check_positive("seconds")
+        drawing = self.sampling
+        if not (drawing.temperature > 0 and drawing.top_k >= 0 and 0 < drawing.top_p <= 1 and 0 <= drawing.min_p <= 1):
+            raise ConfigError("sampling: temperature above 0, top_k from 0, top_p above 0 and min_p from 0, both to 1")
         super().validate()
 
 
 def parse_cell(cell: str) -> tuple[str, int]:
-    """Returns ("prefill", tokens) or ("decode", sequences). Raises ConfigError."""
-    found = re.fullmatch(r"(prefill|decode)([1-9]\d*)", cell)
+    """Returns ("prefill", tokens), ("decode", sequences) or ("sampled", sequences). Raises ConfigError."""
+    found = re.fullmatch(r"(prefill|decode|sampled)([1-9]\d*)", cell)
     if found is None:
-        raise ConfigError(f"cells: {cell!r} is neither prefillN nor decodeN")
+        raise ConfigError(f"cells: {cell!r} is none of prefillN, decodeN and sampledN")
     return found[1], int(found[2])
 
 
 def cell_tokens(bench: PeersBench, cell: str, vocab: int) -> list[list[int]]:
     """The prompts of a cell, the same for every stack and run of a seed, without ids below 10, which may be special."""
     what, count = parse_cell(cell)
-    random = np.random.default_rng([bench.seed, count, what == "decode"])
+    random = np.random.default_rng([bench.seed, count, what != "prefill"])
     shape = (1, count) if what == "prefill" else (count, bench.prompt)
     return random.integers(min(10, vocab - 1), vocab, shape).tolist()
 
@@ -87,7 +104,7 @@ def cell_tokens(bench: PeersBench, cell: str, vocab: int) -> list[list[int]]:
 def room(bench: PeersBench) -> Sizes:
     """The sizes for which every stack is loaded: MAX_SEQUENCES and 512 tokens, or more if a cell needs more."""
     sizes = [parse_cell(cell) for cell in bench.cells]
-    sequences = max([MAX_SEQUENCES, *(count for what, count in sizes if what == "decode")])
+    sequences = max([MAX_SEQUENCES, *(count for what, count in sizes if what != "prefill")])
     longest = max([512, *(count for what, count in sizes if what == "prefill")])
     longest = max(longest, bench.prompt + max(MAX_STEPS, bench.steps))
     return Sizes(sequences, -(-(longest + 2) // 128) * 128)
@@ -104,8 +121,10 @@ def amount(bench: PeersBench, cell: str, seconds: Sequence[float]) -> int:
 class EngineSide:
     """A process that has loaded the model for a stack."""
 
-    def __init__(self, start: Start, children: ExitStack, log: Path) -> None:
-        """Starts the process, which `children` ends, and loads the model. Raises BenchError."""
+    def __init__(self, start: Start, children: ExitStack, log: Path, sampling: Drawing) -> None:
+        """Starts the process, which `children` ends, and loads the model. sampling: how tokens of sampledN are drawn.
+        Raises BenchError."""
+        self._sampling = sampling
         self._child = children.enter_context(Child(start.command(start.engine.child), log))
         self.facts = self._child.ask("load", **start.load)
         self.facts.setdefault("weight_bytes", start.weight_bytes())
@@ -113,9 +132,11 @@ class EngineSide:
 
     def run(self, cell: str, tokens: list[list[int]], count: int) -> float:
         """Returns the seconds that `count` passes of a prompt, or `count` steps of decoding, take."""
-        if parse_cell(cell)[0] == "prefill":
+        what, _ = parse_cell(cell)
+        if what == "prefill":
             return sum(self._ask("prefill", tokens=tokens) for _ in range(count))
-        return self._ask("decode", tokens=tokens, steps=count)
+        drawn = {"sampling": dataclasses.asdict(self._sampling)} if what == "sampled" else {}
+        return self._ask("decode", tokens=tokens, steps=count, **drawn)
 
     def _ask(self, do: str, **fields: Any) -> float:
         with self.idle.asked():
@@ -135,7 +156,7 @@ def measure(bench: PeersBench, at: Session) -> Run:
     limits = [limits_of_any_dtype()]
     for stack in at.stacks:
         start, log = bench.start(stack, at.config, room(bench)), at.folder / f"{stack.name}.log"
-        at.turns.start(stack, partial(EngineSide, start, at.children, log))
+        at.turns.start(stack, partial(EngineSide, start, at.children, log, bench.sampling))
     tokens = {cell: cell_tokens(bench, cell, at.config.vocab_size) for cell in bench.cells}
     amounts: dict[str, int] = {}
     for cell in bench.cells:
@@ -161,7 +182,7 @@ def shares(run: Run, config: ModelConfig) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for cell, rates in run["rates"].items():
         what, count = parse_cell(cell)
-        if what == "decode" and count > 1:
+        if what == "sampled" or (what == "decode" and count > 1):
             continue
         limit = "bandwidth" if what == "decode" else "flops"
         limits = [max(before[limit], after[limit]) for before, after in pairwise(run["limits"])]
@@ -178,9 +199,9 @@ def shares(run: Run, config: ModelConfig) -> dict[str, dict[str, float]]:
 def show(record: Record, qualities: Qualities) -> str:
     runs = record.figures["pieces"]
     text = (
-        "All engines ran the same model and prompts, greedily and in turns. Rates are medians; the ratio is to the "
-        f"fastest peer whose weights have as many bits. {OF_MEDIANS} Float32 of vLLM and transformers counts as 16 "
-        "bits."
+        "All engines ran the same model and prompts, in turns, greedily where no sampling is named. Rates are medians; "
+        f"the ratio is to the fastest peer whose weights have as many bits. {OF_MEDIANS} Float32 of vLLM and "
+        "transformers counts as 16 bits."
     )
     text += " KL is what the same types of weights cost the trained models above." if qualities else ""
     parts = [text, comparison.show_ratios(record, qualities), comparison.show_rates(runs, qualities)]

@@ -7,8 +7,9 @@ method returns, or {"error": why it raised}. Each inference engine, ours and the
   tokens, prompt and completion together. Answers {"version": the engine's, "seconds": how long loading took, "threads":
   how many compute}.
 - `prefill(tokens)`: computes prompts, given as lists of token ids, and one token of each. Answers {"seconds"}.
-- `decode(tokens, steps)`: computes the prompts and then `steps` more tokens of each, all sequences together, greedily
-  and past any end of text. Answers {"seconds"} of those steps alone: len(tokens) * steps tokens.
+- `decode(tokens, steps, sampling)`: computes the prompts and then `steps` more tokens of each, all sequences together,
+  past any end of text; greedily without `sampling`, {"temperature", "top_k", "top_p", "min_p"}. Answers {"seconds"} of
+  those steps alone: len(tokens) * steps tokens.
 
 No question uses cached results of an earlier one. Peers run in environments of their own, where the project is not
 installed, and import this file through a link beside them, so it must need the standard library only.
@@ -46,22 +47,32 @@ class Inference:
     limits: tuple[int, int]
     """max_sequences and context, as loaded"""
 
-    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
+    def times(self, tokens: list[list[int]], steps: int, sampling: dict | None) -> list[float]:
         """Returns 1 + `steps` times by time.perf_counter: when every sequence had its first token, and when each of the
-        next `steps` steps was done. The prompts fit, with as many tokens more."""
+        next `steps` steps was done. The prompts fit, with as many tokens more. sampling: as for `decode`."""
         raise NotImplementedError
 
     def prefill(self, tokens: list[list[int]]) -> dict:
         start = time.perf_counter()
         return {"seconds": self._checked_times(tokens, 0)[0] - start}
 
-    def decode(self, tokens: list[list[int]], steps: int) -> dict:
-        times = self._checked_times(tokens, steps)
+    def decode(self, tokens: list[list[int]], steps: int, sampling: dict | None = None) -> dict:
+        times = self._checked_times(tokens, steps, sampling)
         return {"seconds": times[-1] - times[0]}
 
-    def _checked_times(self, tokens: list[list[int]], steps: int) -> list[float]:
+    def _checked_times(self, tokens: list[list[int]], steps: int, sampling: dict | None = None) -> list[float]:
         check(tokens, 1 + steps, *self.limits)
-        return self.times(tokens, steps)
+        return self.times(tokens, steps, sampling)
+
+
+def transformers_options(sampling: dict | None) -> dict:
+    """The keywords of transformers' `generate` that draw so. Its own defaults would be those of the model's folder."""
+    return {"do_sample": False} if sampling is None else {"do_sample": True, **sampling}
+
+
+def vllm_options(sampling: dict | None) -> dict:
+    """The fields of vLLM's SamplingParams that draw so."""
+    return {"temperature": 0} if sampling is None else dict(sampling)
 
 
 def answer(peer: object) -> None:

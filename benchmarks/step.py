@@ -25,7 +25,8 @@ from isthmus.model.parameter import Dtype
 from isthmus.model.sharding import MeshShape, build_mesh, check_divisible
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 
 
@@ -62,7 +63,7 @@ class StepBench(Bench):
     """Time the largest step without prompts for each way to draw tokens, beside greedy"""
     kernels: str = "auto"
     """Kernels that compute, as for `isthmus serve`: auto, reference, or the name of kernels such as cpu"""
-    engine: EngineConfig = field(default_factory=lambda: EngineConfig(draft_rows=0))
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(draft_rows=0, steps_per_launch=1))
 
     def validate(self) -> None:
         self.check_least(vocab_size=0, repeats=3, warmup=1, tp=1, depth=0)

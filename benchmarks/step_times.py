@@ -80,7 +80,7 @@ def _prompts(bucket: Bucket, arrays: PlanArrays, work: StepWork) -> None:
         arrays.positions[token : token + tokens] = np.arange(tokens)
         arrays.slots[row : row + blocks] = work.rows + index
         row, token = row + blocks, token + tokens
-        arrays.sample_token[row - 1] = token - 1
+        arrays.sample_token[work.rows + index] = token - 1
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _run_engine(executor: Executor, prompt: int, tokens: int, temperature: float
     planned = [PlannedRequest(0.0, ids, tokens, seed) for seed, ids in enumerate(prompts)]
     driver = Driver(lambda sink: Engine(executor, sink))
     try:
-        return driver.run(driver.requests(planned, temperature), count, lambda seen: seen[-1].ended == count)
+        return driver.run(driver.requests(planned, Sampling(temperature)), count, lambda seen: seen[-1].ended == count)
     finally:
         driver.engine.close()
 

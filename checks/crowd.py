@@ -1,15 +1,26 @@
-"""Runs an engine on requests that arrive, and are cancelled, at chosen steps: no clock decides anything."""
+"""Runs an engine on requests that arrive, and are cancelled, with the events of chosen steps: no clock decides when."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+from isthmus.errors import FailedPrecondition
+from isthmus.model.weights.lora import Adapter
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import End, Ending, Event, Request
+
+
+class Guest(NamedTuple):
+    """An adapter that is loaded for the requests that have it, and unloaded as soon as they are submitted."""
+
+    name: str
+    adapter: Adapter
 
 
 @dataclass
@@ -18,7 +29,9 @@ class Arrival:
     step: int = 0
     """Comes with the events of this step, counted in steps that gave any"""
     cancel_after: int | None = None
-    """Cancelled when it has this many tokens"""
+    """Cancelled when it has this many tokens, or more by the step that brings them"""
+    guest: Guest | None = None
+    """The adapter that the request gets when it comes, which is as soon as there is a place"""
     end: End | None = None
     """How it ended, once it was played"""
 
@@ -63,8 +76,8 @@ class _Players:
         self.done = threading.Event()
 
     def submit_due(self, engine: Engine, due: int) -> None:
-        while self.waiting and self.waiting[0].step <= due:
-            engine.submit(self.waiting.pop(0).request)
+        late = [arrival for arrival in self.waiting if arrival.step <= due and not _submitted(engine, arrival)]
+        self.waiting = late + [arrival for arrival in self.waiting if arrival.step > due]
 
     def take(self, engine: Engine, events: list[Event]) -> None:
         if self.error is not None:
@@ -84,13 +97,28 @@ class _Players:
             self._left -= event.end is not None
             name = event.request.id
             self._drawn[name] += len(event.tokens)
-            if event.end is None and self._drawn[name] == self._cancels.get(name):
+            if event.end is None and self._drawn[name] >= self._cancels.get(name, math.inf):
+                del self._cancels[name]
                 engine.cancel(name)
         self.submit_due(engine, self._step)
         if engine.in_flight == 0 and self.waiting:  # nothing would ever come again
             self.submit_due(engine, self.waiting[0].step)
         if self._left == 0:
             self.done.set()
+
+
+def _submitted(engine: Engine, arrival: Arrival) -> bool:
+    """Submits a request, unless there is no place for its guest."""
+    if (guest := arrival.guest) is not None:
+        try:
+            resident = engine.load_adapter(guest.name, guest.adapter)
+        except FailedPrecondition:
+            return False
+        arrival.request = replace(arrival.request, adapter=resident)
+    engine.submit(arrival.request)
+    if guest is not None:
+        engine.unload_adapter(guest.name)
+    return True
 
 
 def play(

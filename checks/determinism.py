@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from isthmus.checks.chain import Chain
-from isthmus.checks.crowd import Arrival, play
+from isthmus.checks.crowd import Arrival, Guest, play
+from isthmus.checks.trained import Learner
 from isthmus.serve.engine.adapters import Resident
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.executor import Executor
-from isthmus.serve.engine.messages import End, Ending, Event, Request
+from isthmus.serve.engine.messages import End, Ending, Event, Logprobs, Request
 from isthmus.serve.engine.pooling import Pooling
 from isthmus.serve.engine.sampling import Sampling
 
@@ -51,12 +52,18 @@ class Verdict:
     resumed: int
     scored: int
     """Requests that were also resumed in the middle, and whose tokens were also scored"""
+    trained: int
+    """Requests whose tokens also went through the forward pass of training"""
     differences: tuple[Difference, ...]
     """The first one of each request that differs"""
     preemptions: int
     cached_tokens: int
     """Tokens of prompts that the crowd read from the prefix cache"""
     cancelled: int
+    accepted: int
+    """Tokens that the crowd had guessed rightly"""
+    recalled: int
+    """Those of them that were guessed by earlier texts"""
 
     @property
     def holds(self) -> bool:
@@ -65,7 +72,8 @@ class Verdict:
 
 def crowd_config(context_length: int, sequences: int = 16) -> EngineConfig:
     """An engine in which much happens: pages for a quarter of the sequences at full length, so that some are preempted,
-    and small blocks, so that prompts are cut often."""
+    small blocks, so that prompts are cut often, rows for guesses however many run, and several steps a launch wherever
+    that may be, however slow they are."""
     page = 8
     pages = 1 + max(1, sequences // 4) * -(-context_length // page)
     return EngineConfig(
@@ -75,6 +83,8 @@ def crowd_config(context_length: int, sequences: int = 16) -> EngineConfig:
         page_size=page,
         block_size=16,
         prefill_tokens=64,
+        draft_rows=2 * sequences,
+        launch_time=3600.0,
         max_waiting=1 << 20,
     )
 
@@ -87,16 +97,19 @@ def random_arrivals(
     ids: int = 0,
     constraints: Sequence[Constraint] = (),
     adapters: Sequence[Resident] = (),
+    guests: Sequence[Guest] = (),
 ) -> list[Arrival]:
     """Requests of every length and with every option, some of which begin alike, that come a few each step, of several
-    tenants with priorities and salts; one in ten is cancelled in the middle, and one in seven has a constraint.
+    tenants with priorities and salts; one in ten is cancelled in the middle, one in seven has a constraint, and one in
+    ten asks again, in the end, what another has asked.
 
     ids: the width of the model's logits; 0 is vocab. constraints: what to choose from besides a Chain.
-    adapters: what to choose from besides none.
+    adapters: what to choose from besides none. guests: adapters of which one request in four gets one instead, which is
+    loaded as it comes.
     """
     rng = np.random.default_rng(seed)
     shared = [rng.integers(0, vocab, context_length // 2).tolist() for _ in range(3)]
-    made = []
+    made: list[Arrival] = []
     for index in range(count):
         prompt = rng.integers(0, vocab, int(rng.integers(1, context_length // 2))).tolist()
         if rng.random() < 0.4:
@@ -125,24 +138,35 @@ def random_arrivals(
             pooling = (Pooling.MEAN, Pooling.LAST)[index % 2]
             request = replace(request, max_tokens=0, scored_from=None, constraint=None, pooling=pooling)
         cancel = int(rng.integers(1, limit + 1)) if rng.random() < 0.1 else None
-        made.append(Arrival(request, step=int(rng.integers(0, 2 + 2 * count)), cancel_after=cancel))
+        step = int(rng.integers(0, 2 + 2 * count))
+        guest = guests[int(rng.integers(len(guests)))] if guests and rng.random() < 0.25 else None
+        if made and rng.random() < 0.1:
+            again, step = made[int(rng.integers(len(made)))], 2 + 2 * count
+            request, guest = replace(again.request, id=f"r{index}"), again.guest
+        made.append(Arrival(request, step, cancel, guest))
     return made
 
 
 def random_sampling(rng: np.random.Generator, vocab: int, seed: int) -> Sampling:
-    """Any combination of options; each is off in most of them, as with people."""
+    """Any combination of options; each is off in most of them, as with people, and in two of five all those are that
+    change what may be drawn next, with which several steps can't be launched at once."""
 
     def some(value: float, off: float) -> float:
         return value if rng.random() < 0.3 else off
 
     ids = rng.choice(vocab, min(vocab // 2, 40), replace=False).tolist()
-    return Sampling(
+    plain = Sampling(
         temperature=some(0.0, float(rng.uniform(0.2, 1.5))),
         top_k=int(some(int(rng.integers(1, 60)), 0)),
         top_p=some(float(rng.uniform(0.3, 1)), 1.0),
         min_p=some(float(rng.uniform(0, 0.2)), 0.0),
         seed=seed * 0x9E3779B97F4A7C15 % 2**64,
         logprobs=int(rng.integers(0, 4)),
+    )
+    if rng.random() < 0.4:
+        return plain
+    return replace(
+        plain,
         repetition_penalty=some(float(rng.uniform(0.8, 1.6)), 1.0),
         frequency_penalty=some(float(rng.uniform(-0.5, 1)), 0.0),
         presence_penalty=some(float(rng.uniform(-0.5, 1)), 0.0),
@@ -153,9 +177,14 @@ def random_sampling(rng: np.random.Generator, vocab: int, seed: int) -> Sampling
     )
 
 
-def check(executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[], None] = lambda: None) -> Verdict:
+def check(
+    executor: Executor,
+    arrivals: Sequence[Arrival],
+    on_done: Callable[[], None] = lambda: None,
+    learned: Learner | None = None,
+) -> Verdict:
     """Runs all in a crowd, and each again alone from a cold cache. on_done: called for each that has ended, in the
-    crowd and alone."""
+    crowd and alone. learned: what training says of a text, which is compared where no adapter was chosen."""
 
     def report(events: Sequence[Event]) -> None:
         for event in events:
@@ -164,19 +193,24 @@ def check(executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[],
 
     played = play(executor, arrivals, report)
     counters = played.engine.scheduler.counters
-    differences, tokens, resumed, scored = [], 0, 0, 0
+    differences, tokens, resumed, scored, trained = [], 0, 0, 0, 0
     for index, arrival in enumerate(arrivals):
-        request, end = arrival.request, arrival.end
-        alone = _end_of(executor, replace(request, id=f"{request.id} alone"))
+        request, end, guest = arrival.request, arrival.end, arrival.guest
+        alone = _end_of(executor, replace(request, id=f"{request.id} alone"), guest)
         assert end is not None
         tokens += len(end.tokens) + len(end.prompt_logprobs)
         found = list(compared(request, end, alone))
         if index % 3 == 1 and len(alone.tokens) > 1:
             resumed += 1
-            found += compared(request, _resumed(executor, request, alone), alone, "resumed")
+            found += compared(request, _resumed(executor, request, guest, alone), alone, "resumed")
         if index % 3 == 2 and alone.tokens:
             scored += 1
-            found += compared(request, _scored(executor, request, alone), alone, "scored")
+            found += compared(request, _scored(executor, request, guest, alone), alone, "scored")
+        if index % 3 == 0 and alone.tokens and request.adapter is None and guest is None and learned is not None:
+            trained += 1
+            drawn, learnt = _drawn(alone), learned([*request.prompt, *alone.tokens])[len(request.prompt) - 1 :]
+            told_of = tuple(Logprobs(float(value), (), ()) for value in learnt)
+            found += compared(request, replace(drawn, logprobs=told_of), drawn, "in training")
         differences += found[:1]
         on_done()
     return Verdict(
@@ -184,25 +218,28 @@ def check(executor: Executor, arrivals: Sequence[Arrival], on_done: Callable[[],
         tokens,
         resumed,
         scored,
+        trained,
         tuple(differences),
         counters.preemptions,
         counters.cached_prompt_tokens,
         sum(arrival.ending is Ending.CANCELLED for arrival in arrivals),
+        counters.accepted_tokens,
+        counters.accepted_recalled_tokens,
     )
 
 
-def _end_of(executor: Executor, request: Request) -> End:
-    """How a request ends that is alone in a new engine."""
-    arrival = Arrival(request)
+def _end_of(executor: Executor, request: Request, guest: Guest | None) -> End:
+    """How a request ends that is alone in a new engine, with its guest if it has one."""
+    arrival = Arrival(request, guest=guest)
     play(executor, [arrival])
     assert arrival.end is not None
     return arrival.end
 
 
-def _resumed(executor: Executor, request: Request, alone: End) -> End:
+def _resumed(executor: Executor, request: Request, guest: Guest | None, alone: End) -> End:
     """What it gets if it breaks off in the middle, and goes on in a new engine."""
     half = len(alone.tokens) // 2
-    rest = _end_of(executor, replace(request, resumed=alone.tokens[:half], scored_from=None))
+    rest = _end_of(executor, replace(request, resumed=alone.tokens[:half], scored_from=None), guest)
     return replace(
         rest,
         tokens=(*alone.tokens[:half], *rest.tokens),
@@ -211,7 +248,13 @@ def _resumed(executor: Executor, request: Request, alone: End) -> End:
     )
 
 
-def _scored(executor: Executor, request: Request, alone: End) -> End:
+def _drawn(alone: End) -> End:
+    """What was told of the tokens that were drawn, without the likeliest ones."""
+    logprobs = tuple(Logprobs(told.token, (), ()) for told in alone.logprobs)
+    return replace(alone, logprobs=logprobs, prompt_logprobs=())
+
+
+def _scored(executor: Executor, request: Request, guest: Guest | None, alone: End) -> End:
     """What it is told about its tokens if they are given, as the end of a prompt."""
     scoring = Request(
         f"{request.id} scored",
@@ -221,7 +264,7 @@ def _scored(executor: Executor, request: Request, alone: End) -> End:
         scored_from=len(request.prompt),
         adapter=request.adapter,
     )
-    return replace(alone, logprobs=_end_of(executor, scoring).prompt_logprobs)
+    return replace(alone, logprobs=_end_of(executor, scoring, guest).prompt_logprobs)
 
 
 def compared(request: Request, other: End, alone: End, where: str = "in the crowd") -> Iterator[Difference]:

@@ -12,16 +12,19 @@ import tyro
 from rich.console import Console
 
 from isthmus.checks.determinism import Verdict, check, crowd_config, random_arrivals
-from isthmus.checks.networks import NETWORKS, Numbers, small_executor
+from isthmus.checks.networks import NETWORKS, Numbers, guests, small_executor, small_params
+from isthmus.checks.trained import Learner, learner, why_not_trained
 from isthmus.commands.main import near
 from isthmus.errors import ConfigError
 from isthmus.forms import Choices, JsonSchema, Regex
+from isthmus.model.config import ModelConfig
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.ops.operation import AUTO
 from isthmus.model.parameter import Dtype
 from isthmus.model.process.progress import Display, stages
 from isthmus.model.sharding import MeshShape
 from isthmus.serve.engine.build import build_executor, open_model
+from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.constraint import Constraint
 from isthmus.serve.engine.executor import Executor
 from isthmus.serve.prepare.grammar import Grammars
@@ -40,9 +43,10 @@ examples:
   isthmus check determinism --model models/llama --requests 1000"""
 HELP = """A request with a seed gets the same tokens, and log-probabilities of the same bits, alone and in any batch,
 from a cold or a warm cache, preempted or not. Requests of every length and with every option arrive together, some are
-cancelled, pages run short; then each runs again alone, a third of them is resumed in the middle, another third has its
-tokens scored, and every token is compared. Progress counts a run in the crowd and one alone for each request. Exits
-with 1 if a bit differs.
+cancelled, some ask again what others have asked, pages run short, adapters are loaded and unloaded; then each runs
+again alone, a third of them is resumed in the middle, another third has its tokens scored, what the last third drew
+goes through the forward pass of training (not with --model, nor with an adapter or integers), and every token is
+compared. Progress counts a run in the crowd and one alone for each request. Exits with 1 if a bit differs.
 
 examples:
   isthmus check determinism                                    small networks of each kind
@@ -75,7 +79,8 @@ class Determinism:
     """Without --model: float32, bfloat16, int8 and int4 weights and an int8 cache, for each network"""
 
 
-Subject = tuple[str, Callable[[], Executor]]
+Subject = tuple[str, Callable[[], tuple[Executor, Learner | str]]]
+"""A name, and what makes the engine, and either what training says of a text or why that differs"""
 
 ALL = (
     Numbers("float32"),
@@ -99,17 +104,25 @@ def subjects(config: Determinism) -> Iterator[Subject]:
             engine = crowd_config(network.context_length)
             yield (
                 f"{name}, {each}",
-                lambda network=network, each=each, engine=engine: small_executor(  # type: ignore[misc]
+                lambda network=network, each=each, engine=engine: _small(  # type: ignore[misc]
                     network, each, engine, config.kernels
                 ),
             )
 
 
-def _of_folder(config: Determinism, path: Path) -> Executor:
+def _small(
+    network: ModelConfig, numbers: Numbers, engine: EngineConfig, kernels: str
+) -> tuple[Executor, Learner | str]:
+    executor = small_executor(network, numbers, engine, kernels)
+    reason = why_not_trained(executor.served, numbers.quantize != "none")
+    return executor, reason or learner(executor.served, small_params(network))
+
+
+def _of_folder(config: Determinism, path: Path) -> tuple[Executor, Learner | str]:
     model = open_model(path, config.dtype, quantize=config.quantize)
     engine = crowd_config(min(config.context_length, model.config.context_length))
     engine = replace(engine, cache_dtype=config.cache_dtype)
-    return build_executor(model, engine, MeshShape(), kernels=config.kernels)
+    return build_executor(model, engine, MeshShape(), kernels=config.kernels), "only small networks are trained here"
 
 
 FORMS = (
@@ -134,24 +147,29 @@ def run(config: Determinism, console: Console) -> int:
     for name, build in subjects(config):
         with stages(Display(stderr=True, soft_wrap=True)) as shown:
             shown.say(f"{name}: loading and compiling")
-            executor = build()
+            executor, learned = build()
             vocab, context = executor.served.vocab, executor.engine.context_length
             width = executor.model.vocab_size
             adapters = list(executor.adapters.values())
-            arrivals = random_arrivals(vocab, context, config.requests, config.seed, width, constraints, adapters)
+            arrivals = random_arrivals(
+                vocab, context, config.requests, config.seed, width, constraints, adapters,
+                guests(executor.model, config.seed),
+            )  # fmt: skip
             stage = shown.begin(f"{name}: requests in the crowd, then each alone", 2 * config.requests, "runs")
-            verdict = check(executor, arrivals, stage.advance)
+            verdict = check(executor, arrivals, stage.advance, None if isinstance(learned, str) else learned)
         executor.free()
         failed += not verdict.holds
-        _print(console, name, verdict)
+        _print(console, name, verdict, learned if isinstance(learned, str) else "")
     return 1 if failed else 0
 
 
-def _print(console: Console, name: str, verdict: Verdict) -> None:
+def _print(console: Console, name: str, verdict: Verdict, untrained: str) -> None:
     equal = verdict.requests - len(verdict.differences)
     around = (
         f"{verdict.tokens:,} tokens; {verdict.preemptions} preemptions, {verdict.cached_tokens:,} cached tokens, "
-        f"{verdict.cancelled} cancelled; {verdict.resumed} resumed, {verdict.scored} scored"
+        f"{verdict.accepted:,} guessed, {verdict.recalled:,} of them by earlier texts, {verdict.cancelled} cancelled; "
+        f"{verdict.resumed} resumed, {verdict.scored} scored, "
+        + (f"none trained: {untrained}" if untrained else f"{verdict.trained} trained")
     )
     console.print(f"{name}: {equal:,} of {verdict.requests:,} requests with the same bits ({around})", highlight=False)
     if verdict.differences:

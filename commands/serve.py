@@ -30,6 +30,7 @@ examples:
   isthmus serve --model runs/mine
   isthmus serve --model runs/mine --host 0.0.0.0 --auth-token-file token.txt --tls-cert cert.pem --tls-key key.pem
   isthmus serve --model runs/mine --adapters poems=runs/poems code=runs/code
+  isthmus serve --model runs/mine --adapter-root adapters --engine.max-adapters 8
   isthmus serve --model runs/mine --engine.max-sequences 64 --engine.pages 4096
 
 Health (grpc.health.v1) says SERVING once every program is compiled. SIGTERM drains the server; a second one ends it."""

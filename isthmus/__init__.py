@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isthmus.adapters import AdapterInfo
     from isthmus.aio import AsyncClient
     from isthmus.client import Client, generate_request
     from isthmus.errors import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         ConfigError,
         DeadlineExceeded,
         DuplicateRequest,
+        FailedPrecondition,
         InvalidRequest,
         ModelNotFound,
         Overloaded,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from isthmus.types import Completion, Delta, FinishReason, SamplingParams, TokenLogprobs
 
 _HOME = {
+    "isthmus.adapters": ("AdapterInfo",),
     "isthmus.aio": ("AsyncClient",),
     "isthmus.client": ("Client", "generate_request"),
     "isthmus.errors": (
@@ -45,6 +48,7 @@ _HOME = {
         "ConfigError",
         "DeadlineExceeded",
         "DuplicateRequest",
+        "FailedPrecondition",
         "InvalidRequest",
         "ModelNotFound",
         "Overloaded",
@@ -66,6 +70,7 @@ _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [  # imported by __getattr__
     "LLM",
+    "AdapterInfo",
     "AsyncClient",
     "AsyncLLM",
     "AsyncModel",
@@ -80,6 +85,7 @@ __all__ = [  # imported by __getattr__
     "DuplicateRequest",
     "Embedding",
     "EngineConfig",
+    "FailedPrecondition",
     "FinishReason",
     "Grammar",
     "InvalidRequest",

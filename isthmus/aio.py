@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from isthmus.adapters import AdapterInfo
 from isthmus.client import (
     AT_ONCE,
     OPTIONS,
@@ -26,6 +28,7 @@ from isthmus.client import (
 )
 from isthmus.errors import Unavailable
 from isthmus.proto import API_FIELDS, error_of, message_of, response_of
+from isthmus.proto_adapters import info_of, infos_of, load_message, unload_message
 from isthmus.proto_scores import EMBED_FIELDS, SCORE_FIELDS, embed_message, embedding_of, score_message, scores_of
 from isthmus.protocol import AsyncModel
 from isthmus.scores import Embedding, EmbedQuestion, Score, ScoreQuestion
@@ -160,6 +163,26 @@ class AsyncClient(AsyncModel):
         request = cancel_request(request_ids)
         return list(
             (await self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout)).cancelled_request_ids
+        )
+
+    async def load_adapter(
+        self, name: str, path: str | os.PathLike[str], *, timeout: float | None = None
+    ) -> AdapterInfo:
+        request = load_message(name, path)
+        return info_of(
+            (await self._call(self._control.LoadAdapter, request, control_pb2.LoadAdapterResponse, timeout)).adapter
+        )
+
+    async def unload_adapter(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
+        request = unload_message(name)
+        return info_of(
+            (await self._call(self._control.UnloadAdapter, request, control_pb2.UnloadAdapterResponse, timeout)).adapter
+        )
+
+    async def list_adapters(self, *, timeout: float | None = None) -> list[AdapterInfo]:
+        request = control_pb2.ListAdaptersRequest()
+        return infos_of(
+            (await self._call(self._control.ListAdapters, request, control_pb2.ListAdaptersResponse, timeout)).adapters
         )
 
     async def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Generic, TypeVar, Unpack
 
 import grpc
 
+from isthmus.adapters import AdapterInfo
 from isthmus.arguments import check_flag, check_within
 from isthmus.errors import ConfigError, InvalidRequest, Unavailable
 from isthmus.forms import check_string
@@ -23,6 +25,7 @@ from isthmus.proto import (
     response_of,
     set_ids,
 )
+from isthmus.proto_adapters import info_of, infos_of, load_message, unload_message
 from isthmus.proto_scores import EMBED_FIELDS, SCORE_FIELDS, embed_message, embedding_of, score_message, scores_of
 from isthmus.protocol import Model
 from isthmus.questions import to_question
@@ -274,6 +277,22 @@ class Client(Model):
         request = cancel_request(request_ids)
         return list(
             self._call(self._control.Cancel, request, control_pb2.CancelResponse, timeout).cancelled_request_ids
+        )
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str], *, timeout: float | None = None) -> AdapterInfo:
+        request = load_message(name, path)
+        return info_of(self._call(self._control.LoadAdapter, request, control_pb2.LoadAdapterResponse, timeout).adapter)
+
+    def unload_adapter(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
+        request = unload_message(name)
+        return info_of(
+            self._call(self._control.UnloadAdapter, request, control_pb2.UnloadAdapterResponse, timeout).adapter
+        )
+
+    def list_adapters(self, *, timeout: float | None = None) -> list[AdapterInfo]:
+        request = control_pb2.ListAdaptersRequest()
+        return infos_of(
+            self._call(self._control.ListAdapters, request, control_pb2.ListAdaptersResponse, timeout).adapters
         )
 
     def _call(self, method: Callable[..., Any], request: object, kind: type[T], timeout: float | None) -> T:

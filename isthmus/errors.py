@@ -54,6 +54,12 @@ class ModelNotFound(InvalidRequest):
     code = "NOT_FOUND"
 
 
+class FailedPrecondition(RequestError):
+    """What is asked for can't be done as things are; the message says what has to change first."""
+
+    code = "FAILED_PRECONDITION"
+
+
 class Overloaded(RequestError):
     """Too many requests, or too much text, are waiting already."""
 

@@ -46,6 +46,9 @@ class JsonSchema:
                 given = json_text.dumps(dict(given), ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidRequest("schema", f"can't be written as JSON: {error}") from None
+        if not isinstance(given, str):
+            kinds = "a dict, JSON text or a class with model_json_schema"
+            raise InvalidRequest("schema", f"must be {kinds}, not {type(given).__name__}")
         return check_string("schema", given)
 
 

@@ -23,6 +23,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 
 import jax
 
+from isthmus.adapters import AdapterInfo, check_path
 from isthmus.errors import ConfigError, DeadlineExceeded, RequestFailed, Unavailable
 from isthmus.forms import check_string
 from isthmus.model.device.compilation import enable_compilation_cache
@@ -35,6 +36,7 @@ from isthmus.serve.engine.build import build_engine, open_model
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.messages import End, Request
+from isthmus.serve.prepare import adapters
 from isthmus.serve.prepare.choices import Choices, completion_of_all
 from isthmus.serve.prepare.delivery import Last, LoopStream, Receiver, ThreadStream, deliver
 from isthmus.serve.prepare.reader import Reader
@@ -86,11 +88,11 @@ class LLM(Model):
         bfloat16, and float32 on CPU. quantize: keep matrices as integers, quantized while loading. mesh: the devices to
         split the model over; by default one. kernels: "auto", "reference", or a name, as for `isthmus serve --kernels`.
         engine: the engine's sizes. adapters: folders of LoRA adapters of the model, by names; a question whose `model`
-        is one of these names is computed with that adapter. merge_adapter: add an adapter to its base model's weights
-        once. base: the folder or Org/Name of an adapter's base model. ignore_field: fields of config.json to read as if
-        absent. download: fetch an Org/Name that the local cache lacks. compilation_cache: folder for compiled programs;
-        by default the one that JAX is set to, or ~/.cache/isthmus/xla. progress: whether to show how loading goes; None
-        shows it if standard error is a terminal.
+        is one of these names is computed with that adapter (`load_adapter` brings more). merge_adapter: add an adapter
+        to its base model's weights once. base: the folder or Org/Name of an adapter's base model. ignore_field: fields
+        of config.json to read as if absent. download: fetch an Org/Name that the local cache lacks. compilation_cache:
+        folder for compiled programs; by default the one that JAX is set to, or ~/.cache/isthmus/xla. progress: whether
+        to show how loading goes; None shows it if standard error is a terminal.
 
         Raises ConfigError, naming the setting, and CheckpointError for a folder whose weights can't be read.
         """
@@ -186,6 +188,18 @@ class LLM(Model):
     def detokenize(self, token_ids: Sequence[int]) -> str:
         self._check_open()
         return detokenized(self._model.tokenizer, token_ids)
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        self._check_open()
+        return adapters.loaded(self._model, self._engine, name, Path(check_path(path)))
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        self._check_open()
+        return adapters.unloaded(self._engine, name)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        self._check_open()
+        return adapters.all_of(self._engine)
 
     def close(self) -> None:
         """Ends requests in flight with Unavailable, and frees the device's memory. A second call does nothing.
@@ -353,6 +367,16 @@ class AsyncLLM(AsyncModel):
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._run(len(check_sized("token_ids", token_ids)), partial(self._llm.detokenize, token_ids))
+
+    async def load_adapter(self, name: str, path: str | os.PathLike[str]) -> AdapterInfo:
+        self._llm._check_open()
+        return await asyncio.to_thread(self._llm.load_adapter, name, path)
+
+    async def unload_adapter(self, name: str) -> AdapterInfo:
+        return self._llm.unload_adapter(name)
+
+    async def list_adapters(self) -> list[AdapterInfo]:
+        return self._llm.list_adapters()
 
     async def _run(self, size: int, work: Callable[[], T], *, always: bool = False) -> T:
         self._llm._check_open()

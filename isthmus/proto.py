@@ -25,6 +25,7 @@ from isthmus.errors import (
     Cancelled,
     DeadlineExceeded,
     DuplicateRequest,
+    FailedPrecondition,
     InvalidRequest,
     ModelNotFound,
     Overloaded,
@@ -389,7 +390,7 @@ def error_of(call: grpc.RpcError, fields: Mapping[str, str] = API_FIELDS, timeou
             return _PLAIN.get(code.name, RequestError)(message)
 
 
-_PLAIN = {kind.code: kind for kind in (Cancelled, DeadlineExceeded, Unauthenticated)}
+_PLAIN = {kind.code: kind for kind in (Cancelled, DeadlineExceeded, FailedPrecondition, Unauthenticated)}
 
 
 def _status(call: grpc.RpcError) -> status_pb2.Status:

@@ -14,6 +14,7 @@ from abc import abstractmethod
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from typing import Literal, Protocol, TypeVar, Unpack, cast, overload
 
+from isthmus.adapters import HasAdapters, HasAsyncAdapters
 from isthmus.batches import Pending, ask_all, ask_all_async, progress_bar
 from isthmus.errors import BatchError, RequestError
 from isthmus.questions import (
@@ -47,7 +48,7 @@ from isthmus.types import (
 R = TypeVar("R")
 
 
-class Model(Protocol):
+class Model(HasAdapters, Protocol):
     """A model with synchronous calls. Safe to use from several threads."""
 
     @overload
@@ -223,7 +224,7 @@ class Model(Protocol):
         return outcomes if return_errors else results_of(outcomes)
 
 
-class AsyncModel(Protocol):
+class AsyncModel(HasAsyncAdapters, Protocol):
     """A model with calls for asyncio. Cancelling the task that waits for a call ends its request."""
 
     @overload

@@ -92,7 +92,7 @@ class SamplingParams:
     most 20; None tells nothing"""
     repetition_penalty: float | None = None
     """Divides the logit of each token that prompt or answer has, if it is positive, and multiplies it otherwise; in
-    (0, 10], by default 1, which is off"""
+    [1e-6, 10], by default 1, which is off"""
     frequency_penalty: float | None = None
     """Subtracted from a token's logit for each time that the answer has it; in [-2, 2], by default 0"""
     presence_penalty: float | None = None
@@ -100,9 +100,10 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """What is added to the logits of these token ids, at most 300, each in [-100, 100]; it comes before penalties"""
     allowed_token_ids: Sequence[int] | None = None
-    """The only tokens that may be drawn; None allows all. The end of the text is one of them only if it is named"""
+    """The only tokens that may be drawn; None allows all. The end of the text is one of them only if it is named. Where
+    `response_format` leaves none of them, it decides"""
     bad_token_ids: Sequence[int] = ()
-    """Tokens that are never drawn"""
+    """Tokens that are never drawn, unless `response_format` leaves no others"""
     min_tokens: int | None = None
     """The number of tokens before which none is drawn that ends the text; by default 0"""
     n: int = 1

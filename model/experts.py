@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -147,9 +148,10 @@ class Mixture(nnx.Module):
         hidden = gated(activation, limit, gates, ups, implementation=self.kernels.gated)
         out = add_up(multiply(hidden, down, sizes), mesh_axes("mlp"))
         out = out if down_bias is None else out + down_bias[group]
-        out = jnp.where((local[order] < mine)[:, None], out, 0)
-        back = jnp.zeros_like(out).at[order].set(out).reshape(*experts.shape, -1)
-        return add_up((back * weights[..., None]).sum(axis=1), mesh_axes("experts"))
+        out = jnp.where((local[order] < mine)[:, None], out, 0) * weights.reshape(-1)[order][:, None]
+        # Rounded before they are added, as by isthmus.model.ops.rounding.product, and added in one order.
+        back = jax.lax.optimization_barrier(jnp.zeros_like(out).at[order].set(out)).reshape(*experts.shape, -1)
+        return add_up(reduce(add, (back[:, index] for index in range(experts.shape[1]))), mesh_axes("experts"))
 
 
 class ExpertLinear(nnx.Module):

@@ -26,6 +26,7 @@ from isthmus.model.ops.linear import linear, linears
 from isthmus.model.ops.lora import Factors, add_lora
 from isthmus.model.ops.norm import rms_norm
 from isthmus.model.ops.rotary import rotate
+from isthmus.model.ops.rounding import product
 from isthmus.model.parameter import INIT_STD, Role, parameter
 from isthmus.model.rotary import Angles
 from isthmus.model.sharding import shard
@@ -103,9 +104,9 @@ class Linear(nnx.Module):
     def _adapted(self, x: jax.Array, out: jax.Array, a: Factors, b: Factors, chosen: jax.Array | None) -> jax.Array:
         if self.lora.adapters:
             return out if chosen is None else self._add_chosen(x, out, a, b, chosen)
-        product = partial(linear, implementation=self.kernels.linear)
-        hidden = product(x, a, (self.lora.rank,), self.inputs).astype(x.dtype)
-        return out + self.lora.scale * product(hidden, b, self.outputs)
+        multiply = partial(linear, implementation=self.kernels.linear)
+        hidden = multiply(x, a, (self.lora.rank,), self.inputs).astype(x.dtype)
+        return out + product(multiply(hidden, b, self.outputs), self.lora.scale)
 
     def _add_chosen(self, x: jax.Array, out: jax.Array, a: Factors, b: Factors, chosen: jax.Array) -> jax.Array:
         inputs, outputs, rank = math.prod(x.shape[x.ndim - self.inputs :]), math.prod(self.outputs), self.lora.rank
@@ -122,7 +123,7 @@ def project(x: jax.Array, *layers: Linear, chosen: jax.Array | None = None) -> l
     plain = all(layer.bias is None and layer.lora_a is None for layer in layers)
     dtype = (layers[0].dtype or x.dtype) if plain else jnp.float32
     products = linears(x, weights, layers[0].inputs, dtype=dtype, implementation=layers[0].kernels.linear)
-    return [layer.finish(x, product, chosen) for layer, product in zip(layers, products, strict=True)]
+    return [layer.finish(x, out, chosen) for layer, out in zip(layers, products, strict=True)]
 
 
 def zeros(rngs: nnx.Rngs, sizes: dict[str, int], role: Role = Role.VECTOR) -> nnx.Param:
@@ -143,15 +144,13 @@ class HeadLinear(nnx.Module):
         role, inputs = (Role.TURNED_HEADS, shape[-1]) if turned else (Role.HEADS, shape[0])
         start = nnx.initializers.normal(INIT_STD)
         self.kernel = parameter(rngs, shape, tuple(sizes), role, inputs=inputs, initializer=start)
-        self.equation = "...hd,rhd->...hr" if turned else "...hr,rhd->...hd"
-        self.kernels = kernels
+        self.turned, self.kernels = turned, kernels
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel.get_value()
-        if isinstance(kernel, Packed):
-            return multiply_heads(x, kernel, implementation=self.kernels.grouped_matmul).astype(x.dtype)
-        out = jnp.einsum(self.equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-        return out.astype(x.dtype)
+        implementation = self.kernels.grouped_matmul
+        return multiply_heads(x, self.kernel.get_value(), turned=self.turned, implementation=implementation).astype(
+            x.dtype
+        )
 
 
 class RMSNorm(nnx.Module):

@@ -27,6 +27,7 @@ from isthmus.model.config import LayerKind, ModelConfig
 from isthmus.model.execution import Execution
 from isthmus.model.layers import STREAM, Attend, Cache, RMSNorm
 from isthmus.model.ops.linear import linear, lookup, unembed, unpacked
+from isthmus.model.ops.rounding import product
 from isthmus.model.parameter import NoNumbers, Role, Spec, parameter
 from isthmus.model.rotary import Angles, rotary_angles
 from isthmus.model.sharding import named_sharding, shard
@@ -83,7 +84,7 @@ class Transformer(nnx.Module):
         config = self.config
         x = lookup(self.embedding.get_value(), tokens, config.dim, STREAM)
         if config.embedding_scale != 1:
-            x = x * jnp.asarray(config.embedding_scale, self.execution.dtype).astype(STREAM)
+            x = product(x, jnp.asarray(config.embedding_scale, self.execution.dtype).astype(STREAM))
         x = shard(x, "residual")
         angles = rotary_angles(config, positions, uses_long_rope)
         x, cache, loads = self._run_blocks(x, angles, attend, cache, chosen)

@@ -5,7 +5,8 @@ set -eu
 cd "$(dirname "$0")/.."
 python=$(command -v "${1:-.venv/bin/python}")
 home=$(mktemp -d)
-trap 'rm -rf "$home"' EXIT
+sanitized=
+trap 'kill $sanitized 2>/dev/null || true; rm -rf "$home"' EXIT
 
 # Builds the kernels for -march=$1 with the flags that follow, where a process whose HOME is $home/$1 finds them.
 build() {
@@ -40,9 +41,13 @@ library_of() { g++ -print-file-name="lib$1.so"; }
 
 build native -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 check native LD_PRELOAD="$(library_of asan) $(library_of ubsan)" ASAN_OPTIONS=detect_leaks=0 \
-    UBSAN_OPTIONS=print_stacktrace=1
+    UBSAN_OPTIONS=print_stacktrace=1 &
+sanitized=$!
 
+# Beside them, since each is one process.
 if [ "$(uname -m)" = x86_64 ]; then
     build x86-64
-    check x86-64
+    check x86-64 >"$home/log" 2>&1 || { cat "$home/log"; exit 1; }
+    cat "$home/log"
 fi
+wait $sanitized

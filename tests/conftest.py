@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 # Read by JAX when it is imported, so they come before every import that leads to it.
 _DEVICES = "--xla_force_host_platform_device_count=8"
@@ -12,6 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # libtpu, where it is installed, would ask the network for a TPU
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # two workers may compile for one at a time
 
+import jax
 import pytest
 from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh
@@ -21,6 +25,9 @@ from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.transformer import Params
 from tests.support import TINY, random_params
 
+MOST_MAPPINGS = 20_000
+"""Of memory, that a process may have when a module of tests ends"""
+
 # The same examples on every run: a red test is a change in the code, never in the dice.
 settings.register_profile(
     "isthmus",
@@ -29,6 +36,17 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "isthmus"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Lets go of programs that were compiled for earlier modules. Each takes dozens of mappings of memory; Linux gives
+    a process 65,530 of them, and one that needs more crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

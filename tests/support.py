@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,12 @@ from isthmus.model.weights.layout import is_stacked, unstack_params
 from isthmus.model.weights.lora import Merge, split
 from isthmus.model.weights.packing import pack_params
 from isthmus.train.step import packed_attention
+
+
+def without_progress(text: str) -> str:
+    """What a command printed, but for the lines that say how far it has come, which a machine that takes long gets."""
+    return re.sub(r"(?m)^.*\(\d+ s\)\n", "", text)
+
 
 TINY = ModelConfig(
     vocab_size=96,

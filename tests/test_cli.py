@@ -265,7 +265,7 @@ def model_of(folder: Path) -> Iterator[Callable[[str], str]]:
     from isthmus.model.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    with LLM(folder, engine=EngineConfig(max_sequences=1, prefill_tokens=32, draft_rows=0)) as llm:
+    with LLM(folder, engine=EngineConfig(max_sequences=1, prefill_tokens=32, draft_rows=0, steps_per_launch=1)) as llm:
         yield lambda text: llm.generate(tokenizer.encode_chat(text), temperature=0, max_tokens=6).text
 
 

@@ -114,8 +114,9 @@ class TrainConfig:
     mesh: str = ""
     """Number of devices for each kind of parallelism, such as dp=2,fsdp=2,tp=2; empty means all devices as fsdp"""
     kernels: str = "auto"
-    """The implementation of each operation: auto takes this machine's kernels if they have a gradient; reference takes
-    none; the name of kernels takes those, and is an error if they can't run"""
+    """The implementation of each operation: auto takes this machine's kernels if they make training faster; reference
+    takes none; the name of kernels takes those, and is an error if they can't run: cpu gives log-probabilities the bits
+    that serving gives them"""
     seed: int = 0
     """Decides the random initial parameters and the order of the data"""
     eval_every: int = 250

@@ -14,6 +14,7 @@ from isthmus.model.execution import DEFAULT_EXECUTION, Execution
 from isthmus.model.experts import balanced
 from isthmus.model.layers import Attend
 from isthmus.model.ops.attention import Scoring, causal
+from isthmus.model.ops.log_probability import log_probability
 from isthmus.model.ops.operation import REFERENCE
 from isthmus.model.ops.rounding import narrowed
 from isthmus.model.parameter import Role
@@ -74,15 +75,29 @@ def long_sequences(config: ModelConfig, batch: Batch) -> jax.Array | None:
     return jax.vmap(longest)(batch.positions, jnp.maximum(batch.segments, 0)) >= config.rope_switch
 
 
-def loss_sum(config: ModelConfig, execution: Execution, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the weighted sum of the cross-entropies in nats, float32[], of a batch whose arrays are [sequences, seq],
-    and the experts' load, float32[sparse layers, experts]."""
-    model = bind(config, execution, params)
-    attend = packed_attention(batch.segments, execution.kernels.attention)
+def log_probabilities(
+    config: ModelConfig, execution: Execution, params: Params, batch: Batch, vocab: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log-probability of each target, float32[sequences, seq], of a batch whose arrays are that, and the
+    experts' load, float32[sparse layers, experts]. Differentiable.
+
+    params: as `multiplied` rounds them. vocab: how many ids can be drawn, which serving takes the softmax over; None is
+    all that the network has logits for. Where all of `execution.kernels` are "cpu", the log-probabilities are those
+    that serving by these kernels tells of the same tokens of the same weights, to the bit.
+    """
+    model, kernels = bind(config, execution, params), execution.kernels
+    attend = packed_attention(batch.segments, kernels.attention)
     uses_long_rope = long_sequences(config, batch)
     hidden, _, load = model.run(batch.tokens, batch.positions, attend, None, uses_long_rope)
-    losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden), batch.targets)
-    return (losses * batch.weights).sum(), load
+    vocab = config.vocab_size if vocab is None else vocab
+    logits = model.logits(hidden)
+    return log_probability(logits, batch.targets, vocab, implementation=kernels.log_probability), load
+
+
+def loss_sum(config: ModelConfig, execution: Execution, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns the weighted sum of the cross-entropies in nats, float32[], and the load, as `log_probabilities` does."""
+    log_likelihoods, load = log_probabilities(config, execution, params, batch)
+    return -(log_likelihoods * batch.weights).sum(), load
 
 
 class Gradients(NamedTuple):

@@ -49,7 +49,11 @@ class LlamaCpp:
         length = check(tokens, 1, *self.limits)
         return {"seconds": self._run(len(tokens), length, 1)["t_pp"]}
 
-    def decode(self, tokens: list[list[int]], steps: int) -> dict:
+    def decode(self, tokens: list[list[int]], steps: int, sampling: dict | None = None) -> dict:
+        if sampling is not None:
+            raise ValueError(
+                "sampling: llama-batched-bench chooses no tokens, so it can't say what choosing them costs"
+            )
         length = check(tokens, steps, *self.limits)
         return {"seconds": self._run(len(tokens), length, steps, "-pps")["t_tg"]}
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 import transformers
-from protocol import Inference, answer, cores
+from protocol import Inference, answer, cores, transformers_options
 from transformers import AutoModelForCausalLM
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
@@ -41,7 +41,7 @@ class Transformers(Inference):
             "threads": torch.get_num_threads(),
         }
 
-    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
+    def times(self, tokens: list[list[int]], steps: int, sampling: dict | None) -> list[float]:
         clock = Clock()
         prompts = torch.tensor(tokens)
         with torch.inference_mode():
@@ -49,7 +49,7 @@ class Transformers(Inference):
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=1 + steps,
-                do_sample=False,
+                **transformers_options(sampling),
                 pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([clock]),
             )

@@ -10,7 +10,7 @@ aborted.
 import os
 import time
 
-from protocol import Inference, answer, cores
+from protocol import Inference, answer, cores, vllm_options
 
 THREADS = len(cores())
 # vLLM reads these when it is imported. Without OMP_NUM_THREADS it computes with one thread.
@@ -46,11 +46,11 @@ class Vllm(Inference):
             "threads": torch.get_num_threads(),
         }
 
-    def times(self, tokens: list[list[int]], steps: int) -> list[float]:
+    def times(self, tokens: list[list[int]], steps: int, sampling: dict | None) -> list[float]:
         """Raises ValueError when a sequence reaches the context's end before the last step. Prompts that don't fit into
         one step are computed over several, in which the first of them already decode."""
         longest = self.limits[1] - len(tokens[0]) if steps else 1
-        params = vllm.SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True, detokenize=False)
+        params = vllm.SamplingParams(**vllm_options(sampling), max_tokens=longest, ignore_eos=True, detokenize=False)
         names = [str(self.requests + number) for number in range(len(tokens))]
         self.requests += len(tokens)
         for name, prompt in zip(names, tokens, strict=True):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from isthmus.model.ops.cpu import attention as cpu
+from isthmus.model.ops.cpu.kernel import cpu_kernel
 from isthmus.model.ops.operation import REFERENCE, Operation
 
 MASKED = -1e30
@@ -100,5 +102,10 @@ def _attend_block(
 
 ATTENTION: Operation[
     Callable[[jax.Array, jax.Array, jax.Array | None, jax.Array, Scoring, jax.Array | None], jax.Array]
-] = Operation("attention", _reference, is_used=lambda setting: setting.page_size == 0)
+] = Operation(
+    "attention",
+    _reference,
+    (cpu_kernel(cpu.causal, gradient_of=_reference),),
+    is_used=lambda setting: setting.page_size == 0,
+)
 """Called with q, k, v, segments, scoring and sinks."""

@@ -39,6 +39,6 @@ def _has_no_cpu_kernel(setting: Setting) -> str | None:
 
 
 GATED: Operation[Callable[[Activation, float, jax.Array, jax.Array], jax.Array]] = Operation(
-    "gated", _reference, (cpu_kernel(elementwise.gated_product, _has_no_cpu_kernel),)
+    "gated", _reference, (cpu_kernel(elementwise.gated_product, _has_no_cpu_kernel, gradient_of=_reference),)
 )
 """Called with the activation, its limit, the gate and what it multiplies."""

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from isthmus.model.ops.cpu.kernel import cpu_kernel, is_not_packed
-from isthmus.model.ops.cpu.packed import Packed, multiply_groups
-from isthmus.model.ops.operation import REFERENCE, Operation, Setting
+from isthmus.model.ops.cpu.packed import Packed, multiply_groups, pack
+from isthmus.model.ops.operation import REFERENCE, Operation, Setting, with_gradient_of
 
 MAX_BLOCK = 64
 """Rows that the CPU multiplies at a time: more fills the last block of a small group with others' rows for nothing."""
@@ -35,13 +35,31 @@ def grouped_matmul(x: jax.Array, weights: Matrices, sizes: jax.Array, *, impleme
     return GROUPED_MATMUL[implementation](x, weights, sizes)
 
 
-def multiply_heads(x: jax.Array, weights: Matrices, *, implementation: str) -> jax.Array:
-    """float32[..., heads, outputs] of x[..., heads, inputs], by a matrix for each head."""
+def multiply_heads(x: jax.Array, kernel: Matrices, *, turned: bool, implementation: str) -> jax.Array:
+    """float32[..., heads, outputs] of x[..., heads, inputs], by a matrix for each head.
+
+    kernel: [inputs, heads, outputs], or [outputs, heads, inputs] if `turned`; or packed. implementation: of
+    `grouped_matmul`, where the reference is one product for all heads.
+    """
+    if implementation == REFERENCE:
+        assert not isinstance(kernel, Packed), "packed matrices are multiplied by the implementation cpu alone"
+        return _heads(x, kernel, turned)
+    return with_gradient_of(_heads, partial(_heads_by_groups, implementation))(x, kernel, turned)
+
+
+def _heads(x: jax.Array, kernel: Any, turned: bool) -> jax.Array:
+    equation = "...hd,rhd->...hr" if turned else "...hr,rhd->...hd"
+    return jnp.einsum(equation, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _heads_by_groups(implementation: str, x: jax.Array, kernel: Matrices, turned: bool) -> jax.Array:
     *leading, heads, inputs = x.shape
     by_head = x.reshape(-1, heads, inputs).swapaxes(0, 1)
+    if not isinstance(kernel, Packed):
+        kernel = kernel.astype(x.dtype).transpose((1, 2, 0) if turned else (1, 0, 2))
     rows = by_head.shape[1]
     sizes = jnp.full(heads, rows, jnp.int32)
-    out = grouped_matmul(by_head.reshape(-1, inputs), weights, sizes, implementation=implementation)
+    out = grouped_matmul(by_head.reshape(-1, inputs), kernel, sizes, implementation=implementation)
     return out.reshape(heads, rows, -1).swapaxes(0, 1).reshape(*leading, heads, -1)
 
 
@@ -85,8 +103,9 @@ _reference.defvjp(_forward, _backward)
 
 
 def _cpu(x: jax.Array, weights: Matrices, sizes: jax.Array) -> jax.Array:
-    """What isn't packed as the reference does."""
-    return multiply_groups(x, weights, sizes) if isinstance(weights, Packed) else _reference(x, weights, sizes)
+    """Arrays are packed first, as serving does once."""
+    packed = weights if isinstance(weights, Packed) else pack(weights, x.shape[1], count=len(weights))
+    return multiply_groups(x, packed, sizes)
 
 
 def _is_used(setting: Setting) -> bool:
@@ -94,7 +113,7 @@ def _is_used(setting: Setting) -> bool:
 
 
 GROUPED_MATMUL: Operation[Callable[..., jax.Array]] = Operation(
-    "grouped_matmul", _reference, (cpu_kernel(_cpu, is_not_packed),), is_used=_is_used
+    "grouped_matmul", _reference, (cpu_kernel(_cpu, is_not_packed, gradient_of=_reference),), is_used=_is_used
 )
 """Called with x, the groups' matrices and their sizes."""
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from isthmus.errors import ConfigError
 from isthmus.model.ops.attention import ATTENTION
+from isthmus.model.ops.flag import FLAG
 from isthmus.model.ops.gated import GATED
 from isthmus.model.ops.grouped_matmul import GROUPED_MATMUL
 from isthmus.model.ops.linear import LINEAR
+from isthmus.model.ops.log_probability import LOG_PROBABILITY
 from isthmus.model.ops.lora import LORA
 from isthmus.model.ops.norm import NORM
 from isthmus.model.ops.operation import AUTO, REFERENCE, Operation, Setting
@@ -29,6 +31,8 @@ OPERATIONS: tuple[Operation[Any], ...] = (
     GROUPED_MATMUL,
     LORA,
     SAMPLING,
+    FLAG,
+    LOG_PROBABILITY,
 )
 
 
@@ -54,6 +58,10 @@ class Kernels:
     """What each token's own adapter adds to a product, in serving: model/ops/lora.py"""
     sampling: str = REFERENCE
     """Drawing tokens from logits, in serving: model/ops/sampling.py"""
+    flag: str = REFERENCE
+    """Whether the host wants a launch of several steps to end, in serving: model/ops/flag.py"""
+    log_probability: str = REFERENCE
+    """The log-probabilities of tokens that are known, in training: model/ops/log_probability.py"""
 
     @property
     def packs_weights(self) -> bool:

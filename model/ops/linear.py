@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from isthmus.model.ops.cpu.kernel import cpu_kernel, is_not_packed
-from isthmus.model.ops.cpu.packed import Packed, multiply
+from isthmus.model.ops.cpu.packed import Packed, multiply, pack
 from isthmus.model.ops.operation import REFERENCE, Operation
 from isthmus.model.ops.quantized import Quantized, rotate
 from isthmus.model.sharding import constrain
@@ -76,8 +76,11 @@ def _reference(x: jax.Array, weights: Sequence[Weight], dtype: jax.typing.DTypeL
 
 
 def _cpu(x: jax.Array, weights: Sequence[Weight], dtype: jax.typing.DTypeLike) -> list[jax.Array]:
-    """Packed matrices of one layout in one pass of the kernel, in `dtype`; what isn't packed as the reference does."""
-    packed = {place: weight for place, weight in enumerate(weights) if isinstance(weight, Packed)}
+    """Matrices of one layout in one pass of the kernel, in `dtype`; arrays are packed first, as serving does once, and
+    what is neither is multiplied as the reference does."""
+    packed = {
+        place: _packed(x, weight) for place, weight in enumerate(weights) if isinstance(weight, Packed | jax.Array)
+    }
     products = {place: _product(x, weight) for place, weight in enumerate(weights) if place not in packed}
     alike: dict[tuple[str, int, int, bool], list[int]] = {}
     for place, weight in packed.items():
@@ -86,6 +89,10 @@ def _cpu(x: jax.Array, weights: Sequence[Weight], dtype: jax.typing.DTypeLike) -
         together = multiply(x, [packed[place] for place in places], dtype)
         products.update(zip(places, together, strict=True))
     return [products[place] for place in range(len(weights))]
+
+
+def _packed(x: jax.Array, weight: jax.Array | Packed) -> Packed:
+    return weight if isinstance(weight, Packed) else pack(weight.astype(x.dtype), x.shape[1])
 
 
 def _product(x: jax.Array, weight: Weight | Observed) -> jax.Array:
@@ -104,7 +111,7 @@ def _product(x: jax.Array, weight: Weight | Observed) -> jax.Array:
 
 
 LINEAR: Operation[Callable[[jax.Array, Sequence[Weight], jax.typing.DTypeLike], list[jax.Array]]] = Operation(
-    "linear", _reference, (cpu_kernel(_cpu, is_not_packed),)
+    "linear", _reference, (cpu_kernel(_cpu, is_not_packed, gradient_of=_reference),)
 )
 """Called with x[rows, inputs], the weights and the dtype that is wanted; a product may be float32 as well."""
 

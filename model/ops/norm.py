@@ -34,6 +34,6 @@ def _reference(x: jax.Array, scale: jax.Array, eps: float, offset: float, dtype:
 
 
 NORM: Operation[Callable[[jax.Array, jax.Array, float, float, jnp.dtype], jax.Array]] = Operation(
-    "norm", _reference, (cpu_kernel(elementwise.rms_norm),)
+    "norm", _reference, (cpu_kernel(elementwise.rms_norm, gradient_of=_reference),)
 )
 """Called with x, float32 scale, eps, offset and the result's dtype."""

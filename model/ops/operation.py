@@ -6,9 +6,11 @@ and the reference is always there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+
+import jax
 
 from isthmus.errors import ConfigError
 from isthmus.model.config import ModelConfig
@@ -56,6 +58,8 @@ class Kernel(Generic[Function]):
     many_devices: bool = False
     """Whether XLA can split it over the devices of a mesh"""
     has_gradient: bool = False
+    trains_by_name: bool = False
+    """Whether "auto" leaves it out where gradients are taken: training by it is for the bits, and no faster"""
     refuses: Callable[[Setting], str | None] = lambda setting: None
     """Says why it can't compute a model or a cache like this; None where it can"""
     missing: Callable[[], str | None] = lambda: None
@@ -72,6 +76,41 @@ class Kernel(Generic[Function]):
         if setting.takes_gradients and not self.has_gradient:
             return "it has no gradient"
         return self.refuses(setting) or self.missing()
+
+
+def with_gradient_of(reference: Function, kernel: Function) -> Function:
+    """`kernel`, with the gradient that `reference` has at the same arguments, which both are called with.
+
+    Arguments are trees of arrays and of anything else; the arrays alone have gradients. Results are trees of arrays of
+    the same shapes; where the kernel rounds one to another dtype, the reference is taken to do the same. The backward
+    pass keeps the arguments, and computes again of the reference what its gradient needs.
+    """
+
+    def run(*args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+
+        def call(function: Function, arrays: Sequence[jax.Array]) -> Any:
+            filled = list(leaves)
+            for place, array in zip(places, arrays, strict=True):
+                filled[place] = array
+            return function(*jax.tree.unflatten(tree, filled))
+
+        @jax.custom_vjp
+        def both(*arrays: jax.Array) -> Any:
+            return call(kernel, arrays)
+
+        def forward(*arrays: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+            return both(*arrays), arrays
+
+        def backward(arrays: tuple[jax.Array, ...], cotangents: Any) -> tuple[Any, ...]:
+            out, pull_back = jax.vjp(lambda *arrays: call(reference, arrays), *arrays)
+            return pull_back(jax.tree.map(lambda cotangent, x: cotangent.astype(x.dtype), cotangents, out))
+
+        both.defvjp(forward, backward)
+        return both(*(leaves[place] for place in places))
+
+    return run  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -94,7 +133,8 @@ class Operation(Generic[Function]):
         """The name of the implementation that `wish` gives: "auto", "reference", or a kernel's name, which leaves an
         operation without a kernel of that name with its reference. Raises ConfigError where that kernel can't run."""
         if wish == AUTO:
-            return next((kernel.name for kernel in self.kernels if kernel.why_not(setting) is None), REFERENCE)
+            wanted = (kernel for kernel in self.kernels if not (setting.takes_gradients and kernel.trains_by_name))
+            return next((kernel.name for kernel in wanted if kernel.why_not(setting) is None), REFERENCE)
         kernel = next((kernel for kernel in self.kernels if kernel.name == wish), None)
         if kernel is None:
             return REFERENCE

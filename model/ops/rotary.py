@@ -36,7 +36,7 @@ def _rotate(angles: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
 ROTARY: Operation[Callable[[tuple[jax.Array, jax.Array], Sequence[jax.Array]], list[jax.Array]]] = Operation(
     "rotary",
     _reference,
-    (cpu_kernel(elementwise.rotate_pairs),),
+    (cpu_kernel(elementwise.rotate_pairs, gradient_of=_reference),),
     is_used=lambda setting: any(kind.rope != "none" for kind in setting.model.layer_kinds),
 )
 """Called with the angles and what is turned by them."""

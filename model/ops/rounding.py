@@ -1,4 +1,4 @@
-"""From float32 to a narrower type, without a dead zone: up or down as often as a number lies near either.
+"""How numbers are rounded: products, and float32 to a narrower type: up or down as often as a number lies near either.
 
 A trained matrix is kept in float32 and multiplied in bfloat16. Rounded to the nearest, a number of bfloat16 that
 training has moved by less than half of the way to the next one comes out as if it had never moved: for a weight of 0.1
@@ -30,6 +30,12 @@ def narrowed(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     chance = _mixed((place * jnp.uint32(0x9E3779B9)) ^ (bits * jnp.uint32(0x85EBCA6B))) >> 16
     kept = (bits + jnp.where(jnp.isfinite(x), chance, 0)) & jnp.uint32(0xFFFF0000)
     return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(dtype)
+
+
+def product(x: jax.Array, y: jax.typing.ArrayLike) -> jax.Array:
+    """x * y, rounded before anything is added to it. XLA makes one rounding of a product and a sum after it, or two, by
+    what else a program computes: serving and training would get other bits."""
+    return jax.lax.optimization_barrier(x * y)
 
 
 def _mixed(h: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ def _reference(kind: Scores, logits: jax.Array) -> jax.Array:
 ROUTING: Operation[Callable[[Scores, jax.Array], jax.Array]] = Operation(
     "routing",
     _reference,
-    (cpu_kernel(elementwise.router_scores),),
+    (cpu_kernel(elementwise.router_scores, gradient_of=_reference),),
     is_used=lambda setting: setting.model.mixture.experts > 0,
 )
 """Called with the kind of scores and the logits. XLA's softmax of a row differs with how many rows there are."""

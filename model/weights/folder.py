@@ -4,11 +4,13 @@ PEFT's layout, which name the model that they adapt. A GGUF file is opened as th
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from isthmus.errors import ConfigError
@@ -40,6 +42,8 @@ from isthmus.model.weights.writer import write_folder
 
 MAX_NAME = 128
 """Most characters of an adapter's name"""
+MIN_REPETITION, MAX_REPETITION = float(np.float32(1e-6)), 10.0
+"""Bounds of a repetition penalty, as float32 holds them: a logit that is divided by less may become infinite"""
 
 
 @dataclass(frozen=True)
@@ -232,26 +236,37 @@ def open_adapters(base: ModelFolder, folders: Mapping[str, Path], options: Folde
     Raises ConfigError, naming the adapter, for one that doesn't fit the model or whose settings aren't supported."""
     options, found, warnings = options or FolderOptions(), {}, list(base.warnings)
     for name, where in folders.items():
-        if not name or len(name) > MAX_NAME or not name.isprintable():
-            raise ConfigError(f"adapters: {name!r:.160} must be a name of at most {MAX_NAME} printable characters")
-        if name == base.name:
-            raise ConfigError(f"adapters: {name!r} is the model's own name")
+        check_adapter_name(base, name)
         try:
-            folder = find_folder(where, download=options.download)
-            if not is_adapter_folder(folder):
-                raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter's folder")
-            found[name] = load_adapter(folder, base)
-            if unused := ", ".join(_unused(folder, base)):
-                warnings.append(f"{folder} has {unused}: not used, because adapters share those of the model")
+            found[name], said = read_adapter(find_folder(where, download=options.download), base)
+            warnings += said
         except ConfigError as error:
             raise ConfigError(f"adapters: {name}={where} can't be had beside {base.name}: {error}") from None
     return dataclasses.replace(base, adapters=found, warnings=tuple(warnings))
 
 
+def check_adapter_name(base: ModelFolder, name: str) -> None:
+    """Raises ConfigError for what can't be the name of an adapter of `base`."""
+    if not name or len(name) > MAX_NAME or not name.isprintable():
+        raise ConfigError(f"adapters: {name!r:.160} must be a name of at most {MAX_NAME} printable characters")
+    if name == base.name:
+        raise ConfigError(f"adapters: {name!r} is the model's own name")
+
+
+def read_adapter(folder: Path, base: ModelFolder, most_rank: int | None = None) -> tuple[Adapter, tuple[str, ...]]:
+    """Returns the adapter of `base` that a folder holds, and warnings of what else it holds, which isn't used. Raises
+    ConfigError for one that doesn't fit the model or whose settings aren't supported. most_rank: as in `load_adapter`.
+    """
+    if not is_adapter_folder(folder):
+        raise ConfigError(f"{folder} has no {ADAPTER_CONFIG}: it is no adapter's folder")
+    adapter, unused = load_adapter(folder, base, most_rank), ", ".join(_unused(folder, base))
+    return adapter, ((f"{folder} has {unused}: not used, because adapters share those of the model",) if unused else ())
+
+
 def _unused(folder: Path, base: ModelFolder) -> Iterator[str]:
     """What else an adapter's folder holds, where it isn't as the base model's."""
     tokenizers = [each / "tokenizer.json" for each in (folder, base.path)]
-    if all(map(present, tokenizers)) and len({path.read_bytes() for path in tokenizers}) > 1:
+    if all(map(present, tokenizers)) and not filecmp.cmp(tokenizers[0], tokenizers[1], shallow=False):
         yield "another tokenizer"
     chat = ChatTemplate.load(folder)
     if chat is not None and (base.chat is None or chat.source != base.chat.source):
@@ -348,7 +363,7 @@ def _generation(path: Path) -> GenerationDefaults:
             raise ConfigError(f"{path / 'generation_config.json'}: {name}={value!r} must be {low:g} to {high:g}")
         return value
 
-    penalty = number("repetition_penalty", 1e-6, 10)
+    penalty = number("repetition_penalty", MIN_REPETITION, MAX_REPETITION)
     if not values.get("do_sample", False):
         return GenerationDefaults(temperature=0.0, repetition_penalty=penalty, stop_strings=stops, ignored=ignored)
     top_k = number("top_k", 0, 1 << 30)

@@ -93,7 +93,7 @@ def _checked_folder(path: Path) -> Path:
         return path / files[0]
     if files:
         raise ConfigError(f"{path} holds several GGUF files: name one of them, as {path / files[0]}")
-    raise ConfigError(f"{path} has no config.json: is it a model folder?")
+    raise ConfigError(f"{path} has no config.json and no adapter_config.json: is it a model or an adapter?")
 
 
 def _kind_of_file(path: Path) -> str:

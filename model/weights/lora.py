@@ -17,7 +17,7 @@ import numpy as np
 from isthmus.model.config import LoraConfig, ModelConfig
 from isthmus.model.ops.linear import Weight
 from isthmus.model.ops.rounding import narrowed
-from isthmus.model.parameter import Role
+from isthmus.model.parameter import Role, Spec
 from isthmus.model.transformer import Params, parameter_specs
 from isthmus.model.weights.layout import is_stacked, unstack
 from isthmus.model.weights.load import Read, Source
@@ -47,21 +47,32 @@ class Adapter(NamedTuple):
     """The factors in float32, by their paths in the unstacked layout"""
 
 
+def in_place(config: ModelConfig, adapter: Adapter) -> dict[str, np.ndarray]:
+    """An adapter's factors as each place for one in `config.lora` holds them: float32, by their paths in the unstacked
+    layout, b times the adapter's scale. Where the adapter has a smaller rank, or none, there are zeros."""
+    whole = {path: np.zeros(spec.shape[1:], np.float32) for path, spec in place_specs(config).items()}
+    rank, scale = adapter.lora.rank, np.float32(adapter.lora.scale)
+    for path, factor in adapter.factors.items():
+        if path.endswith("/lora_a"):
+            whole[path][..., :rank] = factor
+        else:
+            whole[path][:rank] = scale * factor
+    return whole
+
+
+@lru_cache(maxsize=16)
+def place_specs(config: ModelConfig) -> Mapping[str, Spec]:
+    """What the factors are of adapters that tokens choose among, by their paths in the unstacked layout."""
+    return {path: spec for path, spec in parameter_specs(config).items() if spec.role is Role.ADAPTERS}
+
+
 def side_by_side(config: ModelConfig, adapters: Iterable[Adapter]) -> dict[str, np.ndarray]:
-    """The factors of adapters that tokens choose among, as `config.lora` has room for: float32[adapters, ...] by their
-    paths in the unstacked layout. Where an adapter has a smaller rank, or none, there are zeros."""
-    whole = {
-        path: np.zeros(spec.shape, np.float32)
-        for path, spec in parameter_specs(config).items()
-        if spec.role is Role.ADAPTERS
-    }
+    """The factors of adapters that tokens choose among, each `in_place`, in the first of the places that `config.lora`
+    has: float32[adapters, ...] by their paths in the unstacked layout."""
+    whole = {path: np.zeros(spec.shape, np.float32) for path, spec in place_specs(config).items()}
     for place, adapter in enumerate(adapters):
-        rank, scale = adapter.lora.rank, np.float32(adapter.lora.scale)
-        for path, factor in adapter.factors.items():
-            if path.endswith("/lora_a"):
-                whole[path][place, ..., :rank] = factor
-            else:
-                whole[path][place, :rank] = scale * factor
+        for path, factor in in_place(config, adapter).items():
+            whole[path][place] = factor
     return whole
 
 

@@ -24,20 +24,21 @@ class _RefusedError(Exception):
     """Signals that a pattern is refused. The message is the reason."""
 
 
-def check_pattern(pattern: str, longest: int = LENGTH) -> str | None:
+def check_pattern(pattern: str, longest: int = LENGTH, unbounded: int = _UNBOUNDED, choices: int = 1) -> str | None:
     """Returns why a regular expression is refused, as words that follow it ("has a quantifier …"). Returns None where
     it can be matched with names in bounded time.
 
     `re` may try every way in which a pattern matches a name, so the number of ways is limited. A pattern may have few
-    quantifiers, and none over a group that itself matches in several ways.
+    quantifiers, of which `unbounded` may be without an upper limit, and none over a group that itself matches in
+    several ways. choices: the ways that all else in a pattern may have beside as many quantifiers without a limit.
     """
     if len(pattern) > longest:
         return f"is longer than {longest} characters"
     try:
         parsed = parser.parse(pattern)
-        if (count := _unbounded(parsed)) > _UNBOUNDED:
-            return f"has {count} quantifiers without an upper limit (*, +), and at most {_UNBOUNDED} are allowed"
-        if _ways(parsed) > _NAME**_UNBOUNDED:
+        if (count := _unbounded(parsed)) > unbounded:
+            return f"has {count} quantifiers without an upper limit (*, +), and at most {unbounded} are allowed"
+        if _ways(parsed) > max(_NAME**_UNBOUNDED, choices * _NAME**count):
             return "can match a name in too many ways: use fewer quantifiers and alternatives"
     except _RefusedError as refused:
         return str(refused)

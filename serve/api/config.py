@@ -32,6 +32,9 @@ class ServeConfig:
     )
     adapters: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=FOLDER")] = ()
     """LoRA adapters of the model, each as NAME=FOLDER: a request whose `model` is NAME is computed with it"""
+    adapter_root: Path | None = None
+    """Folder from whose subfolders clients may load adapters into the places that --engine.max-adapters makes, and
+    unload them; without it nobody may. Whoever may call the server may do so"""
     merge_adapter: bool = False
     """If --model is an adapter, add it to the base model's weights once instead of computing it in every step"""
     quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
@@ -76,6 +79,8 @@ class ServeConfig:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together: a certificate and its private key")
         self._check_reach()
+        if self.adapter_root is not None and not self.engine.max_adapters:
+            raise ConfigError("adapter_root: engine.max_adapters=0 makes no places for adapters to be loaded into")
         if not 0 <= self.drain_seconds < float("inf"):
             raise ConfigError(f"drain_seconds={self.drain_seconds} must be 0 or more")
         if self.mesh_shape.data > self.mesh_shape.ep:

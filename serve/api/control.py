@@ -1,4 +1,4 @@
-"""ControlService: says what the server is and how busy it is, and cancels requests by their ids."""
+"""ControlService: says what the server is and how busy it is, cancels requests by their ids, and loads adapters."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from typing import Any
 import grpc
 import jax
 
+from isthmus.adapters import AdapterInfo
+from isthmus.errors import FailedPrecondition, InvalidRequest
+from isthmus.proto_adapters import adapter_message
+from isthmus.serve.api.adapter_root import AdapterRoot
 from isthmus.serve.api.errors import abort, invalid
 from isthmus.serve.api.session import Session
 from isthmus.serve.engine.engine import Engine
+from isthmus.serve.prepare import adapters
 from isthmus.v1 import control_pb2 as pb
 from isthmus.v1 import control_pb2_grpc
 
@@ -69,6 +74,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             max_sequences=engine.config.max_sequences,
             compile_seconds=engine.executor.compile_seconds,
             warmup_seconds=engine.executor.warmup_seconds,
+            max_adapters=engine.adapters.places,
+            adapter_rank=engine.executor.model.lora.rank if engine.adapters.places else 0,
         )
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: grpc.aio.ServicerContext) -> pb.GetLoadResponse:
@@ -101,6 +108,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             draining=load.draining,
             drafted_tokens=load.counters.drafted_tokens,
             accepted_tokens=load.counters.accepted_tokens,
+            recalled_tokens=load.counters.recalled_tokens if report_cached else 0,
+            accepted_recalled_tokens=load.counters.accepted_recalled_tokens if report_cached else 0,
         )
 
     async def Cancel(self, request: pb.CancelRequest, context: grpc.aio.ServicerContext) -> pb.CancelResponse:
@@ -110,3 +119,36 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return pb.CancelResponse(
             cancelled_request_ids=[i for i in dict.fromkeys(request.request_ids) if engine.cancel(i)]
         )
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAdaptersResponse:
+        engine = await self._session.ready_engine(context)
+        return pb.ListAdaptersResponse(adapters=map(adapter_message, adapters.all_of(engine)))
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.LoadAdapterResponse:
+        engine, root = await self._session.ready_engine(context), self._adapter_root()
+
+        def load() -> AdapterInfo:
+            try:
+                return adapters.loaded(self._session.model, engine, request.name, root.folder(request.path))
+            except InvalidRequest as error:
+                raise type(error)(error.field, root.told(error.message)) from None
+
+        return pb.LoadAdapterResponse(adapter=adapter_message(await self._session.loading.run(0, load, always=True)))
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnloadAdapterResponse:
+        engine = await self._session.ready_engine(context)
+        self._adapter_root()
+        return pb.UnloadAdapterResponse(adapter=adapter_message(adapters.unloaded(engine, request.name)))
+
+    def _adapter_root(self) -> AdapterRoot:
+        if (root := self._session.adapter_root) is None:
+            raise FailedPrecondition(
+                "adapters are loaded and unloaded where the server was started with --adapter-root"
+            )
+        return root

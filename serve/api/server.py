@@ -66,6 +66,7 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         # Beyond these gRPC cancels calls before Gate sees them. Gate's limits are lower, and it gives a reason.
         ("grpc.server.max_pending_requests", 1 << 16),
         ("grpc.server.max_pending_requests_hard_limit", 1 << 17),
+        ("grpc.server_max_unrequested_time_in_server", 3600),  # else calls that we reach after 30 s end as CANCELLED
         ("grpc.keepalive_time_ms", round(1000 * config.keepalive_seconds)),
         ("grpc.keepalive_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),
         ("grpc.http2.ping_timeout_ms", round(1000 * PING_TIMEOUT_SECONDS)),  # else a minute, whatever the keepalive

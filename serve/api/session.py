@@ -12,6 +12,7 @@ from google.rpc import code_pb2
 
 from isthmus.errors import DuplicateRequest, Unavailable
 from isthmus.model.weights.folder import ModelFolder
+from isthmus.serve.api.adapter_root import AdapterRoot
 from isthmus.serve.api.auth import tenant_of
 from isthmus.serve.api.config import ServeConfig
 from isthmus.serve.api.errors import abort, retry_later
@@ -38,6 +39,10 @@ class Session:
         self.tokenizing = Workers()
         """Threads for Tokenize and Detokenize, and for prompts that are truncated: their texts may be longer than what
         a context holds, and mustn't hold other prompts up"""
+        self.loading = Workers()
+        """Threads that read adapters"""
+        self.adapter_root = None if config.adapter_root is None else AdapterRoot(config.adapter_root)
+        """Where clients may load adapters from; None lets nobody"""
         self._answering: dict[Request, asyncio.Event] = {}
         """By the first request of each call whose requests the engine has taken, until it has ended, which sets it"""
         self.closing = asyncio.Event()
@@ -61,6 +66,7 @@ class Session:
         self.closing.set()
         self.workers.close()
         self.tokenizing.close()
+        self.loading.close()
 
     async def ready_engine(self, context: grpc.aio.ServicerContext) -> Engine:
         """The engine. Ends the call as UNAVAILABLE while the model is loading."""

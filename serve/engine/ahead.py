@@ -5,6 +5,7 @@ from __future__ import annotations
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.drafts import Drafting
 from isthmus.serve.engine.holdings import Holdings
+from isthmus.serve.engine.messages import End, Request
 from isthmus.serve.engine.packing import Step, Work
 from isthmus.serve.engine.running import Running
 from isthmus.serve.engine.scoring import divide
@@ -29,6 +30,10 @@ class LookAhead:
     def holds_back(self, sequence: Sequence) -> bool:
         """Whether a sequence waits for the token in flight, so that guesses can follow it."""
         return self._drafting.holds_back(sequence, self._company)
+
+    def keep(self, request: Request, end: End) -> None:
+        """Takes in how a request ended, which later ones may repeat."""
+        self._drafting.keep(request, end)
 
     def add(self, step: Step) -> None:
         """Adds tokens that are scored to a step in which each sequence has what is its own, and guesses if it is

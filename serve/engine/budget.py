@@ -7,6 +7,8 @@ from isthmus.serve.engine.config import EngineConfig
 
 FACTOR = 4.0
 """Beside prompts a step may take so many times as long as one without them, where no time is given"""
+FEWEST = 3
+"""Steps that a launch of several has at least: the next one is planned when it is read, which costs time of its own"""
 WEIGHT = 0.3
 """The weight of the last step in the moving average that predicts the next one"""
 
@@ -18,6 +20,7 @@ class Budget:
     def __init__(self, config: EngineConfig) -> None:
         """config: resolved."""
         self._target = config.target_itl
+        self._together = min(config.launch_time, config.target_itl or config.launch_time)
         self._most = config.prefill_tokens // config.block_size
         self._plain: float | None = None
         """Seconds of a step without blocks"""
@@ -30,6 +33,14 @@ class Budget:
             return self._most
         target = self._target or FACTOR * self._plain
         return max(1, min(self._most, int((target - self._plain) / max(self._block, 1e-9))))
+
+    def steps(self) -> int:
+        """Most steps without blocks that a launch has, so that tokens don't come later than they would seem to come at
+        once."""
+        if self._plain is None:
+            return 1
+        steps = int(self._together / max(self._plain, 1e-9))
+        return steps if steps >= FEWEST else 1
 
     def learn(self, blocks: int, seconds: float) -> None:
         """Takes in what a step with so many blocks took."""

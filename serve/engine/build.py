@@ -28,7 +28,8 @@ from isthmus.model.weights.quantization import SCHEMES, quantize_params, weight_
 from isthmus.serve.engine.adapters import residents
 from isthmus.serve.engine.config import Bucket, EngineConfig
 from isthmus.serve.engine.engine import Engine, Sink
-from isthmus.serve.engine.executor import Compiled, Executor, Served, abstract_like, compile_steps
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.programs import Compiled, Served, abstract_like, compile_steps
 
 PROGRAM_BYTES = 300 << 20
 """Bytes of main memory that compiling, the programs and a step's temporaries take beside weights and cache (measured

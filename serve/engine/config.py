@@ -16,6 +16,8 @@ class Bucket(NamedTuple):
     rows: int
     blocks: int
     block_size: int
+    ends: int = 0
+    """Most prompts that may end in it. It is the same with few blocks as with many, so that they share their draws"""
 
     @property
     def tokens(self) -> int:
@@ -23,8 +25,8 @@ class Bucket(NamedTuple):
 
     @property
     def samples(self) -> int:
-        """Rows of logits: each single token may draw the next one, and so may the end of each block."""
-        return self.rows + self.blocks
+        """Rows of logits: each single token may draw the next one, and so may the end of each prompt."""
+        return self.rows + self.ends
 
 
 MOST = {
@@ -39,6 +41,10 @@ MOST = {
 
 
 MOST_ADAPTERS = 1 << 10
+MOST_STEPS = 1 << 6
+LOOPED_ROWS = 4
+"""Rows of a step up to which several are launched at once: with more, a step takes long beside the host's work"""
+MOST_HISTORY = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,16 @@ class EngineConfig:
     """Prompt tokens in a block, which attend together; a multiple of page_size. Prompts are cached by whole blocks"""
     draft_rows: int = 8
     """Rows of a step without prompts up to which it checks drafts: guesses of what comes next where a text repeats an
-    earlier place (speculative decoding). Texts are the same either way; 0 makes none"""
+    earlier place or answer (speculative decoding). Texts are the same either way; 0 makes none"""
+    draft_history: int = 1 << 18
+    """Tokens of answers that are kept for drafts of later ones, of which a caller, salt and adapter have an eighth at
+    most; 50 to 260 bytes each. 0 keeps none, and so do prefix_cache off and draft_rows 0"""
+    steps_per_launch: int = 8
+    """Most steps that are launched at once while no request waits, at most 4 sequences run and none has rules for its
+    next token, which spares a small model the host's work; no more than take launch_time. A request that comes or is
+    cancelled ends the launch, on a CPU at once. 1 launches each step alone"""
+    launch_time: float = 0.04
+    """Most seconds that a launch of several steps takes, whose tokens come together; target_itl, if that is shorter"""
     max_waiting: int = 256
     """Most requests in flight beyond max_sequences; further ones are refused"""
     prefix_cache: bool = True
@@ -82,8 +97,14 @@ class EngineConfig:
 
         if not 0 <= self.target_itl <= 3600:
             raise ConfigError(f"engine.target_itl={self.target_itl} must be 0 to 3600 seconds")
+        if not 0 < self.launch_time <= 3600:
+            raise ConfigError(f"engine.launch_time={self.launch_time} must be more than 0, to 3600 seconds")
         if not 0 <= self.draft_rows <= MOST["max_sequences"]:
             raise ConfigError(f"engine.draft_rows={self.draft_rows} must be 0 to {MOST['max_sequences']}")
+        if not 1 <= self.steps_per_launch <= MOST_STEPS:
+            raise ConfigError(f"engine.steps_per_launch={self.steps_per_launch} must be 1 to {MOST_STEPS}")
+        if not 0 <= self.draft_history <= MOST_HISTORY:
+            raise ConfigError(f"engine.draft_history={self.draft_history} must be 0 to {MOST_HISTORY}")
         if not 0 <= self.max_adapters <= MOST_ADAPTERS:
             raise ConfigError(f"engine.max_adapters={self.max_adapters} must be 0 to {MOST_ADAPTERS}")
         for name, most in MOST.items():
@@ -129,12 +150,22 @@ class EngineConfig:
         most_blocks = self.prefill_tokens // self.block_size
         rows = max(self.max_sequences, self.draft_rows)
         decode = [Bucket(rows, 0, self.block_size) for rows in _powers(rows)]
-        mixed = [Bucket(self.max_sequences, blocks, self.block_size) for blocks in _powers(most_blocks)]
+        ends = min(most_blocks, self.max_sequences)
+        mixed = [Bucket(self.max_sequences, blocks, self.block_size, ends) for blocks in _powers(most_blocks)]
         return (*decode, *mixed)
 
-    def bucket(self, rows: int, blocks: int) -> Bucket:
-        """The smallest bucket with room for so many rows and blocks."""
-        return next(b for b in self.buckets if b.rows >= rows and b.blocks >= blocks)
+    @cached_property
+    def loops(self) -> tuple[Bucket, ...]:
+        """The buckets of which several steps may be launched at once."""
+        if self.steps_per_launch == 1:
+            return ()
+        most = min(LOOPED_ROWS, self.max_sequences)
+        return tuple(bucket for bucket in self.buckets if not bucket.blocks and bucket.rows <= most)
+
+    def bucket(self, rows: int, blocks: int, steps: int = 1) -> Bucket:
+        """The smallest bucket with room for so many rows and blocks, of those of which several steps may be launched if
+        there are."""
+        return next(b for b in (self.loops if steps > 1 else self.buckets) if b.rows >= rows and b.blocks >= blocks)
 
 
 def _powers(limit: int) -> list[int]:

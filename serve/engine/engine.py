@@ -1,11 +1,12 @@
 """The engine: one thread that plans, launches and commits, and alone owns every request.
 
-Others talk to it through `submit` and `cancel`, which only put a message into its inbox; it answers through its
-sink, once a step, on its own thread.
+Others talk to it through `submit` and `cancel`, which only put a message into its inbox, and through `load_adapter`,
+which leaves it factors to place; it answers through its sink, once a step, on its own thread.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -13,7 +14,9 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from isthmus.errors import DuplicateRequest, InvalidRequest, ModelNotFound, Overloaded, RequestFailed, Unavailable
+from isthmus.errors import DuplicateRequest, FailedPrecondition, InvalidRequest, Overloaded, RequestFailed, Unavailable
+from isthmus.model.weights.lora import Adapter
+from isthmus.serve.engine.adapters import Resident, Standing, check_fits, factors_of, resident
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import Cancel, End, Ending, Event, Progress, Request
@@ -49,6 +52,8 @@ class StepTimes:
     launch: float = 0.0
     wait: float = 0.0
     """Waiting for the device"""
+    masks: float = 0.0
+    """Making masks, while the device computes"""
     commit: float = 0.0
     deliver: float = 0.0
     steps: int = 0
@@ -90,8 +95,7 @@ class Engine:
     def validate(self, request: Request) -> None:
         """Raises InvalidRequest for a request that could never run here. Works before `start`, too."""
         limit = self.config.context_length
-        if request.adapter is not None and self.adapters.get(request.adapter.name) != request.adapter:
-            raise ModelNotFound("model", f"the adapter {request.adapter.name!r} is not here")
+        self.adapters.check(request.adapter)
         if not request.prompt:
             raise InvalidRequest("prompt", "must hold at least one token")
         check_scored(request, self.executor.served.vocab)
@@ -123,18 +127,23 @@ class Engine:
         if len(requests) > limit:
             raise InvalidRequest("n", f"makes {len(requests)} requests at once; there is room for {limit}")
         with self._wake:
-            if self.error is not None:
-                raise self._death() from self.error
-            if self._draining:
-                raise Unavailable("the engine is shutting down")
+            self._check_takes()
             if first.id in self._live:
                 raise DuplicateRequest("request_id", f"{first.id!r} is in flight already")
             if self._is_full(first.tenant, len(requests), limit) or len(self._cancelled) >= 4 * limit:
                 raise Overloaded(f"{self.in_flight} requests are in flight already")
+            self.adapters.hold(request.adapter for request in requests)
             self._live[first.id] = list(requests)
             self._tenants[first.tenant] += len(requests)
             self._inbox += requests
-            self._wake.notify()
+            self._interrupt()
+
+    def _check_takes(self) -> None:
+        """Raises what becomes of anything that is asked of an engine that has ended, or is about to."""
+        if self.error is not None:
+            raise self._death() from self.error
+        if self._draining:
+            raise Unavailable("the engine is shutting down")
 
     def _is_full(self, tenant: str, more: int, limit: int) -> bool:
         """Whether so many more requests of a tenant aren't taken. One with few of them is taken a little longer, so
@@ -152,8 +161,48 @@ class Engine:
                 self._cancelled.add(one)
                 self._remove_live(one)
                 self._inbox.append(Cancel(one))
-            self._wake.notify()
+            self._interrupt()
             return bool(ended)
+
+    def load_adapter(self, name: str, adapter: Adapter) -> Resident:
+        """Lets requests that are submitted from now on have an adapter, which the engine thread writes into a free
+        place before its next step. What is loaded already is left as it is. Thread-safe; it takes a while.
+
+        Raises ConfigError for an adapter that the places can't hold, FailedPrecondition if none is free or the name is
+        another adapter's, Unavailable, or RequestFailed where the engine has ended.
+        """
+        self.check_places()
+        check_fits(self.executor.model, adapter)
+        unplaced, factors = resident(name, 0, adapter), None
+        while True:
+            with self._wake:
+                self._check_takes()
+                found = self.adapters.find(name, unplaced.key)
+                if isinstance(found, int) and factors is not None:
+                    found = dataclasses.replace(unplaced, place=found)
+                    self.adapters.load(found, factors)
+                    self._interrupt()
+                elif isinstance(found, Resident):
+                    self.adapters.load(found, None)
+                if isinstance(found, Resident):
+                    return found
+            factors = factors_of(self.executor.model, self.executor.mesh, adapter)
+
+    def check_places(self) -> None:
+        """Raises FailedPrecondition for an engine that can have no adapters."""
+        if not self.adapters.places:
+            raise FailedPrecondition("this model is served without places for adapters: engine.max_adapters makes some")
+
+    def unload_adapter(self, name: str) -> Standing:
+        """Lets no new request have an adapter; those in flight that have it go on, and hold its place. Thread-safe.
+        Raises ModelNotFound."""
+        with self._wake:
+            return self.adapters.unload(name)
+
+    def standings(self) -> list[Standing]:
+        """The adapters that have a place. Thread-safe."""
+        with self._wake:
+            return self.adapters.standings()
 
     def drain(self) -> None:
         """Refuses new requests from now on; those in flight go on. Thread-safe."""
@@ -191,7 +240,7 @@ class Engine:
         CLOSED, also if the thread doesn't end. Returns whether it ended within `timeout` seconds."""
         with self._wake:
             self._draining = self._closing = True
-            self._wake.notify()
+            self._interrupt()
         if self._thread.ident is not None:
             self._thread.join(timeout)
         self._abandon(Ending.CLOSED)
@@ -221,6 +270,7 @@ class Engine:
             self._live.clear()
             self._tenants.clear()
             self._cancelled.clear()
+            self.adapters.release_all()
         if left:
             end = End(reason, failure=failure, progress=Progress(time.perf_counter()))
             self._sink([Event(request, end=end) for request in left])
@@ -229,7 +279,7 @@ class Engine:
         clock = time.perf_counter
         in_flight: Launched | None = None
         while True:
-            self._take_inbox(block=in_flight is None and self.scheduler.idle)
+            self._take_inbox(in_flight)
             self._busy_since = t0 = clock()
             closing = self._closing
             plan = None if closing else self.scheduler.plan(t0)
@@ -263,17 +313,35 @@ class Engine:
             self.times.launch += t2 - t1
             in_flight = launched
 
+    def _interrupt(self) -> None:
+        """Wakes the engine thread, or ends a launch of several steps. The lock is held."""
+        self.executor.flag.set(True)
+        self._wake.notify()
+
     def _sample(self, launched: Launched) -> None:
         plan = launched.plan
-        mask = None if plan.bias is None else self.scheduler.mask(plan, time.perf_counter())
+        mask = None
+        if plan.bias is not None:
+            begun = time.perf_counter()
+            mask = self.scheduler.mask(plan, begun)
+            self.times.masks += time.perf_counter() - begun
         self.executor.sample(launched, mask)
 
-    def _take_inbox(self, *, block: bool) -> None:
+    def _take_inbox(self, in_flight: Launched | None) -> None:
+        """Takes in what has come, and waits for it if there is nothing to do. What comes while several steps are in
+        flight is to end them, so their flag stays as it is until they are read."""
         with self._wake:
-            while block and not self._inbox and not self._closing:
+            while (
+                in_flight is None and self.scheduler.idle and not (self._inbox or self._closing or self.adapters.coming)
+            ):
                 self._wake.wait()
             messages = list(self._inbox)
             self._inbox.clear()
+            if in_flight is None or in_flight.plan.steps == 1:
+                self.executor.flag.set(False)
+            coming = self.adapters.take_coming() if self.adapters.coming else {}
+        for place, factors in coming.items():  # no request that is known here has what was in that place
+            self.executor.place_adapter(place, factors)
         cancelled = []
         for message in messages:
             if isinstance(message, Request):
@@ -289,6 +357,8 @@ class Engine:
             for event in events:
                 if event.end is not None:
                     self._cancelled.discard(event.request)
+                    if event.request.adapter is not None:
+                        self.adapters.release(event.request.adapter)
                     if self._is_live(event.request):
                         self._remove_live(event.request)
         if events:

@@ -48,8 +48,10 @@ class Holdings:
         self._tables.write(sequence.slot, 0, sequence.pages)
         self.prefixes.start(sequence)
 
-    def grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Gives a sequence pages for `tokens` tokens. Returns False, without a change, if too few are free."""
+    def grow(self, sequence: Sequence, tokens: int, *, later: bool = False) -> bool:
+        """Gives a sequence pages for `tokens` tokens. Returns False, without a change, if too few are free.
+
+        later: whether the last ones are of later steps of a launch."""
         have = len(sequence.pages)
         if (needed := self._pages_for(tokens) - have) <= 0:
             return True
@@ -57,8 +59,8 @@ class Holdings:
         if fresh is None:
             return False
         sequence.pages += fresh
-        # A single token's page travels with its row.
-        self._tables.write(sequence.slot, have, fresh, place=tokens - sequence.computed > 1)
+        # A single token's page travels with its row, which the first step of a launch has.
+        self._tables.write(sequence.slot, have, fresh, place=later or tokens - sequence.computed > 1)
         return True
 
     def room(self, sequence: Sequence) -> int:

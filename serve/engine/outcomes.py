@@ -22,6 +22,10 @@ class Counters:
     """Guesses that were checked"""
     accepted_tokens: int = 0
     """Guesses that were right, which are among completion_tokens"""
+    recalled_tokens: int = 0
+    """Those of drafted_tokens that were from earlier texts of whoever asked"""
+    accepted_recalled_tokens: int = 0
+    """Those of accepted_tokens that were"""
 
 
 def stops(sequence: Sequence, token: int, context_length: int) -> Ending | None:

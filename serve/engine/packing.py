@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from isthmus.model.ops.sampling import BAD_ROW
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.plan import FROM_DEVICE, Ahead, PlanArrays, Pooled, StepPlan, empty_plan
+from isthmus.serve.engine.plan import FROM_DEVICE, MOST_ENDS, Ahead, PlanArrays, Pooled, StepPlan, empty_plan
 from isthmus.serve.engine.sampling import DRAW, Bias, draw_of, no_draws
 from isthmus.serve.engine.sequence import Sequence
 from isthmus.serve.engine.tables import Tables
@@ -42,6 +43,8 @@ class Step:
     singles: list[Work] = field(default_factory=list)
     chunks: list[Work] = field(default_factory=list)
     blocks: int = 0
+    steps: int = 1
+    """Most steps that are launched at once, each with the next token of every single"""
 
     @property
     def rows(self) -> int:
@@ -92,12 +95,12 @@ class Packer:
 
     def pack(self, step: Step) -> StepPlan:
         """The step as arrays. Adds each token that it draws to its sequence's tokens_in_flight. Raises RequestFault."""
-        bucket = self._config.bucket(step.rows, step.blocks)
+        bucket = self._config.bucket(step.rows, step.blocks, step.steps)
         packed, arrays = empty_plan(self._config, bucket)
         plan = StepPlan(bucket, packed, no_draws(bucket.samples, self._config.nobody))
         draws = self._pack_singles(arrays, step.singles)
         self._pack_ahead(plan, arrays, step.singles)
-        block = 0
+        block, row = 0, step.rows
         for work in step.chunks:
             try:
                 plan.pooled += self._pooled(work, bucket.rows + block * self._config.block_size)
@@ -105,10 +108,12 @@ class Packer:
             except Exception as error:
                 raise RequestFault(work.sequence) from error
             if work.draws:
-                draws.append((bucket.rows + block - 1, last, work.sequence))
+                draws.append((row, last, work.sequence))
+                row += 1
+        plan.steps = step.steps
         self._pack_draws(plan, arrays, draws)
         plan.samples = [(row, sequence) for row, _, sequence in draws]
-        plan.scheduled_tokens = sum(work.count + len(work.ahead) for work in (*step.singles, *step.chunks))
+        plan.scheduled_tokens = step.steps * sum(work.count + len(work.ahead) for work in (*step.singles, *step.chunks))
         self._pack_placed(plan)
         return plan
 
@@ -198,4 +203,8 @@ class Packer:
             if sequence.scores:
                 known = sequence.request.prompt[sequence.length : sequence.length + count]
                 plan.draws["forced"][[row, *plan.rows_ahead(sequence)]] = known
-            sequence.tokens_in_flight += count
+            sequence.tokens_in_flight += max(count, plan.steps)
+        if plan.steps > 1:
+            plan.ends = np.full((plan.bucket.rows, MOST_ENDS), BAD_ROW, np.int32)
+            for row, _, sequence in draws:
+                plan.ends[row, : len(sequence.ends)] = list(sequence.ends)

@@ -20,6 +20,9 @@ FROM_DEVICE = -1
 PADDING = -1
 """The position of tokens that belong to nobody."""
 
+MOST_ENDS = 16
+"""Ids that may end a sequence within a launch of several steps"""
+
 
 class PlanArrays(NamedTuple):
     """The parts of a plan, whose shapes are in terms of Bucket's fields."""
@@ -37,7 +40,7 @@ class PlanArrays(NamedTuple):
     adapters: Any
     """int32[rows + blocks]: the place of the sequence's adapter, from 1 on; 0 for none"""
     sample_token: Any
-    """int32[samples]: index on the token axis of the token after which one is drawn"""
+    """int32[samples]: index on the token axis of the token after which one is drawn; after its end for none"""
 
 
 @lru_cache(maxsize=256)
@@ -63,6 +66,7 @@ def empty_plan(engine: EngineConfig, bucket: Bucket) -> tuple[np.ndarray, PlanAr
     arrays = split_plan(packed, bucket)
     arrays.positions[:] = PADDING
     arrays.slots[:] = engine.nobody
+    arrays.sample_token[:] = bucket.tokens
     return packed, arrays
 
 
@@ -102,8 +106,12 @@ class StepPlan:
     """(row of the head, sequence) of each token drawn"""
     ahead: dict[Sequence, Ahead] = field(default_factory=dict)
     """What some of these sequences have rows for beyond their next token"""
+    steps: int = 1
+    """Most steps of the launch; all but the first compute what the step before drew"""
+    ends: np.ndarray | None = None
+    """int32[rows, MOST_ENDS]: the ids that end each row's sequence, where there are several steps; -1 after them"""
     guesses: bool = False
-    """Whether some of that are guesses, so that what comes after this step is known only when it is read"""
+    """Whether some of what is ahead are guesses"""
     pooled: list[Pooled] = field(default_factory=list)
     """Whose embeddings take in hidden states of this step, a sequence's blocks in their order"""
     awaits: bool = False
@@ -114,6 +122,16 @@ class StepPlan:
     """When it was planned, in seconds"""
     scheduled_tokens: int = 0
     """Tokens that are not padding"""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether how far it leads its sequences, and so what comes after it, is known only when it is read."""
+        return self.guesses or self.steps > 1
+
+    def rows_of(self, row: int, sequence: Sequence, drawn: int) -> list[int]:
+        """The rows of what was drawn for a sequence among the plan's samples, in the order of its tokens. drawn: how
+        many rows there are, those of a step after those of the step before."""
+        return [*range(row, drawn, self.bucket.rows)] if self.steps > 1 else [row, *self.rows_ahead(sequence)]
 
     def tokens_ahead(self, sequence: Sequence) -> tuple[int, ...]:
         """A sequence's tokens ahead."""

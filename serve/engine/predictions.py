@@ -19,8 +19,8 @@ from isthmus.model.weights.folder import ModelFolder
 from isthmus.model.weights.packing import Packing
 from isthmus.serve.engine.build import abstract_served, load_served
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Served, forward
 from isthmus.serve.engine.plan import empty_plan
+from isthmus.serve.engine.programs import Served, forward
 from isthmus.serve.engine.state import State, empty_state
 
 

@@ -6,7 +6,7 @@ A draw depends on the row's logits, its parameters, its seed and its position, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -136,6 +136,13 @@ def words(draws: np.ndarray) -> np.ndarray:
     return draws.view(np.int32).reshape(len(draws), -1)
 
 
+def columns(draws: jax.Array) -> dict[str, jax.Array]:
+    """The fields of DRAW by their names, [samples] each, of its `words`."""
+    return {
+        name: jax.lax.bitcast_convert_type(draws[:, index], DRAW[name]) for index, name in enumerate(DRAW.names or ())
+    }
+
+
 def draw(
     logits: jax.Array, tokens: jax.Array, draws: jax.Array, adjusting: Adjusting | None, vocab: int, implementation: str
 ) -> tuple[jax.Array, Drawn]:
@@ -144,12 +151,9 @@ def draw(
     tokens: as in `isthmus.serve.engine.state.State`. draws: `words` of DRAW. adjusting: where the draws see other
     logits than the model's. vocab, implementation: as in `isthmus.model.ops.sampling.sample`.
     """
-    column = {
-        name: jax.lax.bitcast_convert_type(draws[:, index], DRAW[name]) for index, name in enumerate(DRAW.names or ())
-    }
+    column = columns(draws)
     slot, position = column["slot"], column["position"]
     uniform = uniform_numbers(column["seed_low"], column["seed_high"], position)
-    filters = Filters(*(column[name] for name in Filters._fields))
     by = None
     if adjusting is not None:
         by = Adjustments(
@@ -164,9 +168,23 @@ def draw(
             position,
             adjusting.allowed,
         )
-    judged, forced = column["logprobs"], column["forced"]
-    drawn = sample(logits, filters, uniform, judged, forced, vocab, MOST_LOGPROBS, by, implementation=implementation)
+    drawn = draw_by(column, logits, uniform, by, vocab, implementation)
     return tokens.at[slot, position].set(drawn.token, mode="drop"), drawn
+
+
+def draw_by(
+    column: Mapping[str, jax.Array],
+    logits: jax.Array,
+    uniform: jax.Array,
+    by: Adjustments | None,
+    vocab: int,
+    implementation: str,
+) -> Drawn:
+    """Draws as the `columns` of DRAW say, from float32 logits [samples, ids]; further arguments as in
+    `isthmus.model.ops.sampling.sample`."""
+    filters = Filters(*(column[name] for name in Filters._fields))
+    judged, forced = column["logprobs"], column["forced"]
+    return sample(logits, filters, uniform, judged, forced, vocab, MOST_LOGPROBS, by, implementation=implementation)
 
 
 class Adjusting(NamedTuple):

@@ -9,27 +9,26 @@ token that the host doesn't know yet is read on the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
 from isthmus.model.ops.adjustments import words_for
-from isthmus.model.ops.sampling import BAD_ROW, FREE, Drawn
+from isthmus.model.ops.sampling import FREE, Drawn
 from isthmus.serve.engine.ahead import LookAhead
 from isthmus.serve.engine.budget import Budget
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.drafts import MOST_GUESSES
 from isthmus.serve.engine.holdings import Holdings
+from isthmus.serve.engine.intake import Intake
+from isthmus.serve.engine.launches import Launches
 from isthmus.serve.engine.masks import masks_of
 from isthmus.serve.engine.messages import Ending, Event, Request
-from isthmus.serve.engine.outcomes import Counters, joined, logprobs_of, stops
+from isthmus.serve.engine.outcomes import Counters
 from isthmus.serve.engine.packing import Packer, RequestFault, Step, Work
 from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.queue import Queue
 from isthmus.serve.engine.room import Room
 from isthmus.serve.engine.running import Running
-from isthmus.serve.engine.scoring import take
 from isthmus.serve.engine.sequence import Sequence
 
 logger = logging.getLogger("isthmus.engine")
@@ -56,7 +55,8 @@ class Scheduler:
         """Sequences that the last plan preempted"""
         self._launched: list[Sequence] = []
         """Sequences of whose prompts the last plan computes a part"""
-        self._guesses_in_flight = False
+        self._open: StepPlan | None = None
+        """The plan in flight, if what comes after it is known only when it is read"""
         self._budget, self._read_at = Budget(config), 0.0
         self._most_blocks = 0
         """The most blocks that the step may have which is being planned"""
@@ -65,6 +65,8 @@ class Scheduler:
         self.pool, self._prefixes = self._holdings.pool, self._holdings.prefixes
         self._room = Room(self._holdings, self.running)
         self._ahead = LookAhead(config, rope_switch, self._holdings)
+        self._intake = Intake(config, self._holdings, self.counters, self._finish)
+        self._launches = Launches(config, rope_switch, self._holdings, self._budget)
 
     def add(self, request: Request) -> Sequence:
         """Takes a request in. What is returned is for tests."""
@@ -89,7 +91,7 @@ class Scheduler:
 
         now: seconds, on the same clock as the requests' times.
         """
-        if self._guesses_in_flight:  # how far they lead isn't known yet
+        if self._open is not None:
             return None
         self._put_back.clear()
         self._expire(now)
@@ -104,6 +106,8 @@ class Scheduler:
         for sequence in yielding:
             self._schedule_safely(sequence, step, now)
         self._ahead.add(step)
+        if not self.waiting:
+            self._launches.extend(step, len(self.running))
         return self._packed(step, now)
 
     def _packed(self, step: Step, now: float) -> StepPlan | None:
@@ -112,7 +116,7 @@ class Scheduler:
             try:
                 plan = self._packer.pack(step)
                 self._launched = [work.sequence for work in step.chunks]
-                self._guesses_in_flight = plan.guesses
+                self._open = plan if plan.is_open else None
                 plan.planned_at, plan.blocks = now, step.blocks
                 return plan
             except RequestFault as fault:
@@ -324,26 +328,19 @@ class Scheduler:
 
         hidden: the hidden states [tokens, dim] of the plan's tokens, after the model's last norm; they are there if the
         plan pools some."""
-        self.counters.steps += 1
+        steps = len(drawn.token) // plan.bucket.rows if plan.steps > 1 else 1
+        self.counters.steps += steps
         # It began when it was launched, or when the step before it was done.
-        self._budget.learn(plan.blocks, now - max(plan.planned_at, self._read_at))
+        self._budget.learn(plan.blocks, (now - max(plan.planned_at, self._read_at)) / steps)
         self._read_at = now
-        if plan.guesses:
-            self._guesses_in_flight = False
+        if plan is self._open:
+            self._open = None
         events = []
         for row, sequence in plan.samples:
             if sequence.ending is not None:  # it ended while the step ran
                 continue
-            ahead = plan.ahead.get(sequence)
-            rows = [row] if ahead is None else [row, *ahead.rows]
-            sequence.tokens_in_flight -= len(rows)
             try:
-                if sequence.in_prompt:
-                    events.append(self._take_scored(sequence, drawn, rows, now))
-                elif ahead is None:
-                    events.append(self._take(sequence, drawn, row, now))
-                else:
-                    events.append(joined(list(self._take_guessed(sequence, ahead.tokens, drawn, rows, now))))
+                events.append(self._intake.draws(plan, row, sequence, drawn, now))
             except Exception as error:
                 self._fail(sequence, error, now)
         for pooled in plan.pooled:
@@ -351,68 +348,10 @@ class Scheduler:
             if pooled.sequence.ending is not None:
                 continue
             try:
-                events += self._pool(pooled.sequence, hidden[pooled.tokens], now)
+                events += self._intake.hidden(pooled.sequence, hidden[pooled.tokens], now)
             except Exception as error:
                 self._fail(pooled.sequence, error, now)
         return events
-
-    def _take_scored(self, sequence: Sequence, drawn: Drawn, rows: list[int], now: float) -> Event:
-        """Takes in tokens of the prompt that were scored in these rows."""
-        told = take(sequence, drawn, rows)
-        if told is None:
-            self._prefixes.forget(sequence)
-            return self._finish(sequence, Ending.ERROR, now)
-        if sequence.slot >= 0:
-            self._holdings.register(sequence)
-        if len(sequence.tokens) == sequence.prompt_length + sequence.request.max_tokens:
-            return replace(self._finish(sequence, Ending.LENGTH, now), prompt_logprobs=told)
-        return Event(sequence.request, progress=sequence.progress(now), prompt_logprobs=told)
-
-    def _pool(self, sequence: Sequence, states: np.ndarray, now: float) -> list[Event]:
-        """Takes in a block's hidden states. Returns the sequence's last event if its embedding is whole, or not
-        finite."""
-        embedding = sequence.embedding
-        assert embedding is not None
-        embedding.add(states)
-        if not embedding.finite:
-            self._prefixes.forget(sequence)
-            return [self._finish(sequence, Ending.ERROR, now)]
-        return [self._finish(sequence, Ending.EMBEDDED, now)] if embedding.whole else []
-
-    def _take_guessed(
-        self, sequence: Sequence, guesses: tuple[int, ...], drawn: Drawn, rows: list[int], now: float
-    ) -> Iterator[Event]:
-        """Takes in what was drawn after the last known token, and what was drawn behind each guess that is that."""
-        right = 0
-        for at, guess in enumerate((*guesses, None)):
-            if sequence.slot >= 0:  # keys and values behind a wrong guess are none of this sequence's
-                sequence.computed = len(sequence.tokens)
-            event = self._take(sequence, drawn, rows[at], now)
-            yield event
-            if event.end is not None or event.tokens[-1] != guess:
-                break
-            right += 1
-        self.counters.drafted_tokens += len(guesses)
-        self.counters.accepted_tokens += right
-        if sequence.lookup is not None:
-            sequence.lookup.learn(len(guesses), right)
-
-    def _take(self, sequence: Sequence, drawn: Drawn, row: int, now: float) -> Event:
-        token, logprobs = int(drawn.token[row]), logprobs_of(sequence.request, drawn, row)
-        if token == BAD_ROW:
-            self._prefixes.forget(sequence)
-            return self._finish(sequence, Ending.ERROR, now)
-        sequence.tokens.append(token)
-        sequence.logprobs += logprobs
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        self.counters.completion_tokens += 1
-        if sequence.slot >= 0:
-            self._holdings.register(sequence)
-        reason = stops(sequence, token, self.config.context_length)
-        if reason is not None:
-            return replace(self._finish(sequence, reason, now), tokens=(token,), logprobs=logprobs)
-        return Event(sequence.request, (token,), logprobs, progress=sequence.progress(now))
 
     def _finish(self, sequence: Sequence, reason: Ending, now: float, failure: Exception | None = None) -> Event:
         """Ends a request, running or waiting; its pages are free at once. Returns its last event."""
@@ -427,6 +366,7 @@ class Scheduler:
         if sequence.admission:
             self.waiting.settle(sequence)
         end = sequence.end(now, failure)
+        self._ahead.keep(sequence.request, end)
         return Event(sequence.request, end=end, progress=end.progress)
 
     def check(self) -> None:
@@ -434,7 +374,7 @@ class Scheduler:
         self._holdings.check(self.running)
         for sequence in self.running:
             assert sequence.ending is None and sequence.slot >= 0
-            most = MOST_GUESSES + 1 if self._guesses_in_flight else 1
+            most = 1 if self._open is None else max(MOST_GUESSES + 1, self._open.steps + 1)
             if sequence.in_prompt:
                 most = self.config.max_sequences
             assert sequence.computed <= sequence.length and 0 <= sequence.tokens_in_flight <= most

@@ -10,7 +10,7 @@ from itertools import repeat
 import numpy as np
 
 from isthmus.serve.engine.constraint import Constraint, ConstraintError
-from isthmus.serve.engine.drafts import Lookup
+from isthmus.serve.engine.drafts import Guesser
 from isthmus.serve.engine.masks import Masks
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Progress, Request
 from isthmus.serve.engine.pooling import Embedding
@@ -35,15 +35,15 @@ class Sequence:
     computed: int = field(default=0, init=False)
     """Tokens whose keys and values are in the cache, or will be when the launched steps have run"""
     tokens_in_flight: int = field(default=0, init=False)
-    """Tokens drawn or scored by launched steps and not read yet. Of drawn ones that are at most 1, or 2 from a plan to
-    the commit of the step before"""
+    """Tokens drawn or scored by launched steps and not read yet. Of drawn ones that is at most 1 for each step, and 1
+    more from a plan to the commit of the launch before"""
     uses_long_rope: bool = field(default=False, init=False)
     """Whether it is computed with the frequencies of a sequence past the model's rope_switch"""
     masks: Masks | None = field(default=None, init=False)
     """The tokens that the request's options let be drawn; None where they let all"""
     constraint: Constraint | None = field(default=None, init=False)
     """The state of the request's constraint after the tokens that the host knows; None where it has none"""
-    lookup: Lookup | None = field(default=None, init=False)
+    guesser: Guesser | None = field(default=None, init=False)
     """What guesses its next tokens, once that may be worth it"""
     embedding: Embedding | None = field(default=None, init=False)
     """What is known of the embedding that the request asks for; None where it asks for tokens"""
@@ -100,6 +100,11 @@ class Sequence:
     def known(self, index: int) -> int:
         """A token that the host knows: of the prompt, which may be left to score, or a drawn one."""
         return self.request.prompt[index] if index < self.prompt_length else self.tokens[index]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end it."""
+        return self.request.eos_ids | self.request.stop_ids
 
     @property
     def may_grow(self) -> bool:

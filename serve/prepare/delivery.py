@@ -60,12 +60,22 @@ class LoopStream(asyncio.Queue[Event], Receiver):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.get_running_loop()
+        self._left: Event | None = None
+        """One that `some` has taken out and not returned"""
 
     async def some(self, most: int) -> list[Event]:
-        """Waits for an event. Returns those that have come, at most `most`: of several steps if the reader is slow."""
-        events = [await self.get()]
+        """Waits for an event. Returns those that have come, of many steps if the reader is slow: one, or as many as
+        have `most` tokens together."""
+        first, self._left = self._left, None
+        events = [await self.get() if first is None else first]
+        tokens = len(events[0].tokens)
         while not self.empty() and len(events) < most:
-            events.append(self.get_nowait())
+            event = self.get_nowait()
+            tokens += len(event.tokens)
+            if tokens > most:
+                self._left = event
+                break
+            events.append(event)
         return events
 
 

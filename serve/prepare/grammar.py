@@ -325,19 +325,19 @@ class GrammarConstraint:
         self._alone = False
         """Whether the matcher shares its states with no other request"""
         self._words = grammar.vocabulary.buffer()
+        self._place = self._words.ctypes.data, self._words.nbytes
 
     def fill(self, into: np.ndarray) -> None:
         words, vocabulary = self._words, self._grammar.vocabulary
-
-        def mask() -> bool:
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            return not self._matcher.is_error()
-
-        self._attempt(mask)
+        self._attempt(self._mask)
         may_end = self._matcher.is_accepting() or self._matcher.is_stopped()
         np.bitwise_and(words[: len(into)], vocabulary.text_or_end if may_end else vocabulary.text, out=into)
         if not into.any():
             raise ConstraintError("the grammar leaves no token that may come next")
+
+    def _mask(self) -> bool:
+        self._matcher.unsafe_compute_mask_ptr(*self._place)
+        return not self._matcher.is_error()
 
     def accept(self, token: int) -> None:
         if not 0 <= token < self._grammar.vocabulary.ids:

@@ -99,7 +99,7 @@ class Preparation:
         """Returns how many requests one question makes. Raises InvalidRequest for what can never be in the engine."""
         most = min(MAX_CHOICES, self.room)
         if not 1 <= count <= most:
-            raise InvalidRequest(field, f"makes {count} requests at once; 1 to {most} are taken")
+            raise InvalidRequest(field, f"makes {count} requests; it must make 1 to {most}")
         return count
 
     def requests(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> list[Request]:
@@ -186,7 +186,7 @@ class Preparation:
             raise InvalidRequest("resume_token_ids", f"has {len(given)} ids; the context holds {self.context_length}")
         ids: list[int] = check_token_ids("resume_token_ids", given, self.tokenizer.vocab_size).tolist()
         if ids and asked.seed is None:
-            raise InvalidRequest("seed", "must be that of the text that is resumed")
+            raise InvalidRequest("seed", "must be given with resume_token_ids, and be that of the answer they are of")
         ends = drawing.stop_ids | drawing.eos_ids
         for index, token in enumerate(ids):
             if token in ends:

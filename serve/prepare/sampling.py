@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from isthmus.arguments import check_flag, check_int, check_whole, check_within, not_a_token
 from isthmus.errors import InvalidRequest
 from isthmus.model.text.tokenizer import Tokenizer
-from isthmus.model.weights.folder import GenerationDefaults
+from isthmus.model.weights.folder import MAX_REPETITION, MIN_REPETITION, GenerationDefaults
 from isthmus.serve.engine.sampling import MOST_BIASED, MOST_LOGPROBS, Sampling
 from isthmus.serve.prepare.checks import check_token_ids, first
 from isthmus.types import SamplingParams, check_bias, check_sized
@@ -19,7 +19,6 @@ MAX_STOP_TOKENS = 64
 MAX_TEMPERATURE = 100.0
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
-MAX_REPETITION = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,8 @@ def drawing_of(asked: SamplingParams, recommended: GenerationDefaults, tokenizer
         repetition_penalty=within(
             "repetition_penalty",
             first(asked.repetition_penalty, recommended.repetition_penalty, 1.0),
-            0,
+            MIN_REPETITION,
             MAX_REPETITION,
-            open_low=True,
         ),
         frequency_penalty=within(
             "frequency_penalty", first(asked.frequency_penalty, None, 0.0), -MAX_PENALTY, MAX_PENALTY

@@ -52,7 +52,7 @@ class Workers:
                 raise Unavailable("the engine is shutting down")
             # A text of any size is taken when there is no other.
             if self._held_calls and (self._held_calls >= self._calls or self._held_size + size > self._size):
-                raise Overloaded(f"{self._held_calls} texts of {self._held_size} bytes wait to be tokenized already")
+                raise Overloaded(f"{self._held_calls} calls with {self._held_size} bytes wait for a thread already")
             self._held_calls, self._held_size = self._held_calls + 1, self._held_size + size
 
         def free(_: Future[T]) -> None:

@@ -196,7 +196,7 @@ def _shown(record: Record) -> str:
 
 
 def _step_record(tiny_preset: str) -> Record:
-    engine = dataclasses.replace(ENGINE, prefill_tokens=16, draft_rows=0)
+    engine = dataclasses.replace(ENGINE, prefill_tokens=16, draft_rows=0, steps_per_launch=1)
     bench = step.StepBench(preset=tiny_preset, repeats=3, warmup=1, overhead_tokens=12, engine=engine)
     return step.run(bench, QUIET)
 

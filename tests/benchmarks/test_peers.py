@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from isthmus.benchmarks import comparison, peer_engines
+from isthmus.benchmarks import comparison, peer_engines, protocol
 from isthmus.benchmarks.comparison import (
     Idle,
     Turns,
@@ -23,9 +23,9 @@ from isthmus.benchmarks.comparison import (
     spinning,
     with_comparison,
 )
-from isthmus.benchmarks.engine import Driver
+from isthmus.benchmarks.engine import Driver, SeenStep, times_of
 from isthmus.benchmarks.machine import describe
-from isthmus.benchmarks.peer_engines import EngineSide, PeersBench, amount, cell_tokens, parse_cell, room
+from isthmus.benchmarks.peer_engines import Drawing, EngineSide, PeersBench, amount, cell_tokens, parse_cell, room
 from isthmus.benchmarks.processes import BenchError
 from isthmus.benchmarks.record import Record
 from isthmus.benchmarks.report import write_report
@@ -156,16 +156,46 @@ def test_only_our_side_is_told_to_quantize() -> None:
     assert fields["llama-q4_0"]["dtype"] == "q4_0" and fields["vllm-f32"]["dtype"] == "float32"
 
 
+class _Asked:
+    """A process that notes what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+
+    def ask(self, do: str, **fields: Any) -> dict[str, float]:
+        self.asked.append({"do": do, **fields})
+        return {"seconds": 1.0}
+
+
+def test_sampled_cells_give_every_engine_the_same_options() -> None:
+    """A peer that draws by its own defaults, or by none, would be compared with work that it doesn't do."""
+    drawing = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.1}
+    side = EngineSide.__new__(EngineSide)
+    side._child, side._sampling, side.idle = _Asked(), Drawing(**drawing), Idle(lambda: 0.0)  # type: ignore[assignment, arg-type]
+    for cell in ("prefill8", "decode2", "sampled2"):
+        side.run(cell, [[1], [2]], 1)
+    assert [one.get("sampling") for one in side._child.asked] == [None, None, drawing]  # type: ignore[attr-defined]
+    assert protocol.transformers_options(drawing) == {"do_sample": True, **drawing}
+    assert protocol.vllm_options(drawing) == drawing
+    assert (
+        protocol.transformers_options(None) == {"do_sample": False} and protocol.vllm_options(None)["temperature"] == 0
+    )
+    asked = Sampling(**drawing)  # type: ignore[arg-type]
+    assert {name: getattr(asked, name) for name in drawing} == drawing
+    assert cell_tokens(PeersBench(), "sampled8", 99) == cell_tokens(PeersBench(), "decode8", 99)
+
+
 def test_wrong_settings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     for words, named in (
         (["--stacks", "llama-q5"], "stacks"),
         (["--cells", "decode0"], "cells"),
         (["--repeats", "0"], "repeats"),
+        (["--sampling.top-p", "0"], "top_p"),
         (["--model", "nowhere"], "model"),
     ):
         assert command.main(["peers", *words]) == 2
         assert named in capsys.readouterr().out
-    assert parse_cell("prefill512") == ("prefill", 512)
+    assert parse_cell("prefill512") == ("prefill", 512) and parse_cell("sampled8") == ("sampled", 8)
     with pytest.raises(ConfigError, match="twice"):
         chosen(("llama-bf16", "llama-bf16"))
 
@@ -175,7 +205,7 @@ def test_a_stack_that_is_not_installed_is_reported_and_the_rest_goes_on(tmp_path
     start = bench.start(STACKS["vllm-bf16"], ModelConfig(vocab_size=100), room(bench))
     turns = Turns(bench.cells, QUIET, lambda: None)
     with ExitStack() as children:
-        turns.start(start.stack, lambda: EngineSide(start, children, tmp_path / "log"))
+        turns.start(start.stack, lambda: EngineSide(start, children, tmp_path / "log", Drawing()))
     assert "make peers-vllm" in turns.errors["vllm-bf16"]["load"]
     turns.repeat(1, lambda *_: 1.0)
     with pytest.raises(BenchError, match="every stack failed"):
@@ -254,6 +284,15 @@ def test_decoding_is_timed_from_everybodys_first_token() -> None:
         _driver([[a, b], [a]]).steps([[1], [1]], 5, 9)
     with pytest.raises(RuntimeError, match="a request failed"):
         _driver([[a, (1, Ending.ERROR)]]).steps([[1], [1]], 5, 9)
+
+
+def test_steps_of_one_launch_are_at_equal_distances() -> None:
+    """Tokens that come together took as long as if they had come one by one."""
+    seen = [
+        SeenStep(at, 0.0, StepTimes(), drawn, begun, 0)
+        for at, drawn, begun in ((0.5, 1, 1), (1.0, 2, 2), (4.0, 6, 2), (6.0, 4, 2), (7.0, 1, 2), (9.0, 2, 2))
+    ]
+    assert times_of(seen, 2) == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
 def test_a_closed_loop_of_the_engine_submits_the_next_when_one_ends() -> None:

@@ -158,7 +158,9 @@ def test_a_window_begins_as_llama_cpp_begins_it(folder: Path, tmp_path: Path) ->
 def test_what_is_measured_is_what_an_engine_says(folder: Path, tmp_path: Path) -> None:
     """Greedily, an engine with the same integers and cache says the likeliest token at each place that was measured."""
     quantize, dtype, cache_dtype = "int4", "bfloat16", "int8"
-    config = EngineConfig(1, context_length=64, prefill_tokens=32, draft_rows=0, cache_dtype=cache_dtype)
+    config = EngineConfig(
+        1, context_length=64, prefill_tokens=32, draft_rows=0, steps_per_launch=1, cache_dtype=cache_dtype
+    )
     executor = build_executor(open_model(folder, dtype, quantize=quantize), config, MeshShape())
     arrival = Arrival(Request("one", [9, 8, 7], Sampling(temperature=0), 45))
     play(executor, [arrival])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from isthmus.checks.determinism import check, compared, crowd_config, random_arrivals
 from isthmus.checks.networks import NETWORKS, Numbers, small_executor
+from isthmus.commands import check as check_command
 from isthmus.commands import main as command
 from isthmus.model.ops.cpu import library
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import End, Ending, Logprobs, Request
+from isthmus.serve.engine.plan import StepPlan
 from isthmus.serve.engine.sampling import Sampling
 from tests.support import narrowest_dtype
 
@@ -72,25 +76,64 @@ class Slipping(Executor):
         super().sample(launched, mask)
 
 
-def test_a_batch_that_decides_is_found_out() -> None:
-    executor = small_executor(NETWORKS["dense"], Numbers(), crowd_config(192))
-    executor.__class__ = Slipping
+class Noting(Executor):
+    """Notes how many steps each launch has."""
+
+    launches: ClassVar[Counter[int]] = Counter()
+
+    def launch(self, plan: StepPlan) -> Launched:
+        self.launches[plan.steps] += 1
+        return super().launch(plan)
+
+
+@pytest.fixture(scope="module")
+def dense() -> Executor:
+    return small_executor(NETWORKS["dense"], Numbers(), crowd_config(192))
+
+
+def test_training_that_computes_something_else_is_found_out(dense: Executor) -> None:
+    """A check that compares nothing would hold for any trainer."""
+    arrivals = random_arrivals(199, 192, 4)
+    verdict = check(dense, arrivals, learned=lambda text: np.full(len(text) - 1, -1.0, np.float32))
+    assert verdict.trained == len(verdict.differences) > 0
+    assert all("in training" in str(difference) for difference in verdict.differences)
+
+
+def test_a_batch_that_decides_is_found_out(dense: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense, "__class__", Slipping)
     arrivals = random_arrivals(199, 192, 6)
-    verdict = check(executor, arrivals)
+    verdict = check(dense, arrivals)
     assert not verdict.holds and "in the crowd" in str(verdict.differences[0])
 
 
-def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
-    """With pages that run short, cancels and a warm cache, on each kind of network."""
+def test_steps_are_compared_that_were_launched_together(dense: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A check whose requests were all computed step by step would say nothing of the others."""
+    launches: ClassVar[Counter[int]] = Counter()
+    monkeypatch.setattr(Noting, "launches", launches)
+    monkeypatch.setattr(dense, "__class__", Noting)
+    assert check(dense, random_arrivals(199, 192, 20)).holds
+    steps = sum(steps * number for steps, number in launches.items())
+    assert steps - launches[1] > steps / 5
+
+
+def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pages that run short, cancels and a warm cache, on two of the networks; a slow test has all of them."""
+    two = {name: NETWORKS[name] for name in ("experts", "adapters")}
+    monkeypatch.setattr(check_command, "NETWORKS", two)
     assert command.main(["check", "determinism", "--requests", "16"]) == 0
     said = capsys.readouterr().out
-    assert said.count("16 of 16 requests with the same bits") == len(NETWORKS)
+    assert said.count("16 of 16 requests with the same bits") == len(two)
+    assert said.count("none trained: XLA's sums") == (len(two) if library.why_not() else 0)
     assert command.main(["check", "determinism", "--requests", "0"]) == 2
     assert command.main(["check", "nonsense"]) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["--requests", "50"], ["--requests", "9", "--all"]], ids=["kinds", "numbers"])
+@pytest.mark.parametrize(
+    "options",
+    [["--requests", "50"], pytest.param(["--requests", "9", "--all"], marks=pytest.mark.long)],
+    ids=["kinds", "numbers"],
+)
 def test_hundreds_of_requests_get_the_same_bits(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Two hundred over the kinds of networks, and some for each kind of number with each of them."""
     if reason := library.why_not():

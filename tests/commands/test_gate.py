@@ -288,6 +288,7 @@ def test_kinds_are_the_places_in_a_layer() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_refusal_says_what_would_pass(
     folder: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

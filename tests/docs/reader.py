@@ -49,7 +49,7 @@ REPLACEMENTS = (
     (r"isthmus generate", "isthmus generate --address 127.0.0.1:50051 --max-tokens 8"),
     (r"(isthmus generate .*--model \S+)", rf"\1 {SMALL}"),
     (r"import LLM\b(.*)", r"import LLM\1, EngineConfig"),
-    (r"\bLLM\((\S+)\)", r"LLM(\1, engine=EngineConfig(2, prefill_tokens=32, draft_rows=2))"),
+    (r"\bLLM\((\S+)\)", r"LLM(\1, engine=EngineConfig(2, prefill_tokens=32, draft_rows=2, steps_per_launch=1))"),
     (r"max_tokens=\d+", "max_tokens=8"),
 )
 """Sizes and steps that a test has time for. Where an option is given twice, the later one counts."""

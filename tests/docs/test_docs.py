@@ -35,8 +35,8 @@ MADE_BY_PAGE = {
     "docs/many-devices.md": ("runs",),
 }
 """What a reader of a page doesn't have when they begin, because the page makes it."""
-SLOW = ("docs/fine-tuning.md", "docs/many-devices.md", "docs/quantizing.md")
-"""Pages that `make test` has no time for."""
+QUICK = ("README.md",)
+"""Pages that `make test` has time for."""
 OF_OTHER_PROGRAMS = {"--http2-prior-knowledge", "--protocol", "--local-dir"}
 
 
@@ -64,6 +64,9 @@ def command_type(name: str, *rest: str) -> tuple[Any, list[str]]:
     module = importlib.import_module(f"isthmus.commands.{name}")
     if name == "bench":
         return module.NAMED[rest[0]], list(rest[1:])
+    if name == "check":
+        assert rest[0] == module.CHECK
+        return module.Determinism, list(rest[1:])
     return getattr(module, COMMAND_TYPES[name]), list(rest)
 
 
@@ -103,7 +106,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+        pytest.param(page, marks=[] if page in QUICK else [pytest.mark.slow])
         for page in pages()
         if any(map(runs, blocks(page)))
     ],

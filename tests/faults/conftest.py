@@ -216,6 +216,7 @@ def _save_chat_model(folder: Path) -> None:
 @pytest.fixture
 def serve(shared_folder: SharedFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartServing]:
     """serve(*arguments) starts `isthmus serve` of a tiny model that chats, on one device, as a user's machine has."""
+    build_mesh(MeshShape())  # this process has its eight devices then, also if this is its first test
     monkeypatch.delenv("XLA_FLAGS")
     model = shared_folder("served", _save_chat_model) / "model"
     common = ["--model", str(model), "--port", "0", "--compilation-cache", str(shared_folder("served-programs"))]

@@ -56,7 +56,9 @@ def said(capfd: pytest.CaptureFixture[str]) -> list[str]:
     return text.splitlines()
 
 
-@pytest.mark.parametrize("fails_at", [EVERY, 2 * EVERY, STEPS])
+@pytest.mark.parametrize(
+    "fails_at", [EVERY, *(pytest.param(step, marks=pytest.mark.slow) for step in (2 * EVERY, STEPS))]
+)
 def test_a_disk_that_is_full_at_a_checkpoint(
     fails_at: int, tmp_path: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

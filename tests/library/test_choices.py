@@ -84,12 +84,13 @@ def test_what_cannot_be_is_refused_by_its_name(models: tuple[Model, ...]) -> Non
             assert refused.value.field == field
 
 
+@pytest.mark.slow
 def test_more_than_there_is_room_for_are_none(open_model: OpenModel) -> None:
     """They would be refused as overload for ever, or half of them would run."""
     import dataclasses
 
     with open_model(engine=dataclasses.replace(ENGINE, max_sequences=2, max_waiting=1)) as llm:
-        with pytest.raises(InvalidRequest, match="1 to 3 are taken"):
+        with pytest.raises(InvalidRequest, match="it must make 1 to 3"):
             llm.generate(PROMPT, DRAWN, n=4)
         assert len(llm.generate(PROMPT, DRAWN, n=3).choices) == 3
         assert llm._engine.in_flight == 0

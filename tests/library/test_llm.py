@@ -233,6 +233,8 @@ WRONG_KINDS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": [3]}, "logit_bias: must map token ids to numbers, not be list"),
     ({"choices": ["a", 5]}, "choices[1]: must be a string, not int"),
     ({"choices": 5}, "choices: must be a list of texts, not int"),
+    ({"schema": [1]}, "schema: must be a dict, JSON text or a class with model_json_schema, not list"),
+    ({"resume_token_ids": [5]}, "seed: must be given with resume_token_ids, and be that of the answer they are of"),
     ({"include_stop": None}, "include_stop: must be True or False, not None"),
     ({"parse_special": 0.5}, "parse_special: must be True or False, not 0.5"),
     ({"priority": None}, "priority: must be a whole number, not None"),
@@ -454,6 +456,7 @@ def test_it_opens_off_the_main_thread_and_leaves_signals_alone(open_model: OpenM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
 
 
+@pytest.mark.slow
 def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
     """Evaluating a dozen checkpoints in one process would fill the device with the first."""
 
@@ -462,7 +465,7 @@ def test_two_models_in_turn_share_the_memory(open_model: OpenModel) -> None:
 
     gc.collect()  # what tests before this one left
     before, taken = held(), []
-    engine = EngineConfig(max_sequences=1, prefill_tokens=32, draft_rows=0)
+    engine = EngineConfig(max_sequences=1, prefill_tokens=32, draft_rows=0, steps_per_launch=1)
     for kernels in ("auto", "reference"):
         with open_model(engine=engine, kernels=kernels) as llm:
             assert llm.generate(PROMPT, DRAWN).text
@@ -514,7 +517,7 @@ def test_progress_is_for_a_terminal(llm: LLM, capsys: pytest.CaptureFixture[str]
 
 def test_what_serve_takes_it_takes(open_model: OpenModel, tmp_path: Path) -> None:
     plain = open_model()
-    engine = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, draft_rows=0)
+    engine = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, draft_rows=0, steps_per_launch=1)
     with plain, open_model(quantize="int8", engine=engine) as small:
         assert (plain.context_length, small.context_length) == (4096, 64)
         assert small._model.quantize and not plain._model.quantize

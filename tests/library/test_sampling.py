@@ -51,10 +51,17 @@ def test_a_text_has_its_least_length(models: tuple[Model, ...]) -> None:
         assert model.generate(PROMPT, **GREEDY, **stop, min_tokens=9).completion_tokens >= 9
 
 
+@pytest.mark.parametrize("bound", [1e-6, 10.0])
+def test_the_bounds_of_a_penalty_work(models: tuple[Model, ...], bound: float) -> None:
+    """What is documented must be computed, also after a float32 on the wire has rounded it down."""
+    assert len(texts(models, repetition_penalty=bound)) == GREEDY["max_tokens"]
+
+
 @pytest.mark.parametrize(
     ("field", "options"),
     [
         ("repetition_penalty", {"repetition_penalty": 0.0}),
+        ("repetition_penalty", {"repetition_penalty": 1e-45}),
         ("frequency_penalty", {"frequency_penalty": 2.5}),
         ("presence_penalty", {"presence_penalty": float("nan")}),
         ("logit_bias[3]", {"logit_bias": {3: 101.0}}),
@@ -69,6 +76,7 @@ def test_a_text_has_its_least_length(models: tuple[Model, ...]) -> None:
     ids=str,
 )
 def test_what_cannot_work_is_named(models: tuple[Model, ...], field: str, options: dict[str, Any]) -> None:
+    """Else a caller gets an internal error, or a text that isn't what was asked for."""
     for model in models:
         with pytest.raises(InvalidRequest) as refused:
             model.generate(PROMPT, **{**GREEDY, **options})

@@ -232,7 +232,7 @@ def test_unknown_options_and_too_many_items_are_named(models: tuple[Model, ...],
             with pytest.raises(TypeError, match="unknown option 'best'; there are"):
                 ask("a", best=1)  # type: ignore[call-arg]
     with open_model(engine=dataclasses.replace(ENGINE, max_sequences=2, max_waiting=1)) as small:
-        with pytest.raises(InvalidRequest, match="1 to 3 are taken") as refused:
+        with pytest.raises(InvalidRequest, match="it must make 1 to 3") as refused:
             small.score("a", ["b"] * 4)
         assert refused.value.field == "continuations"
 

@@ -76,12 +76,14 @@ def mypy(folder: Path, text: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_that_is_right_passes(tmp_path: Path) -> None:
     """All four satisfy their protocol, one prompt gives one completion, and a list gives a list."""
     status, said = mypy(tmp_path, RIGHT)
     assert status == 0, said
 
 
+@pytest.mark.slow
 def test_a_script_that_misuses_an_argument_is_told(tmp_path: Path) -> None:
     """Without types a misspelt option is found in the night that the batch runs."""
     lines = "\n".join(f"    {line}" for line in WRONG)

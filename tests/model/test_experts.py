@@ -168,7 +168,13 @@ def of_one_device(small: Params) -> Gradients:
 
 @pytest.mark.parametrize(
     ("shape", "scan_layers"),
-    [(MeshShape(ep=4, tp=2), False), (MeshShape(dp=2, fsdp=2, ep=2), False), (MeshShape(ep=8), True)],
+    [
+        (MeshShape(ep=4, tp=2), False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(MeshShape(dp=2, fsdp=2, ep=2), False), (MeshShape(ep=8), True)]
+        ),
+    ],
     ids=str,
 )
 def test_experts_over_devices_are_one_devices(

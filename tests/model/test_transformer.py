@@ -137,7 +137,9 @@ def test_stack_and_unstack_are_inverses(tiny: ModelConfig, tiny_params: Params) 
     jax.tree.map(np.testing.assert_array_equal, unstack_params(both), both)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    "scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unrolled", "scanned"]
+)
 def test_remat_changes_memory_and_not_gradients(scan_layers: bool, tiny: ModelConfig, tiny_params: Params) -> None:
     """Turning on rematerialization to fit a larger model must not train another model."""
     # As large as in training: with larger ones the loss would magnify rounding instead of mistakes.

@@ -24,9 +24,10 @@ from isthmus.model.weights.huggingface.families import read_config
 from isthmus.model.weights.huggingface.load import leaves_of, parts_of
 from isthmus.model.weights.layout import is_stacked
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served, forward_step
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import End, Request
 from isthmus.serve.engine.pooling import Pooling
+from isthmus.serve.engine.programs import Served, forward_step
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.data import Batch
@@ -90,9 +91,17 @@ def test_an_older_folder_is_read_as_the_same_model(family: str) -> None:
 
 def engine_for(config: ModelConfig) -> EngineConfig:
     """Short of pages, so that requests are preempted; two programs, so that compiling doesn't take minutes."""
-    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 50, "draft_rows": 0}
+    sizes = {
+        "max_sequences": 4,
+        "page_size": 4,
+        "block_size": 8,
+        "prefill_tokens": 16,
+        "pages": 50,
+        "draft_rows": 0,
+        "steps_per_launch": 1,
+    }
     engine = EngineConfig(**sizes).resolve(config)
-    engine.__dict__["buckets"] = (Bucket(4, 0, 8), Bucket(4, 2, 8))
+    engine.__dict__["buckets"] = (Bucket(4, 0, 8), Bucket(4, 2, 8, 2))
     return engine
 
 

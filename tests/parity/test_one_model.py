@@ -21,8 +21,9 @@ from isthmus.model.config import ModelConfig
 from isthmus.model.sharding import MeshShape, build_mesh, use_mesh
 from isthmus.model.transformer import Params
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import Executor, Served, forward_step
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Ending, Request
+from isthmus.serve.engine.programs import Served, forward_step
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.serve.engine.sequence import Sequence
@@ -44,7 +45,9 @@ CONFIG = ModelConfig(
     attention_bias=True,
     qk_norm="head",
 )
-ENGINE = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40).resolve(CONFIG)
+ENGINE = EngineConfig(
+    max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=40, steps_per_launch=1
+).resolve(CONFIG)
 GREEDY = Sampling(temperature=0)
 
 
@@ -142,6 +145,7 @@ def test_a_seeded_text_is_the_same_alone_and_in_a_crowd(executor: Executor) -> N
     assert len(texts) == sum(arrival.request.max_tokens >= 8 for arrival in crowd), "two seeds gave one text"
 
 
+@pytest.mark.slow
 def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
     """Splitting the heads and the cache over devices is for size and speed only."""
     engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=16, pages=25, draft_rows=4)
@@ -153,10 +157,10 @@ def test_tensor_parallel_serves_the_same_tokens(params: Params) -> None:
         assert arrival.completion == want, arrival.request.id
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "reference"])
+@pytest.mark.parametrize("kernels", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_the_engines_logits_are_the_training_forwards(kernels: str, params: Params, mesh: Mesh) -> None:
     """Equal tokens could hide a drift that shows on a larger model; the numbers behind them must agree too."""
-    engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=32, pages=14, draft_rows=0)
+    engine = dataclasses.replace(ENGINE, max_sequences=4, prefill_tokens=32, pages=14, draft_rows=0, steps_per_launch=1)
     programs: dict[Bucket, Any] = {}
     kept = packed_params(CONFIG, params) if kernels == "cpu" else params
     served = Served(CONFIG, engine, VOCAB).with_kernels(kernels, mesh)

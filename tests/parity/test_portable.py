@@ -20,13 +20,8 @@ from isthmus.model.config import MixtureConfig, ModelConfig
 from isthmus.model.execution import Execution
 from isthmus.model.sharding import MESH_AXES, use_mesh
 from isthmus.serve.engine.config import Bucket, EngineConfig
-from isthmus.serve.engine.executor import (
-    Served,
-    draw_and_arguments,
-    forward_and_arguments,
-    lower_forward,
-)
 from isthmus.serve.engine.plan import empty_plan
+from isthmus.serve.engine.programs import Served, draw_and_arguments, forward_and_arguments, lower_forward
 from isthmus.serve.engine.sampling import MOST_LOGPROBS
 from isthmus.serve.engine.state import State, empty_state
 from isthmus.train.config import OptimizerConfig
@@ -112,6 +107,8 @@ def test_an_exported_step_computes_what_the_engine_computes(mesh: Mesh) -> None:
     for one, other in zip(got, jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     assert np.abs(np.asarray(want[0].cache.pages)).max() > 0
+    logits = np.asarray(want[1])
+    assert logits[bucket.rows].any() and not np.delete(logits, bucket.rows, 0).any(), "nothing is drawn from the others"
 
 
 # the cache stays in place

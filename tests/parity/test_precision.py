@@ -153,6 +153,8 @@ def ours(folder: ModelFolder, mesh: Mesh, windows: dict[str, np.ndarray], dtype:
     return losses
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_bfloat16_learns_what_float32_learns(
     published: ModelFolder, windows: dict[str, np.ndarray], mesh: Mesh, tmp_path: Path, adapters: bool
@@ -169,6 +171,7 @@ def test_bfloat16_learns_what_float32_learns(
     assert np.abs(rounded - exact).mean() <= (distance if adapters else distance / 2)
 
 
+@pytest.mark.timeout(1800)
 def test_gradients_in_bfloat16_are_as_near_as_autocasts(
     published: ModelFolder, windows: dict[str, np.ndarray], mesh: Mesh, tmp_path: Path
 ) -> None:

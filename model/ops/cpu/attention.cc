@@ -1,4 +1,5 @@
-// Attention over the paged cache, which it reads in place: `paged_step` of model/ops/paged_attention.py for one layer.
+// Attention over the paged cache, which it reads in place: `paged_step` of model/ops/paged_attention.py for one layer; and
+// by the same code, `causal` of model/ops/attention.py over the documents of a packed batch.
 //
 // First the step's keys and values go to their pages, then every (sequence, key head) is a task, or where there are many
 // sequences, every one of them with all of its heads, which lie side by side: the queries pass over the keys kChunk at a
@@ -7,6 +8,7 @@
 // pages are, or on how many queries of its sequence the step has.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "pages.h"
@@ -22,6 +24,7 @@ namespace ffi = xla::ffi;
 
 constexpr int kQueries = kLanes == 16 ? 4 : 2;  // at a time, as registers allow
 constexpr int64_t kAlone = 1 << 15;  // numbers to write that are not worth a second thread
+constexpr int64_t kBlock = 64;  // queries of a document that are a task
 constexpr float kMinusInfinity = -INFINITY;
 
 // ---- one task
@@ -262,7 +265,37 @@ void run(const Step& s) {
   });
 }
 
-// ---- the handler
+// Attention of each document of a packed batch over itself. s: all but the places of a document. A document is a run of
+// tokens of one number; its keys and values lie where its tokens do, as in a cache with one page for it.
+template <class X>
+void run_documents(const Step& s, const int32_t* segments, int64_t batch, int64_t seq) {
+  struct Block {
+    int64_t document, first, count;
+  };
+  std::vector<Block> blocks;
+  for (int64_t row = 0; row < batch; row++)
+    for (int64_t begin = row * seq, end; begin < (row + 1) * seq; begin = end) {
+      for (end = begin + 1; end < (row + 1) * seq && segments[end] == segments[begin];) end++;
+      for (int64_t first = 0; first < end - begin; first += kBlock)
+        blocks.push_back({begin, first, std::min(kBlock, end - begin - first)});
+    }
+  std::vector<int32_t> positions(seq);
+  std::iota(positions.begin(), positions.end(), 0);
+  const int32_t only_page = 0;
+  Pool::get().run(int64_t(blocks.size()) * s.kv_heads, [&](int64_t task) {
+    const Block& block = blocks[task / s.kv_heads];
+    const int64_t head = task % s.kv_heads, queries = (block.document + block.first) * s.heads * s.head_dim;
+    Step mine = s;
+    mine.tokens = mine.block = block.count;
+    mine.pages = mine.table_width = 1, mine.page_size = seq, mine.tables = &only_page;
+    mine.positions = positions.data() + block.first;
+    mine.q = (const X*)s.q + queries, mine.out = (X*)s.out + queries;
+    mine.cache = (X*)s.cache + block.document * s.slots() * s.head_dim;
+    attend_heads<X, X>(mine, 0, head, head + 1);
+  });
+}
+
+// ---- the handlers
 
 #define REQUIRE(condition, message) \
   if (!(condition)) return ffi::Error::InvalidArgument("paged_attention: " message)
@@ -316,6 +349,40 @@ ffi::Error attention(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, ffi::
   return ffi::Error::Success();
 }
 
+ffi::Error documents(ffi::AnyBuffer q, ffi::AnyBuffer kv, ffi::Buffer<ffi::S32, 2> segments, ffi::Buffer<ffi::F32> sinks,
+                     ffi::Result<ffi::AnyBuffer> out, float scale, float soft_cap, int64_t window, bool shared) {
+  auto qd = q.dimensions(), kd = kv.dimensions(), sd = segments.dimensions();
+  REQUIRE(qd.size() == 4 && kd.size() == 4, "q and kv must be [batch, seq, heads, head_dim]");
+  Step s{};
+  s.heads = qd[2], s.head_dim = qd[3], s.shared = shared, s.kv_heads = kd[2] / (shared ? 1 : 2);
+  REQUIRE(sd[0] == qd[0] && sd[1] == qd[1] && kd[0] == qd[0] && kd[1] == qd[1] && kd[3] == qd[3] && kd[2] == s.slots(),
+          "q, kv and segments must be of the same tokens");
+  REQUIRE(s.kv_heads > 0 && s.heads % s.kv_heads == 0, "heads must be a multiple of kv_heads");
+  REQUIRE(sinks.element_count() == 0 || sinks.element_count() == size_t(s.heads), "sinks must be one a head");
+  REQUIRE(q.element_type() == kv.element_type() && q.element_type() == out->element_type() && out->dimensions() == qd,
+          "q, kv and the result must be alike");
+  s.q = q.untyped_data(), s.cache = kv.untyped_data(), s.out = out->untyped_data();
+  s.scale = scale, s.soft_cap = soft_cap, s.window = window;
+  s.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
+  const bool is_bf16 = q.element_type() == ffi::BF16;
+  REQUIRE(is_bf16 || q.element_type() == ffi::F32, "q must be float32 or bfloat16");
+  (is_bf16 ? run_documents<uint16_t> : run_documents<float>)(s, segments.typed_data(), sd[0], sd[1]);
+  return ffi::Error::Success();
+}
+
+auto documents_binding() {
+  return ffi::Ffi::Bind()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::Buffer<ffi::S32, 2>>()
+      .Arg<ffi::Buffer<ffi::F32>>()
+      .Ret<ffi::AnyBuffer>()
+      .Attr<float>("scale")
+      .Attr<float>("soft_cap")
+      .Attr<int64_t>("window")
+      .Attr<bool>("shared");
+}
+
 auto binding() {
   using Ints = ffi::Buffer<ffi::S32>;
   return ffi::Ffi::Bind()
@@ -343,3 +410,4 @@ auto binding() {
 
 using namespace isthmus;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention, attention, binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(causal_attention, documents, documents_binding());

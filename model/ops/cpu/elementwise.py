@@ -24,8 +24,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float, dtype: j
 def rotate_pairs(angles: tuple[jax.Array, jax.Array], xs: Sequence[jax.Array]) -> list[jax.Array]:
     """The rotation of model/ops/rotary.py, all of xs in one call."""
     cos, sin = (part.reshape(-1, part.shape[-1]) for part in angles)
-    out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs)
-    return list(jax.ffi.ffi_call("isthmus_rotate_pairs", out)(cos, sin, *xs))
+    rows = [x.reshape(-1, *x.shape[-2:]) for x in xs]
+    out = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in rows)
+    turned = jax.ffi.ffi_call("isthmus_rotate_pairs", out)(cos, sin, *rows)
+    return [y.reshape(x.shape) for x, y in zip(xs, turned, strict=True)]
 
 
 def gated_product(activation: Activation, limit: float, gate: jax.Array, up: jax.Array) -> jax.Array:

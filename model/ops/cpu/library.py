@@ -45,12 +45,15 @@ HANDLERS = (
     "lora_float32",
     "lora_bfloat16",
     "paged_attention",
+    "causal_attention",
     "rms_norm",
     "rotate_pairs",
     "gated_product",
     "router_scores",
     "sample",
     "sample_adjusted",
+    "read_flag",
+    "log_probability",
 )
 """What the library exports; each is the target "isthmus_NAME" of jax.ffi."""
 COMPILERS = ("c++", "g++", "clang++")

@@ -155,3 +155,17 @@ def put(stack: Packed, index: int, matrix: jax.Array | Quantized, *, transposed:
     padded = jnp.pad(matrix.scales, ((0, 0), (0, -matrix.outputs % PANEL)))
     scales = padded.reshape(padded.shape[0], -1, PANEL).swapaxes(0, 1)
     return dataclasses.replace(stack, lines=lines, scales=stack.scales.at[place].set(scales))
+
+
+def put_each(stack: Packed, index: jax.Array, matrices: jax.Array) -> Packed:
+    """A whole stack with other numbers in one of the matrices of each of its weights. index: int32[], which of the
+    `count` matrices; matrices: [weights, inputs, outputs], float32 or bfloat16 as the stack's kind is."""
+    assert stack.kind not in BITS and matrices.dtype == stack.kind, (stack.kind, matrices.dtype)
+    some, panel = matrices.shape[0], stack.lines.shape[1:]
+    call = jax.ffi.ffi_call(
+        "isthmus_pack_matrix", jax.ShapeDtypeStruct((some, *panel), jnp.uint8), input_output_aliases={1: 0}
+    )
+    packed = call(matrices, jnp.zeros((some, *panel), jnp.uint8), jnp.int32(0), transposed=False)
+    by_weight = stack.lines.reshape(some, stack.count, *panel)
+    lines = jax.lax.dynamic_update_slice_in_dim(by_weight, packed[:, None], index, 1)
+    return dataclasses.replace(stack, lines=lines.reshape(stack.lines.shape))

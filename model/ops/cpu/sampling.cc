@@ -492,6 +492,25 @@ ffi::Error sample_adjusted_rows(Logits logits, Numbers temperature, Integers top
                    });
 }
 
+// What a draw of each token would tell of it, whatever the row: where it isn't finite, the result isn't either.
+ffi::Error log_probabilities(Logits logits, Integers tokens, ffi::Result<Numbers> out, int64_t vocab) {
+  const int64_t rows = logits.dimensions()[0], width = logits.dimensions()[1];
+  if (tokens.dimensions()[0] != rows || out->dimensions()[0] != rows || vocab < 1 || vocab > width)
+    return ffi::Error::InvalidArgument("log_probability: each row must have a token, and hold the vocabulary");
+  Pool::get().run(rows, [&](int64_t i) {
+    static thread_local Row row;
+    row.read(logits.typed_data() + i * width, vocab);
+    const int32_t token = tokens.typed_data()[i];
+    const bool known = row.is_finite() && token >= 0 && token < vocab;
+    out->typed_data()[i] = known ? row.log_probability(token, row.log_total()) : NAN;
+  });
+  return ffi::Error::Success();
+}
+
+auto log_probability_binding() {
+  return ffi::Ffi::Bind().Arg<Logits>().Arg<Integers>().Ret<Numbers>().Attr<int64_t>("vocab");
+}
+
 template <class Binding>
 auto with_results(Binding binding) {
   return std::move(binding)
@@ -536,3 +555,4 @@ auto sample_adjusted_binding() {
 using namespace isthmus;
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sample, sample_rows, sample_binding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(sample_adjusted, sample_adjusted_rows, sample_adjusted_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(log_probability, log_probabilities, log_probability_binding());

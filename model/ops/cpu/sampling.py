@@ -1,4 +1,4 @@
-"""The kernel of sampling.cc: one draw for each row of logits."""
+"""The kernels of sampling.cc: one draw for each row of logits, or the log-probability of one token."""
 
 from __future__ import annotations
 
@@ -33,3 +33,10 @@ def sample(
         logits, *filters, uniform, judged, forced, *(adjustments or ()), vocab=np.int64(vocab)
     )
     return token, own, top, theirs
+
+
+def log_probability(logits: jax.Array, tokens: jax.Array, vocab: int) -> jax.Array:
+    """The log-probabilities of model/ops/log_probability.py; NaN for a token that isn't below vocab."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    call = jax.ffi.ffi_call("isthmus_log_probability", jax.ShapeDtypeStruct(rows.shape[:1], jnp.float32))
+    return call(rows, tokens.reshape(-1), vocab=np.int64(vocab)).reshape(tokens.shape)

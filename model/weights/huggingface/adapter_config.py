@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from isthmus.errors import ConfigError
-from isthmus.model.process.files import present
+from isthmus.model.process.files import present, shortened
 from isthmus.model.weights.hub import find_folder
 from isthmus.model.weights.huggingface.fields import Fields
+from isthmus.model.weights.patterns import check_pattern
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -30,6 +33,17 @@ _HONOURED = {
     "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "target_modules", "target_parameters",
     "task_type", "use_rslora",
 }  # fmt: skip
+
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+MOST_PATTERNS = 4096
+"""Entries of rank_pattern, and of alpha_pattern"""
+MOST_CHARACTERS = 1 << 14
+"""Of a regular expression: trainers write one with every module's name"""
+MOST_UNBOUNDED = 6
+"""Quantifiers without an upper limit in a regular expression: trainers write four, and one more is put before it"""
+MOST_CHOICES = 1 << 10
+"""Ways through the alternatives of a regular expression beside them"""
 
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 """The values of init_lora_weights that leave the base model's weights unchanged."""
@@ -77,10 +91,10 @@ class AdapterSettings:
     fields: Fields
     rank: int
     alpha: float
-    ranks: Mapping[str, int]
+    ranks: Mapping[re.Pattern, int]
     """Ranks by a regular expression over the names of modules, of which the first that matches counts; `rank` is for
     all others"""
-    alphas: Mapping[str, float]
+    alphas: Mapping[re.Pattern, float]
     """Alphas in the same form; `alpha` is for all others"""
     rank_stabilized: bool
     """Whether the scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732) instead of alpha / rank"""
@@ -123,7 +137,12 @@ class AdapterSettings:
         return self._scale(self.alpha, self.rank)
 
     def _scale(self, alpha: float, rank: int) -> float:
-        return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        scale = alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+        if not _LEAST <= scale <= _MOST:
+            raise self.fields.error(
+                "lora_alpha", f"or alpha_pattern makes the scale {scale}, and float32 can't hold it"
+            )
+        return scale
 
     def key_of(self, module: str, layer: int) -> str:
         """Returns the name that PEFT compares with the patterns for `module`. Raises ConfigError when PEFT would leave
@@ -147,27 +166,27 @@ class AdapterSettings:
 
 
 def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < _MOST
 
 
-def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[str, Any]:
+def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[re.Pattern, Any]:
     values = fields.raw(name, None) or {}
     if not isinstance(values, dict) or not all(map(is_right, values.values())):
         raise fields.error(name, f"must map modules to {wanted}")
-    for key in values:
-        _compiled(fields, name, rf"(.*\.)?({key})$")
-    return values
+    if len(values) > MOST_PATTERNS:
+        raise fields.error(name, f"must hold at most {MOST_PATTERNS} patterns")
+    return {_compiled(fields, name, rf"(.*\.)?({key})$"): value for key, value in values.items()}
 
 
-def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+def _first_match(patterns: Mapping[re.Pattern, Any], module: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
 
 
 def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise fields.error(name, f"is not a regular expression: {error}") from None
+    why = check_pattern(pattern, longest=MOST_CHARACTERS, unbounded=MOST_UNBOUNDED, choices=MOST_CHOICES)
+    if why is not None:
+        raise fields.error(name, f"is not supported: the regular expression {shortened(repr(pattern))} {why}")
+    return re.compile(pattern)
 
 
 def _names(fields: Fields, name: str, module: str) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -226,13 +227,14 @@ def _multiples(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
 # reading
 
 
-def load_adapter(folder: Path, base: Described) -> Adapter:
+def load_adapter(folder: Path, base: Described, most_rank: int | None = None) -> Adapter:
     """Reads an adapter that `save_adapter` or PEFT wrote: its settings, and its factors in float32 by their paths in
     the unstacked layout.
 
     All projections get the largest rank; smaller factors are padded with zeros. A projection without an adapter gets
-    zeros where the same projection of another layer has one. Raises ConfigError, naming the field or the tensor, for
-    anything with which PEFT would compute another adapter.
+    zeros where the same projection of another layer has one. most_rank: the largest rank of a projection, beyond which
+    nothing is read; None is any. Raises ConfigError, naming the field or the tensor, for anything with which PEFT would
+    compute another adapter, and for numbers that a model's dtypes can't hold.
     """
     config = _plain(base.config)
     settings = AdapterSettings.load(folder / ADAPTER_CONFIG)
@@ -242,7 +244,10 @@ def load_adapter(folder: Path, base: Described) -> Adapter:
     for name in _stored_modules(files, modules):
         projections = modules[name]
         key = settings.key_of(name, projections[0].layer)
-        a, b = _stored_pair(files, name, projections[0].tensor, settings.rank_of(key))
+        module_rank = settings.rank_of(key)
+        if most_rank is not None and module_rank > most_rank * len(projections):
+            raise ConfigError(f"{folder / ADAPTER_CONFIG}: {name} has rank {module_rank}; the most is {most_rank}")
+        a, b = _stored_pair(files, name, projections[0].tensor, module_rank)
         for projection, factors in zip(
             projections, _split(projections, a, b, settings.scale_of(key), settings.rank), strict=True
         ):
@@ -257,9 +262,23 @@ def load_adapter(folder: Path, base: Described) -> Adapter:
         projection for projections in modules.values() for projection in projections if projection.path in paths
     ):
         linear = f"blocks/{projection.layer}/{projection.path}"
-        pair = _padded(projection, found.get((projection.layer, projection.path)), rank, settings.scale)
+        with np.errstate(over="ignore", invalid="ignore"):
+            pair = _padded(projection, found.get((projection.layer, projection.path)), rank, settings.scale)
+        _check_holds(files, linear, pair, lora.scale)
         ours[f"{linear}/lora_a"], ours[f"{linear}/lora_b"] = pair
     return Adapter(lora, ours)
+
+
+def _check_holds(files: TensorFiles, linear: str, pair: tuple[np.ndarray, np.ndarray], scale: float) -> None:
+    """Raises ConfigError for factors that are infinite in bfloat16, b times the scale: in a product of all adapters'
+    factors, zero times them is no number, and that would be a sum of everybody's."""
+    a, b = (float(np.abs(factor).max(initial=0)) for factor in pair)
+    most = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    if not (a <= most and b <= most and b * scale <= most):
+        raise ConfigError(
+            f"{files.folder / ADAPTER_FILE}: the factors of {linear} reach {a} and {b}, and {b * scale} with their "
+            f"scale; at most {most} can be computed with"
+        )
 
 
 def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
@@ -269,6 +288,12 @@ def _stored_modules(files: TensorFiles, modules: Modules) -> list[str]:
     for tensor in files.tensors:
         match = _STORED.fullmatch(tensor)
         if match is None or match[1] not in modules:
+            layers = 1 + max(each.layer for projections in modules.values() for each in projections)
+            if (found := re.search(r"\.layers\.(\d+)\.", tensor)) and int(found[1]) >= layers:
+                raise ConfigError(
+                    f"{files.folder / ADAPTER_FILE}: the tensor {tensor} is of layer {found[1]}, and the model has "
+                    f"layers 0 to {layers - 1}: it is an adapter of another model"
+                )
             kind = "of an embedding or the head " if re.search(r"embed_tokens|lm_head", tensor) else ""
             raise ConfigError(
                 f"{files.folder / ADAPTER_FILE}: the tensor {tensor} {kind}is no part of an adapter that is supported; "
@@ -296,7 +321,7 @@ def _stored_pair(files: TensorFiles, module: str, tensor: tuple[int, int], rank:
                 f"{files.folder / ADAPTER_FILE}: {name} has the shape {list(found)}, and the base model and "
                 f"{ADAPTER_CONFIG} make it {list(shape)}"
             )
-        array = files.array(name).astype(np.float32)
+        array = files.copy(name).astype(np.float32)
         if not np.isfinite(array).all():
             raise ConfigError(f"{files.folder / ADAPTER_FILE}: {name} holds numbers that are not finite")
         pair.append(array)

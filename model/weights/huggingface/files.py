@@ -176,6 +176,20 @@ class TensorFiles(WeightFiles):
         count = int(np.prod(stored.shape, dtype=np.int64))
         return np.frombuffer(self._mapped(stored.file), stored.dtype, count, stored.start).reshape(stored.shape)
 
+    def copy(self, name: str) -> np.ndarray:
+        """A whole tensor, read from the file without mapping it. Who reads a mapping of a file that is cut short
+        meanwhile ends the process; here that is a ConfigError."""
+        stored = self.tensors[name]
+        try:
+            with stored.file.open("rb") as file:
+                file.seek(stored.start)
+                read = file.read(stored.nbytes)
+        except OSError as error:
+            raise ConfigError(f"{stored.file} can't be read: {error.strerror}") from None
+        if len(read) < stored.nbytes:
+            raise ConfigError(f"{stored.file} was cut short while it was read")
+        return np.frombuffer(read, stored.dtype).reshape(stored.shape)
+
     def read(self, name: str, view: View, dtype: np.dtype) -> np.ndarray:
         """view(array(name)), in the file's own dtype."""
         return view(self.array(name))

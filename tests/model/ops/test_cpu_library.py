@@ -179,6 +179,7 @@ def test_a_damaged_library_is_never_loaded(home: Path, tmp_path: Path) -> None:
     assert run(RUNS_HERE, home, str(tmp_path / "missing.so")) == "[False]"
 
 
+@pytest.mark.slow
 def test_a_damaged_library_is_built_again(home: Path) -> None:
     """It lies where a good one belongs."""
     path = only_library(home)
@@ -188,6 +189,7 @@ def test_a_damaged_library_is_built_again(home: Path) -> None:
     assert len(path.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 def test_a_folder_that_can_not_be_made_costs_only_time(tmp_path: Path) -> None:
     """Kernels are compiled for one process alone, and leave nothing behind."""
     (tmp_path / ".cache").write_text("a file, where a folder should be")

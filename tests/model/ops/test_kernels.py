@@ -21,7 +21,7 @@ LATENT = dataclasses.replace(
     TINY, kv_heads=1, head_dim=24, latent=LatentConfig(rank=16, rope_dim=8, nope_dim=8, value_dim=8)
 )
 EXPERTS = dataclasses.replace(TINY, mixture=MixtureConfig(experts=4, per_token=2, dim=16))
-USED = "linear, paged_attention, norm, rotary, gated, sampling"
+USED = "linear, paged_attention, norm, rotary, gated, sampling, flag"
 """The operations of serving a dense network"""
 
 
@@ -31,7 +31,7 @@ def test_a_cpu_serves_by_its_kernels() -> None:
     kernels = choose("auto", SERVING)
     assert kernels == choose("cpu", SERVING)
     assert kernels == Kernels(
-        linear="cpu", paged_attention="cpu", norm="cpu", rotary="cpu", gated="cpu", sampling="cpu"
+        linear="cpu", paged_attention="cpu", norm="cpu", rotary="cpu", gated="cpu", sampling="cpu", flag="cpu"
     )
     assert announcement(kernels, SERVING) == "kernels: cpu" and not fallbacks(kernels, SERVING)
     for model in (EXPERTS, LATENT):
@@ -44,7 +44,7 @@ def test_a_cpu_serves_by_its_kernels() -> None:
     "changes, operations, reason",
     [
         ({"devices": 2}, USED, "it runs on one device, and there are 2"),
-        ({"takes_gradients": True}, USED, "it has no gradient"),
+        ({"takes_gradients": True}, "paged_attention, sampling, flag", "it has no gradient"),
         ({"scans_layers": True}, "linear", "layers that are scanned aren't packed"),
         ({"model": OTHER_GATE}, "gated", "it doesn't have the activation gelu"),
     ],
@@ -70,9 +70,17 @@ def test_another_platform_has_none_of_them_to_miss() -> None:
 
 
 def test_training_takes_the_references() -> None:
-    """The CPU's kernels have no gradient: a run would end in its first step."""
+    """The CPU's kernels make it no faster: they are for whoever wants serving's bits, and asks for them by name."""
     assert choose("auto", TRAINING) == choose("reference", TRAINING) == REFERENCES
     assert announcement(REFERENCES, TRAINING) == "kernels: reference"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_training_takes_the_kernels_that_are_named() -> None:
+    """All of them: one reference among them would change the bits that serving gives."""
+    for model in (TINY, EXPERTS, LATENT):
+        setting = dataclasses.replace(TRAINING, model=model)
+        assert announcement(choose("cpu", setting), setting) == "kernels: cpu"
 
 
 def test_a_name_that_no_kernel_has_is_an_error() -> None:

@@ -22,8 +22,9 @@ from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params
 from isthmus.model.weights.checkpoint import Checkpoints
-from isthmus.model.weights.folder import ModelFolder, open_folder
-from isthmus.model.weights.huggingface.adapters import load_adapter, save_adapter
+from isthmus.model.weights.folder import ModelFolder, open_folder, read_adapter
+from isthmus.model.weights.huggingface.adapters import ADAPTER_FILE, load_adapter, save_adapter
+from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.layout import unstack_params
 from isthmus.model.weights.lora import split
 from isthmus.serve.engine.build import build_executor, open_model
@@ -146,7 +147,7 @@ def test_modules_are_named_so_that_no_other_is_meant(published: Callable, mesh: 
     assert stored["target_parameters"] == [f"mlp.{part}_proj.weight" for part in ("down", "gate", "up")]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("merge_adapter", [False, True])
 def test_serving_an_adapter_folder(merge_adapter: bool, tp: int, own: ModelFolder, mesh: Mesh, tmp_path: Path) -> None:
     """`isthmus serve --model ADAPTER`, with --merge-adapter and without, on one device and over two."""
@@ -331,10 +332,23 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": [4]}, "rank_pattern=.*whole numbers"),
     ({"rank_pattern": {"q_proj": 8}}, r"q_proj\.lora_A\.weight has the shape \[4, 40\].*\[8, 40\]"),
     ({"alpha_pattern": {"q_proj": "1"}}, "alpha_pattern=.*positive numbers"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern=.*positive numbers"),
+    ({"lora_alpha": 5e-324}, "lora_alpha=5e-324 or alpha_pattern makes the scale 0.0"),
+    ({"lora_alpha": 5e-324, "alpha_pattern": {"q_proj": 1}}, "lora_alpha=5e-324 or alpha_pattern"),
+    ({"lora_alpha": 1e200}, r"lora_alpha=1e\+200 or alpha_pattern makes the scale"),
     ({"alpha_pattern": {"q_(proj": 1}}, "alpha_pattern=.*regular expression"),
     ({"target_modules": ["k_proj"]}, "target_modules=.*leaves out model.layers.0.self_attn.q_proj"),
     ({"target_modules": r".*\.k_proj"}, "target_modules=.*leaves out model.layers.0.self_attn.q_proj"),
     ({"target_modules": "("}, "target_modules=.*regular expression"),
+    ({"rank_pattern": {"([a-z._0-9]+)+!": 4}}, "rank_pattern=.*over a group that itself matches"),
+    ({"alpha_pattern": {"(.|[a-z])*!": 4}}, "alpha_pattern=.*over a group that itself matches"),
+    ({"target_modules": "(.*a|.*b)*"}, "target_modules=.*over a group that itself matches"),
+    ({"target_modules": ".?" * 39 + "!"}, "target_modules=.*too many ways"),
+    ({"target_modules": "(.|[a-z])" * 39 + "!"}, "target_modules=.*too many ways"),
+    ({"target_modules": "(){1000000}"}, "target_modules=.*over a group that itself matches"),
+    ({"exclude_modules": ".*" * 7 + "!"}, "exclude_modules=.*7 quantifiers"),
+    ({"rank_pattern": {f"a{index}": 4 for index in range(4097)}}, "rank_pattern=.*at most 4096 patterns"),
+    ({"target_modules": "a" * 20_000}, "target_modules=.*longer than 16384 characters"),
     ({"target_modules": None}, "target_modules=None leaves out"),
     ({"target_modules": 3}, "target_modules=3 must be a list"),
     ({"target_modules": None, "target_parameters": ["k_proj.weight"]}, "target_modules=None leaves out"),
@@ -369,6 +383,11 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
     "rank": (lambda t: {A: t[A][1:].copy(), B: t[B][:, 1:].copy()}, rf"{A} has the shape \[3, 40\]"),
     "axes": (lambda t: {**t, A: t[A][None]}, rf"{A} has the shape \[1, 4, 40\]"),
     "NaN": (lambda t: {**t, A: t[A] * np.float32(np.nan)}, rf"{A} holds numbers that are not finite"),
+    "too large for bfloat16": (
+        lambda t: {**t, A: t[A] * 0 + np.float32(3.4e38)},
+        "the factors of blocks/0/.*query reach",
+    ),
+    "too large with the scale": (lambda t: {**t, B: t[B] * 0 + np.float32(3e38)}, "query reach .* with their scale"),
     "embedding": (
         lambda t: {**t, "base_model.model.model.embed_tokens.lora_embedding_A": t[A]},
         "lora_embedding_A of an embedding or the head is no part",
@@ -376,7 +395,10 @@ BAD_TENSORS: dict[str, tuple[Callable[[dict], dict], str]] = {
     "head": (lambda t: {**t, "base_model.model.lm_head.weight": t[A]}, r"lm_head\.weight of an embedding or the head"),
     "magnitude": (lambda t: {**t, f"{Q}.lora_magnitude_vector": t[A][0]}, "lora_magnitude_vector is no part"),
     "bias": (lambda t: {**t, f"{Q}.lora_B.bias": t[A][0]}, r"lora_B\.bias is no part"),
-    "layer": (lambda t: {**t, A.replace("layers.0", "layers.99"): t[A]}, r"layers\.99.*is no part"),
+    "layer": (
+        lambda t: {**t, A.replace("layers.0", "layers.99"): t[A]},
+        r"layers\.99.* is of layer 99, and the model has layers 0 to \d+: it is an adapter of another model",
+    ),
 }
 
 
@@ -388,6 +410,35 @@ def test_a_tensor_that_is_wrong_is_named(case: str, published: Callable, tmp_pat
     save_file(change(tensors), tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match=match):
         open_folder(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:.*?(?:vision|image|visual|patch|embed|tower|encoder|language|text|model).*?(?:self_attn|attention|attn|mlp|"
+        r"feed_forward|ffn|dense).*?(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\."
+        r"[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:q_proj|k_proj|v_proj|up_proj)))",
+        r"(?:.*?(?:language|text|model).*?(?:self_attn|attn|mlp|ffn).*?(?:q_proj|k_proj|v_proj|o_proj|up_proj).*?)|"
+        r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj|v_proj|up_proj)))",
+        r"^(?!.*visual).*(?:q_proj|k_proj).*$",
+        r"model\.layers\.(0|1|2|10)\.self_attn\.(q|v)_proj",
+    ],
+)
+def test_patterns_as_trainers_write_them_are_taken(pattern: str, published: Callable, tmp_path: Path) -> None:
+    """Whoever trained with one of the common tools must not have to edit what it wrote."""
+    make_adapter(published("llama3"), tmp_path / "adapter", {LAYER.format(0, "self_attn.q_proj"): 4})
+    edit(tmp_path / "adapter", target_modules=pattern, alpha_pattern={r"layers\.\d+\.self_attn\.(q|k)_proj": 3})
+    assert open_folder(tmp_path / "adapter").config.lora.rank == 4
+
+
+def test_a_tokenizer_of_any_size_may_lie_beside(own: ModelFolder, mesh: Mesh, tmp_path: Path) -> None:
+    """It isn't used, so it is compared without being held whole."""
+    config, params = with_adapters(own, mesh)
+    save_adapter(tmp_path / "adapter", own, config, params)
+    with (tmp_path / "adapter" / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 41)
+    _, warnings = read_adapter(tmp_path / "adapter", own)
+    assert len(warnings) == 1 and "another tokenizer" in warnings[0]
 
 
 def test_experts_and_latent_keys_of_an_adapter_are_refused(published: Callable, tmp_path: Path) -> None:
@@ -418,6 +469,28 @@ def test_damaged_folders_are_refused(own: ModelFolder, mesh: Mesh, tmp_path: Pat
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"adapter_config\.json can't be read as JSON"):
         open_folder(adapter)
+
+
+def test_nothing_is_read_of_an_adapter_that_finds_no_room(published: Callable, tmp_path: Path) -> None:
+    """Its file may say that it has terabytes, which cost nothing on disk while they are zeros."""
+    base = published("llama3")
+    make_adapter(base, tmp_path / "adapter", {LAYER.format(0, "self_attn.q_proj"): 4})
+    assert load_adapter(tmp_path / "adapter", base, 4).lora.rank == 4
+    with pytest.raises(ConfigError, match=r"layers\.0\.self_attn\.q_proj has rank 4; the most is 3"):
+        load_adapter(tmp_path / "adapter", base, 3)
+    edit(tmp_path / "adapter", r=1 << 30)
+    with pytest.raises(ConfigError, match=r"q_proj has rank 1073741824; the most is 4"):
+        load_adapter(tmp_path / "adapter", base, 4)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(published: Callable, tmp_path: Path) -> None:
+    """Whoever replaces an adapter's file while it is loaded must not end the server, as reading a mapping would."""
+    make_adapter(published("llama3"), tmp_path / "adapter", {LAYER.format(0, "self_attn.q_proj"): 4})
+    files = TensorFiles(tmp_path / "adapter", ADAPTER_FILE)
+    assert (files.copy(A) == files.array(A)).all()
+    (tmp_path / "adapter" / ADAPTER_FILE).write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"adapter_model\.safetensors was cut short"):
+        files.copy(A)
 
 
 def test_an_adapter_of_an_adapted_model_is_refused(own: ModelFolder, mesh: Mesh, tmp_path: Path) -> None:

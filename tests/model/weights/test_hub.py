@@ -261,7 +261,7 @@ NOT_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a cache": (root_of_the_cache, "is a Hugging Face cache, of several models: name one of them, as Org/Name"),
     "a cache's home": (home_of_the_cache, "is a Hugging Face cache"),
     "a cache's model": (one_model_of_the_cache, "of Org/Name: name the model Org/Name, or a folder in .*snapshots"),
-    "an empty folder": (empty, r"has no config\.json: is it a model folder"),
+    "an empty folder": (empty, r"has no config\.json and no adapter_config\.json: is it a model or an adapter"),
     "a dangling link": (dangling, "is a link that leads nowhere"),
 }
 

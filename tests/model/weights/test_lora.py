@@ -30,8 +30,9 @@ from isthmus.model.weights.layout import is_stacked, stack_params, unstack_param
 from isthmus.model.weights.lora import Merge, split
 from isthmus.model.weights.random import init_params
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 from tests.support import TINY, forward, merged, next_tokens, on_host, random_params, relative_error
 
@@ -47,7 +48,7 @@ LATENT = dataclasses.replace(
     mixture=MixtureConfig(experts=4, dim=8, shared_dim=16, dense_layers=(0,)),
     lora=dataclasses.replace(LORA, targets=EVERYTHING),
 )
-ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0)
+ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0, steps_per_launch=1)
 NETWORKS = {
     "dense": dataclasses.replace(TINY, lora=LORA),
     "with biases": dataclasses.replace(TINY, attention_bias=True, mlp_bias=True, qk_norm="head", lora=LORA),
@@ -129,7 +130,7 @@ def test_a_new_adapter_changes_no_bit(name: str, dtype: Any, mesh: Mesh) -> None
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_engine_serves_the_adapted_model(tp: int) -> None:
     """Served with its adapter, split over devices or not, a model gives the text that it was trained to."""
     config, mesh = NETWORKS["with biases"], build_mesh(MeshShape(tp=tp))

@@ -38,8 +38,9 @@ from isthmus.model.weights.quantization import (
 )
 from isthmus.serve.engine.build import open_model
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.train.step import packed_attention
 from tests.model.weights.huggingface.folders import write_folder
@@ -49,7 +50,9 @@ from tests.support import TINY, forward, random_params
 
 GREEDY = Sampling(temperature=0)
 CONFIG = dataclasses.replace(TINY, dim=64, mlp_dim=96, head_dim=16)
-ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0).resolve(CONFIG)
+ENGINE = EngineConfig(
+    max_sequences=4, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0, steps_per_launch=1
+).resolve(CONFIG)
 
 
 def quantized(config: ModelConfig, params: Params, scheme: str) -> Params:
@@ -227,6 +230,7 @@ def test_families_stay_close_to_themselves(family: str, most: float, mesh: Mesh)
     assert 0 < float((jnp.exp(want) * (want - got)).sum(axis=-1).mean()) < most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "cache_dtype"), [("int8", "model"), ("int4", "int8")])
 def test_the_engine_generates_with_integers(scheme: str, cache_dtype: Any, mesh: Mesh) -> None:
     """By the kernels and by the reference: the same text, but for the rounding of activations, so nearly all of it."""

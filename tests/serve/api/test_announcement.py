@@ -16,7 +16,7 @@ from isthmus.serve.engine import build
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import ENGINE, NETWORK, RunningServer
 
-SMALL = dataclasses.replace(ENGINE, max_sequences=1, prefill_tokens=32, draft_rows=0)
+SMALL = dataclasses.replace(ENGINE, max_sequences=1, prefill_tokens=32, draft_rows=0, steps_per_launch=1)
 MEMORY = "as many as memory has room for"
 
 

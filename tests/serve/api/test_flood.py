@@ -270,6 +270,16 @@ def test_a_limit_is_what_it_says(case: Any) -> None:
     assert error.value.field == field and str(limit) in error.value.message
 
 
+def test_lists_of_numbers_are_counted_together() -> None:
+    """Each is parsed number by number, so several of them hold up the loop as long as one does."""
+    half = [1] * (MAX_NUMBERS_BYTES // 2)
+    request = pb.GenerateRequest(prompt=pb.Prompt(token_ids=pb.TokenIds(ids=half)), resume_token_ids=half)
+    check_wire(request.SerializeToString(), request.DESCRIPTOR)
+    request.stop.token_ids.append(1)
+    with pytest.raises(InvalidRequest, match=str(MAX_NUMBERS_BYTES)):
+        check_wire(request.SerializeToString(), request.DESCRIPTOR)
+
+
 def test_values_inside_values_are_counted() -> None:
     """Short turns in a row take far longer to parse than a long one; each is a field, and has two."""
     request = pb.GenerateRequest()

@@ -14,6 +14,7 @@ import pytest
 
 from isthmus import generate_request
 from isthmus.serve.api.inference import MOST_AT_ONCE
+from isthmus.serve.api.wire import MAX_NUMBERS_BYTES
 from isthmus.serve.prepare.request import MAX_TOKENS
 from isthmus.v1 import control_pb2
 from isthmus.v1 import inference_pb2 as pb
@@ -22,6 +23,8 @@ from tests.serve.api.harness import LONG, NETWORK, PATIENCE, PROMPT, ApiClient, 
 
 HOLD_SECONDS = 0.020
 """The longest that anything may keep the loop or the interpreter"""
+HOLD_TURNS = 500_000
+"""Turns of an empty loop, which take as long as HOLD_SECONDS only where a machine is slow"""
 TRIES = 30
 """The best counts: other processes of the machine can only make it longer"""
 
@@ -84,16 +87,38 @@ CASES: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
         INVALID,
         "prompt.text",
     ),
-    "a prompt of 2 million ids": (
+    "a prompt of a million ids": (
         INFERENCE + "Generate",
-        lambda: _prompt(token_ids=pb.TokenIds(ids=[1] * (2 * MIB))).SerializeToString(),
+        lambda: _prompt(token_ids=pb.TokenIds(ids=[1] * MAX_NUMBERS_BYTES)).SerializeToString(),
         INVALID,
         "prompt.token_ids.ids",
     ),
-    "2 million ids to stop at": (
+    "a prompt of ids of two bytes": (
+        INFERENCE + "Generate",
+        lambda: _prompt(token_ids=pb.TokenIds(ids=[200] * (MAX_NUMBERS_BYTES // 2))).SerializeToString(),
+        INVALID,
+        "prompt.token_ids.ids",
+    ),
+    "more ids than are parsed": (
+        INFERENCE + "Generate",
+        lambda: _prompt(token_ids=pb.TokenIds(ids=[1] * (2 * MAX_NUMBERS_BYTES))).SerializeToString(),
+        INVALID,
+        "prompt.token_ids.ids",
+    ),
+    "ids in every list": (
         INFERENCE + "Generate",
         lambda: pb.GenerateRequest(
-            prompt=pb.Prompt(text="a"), stop=pb.StopConditions(token_ids=[1] * (2 * MIB))
+            prompt=pb.Prompt(token_ids=pb.TokenIds(ids=[1] * MAX_NUMBERS_BYTES)),
+            stop=pb.StopConditions(token_ids=[1] * MAX_NUMBERS_BYTES),
+            resume_token_ids=[1] * MAX_NUMBERS_BYTES,
+        ).SerializeToString(),
+        INVALID,
+        "",
+    ),
+    "a million ids to stop at": (
+        INFERENCE + "Generate",
+        lambda: pb.GenerateRequest(
+            prompt=pb.Prompt(text="a"), stop=pb.StopConditions(token_ids=[1] * MAX_NUMBERS_BYTES)
         ).SerializeToString(),
         INVALID,
         "stop.token_ids",
@@ -137,9 +162,9 @@ CASES: dict[str, tuple[str, Callable[[], bytes], grpc.StatusCode, str]] = {
         OK,
         "",
     ),
-    "2 million ids to detokenize": (
+    "a million ids to detokenize": (
         INFERENCE + "Detokenize",
-        lambda: pb.DetokenizeRequest(token_ids=[1] * (2 * MIB)).SerializeToString(),
+        lambda: pb.DetokenizeRequest(token_ids=[1] * MAX_NUMBERS_BYTES).SerializeToString(),
         INVALID,
         "token_ids",
     ),
@@ -193,6 +218,17 @@ class Heartbeat:
         return max(gaps)
 
 
+def hold_seconds() -> float:
+    """HOLD_SECONDS, or on a machine that is too slow for them what it takes for HOLD_TURNS."""
+    taken = []
+    for _ in range(3):
+        start = time.process_time()
+        for _ in range(HOLD_TURNS):
+            pass
+        taken.append(time.process_time() - start)
+    return max(HOLD_SECONDS, min(taken))
+
+
 @pytest.fixture(scope="module")
 def heartbeat(chat_server: RunningServer) -> Heartbeat:
     return Heartbeat(chat_server)
@@ -218,9 +254,10 @@ def test_no_request_holds_up_the_others(case: Any, chat_server: RunningServer, h
             answer = send(client, method, data)
         assert answer[0] == code and answer[1].startswith(said), answer
 
-    while len(gaps) < TRIES and min(gaps, default=1.0) >= HOLD_SECONDS:
+    hold = hold_seconds()
+    while len(gaps) < TRIES and min(gaps, default=1.0) >= hold:
         gaps.append(heartbeat.longest_gap(call))
-    assert min(gaps) < HOLD_SECONDS, f"the loop stood still for {min(gaps) * 1000:.0f} ms"
+    assert min(gaps) < hold, f"the loop stood still for {min(gaps) * 1000:.0f} ms, not {hold * 1000:.0f}"
 
 
 def test_a_client_that_has_not_read_for_long_is_served_in_parts(server: RunningServer, client: ApiClient) -> None:

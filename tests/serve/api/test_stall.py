@@ -134,7 +134,7 @@ def test_sigterm_ends_a_server_whose_device_hangs(stalling: Callable[..., ServeP
     assert "hangs" in process.printed and "Traceback" not in process.printed
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_second_signal_ends_it_at_once(stalling: Callable[..., ServeProcess], second: signal.Signals) -> None:
     """Whoever asks twice doesn't want to wait for the hour that calls may still take."""
     process = stalling("--drain-seconds", "3600")

@@ -149,7 +149,10 @@ def test_what_others_asked_is_told_to_nobody(start_server: StartServer) -> None:
             answer = client.generate(PROMPT * 10, max_tokens=1)
             assert answer.cached_prompt_tokens == 0
         assert server.engine.load().counters.cached_prompt_tokens > 0, "the cache is used"
-        assert client.load().cached_prompt_tokens == client.load().pages_cached == 0
+        server.engine.scheduler.counters.recalled_tokens = server.engine.scheduler.counters.accepted_recalled_tokens = 7
+        load = client.load()
+        assert load.cached_prompt_tokens == load.pages_cached == 0
+        assert load.recalled_tokens == load.accepted_recalled_tokens == 0, "what earlier answers foretold, neither"
 
 
 def test_credentials_are_given_once() -> None:

@@ -16,9 +16,10 @@ from isthmus.model.ops.paged_cache import PagedCache
 from isthmus.model.ops.sampling import Drawn
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.executor import Executor, Launched, Served
+from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import End, Event, Request
 from isthmus.serve.engine.plan import StepPlan
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.state import State, empty_state
 
@@ -33,7 +34,18 @@ CONFIG = ModelConfig(
     context_length=32,
     tie_embeddings=False,
 )
-ENGINE = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, max_waiting=3).resolve(CONFIG)
+ENGINE = EngineConfig(
+    max_sequences=2,
+    page_size=8,
+    block_size=16,
+    prefill_tokens=16,
+    max_waiting=3,
+    draft_rows=2,
+    steps_per_launch=1,
+).resolve(CONFIG)
+FOUR = EngineConfig(
+    max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, max_waiting=64, draft_rows=4, steps_per_launch=1
+)
 SERVED = Served(CONFIG, ENGINE, CONFIG.vocab_size)
 
 

@@ -19,7 +19,9 @@ from isthmus.serve.engine.scheduler import Scheduler
 from tests.serve.engine.harness import only_tokens
 
 MODEL = ModelConfig(context_length=1024)
-ENGINE = EngineConfig(max_sequences=16, draft_rows=0, block_size=32, prefill_tokens=256, pages=16 * 20).resolve(MODEL)
+ENGINE = EngineConfig(
+    max_sequences=16, draft_rows=0, steps_per_launch=1, block_size=32, prefill_tokens=256, pages=16 * 20
+).resolve(MODEL)
 EOS = 0
 
 

@@ -265,9 +265,29 @@ class Simulation:
                 self.tables[arrays.slots[row], position // self.config.page_size] = arrays.row_page[row]
 
     def _launch(self, plan: StepPlan) -> tuple[Drawn, np.ndarray]:
-        """Writes every token, then reads every token's prefix, as each layer does. Returns what was drawn, and the
-        hidden states."""
+        """What was drawn, and the hidden states: of several steps one after the other, up to one in which a row ends,
+        or, now and then, one after which the host has something new."""
         arrays = self._arrays(plan)
+        if plan.steps == 1:
+            return self._compute(plan, arrays)
+        assert plan.ends is not None
+        every: list[Drawn] = []
+        known = arrays.positions != PADDING
+        for turn in range(plan.steps):
+            tokens = arrays.tokens if turn == 0 else np.full_like(arrays.tokens, FROM_DEVICE)
+            now = arrays._replace(tokens=tokens, positions=np.where(known, arrays.positions + turn, PADDING))
+            drawn, hidden = self._compute(plan, now, turn)
+            every.append(drawn)
+            rows = [row for row, _ in plan.samples]
+            if (drawn.token[rows, None] == plan.ends[rows]).any() or (drawn.token[rows] == BAD_ROW).any():
+                break
+            if self.steps % 5 == turn:
+                break
+        return Drawn(*(np.concatenate(rows) for rows in zip(*every, strict=True))), hidden
+
+    def _compute(self, plan: StepPlan, arrays: PlanArrays, turn: int = 0) -> tuple[Drawn, np.ndarray]:
+        """Writes every token, then reads every token's prefix, as each layer does. Returns what was drawn, and the
+        hidden states. turn: which step of a launch it is."""
         owners = {page: sequence for sequence in self.scheduler.running for page in sequence.pages}
         for row, indices in self._rows(arrays, plan):
             for index in indices:
@@ -289,7 +309,7 @@ class Simulation:
                 if (position := int(arrays.positions[index])) != PADDING:
                     reader = owners[self._at(arrays, row, position)[0]]
                     prefixes[index] = self._read(arrays, row, position, reader)
-        return self._draw(plan, arrays, prefixes), self._hidden(plan, prefixes)
+        return self._draw(plan, arrays, prefixes, turn), self._hidden(plan, prefixes)
 
     def _read(self, arrays: PlanArrays, row: int, position: int, reader: Sequence) -> bytes:
         """The prefix of a token as attention sees it: all positions before it, in order, from one sequence."""
@@ -311,12 +331,12 @@ class Simulation:
         assert asked.cache_read, "a request that bypasses the cache reads another's page"
         assert gave.cache_write, "a request reads a page that wasn't to be kept"
 
-    def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes]) -> Drawn:
+    def _draw(self, plan: StepPlan, arrays: PlanArrays, prefixes: dict[int, bytes], turn: int) -> Drawn:
         drawn = np.full(plan.bucket.samples, 10**6, np.int32)  # what padding draws must interest nobody
         own = np.zeros(plan.bucket.samples)
         for first, sequence in plan.samples:
             known = prefix_of(sequence.tokens)
-            for at in range(len(sequence.tokens), int(plan.draws["position"][first])):
+            for at in range(len(sequence.tokens), int(plan.draws["position"][first]) + turn):
                 scored = at < sequence.prompt_length
                 known = extend(known, sequence.request.prompt[at] if scored else self.tokens[sequence.slot, at])
             prefix = prefixes[int(arrays.sample_token[first])]
@@ -330,7 +350,7 @@ class Simulation:
                 if row == bad and sequence.request.id in self.poison:
                     self.poison.discard(sequence.request.id)
                     drawn[row] = BAD_ROW
-                self.tokens[int(plan.draws["slot"][row]), int(plan.draws["position"][row])] = int(drawn[row])
+                self.tokens[int(plan.draws["slot"][row]), int(plan.draws["position"][row]) + turn] = int(drawn[row])
         none = np.zeros((plan.bucket.samples, 0))
         return Drawn(drawn, own, none, none)
 
@@ -379,7 +399,7 @@ class Simulation:
             places = {self._at(arrays, row, p) for p in real}
             assert len(places) == len(real) and not places & written, "two tokens are written to one place"
             written |= places
-        assert scheduled == plan.scheduled_tokens > 0
+        assert scheduled * plan.steps == plan.scheduled_tokens > 0
         self._check_samples(plan, arrays)
 
     def _check_samples(self, plan: StepPlan, arrays: PlanArrays) -> None:
@@ -393,11 +413,15 @@ class Simulation:
         for row, sequence in plan.samples:
             ahead = plan.rows_ahead(sequence)
             forced = sequence.request.scored_from is not None and plan.draws["position"][row] < sequence.prompt_length
-            before = sequence.tokens_in_flight - len(ahead) - 1  # of the step in flight
+            before = sequence.tokens_in_flight - len(ahead) - plan.steps  # of the launch in flight
+            if plan.steps > 1:
+                assert plan.ends is not None and not ahead and not forced
+                assert set(plan.ends[row].tolist()) - {BAD_ROW} == sequence.ends
             assert plan.draws["slot"][row] == sequence.slot and sequence.request.pooling is None
             assert 0 <= before <= (self.config.max_sequences if sequence.in_prompt else 1)
-            position = sequence.computed - 1 - len(ahead)
-            assert arrays.positions[arrays.sample_token[row]] == position == sequence.length - 2 - len(ahead)
+            position = sequence.computed - plan.steps - len(ahead)
+            assert arrays.positions[arrays.sample_token[row]] == position
+            assert position == sequence.length - 1 - plan.steps - len(ahead)
             for index, each in enumerate((row, *ahead)):
                 at = position + 1 + index
                 assert plan.draws["slot"][each] == sequence.slot and plan.draws["position"][each] == at

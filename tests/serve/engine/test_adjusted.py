@@ -11,13 +11,14 @@ import pytest
 from jax.sharding import Mesh
 
 from isthmus.checks.crowd import Arrival, play
-from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Ending, Request
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import MOST_BIASED, Sampling
+from tests.serve.engine.harness import FOUR
 from tests.support import TINY, as_kept, forward, random_params
 
-ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=15, max_waiting=64)
+ENGINE = dataclasses.replace(FOUR, pages=15)
 """Pages for two of the longest sequences, so that requests are preempted"""
 EOS = 5
 
@@ -93,7 +94,9 @@ def test_adjusted_text_is_what_the_definitions_leave(kernels: str, mesh: Mesh) -
 def test_the_largest_bias_fits(mesh: Mesh) -> None:
     """A list of the length that is allowed must have its place, to its last entry."""
     config = dataclasses.replace(TINY, vocab_size=MOST_BIASED + 7)
-    engine = dataclasses.replace(ENGINE, max_sequences=1, prefill_tokens=16, draft_rows=0).resolve(config)
+    engine = dataclasses.replace(ENGINE, max_sequences=1, prefill_tokens=16, draft_rows=0, steps_per_launch=1).resolve(
+        config
+    )
     served = Served(config, engine, config.vocab_size).with_kernels("auto", mesh)
     executor = Executor(served, as_kept(config, mesh, random_params(config, mesh), "float32"), mesh)
     executor.warm_up()

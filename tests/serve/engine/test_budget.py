@@ -21,7 +21,9 @@ MODEL = ModelConfig(context_length=8192)
 
 def served(target_itl: float, streams: int) -> tuple[list[float], float]:
     """The times between a stream's tokens while a long prompt is computed, and the time to that one's first token."""
-    scheduler = Scheduler(EngineConfig(target_itl=target_itl, draft_rows=0, max_waiting=64).resolve(MODEL))
+    scheduler = Scheduler(
+        EngineConfig(target_itl=target_itl, draft_rows=0, steps_per_launch=1, max_waiting=64).resolve(MODEL)
+    )
     for index in range(streams):
         scheduler.add(Request(f"stream {index}", [1, 2, 3], Sampling(), 4000))
     now, last, came, gaps, in_flight = 0.0, 0.0, None, [], None

@@ -112,7 +112,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("int4", "auto", 1),
         pytest.param("int8", "reference", 2, marks=pytest.mark.slow),
         ("converted", "auto", 1),
-        ("converted", "reference", 2),
+        pytest.param("converted", "reference", 2, marks=pytest.mark.slow),
     ],
 )
 def test_programs_are_compiled_for_what_will_be_loaded(
@@ -125,7 +125,7 @@ def test_programs_are_compiled_for_what_will_be_loaded(
     else:
         path = write_folder(tmp_path / "source", "llama3", shards=2)
     model = open_model(path, "float32", quantize=kind if kind.startswith("int") else "none")
-    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32, draft_rows=0)
+    engine = EngineConfig(max_sequences=1, context_length=64, prefill_tokens=32, draft_rows=0, steps_per_launch=1)
     ticks: list[str] = []
     executor = build_executor(model, engine, MeshShape(tp=tp), ticks.append, kernels=kernels)
     assert sum("programs" in text for text in ticks) == len(executor.engine.buckets)
@@ -150,6 +150,13 @@ def test_a_folder_that_can_not_be_loaded_ends_the_start(tmp_path: Path) -> None:
     next(path.glob("*.safetensors")).unlink()
     with pytest.raises(ConfigError, match="safetensors"):
         build_executor(model, EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32), MeshShape())
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), 1e9])
+def test_a_time_that_no_launch_may_take_is_refused(seconds: float) -> None:
+    """Nothing would ever be launched together, or a stream's tokens would come when it is over."""
+    with pytest.raises(ConfigError, match=r"^engine\.launch_time=.* must be more than 0, to 3600 seconds$"):
+        EngineConfig(launch_time=seconds).resolve(ModelConfig())
 
 
 @pytest.mark.parametrize("field", ["max_sequences", "page_size", "prefill_tokens", "block_size", "max_waiting"])

@@ -16,13 +16,16 @@ from isthmus.model.ops.cpu import library
 from isthmus.model.transformer import Params
 from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import End, Ending, Request
 from isthmus.serve.engine.pooling import Pooling
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 from tests.support import TINY, as_kept, narrowest_dtype, random_params
 
-ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)
+ENGINE = EngineConfig(
+    max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64, draft_rows=4
+)
 """Pages for two of the longest sequences, so that requests are preempted"""
 REQUESTS, EMBEDDINGS = 16, 12
 EXPERTS = MixtureConfig(experts=32, per_token=8, dim=24, shared_dim=16, router_bias=True)
@@ -38,17 +41,20 @@ NETWORKS: dict[str, dict[str, Any]] = {
     },
     "adapters": {"lora": LoraConfig(rank=3)},
 }
-CASES: list[tuple[str, Any, str]] = [
-    ("dense", "model", "none"),
-    ("dense", "int8", "int8"),
-    ("windows", "int8", "none"),
-    ("experts", "model", "none"),
-    ("experts", "int8", "int4"),
-    ("latent", "model", "none"),
-    ("latent", "int8", "int8"),
-    ("adapters", "model", "none"),
-]
-"""(network, cache's dtype, the scheme of integers that matrices become)"""
+CASES: dict[tuple[str, Any, str, Any], None] = dict.fromkeys(
+    [
+        ("dense", "model", "none", "float32"),
+        ("dense", "model", "none", narrowest_dtype()),
+        ("dense", "int8", "int8", "float32"),
+        ("windows", "int8", "none", narrowest_dtype()),
+        ("experts", "model", "none", "float32"),
+        ("experts", "int8", "int4", narrowest_dtype()),
+        ("latent", "model", "none", narrowest_dtype()),
+        ("latent", "int8", "int8", "float32"),
+        ("adapters", "model", "none", narrowest_dtype()),
+    ]
+)
+"""(network, cache's dtype, the scheme of integers that matrices become, dtype); `isthmus check determinism` has more"""
 
 
 def requests(prefix: str, vocab: int) -> list[Request]:
@@ -81,8 +87,7 @@ def bits(end: End) -> bytes:
     return b"" if end.embedding is None else end.embedding.tobytes()
 
 
-@pytest.mark.parametrize("dtype", dict.fromkeys(("float32", narrowest_dtype())))
-@pytest.mark.parametrize("network, cache_dtype, scheme", CASES)
+@pytest.mark.parametrize("network, cache_dtype, scheme, dtype", CASES)
 def test_together_and_alone_are_the_same_bits(
     network: str, cache_dtype: Any, scheme: str, dtype: Any, mesh: Mesh
 ) -> None:

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from isthmus.checks.crowd import Arrival, end_of, play
 from isthmus.errors import DuplicateRequest, InvalidRequest, Overloaded, RequestFailed, Unavailable
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Ending, Event
+from isthmus.serve.engine.programs import Served
 from tests.serve.engine.harness import CONFIG, ENGINE, Client, HookedExecutor, make
 from tests.support import random_params
 
@@ -202,7 +203,7 @@ def test_a_dead_engine_tells_everybody_and_takes_nothing_new(
 
 
 @pytest.mark.parametrize("cache_dtype", ["model", "int8"])
-@pytest.mark.parametrize("kernels", ["auto", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_what_the_cache_held_before_reaches_nobody(kernels: str, cache_dtype: Any, mesh: Mesh) -> None:
     """With the CPU's kernels it isn't written before it is used, and memory that a process gets may hold anything."""
     engine = dataclasses.replace(ENGINE, cache_dtype=cache_dtype)

@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from isthmus.checks.crowd import Arrival, play
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
+from isthmus.serve.engine.programs import Served
 from tests.serve.engine.harness import CONFIG, ENGINE, make
 from tests.support import forward, random_params
 
-INT8 = dataclasses.replace(ENGINE, cache_dtype="int8")
+INT8 = dataclasses.replace(ENGINE, cache_dtype="int8", draft_rows=0, steps_per_launch=1)
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 128, 256])
@@ -30,7 +31,10 @@ def test_the_bytes_that_are_planned_are_those_that_are_taken(head_dim: int, mesh
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 96])
-@pytest.mark.parametrize("kernels, tp", [("auto", 1), ("reference", 1), ("auto", 2)])
+@pytest.mark.parametrize(
+    "kernels, tp",
+    [("auto", 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in [("reference", 1), ("auto", 2)])],
+)
 def test_its_text_is_the_models(head_dim: int, kernels: str, tp: int) -> None:
     """Greedy, and each token among the likeliest of the network that has no cache at all."""
     config = dataclasses.replace(CONFIG, head_dim=head_dim, kv_heads=2)

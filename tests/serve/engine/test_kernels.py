@@ -8,10 +8,12 @@ import re
 import pytest
 from jax.sharding import Mesh
 
+from isthmus.checks.networks import NETWORKS
 from isthmus.errors import ConfigError
 from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape, build_mesh
-from isthmus.serve.engine.executor import Served, abstract_like, lower_draw, lower_forward
+from isthmus.model.weights.quantization import SCHEMES, quantize_params
+from isthmus.serve.engine.programs import Served, abstract_like, lower_draw, lower_forward
 from tests.serve.engine.harness import CONFIG, ENGINE
 from tests.support import packed_params, random_params
 
@@ -53,6 +55,21 @@ def test_each_operation_heeds_its_own(name: str, called: set[str], mesh: Mesh) -
     kernels = dataclasses.replace(SERVED.with_kernels("cpu", mesh).execution.kernels, **{name: "reference"})
     served = dataclasses.replace(SERVED, execution=Execution(kernels=kernels))
     assert calls(served, mesh) == CALLS - called
+
+
+@pytest.mark.parametrize("quantize", ["none", "int4"])
+@pytest.mark.parametrize("network", ["dense", "experts", "latent attention", "adapters"])
+def test_no_step_packs_weights(network: str, quantize: str, mesh: Mesh) -> None:
+    """Serving packs them once, as it loads them. In every step, as the trainer must, it would cost more than the step:
+    with the same tokens, so that only a clock would tell."""
+    config = dataclasses.replace(NETWORKS[network], layers=1)
+    wanted = Served(config, ENGINE.resolve(config), config.vocab_size).with_kernels("auto", mesh)
+    params = random_params(config, mesh)
+    if rules := SCHEMES[quantize]:
+        quantize_params(config, params, rules)
+    bucket = wanted.engine.buckets[-1]
+    step = lower_forward(wanted, bucket, mesh, abstract_like(packed_params(config, params))).as_text()
+    assert "@isthmus_linear_" in step and "pack_matrix" not in step
 
 
 def test_an_engine_of_two_devices_refuses_kernels_for_one() -> None:

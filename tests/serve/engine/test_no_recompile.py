@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import pytest
 from jax.sharding import Mesh
 
 from isthmus.checks.crowd import Arrival, play
+from isthmus.checks.networks import Numbers, guests, small_executor
+from isthmus.model.config import LoraConfig
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.pooling import Pooling
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 from tests.support import TINY, random_params
 
@@ -41,6 +47,23 @@ def random_arrival(rng: random.Random, index: int) -> Arrival:
     return Arrival(request, step=rng.randrange(400), cancel_after=cancel_after)
 
 
+@contextmanager
+def nothing_compiles() -> Iterator[None]:
+    """Fails if anything is traced or compiled meanwhile."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile"):
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert events == [], "something was traced or compiled"
+
+
 def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     """A compilation in serving stops everybody's text for seconds, at a moment that a client chooses."""
     engine = EngineConfig(max_sequences=8, page_size=8, block_size=16, prefill_tokens=32, pages=30).resolve(CONFIG)
@@ -51,18 +74,8 @@ def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     arrivals = [random_arrival(rng, index) for index in range(200)]
     for index, limits in enumerate(({"max_queue_time": 0.0}, {"deadline": 0.0})):
         arrivals[index].request = dataclasses.replace(arrivals[index].request, **limits)
-    events: list[str] = []
-
-    def listen(event: str, duration: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with nothing_compiles():
         counters = play(executor, arrivals).engine.scheduler.counters
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert events == [], "something was traced or compiled"
     assert executor.recompilations == 0
     reasons = {arrival.ending for arrival in arrivals}
     never = {Ending.ERROR, Ending.CLOSED, Ending.COMPLETE}
@@ -70,3 +83,19 @@ def test_no_request_makes_a_warm_engine_compile(mesh: Mesh) -> None:
     assert counters.preemptions > 0 and counters.cached_prompt_tokens == 0
     jax.jit(lambda x: x + len(arrivals))(1).block_until_ready()
     assert executor.recompilations == 1, "the counter that production watches counts nothing"
+
+
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
+def test_no_adapter_makes_a_warm_engine_compile(kernels: str) -> None:
+    """Of whatever rank it is, the first that is loaded as well as those that come after others."""
+    network = dataclasses.replace(CONFIG, lora=LoraConfig(5, 5.0, adapters=3))
+    engine = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0)
+    executor = small_executor(network, Numbers(), engine, kernels)
+    loaded = guests(network, 0)
+    assert len({guest.adapter.lora.rank for guest in loaded}) > 1
+    arrivals = [
+        Arrival(Request(f"r{n}", [1 + n] * 9, Sampling(), 6), 2 * n, guest=guest) for n, guest in enumerate(loaded * 2)
+    ]
+    with nothing_compiles():
+        play(executor, arrivals)
+    assert executor.recompilations == 0

@@ -18,9 +18,10 @@ from isthmus.model.execution import Execution
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.transformer import Params, bind
 from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Ending, Request
 from isthmus.serve.engine.pooling import Embedding, Pooling
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
 from isthmus.serve.engine.scheduler import Scheduler
 from isthmus.train.step import packed_attention
@@ -62,14 +63,20 @@ def hidden_states(config: ModelConfig, params: Params, prompt: list[int]) -> np.
 
 @pytest.mark.parametrize(
     ("dtype", "shape"),
-    [("float32", MeshShape()), (narrowest_dtype(), MeshShape()), ("float32", MeshShape(ep=2, tp=2))],
+    [
+        ("float32", MeshShape()),
+        (narrowest_dtype(), MeshShape()),
+        pytest.param("float32", MeshShape(ep=2, tp=2), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_they_are_pooled_from_the_networks_hidden_states(dtype: Any, shape: MeshShape, mesh: Mesh) -> None:
     """Whatever the devices and however a prompt is cut; the longest one fills the context, since nothing follows."""
     mixture = MixtureConfig(experts=4, per_token=2, dim=16) if shape.ep > 1 else MixtureConfig()
     config, devices = dataclasses.replace(TINY, mixture=mixture, layers=1), build_mesh(shape)
-    engine = EngineConfig(max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0).resolve(config)
+    engine = EngineConfig(
+        max_sequences=2, page_size=8, block_size=16, prefill_tokens=16, draft_rows=0, steps_per_launch=1
+    ).resolve(config)
     served = Served(config, engine, config.vocab_size, Execution(dtype)).with_kernels("auto", devices)
     executor = Executor(served, as_kept(config, devices, random_params(config, devices), dtype), devices)
     executor.warm_up()

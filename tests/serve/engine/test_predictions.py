@@ -37,7 +37,9 @@ def test_the_likeliest_token_is_what_an_engine_says(
     """Otherwise the gate judges a model that nobody serves. The engine's prompts come in two steps, its tokens one by
     one; the window here is one step."""
     model = open_model(folder, dtype, quantize=quantize)
-    config = EngineConfig(1, context_length=96, prefill_tokens=32, draft_rows=0, cache_dtype=cache_dtype)
+    config = EngineConfig(
+        1, context_length=96, prefill_tokens=32, draft_rows=0, steps_per_launch=1, cache_dtype=cache_dtype
+    )
     arrival = Arrival(Request("one", [*range(9, 49)], Sampling(temperature=0), 50))
     play(build_executor(model, config, MeshShape()), [arrival])
     window = np.array([arrival.tokens], np.int32)

@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 from isthmus.checks.chain import Chain
 from isthmus.checks.crowd import Arrival, play
 from isthmus.model.ops.cpu import library
-from isthmus.serve.engine.config import EngineConfig
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Request
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
+from tests.serve.engine.harness import FOUR
 from tests.support import TINY, as_kept, random_params
 
-ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=30, max_waiting=64)
+ENGINE = replace(FOUR, pages=30)
 VOCAB = TINY.vocab_size
 
 

@@ -25,9 +25,18 @@ from tests.serve.engine.simulation import EOS, VOCAB, Simulation, expected_compl
 MODEL = ModelConfig(vocab_size=VOCAB, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, mlp_dim=8, context_length=40)
 
 
-def engine_config(**changes: int | bool) -> EngineConfig:
+def engine_config(**changes: float) -> EngineConfig:
     """Small enough that a few requests fill it."""
-    sizes = {"max_sequences": 4, "page_size": 4, "block_size": 8, "prefill_tokens": 16, "pages": 14, "draft_rows": 0}
+    sizes = {
+        "max_sequences": 4,
+        "page_size": 4,
+        "block_size": 8,
+        "prefill_tokens": 16,
+        "pages": 14,
+        "draft_rows": 0,
+        "steps_per_launch": 1,
+        "launch_time": 100.0,  # a step takes a second here
+    }
     return EngineConfig(**{**sizes, **changes}).resolve(MODEL)  # type: ignore[arg-type]
 
 
@@ -42,6 +51,8 @@ CONFIGS = {
     "room for all": engine_config(pages=50),
     "guesses": engine_config(draft_rows=8, pages=24),
     "guesses and few pages": engine_config(draft_rows=8),
+    "several steps a launch": engine_config(steps_per_launch=5, pages=24),
+    "several steps, guesses, few pages": engine_config(steps_per_launch=4, draft_rows=6, page_size=2, pages=24),
     "a token a page": engine_config(page_size=1, block_size=2, prefill_tokens=6, pages=60),
 }
 
@@ -50,7 +61,7 @@ FAMILIES = [[1 + (i * k) % (VOCAB - 1) for i in range(39)] for k in (1, 5, 7)]
 
 
 @pytest.fixture(autouse=True)
-def guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guesses where that is allowed, and mostly wrong ones."""
     monkeypatch.setattr(drafts, "GRAM", 1)
     monkeypatch.setattr(drafts, "PATIENCE", 0)
@@ -286,7 +297,7 @@ def test_every_load_has_a_bucket() -> None:
     config = engine_config(max_sequences=6, prefill_tokens=24)
     assert config.buckets == (
         *(Bucket(rows, 0, 8) for rows in (1, 2, 4, 6)),
-        *(Bucket(6, blocks, 8) for blocks in (1, 2, 3)),
+        *(Bucket(6, blocks, 8, 3) for blocks in (1, 2, 3)),
     )
     for rows in range(7):
         for blocks in range(4):
@@ -326,7 +337,7 @@ def test_sizes_that_are_left_out_hold_a_whole_context() -> None:
 def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
     """Rows change with every request that comes or goes; a slot's settings must come along, to the last bit of a
     seed, and be the next request's once the slot is."""
-    config = EngineConfig(max_sequences=3, context_length=64).resolve(ModelConfig())
+    config = EngineConfig(max_sequences=3, context_length=64, steps_per_launch=1).resolve(ModelConfig())
     scheduler = Scheduler(config)
     asked = [
         Sampling(0.7, 5, 0.9, 0.05, (1 << 63) + 7),
@@ -340,7 +351,8 @@ def test_every_row_is_drawn_with_its_requests_own_sampling() -> None:
     while (plan := scheduler.plan()) is not None:
         for row, sequence in plan.samples:
             got, want = plan.draws[row], sequence.request.sampling
-            assert got["slot"] == sequence.slot and got["position"] == sequence.computed
+            assert got["slot"] == sequence.slot
+            assert got["position"] == sequence.computed - len(plan.rows_ahead(sequence))
             for name in ("temperature", "top_k", "top_p", "min_p"):
                 assert got[name] == got.dtype[name].type(getattr(want, name))
             assert int(got["seed_low"]) | int(got["seed_high"]) << 32 == want.seed

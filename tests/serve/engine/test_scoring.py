@@ -19,14 +19,15 @@ from isthmus.model.weights.quantization import SCHEMES, quantize_params
 from isthmus.serve.engine import drafts
 from isthmus.serve.engine.config import EngineConfig
 from isthmus.serve.engine.engine import Engine
-from isthmus.serve.engine.executor import Executor, Served
+from isthmus.serve.engine.executor import Executor
 from isthmus.serve.engine.messages import Ending, Event, Request
+from isthmus.serve.engine.programs import Served
 from isthmus.serve.engine.sampling import Sampling
-from tests.serve.engine.harness import HookedExecutor
+from tests.serve.engine.harness import FOUR, HookedExecutor
 from tests.serve.engine.simulation import Simulation, run_until
 from tests.support import TINY, as_kept, forward, random_params
 
-ENGINE = EngineConfig(max_sequences=4, page_size=8, block_size=16, prefill_tokens=32, pages=19, max_waiting=64)
+ENGINE = replace(FOUR, pages=19)
 """Pages for two of the longest sequences, so that requests are preempted"""
 VOCAB = TINY.vocab_size
 
@@ -164,7 +165,7 @@ def test_guesses_go_on_beside_scores(mesh: Mesh, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(drafts, "PATIENCE", 0)
     allowed = Sampling(temperature=0.0, logprobs=2, allowed=frozenset(range(9, 12)))
     requests = [replace(request, sampling=allowed) for request in drawn(6, 2)]
-    plain, guessing = made(mesh, pages=40, draft_rows=0), made(mesh, pages=40, draft_rows=12)
+    plain, guessing = made(mesh, pages=40, draft_rows=0, steps_per_launch=1), made(mesh, pages=40, draft_rows=12)
     texts = [Arrival(request) for request in requests]
     play(plain, texts)
     drawing = [Arrival(replace(request, id=f"g{index}"), 3 * index) for index, request in enumerate(requests)]
@@ -210,7 +211,14 @@ def test_a_text_that_passes_the_switch_of_frequencies_is_scored_as_it_is_drawn(m
 
 def simulation(rows: int = 8) -> Simulation:
     config = EngineConfig(
-        max_sequences=rows, page_size=4, block_size=8, prefill_tokens=8, pages=80, draft_rows=0, context_length=40
+        max_sequences=rows,
+        page_size=4,
+        block_size=8,
+        prefill_tokens=8,
+        pages=80,
+        draft_rows=0,
+        steps_per_launch=1,
+        context_length=40,
     )
     return Simulation(config.resolve(ModelConfig()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,3 +67,15 @@ def test_a_loop_that_is_closed_holds_nobody_up() -> None:
     step = [event(gone), event(stream)]
     deliver(step)
     assert stream.get(0) is step[1]
+
+
+def test_a_slow_reader_gets_no_more_tokens_at_once_than_it_takes() -> None:
+    """An event has many tokens, and a reader that decodes thousands in a row keeps the loop from everybody else."""
+
+    async def read() -> list[list[int]]:
+        stream = LoopStream()
+        for count in (3, 4, 2, 12, 1):
+            stream.put_nowait(replace(event(stream), tokens=tuple(range(count))))
+        return [[len(event.tokens) for event in await stream.some(8)] for _ in range(4)]
+
+    assert asyncio.run(read()) == [[3, 4], [2], [12], [1]]
