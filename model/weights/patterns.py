@@ -15,7 +15,7 @@ LENGTH = 200
 _UNBOUNDED = 3
 """The most quantifiers without an upper limit that a pattern may have. Each multiplies the time by the length of a
 name. With three, matching 1,000 names of 100 characters takes 0.1 s to 15 s, depending on what follows the third."""
-_NAME = 100
+NAME = 100
 """The characters of a long name. A quantifier without an upper limit counts as this many ways to match."""
 _REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
@@ -38,13 +38,18 @@ def check_pattern(pattern: str, longest: int = LENGTH, unbounded: int = _UNBOUND
         parsed = parser.parse(pattern)
         if (count := _unbounded(parsed)) > unbounded:
             return f"has {count} quantifiers without an upper limit (*, +), and at most {unbounded} are allowed"
-        if _ways(parsed) > max(_NAME**_UNBOUNDED, choices * _NAME**count):
+        if _ways(parsed) > max(NAME**_UNBOUNDED, choices * NAME**count):
             return "can match a name in too many ways: use fewer quantifiers and alternatives"
     except _RefusedError as refused:
         return str(refused)
     except (re.error, OverflowError, RecursionError) as error:
         return f"is no regular expression ({error})"
     return None
+
+
+def ways(pattern: str) -> int:
+    """An upper bound on the number of ways in which a pattern that is not refused can match the same name."""
+    return _ways(parser.parse(pattern))
 
 
 def _inner(argument: Any) -> Iterable[Any]:
@@ -87,7 +92,7 @@ def _ways_repeated(low: int, high: int, body: Any) -> int:
         return inside + (low == 0)
     if inside > 1 or body.getwidth()[0] == 0:
         raise _RefusedError("has a quantifier over a group that itself matches in several ways, such as (.*)*")
-    return int(min(high - low + 1, _NAME))
+    return int(min(high - low + 1, NAME))
 
 
 def _apart(alternatives: list[Any]) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from isthmus.errors import ConfigError
 from isthmus.model.process.files import present, shortened
 from isthmus.model.weights.hub import find_folder
 from isthmus.model.weights.huggingface.fields import Fields
-from isthmus.model.weights.patterns import check_pattern
+from isthmus.model.weights.patterns import NAME, check_pattern, ways
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -38,6 +39,9 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 
 MOST_PATTERNS = 4096
 """Entries of rank_pattern, and of alpha_pattern"""
+MOST_WAYS = 2 * NAME**4
+"""In which all entries of one of them together can match a name, because each may be tried. A plain name counts as 100,
+since it may stand at the end of a longer one"""
 MOST_CHARACTERS = 1 << 14
 """Of a regular expression: trainers write one with every module's name"""
 MOST_UNBOUNDED = 6
@@ -175,7 +179,10 @@ def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[re.P
         raise fields.error(name, f"must map modules to {wanted}")
     if len(values) > MOST_PATTERNS:
         raise fields.error(name, f"must hold at most {MOST_PATTERNS} patterns")
-    return {_compiled(fields, name, rf"(.*\.)?({key})$"): value for key, value in values.items()}
+    patterns = {_compiled(fields, name, rf"(.*\.)?({key})$"): value for key, value in values.items()}
+    if sum(ways(pattern.pattern) for pattern in patterns) > MOST_WAYS:
+        raise fields.error(name, "can match a module's name in too many ways: use fewer quantifiers or entries")
+    return patterns
 
 
 def _first_match(patterns: Mapping[re.Pattern, Any], module: str, default: Any) -> Any:
@@ -183,10 +190,15 @@ def _first_match(patterns: Mapping[re.Pattern, Any], module: str, default: Any) 
 
 
 def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
-    why = check_pattern(pattern, longest=MOST_CHARACTERS, unbounded=MOST_UNBOUNDED, choices=MOST_CHOICES)
-    if why is not None:
+    if (why := _why_not(pattern)) is not None:
         raise fields.error(name, f"is not supported: the regular expression {shortened(repr(pattern))} {why}")
     return re.compile(pattern)
+
+
+@lru_cache(maxsize=64)
+def _why_not(pattern: str) -> str | None:
+    """Why a regular expression is refused: kept, because target_modules is asked for each module."""
+    return check_pattern(pattern, longest=MOST_CHARACTERS, unbounded=MOST_UNBOUNDED, choices=MOST_CHOICES)
 
 
 def _names(fields: Fields, name: str, module: str) -> bool:

@@ -23,6 +23,7 @@ from isthmus.model.text.tokenizer import Tokenizer
 from isthmus.model.transformer import Params
 from isthmus.model.weights.checkpoint import Checkpoints
 from isthmus.model.weights.folder import ModelFolder, open_folder, read_adapter
+from isthmus.model.weights.huggingface.adapter_config import AdapterSettings
 from isthmus.model.weights.huggingface.adapters import ADAPTER_FILE, load_adapter, save_adapter
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.layout import unstack_params
@@ -348,6 +349,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": "(){1000000}"}, "target_modules=.*over a group that itself matches"),
     ({"exclude_modules": ".*" * 7 + "!"}, "exclude_modules=.*7 quantifiers"),
     ({"rank_pattern": {f"a{index}": 4 for index in range(4097)}}, "rank_pattern=.*at most 4096 patterns"),
+    ({"rank_pattern": {".*.*.*a": 4, ".*.*.*b": 4}}, "rank_pattern=.*in too many ways"),
+    ({"alpha_pattern": {f".*.*[a{index}]": 4 for index in range(300)}}, "alpha_pattern=.*in too many ways"),
     ({"target_modules": "a" * 20_000}, "target_modules=.*longer than 16384 characters"),
     ({"target_modules": None}, "target_modules=None leaves out"),
     ({"target_modules": 3}, "target_modules=3 must be a list"),
@@ -371,6 +374,15 @@ def test_a_field_that_is_not_honoured_is_named(
     edit(tmp_path / "adapter", **fields)
     with pytest.raises(ConfigError, match=match):
         open_folder(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("keys", [[f"model.layers.{index}.q_proj" for index in range(4096)], [r".*\.\d+\..*q_proj"]])
+def test_patterns_that_trainers_write_are_read(keys: list[str], tmp_path: Path) -> None:
+    """Limits that are made against hostile folders must leave room for what a search over ranks writes."""
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": dict.fromkeys(keys, 4)}))
+    settings = AdapterSettings.load(path)
+    assert settings.rank_of("base.model.layers.17.q_proj") == 4 and settings.rank_of("model.layers.17.k_proj") == 2
 
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
