@@ -159,7 +159,7 @@ class EngineConfig:
         """The buckets of which several steps may be launched at once."""
         if self.steps_per_launch == 1:
             return ()
-        most = min(LOOPED_ROWS, self.max_sequences)
+        most = self.bucket(min(LOOPED_ROWS, self.max_sequences), 0).rows
         return tuple(bucket for bucket in self.buckets if not bucket.blocks and bucket.rows <= most)
 
     def bucket(self, rows: int, blocks: int, steps: int = 1) -> Bucket:

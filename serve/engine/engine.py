@@ -161,7 +161,8 @@ class Engine:
                 self._cancelled.add(one)
                 self._remove_live(one)
                 self._inbox.append(Cancel(one))
-            self._interrupt()
+            if ended:
+                self._interrupt()
             return bool(ended)
 
     def load_adapter(self, name: str, adapter: Adapter) -> Resident:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from isthmus.checks.crowd import Arrival, play
 from isthmus.model.ops.cpu import library
-from isthmus.serve.engine.config import EngineConfig
+from isthmus.serve.engine.config import LOOPED_ROWS, EngineConfig
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.engine.executor import Executor, Launched
 from isthmus.serve.engine.messages import End, Ending, Event, Request
@@ -172,6 +172,29 @@ class Interrupted(Executor):
         self.watched = Watched(**vars(launched))
         self.watched.executor = self
         return self.watched
+
+
+def test_a_launch_goes_on_when_nothing_is_cancelled(executor: Executor) -> None:
+    """The API cancels every request of a call that ends, also one that has ended by itself, and a client may cancel
+    what it likes: neither is a reason to end the launch of all others."""
+    engine = Engine(executor, lambda events: None)
+    assert not engine.cancel("nobody") and not executor.flag._value.value
+    engine.submit(Request("a", [3, 1, 4], Sampling(temperature=0), 4))
+    executor.flag.set(False)
+    assert engine.cancel("a") and executor.flag._value.value
+    executor.flag.set(False)
+    assert not engine.cancel("a") and not executor.flag._value.value
+    engine.close()
+    executor.flag.set(False)
+
+
+@pytest.mark.parametrize(("sequences", "drafts"), [(3, 8), (3, 0), (1, 8), (4, 8), (32, 8)])
+def test_as_many_sequences_as_may_be_launched_together_have_a_program(sequences: int, drafts: int) -> None:
+    """Rows for guesses change which numbers of rows there are, and three sequences would never be launched together."""
+    config = EngineConfig(max_sequences=sequences, draft_rows=drafts).resolve(TINY)
+    rows = min(LOOPED_ROWS, sequences)
+    assert [config.bucket(each, 0, steps=2).rows >= each for each in range(1, rows + 1)] == [True] * rows
+    assert max(bucket.rows for bucket in config.loops) <= LOOPED_ROWS
 
 
 @pytest.mark.parametrize("what", ["arrival", "cancel"])
