@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,8 +28,6 @@ from isthmus.serve.engine.build import build_engine
 from isthmus.serve.engine.engine import Engine
 from isthmus.serve.prepare.delivery import deliver
 from isthmus.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-
-T = TypeVar("T")
 
 logger = logging.getLogger("isthmus.api")
 
@@ -74,28 +70,6 @@ def _options(config: ServeConfig) -> tuple[tuple[str, int], ...]:
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * PING_SECONDS)),
     )
-
-
-async def _in_daemon_thread(work: Callable[..., T], *args: Any) -> T:
-    """Runs work(*args) on a thread that doesn't keep the process from ending: compiling can't be interrupted."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if not done.cancelled():
-            done.set_exception(error) if error is not None else done.set_result(cast(T, result))
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work(*args)
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(finish, result, error)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return await done
 
 
 class Server:
@@ -147,8 +121,9 @@ class Server:
             deliver,
             on_progress,
         )
-        await _in_daemon_thread(self.session.model.tokenizer.prepare)
-        engine = await _in_daemon_thread(partial(build_engine, kernels=self.config.kernels), *build)
+        run = partial(self.session.loading.run, 0, always=True)
+        await run(self.session.model.tokenizer.prepare)
+        engine = await run(partial(build_engine, kernels=self.config.kernels), *build)
         engine.start()
         self.session.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)

@@ -40,7 +40,7 @@ class Session:
         """Threads for Tokenize and Detokenize, and for prompts that are truncated: their texts may be longer than what
         a context holds, and mustn't hold other prompts up"""
         self.loading = Workers()
-        """Threads that read adapters"""
+        """Threads that load the model, and adapters"""
         self.adapter_root = None if config.adapter_root is None else AdapterRoot(config.adapter_root)
         """Where clients may load adapters from; None lets nobody"""
         self._answering: dict[Request, asyncio.Event] = {}
@@ -62,7 +62,7 @@ class Session:
         return tenant_of(context) if self.needs_token else ""
 
     def close(self) -> None:
-        """Stops the threads for texts, and what watches the server; those that wait end as UNAVAILABLE."""
+        """Stops the threads, and what watches the server; calls that wait end as UNAVAILABLE."""
         self.closing.set()
         self.workers.close()
         self.tokenizing.close()

@@ -1,11 +1,14 @@
-"""Threads for work that takes long over a text, so that it doesn't hold up the streams."""
+"""Threads for work that takes long, over a text or a folder, so that it doesn't hold up the streams."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from isthmus.errors import Overloaded, Unavailable
@@ -18,8 +21,12 @@ THREADS = 2
 """More threads would let the event loop wait longer for the interpreter, which each may keep for 5 ms"""
 
 
+Item = tuple[Future[Any], Callable[[], Any]]
+
+
 class Workers:
-    """A few threads, with a bounded amount of work that waits for them."""
+    """A few threads, with a bounded amount of work that waits for them. What runs doesn't keep the process from ending,
+    as it would on the threads of concurrent.futures."""
 
     def __init__(self, calls: int = 256, size: int = 64 << 20) -> None:
         """calls: most that wait or run at once. size: most bytes of all of them together."""
@@ -27,7 +34,8 @@ class Workers:
         self._held_calls = self._held_size = 0
         self._lock = threading.Lock()
         self._closed = False
-        self._threads = ThreadPoolExecutor(THREADS, "text")
+        self._waiting: SimpleQueue[Item | None] = SimpleQueue()
+        self._threads = 0
 
     async def run(self, size: int, work: Callable[..., T], *args: Any, always: bool = False) -> T:
         """Returns work(*args), run on a thread if its `size`, in bytes, is more than SHORT, or if `always`.
@@ -54,13 +62,17 @@ class Workers:
             if self._held_calls and (self._held_calls >= self._calls or self._held_size + size > self._size):
                 raise Overloaded(f"{self._held_calls} calls with {self._held_size} bytes wait for a thread already")
             self._held_calls, self._held_size = self._held_calls + 1, self._held_size + size
+            if self._threads < min(THREADS, self._held_calls):
+                self._threads += 1
+                threading.Thread(target=_work, args=(self._waiting,), name="work", daemon=True).start()
 
         def free(_: Future[T]) -> None:
             with self._lock:
                 self._held_calls, self._held_size = self._held_calls - 1, self._held_size - size
 
-        submitted = self._threads.submit(work, *args)
+        submitted: Future[T] = Future()
         submitted.add_done_callback(free)
+        self._waiting.put((submitted, partial(work, *args)))
         return submitted
 
     @property
@@ -72,4 +84,20 @@ class Workers:
         """Ends the calls that wait with Unavailable; those that run go on."""
         with self._lock:
             self._closed = True
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        with contextlib.suppress(Empty):
+            while (item := self._waiting.get_nowait()) is not None:
+                item[0].cancel()
+        for _ in range(THREADS):
+            self._waiting.put(None)
+
+
+def _work(waiting: SimpleQueue[Item | None]) -> None:
+    """Does what waits, one after the other, until it takes None."""
+    while (item := waiting.get()) is not None:
+        future, work = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+        del item, future, work  # else what was made lives until there is more to do

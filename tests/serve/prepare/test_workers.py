@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -111,6 +113,24 @@ def test_closing_ends_what_waits(jobs: list[Job]) -> None:
             await workers.run(SHORT + 1, jobs[0])
 
     asyncio.run(main())
+
+
+def test_a_process_ends_while_they_work() -> None:
+    """A server that has drained must not wait for an adapter that a slow disk gives."""
+    program = """if True:
+        import asyncio, threading
+        from isthmus.serve.prepare.workers import Workers
+
+        async def main():
+            started, workers = threading.Event(), Workers()
+            task = asyncio.create_task(workers.run(0, lambda: started.set() or threading.Event().wait(), always=True))
+            await asyncio.to_thread(started.wait)
+            workers.close()
+            task.cancel()
+
+        asyncio.run(main())
+        """
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE)
 
 
 def test_an_error_is_the_callers() -> None:
