@@ -5,7 +5,7 @@ JOBS ?= 2
 EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
-.PHONY: demo test test-all test-long lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
+.PHONY: demo test test-slow test-exact test-all test-long lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
 
 demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight prompts at once
 	$(BIN)/isthmus demo
@@ -14,11 +14,16 @@ test: $(VENV)/.ready-dev  ## everything but the slow tests and those that need a
 	@$(BIN)/python -c "from isthmus.model.ops.cpu import library; library.why_not()"  # once, and not in every worker
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not peers"
 
-test-all: $(VENV)/.ready-dev  ## what CI runs
-	$(BIN)/python -m pytest -n $(JOBS) -m "not long"
+test-slow: $(VENV)/.ready-dev  ## what takes a minute or more, or needs what `make peers` builds
+	$(BIN)/python -m pytest -n $(JOBS) -m "(slow or peers) and not exact and not long"
+
+test-exact: $(VENV)/.ready-dev  ## what promises bits, compiled as it is for users
+	ISTHMUS_EXACT=1 $(BIN)/python -m pytest -n $(JOBS) -m "exact and not long"
+
+test-all: test test-slow test-exact  ## what CI runs
 
 test-long: $(VENV)/.ready-dev  ## what CI has no time for
-	$(BIN)/python -m pytest -n $(JOBS) -m long
+	ISTHMUS_EXACT=1 $(BIN)/python -m pytest -n $(JOBS) -m long
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
