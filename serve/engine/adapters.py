@@ -125,18 +125,19 @@ class Adapters(Mapping[str, Resident]):
         all_of_them = sorted(loaded | set(self._requests), key=lambda one: one.place)
         return [Standing(one, self._requests[one], one in loaded) for one in all_of_them]
 
-    def find(self, name: str, key: bytes) -> Resident | int:
-        """The adapter, where its factors are in a place already, or else a place that is free. Raises
-        FailedPrecondition if there is none, or if the name is another adapter's."""
+    def held(self, name: str, key: bytes) -> Resident | None:
+        """The adapter, if its factors are in a place already. Raises FailedPrecondition if the name is another
+        adapter's."""
         known = self._loaded.get(name)
         if known is not None and known.key == key:
             return known
         if known is not None:
             raise FailedPrecondition(f"an adapter {name!r} of other weights is loaded: unload it first")
+        return next((one for one, _, _ in self.standings() if (one.name, one.key) == (name, key)), None)
+
+    def free_place(self) -> int:
+        """A place that holds no adapter. Raises FailedPrecondition if there is none."""
         held = self.standings()
-        for one, _, _ in held:
-            if (one.name, one.key) == (name, key):
-                return one
         taken = {standing.resident.place for standing in held}
         free = next((place for place in range(1, self.places + 1) if place not in taken), None)
         if free is None:

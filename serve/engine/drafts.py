@@ -70,7 +70,7 @@ class Lookup:
 
     def learn(self, guessed: int, right: int) -> None:
         """How many tokens of a guess were right: as many are guessed next time, and a few more."""
-        self._most = MOST_GUESSES if right == guessed else min(MOST_GUESSES, 2 * right + 1)
+        self._most = _most_after(guessed, right)
 
     def _missing(self, tokens: Tokens[int]) -> Iterator[int]:
         known, ahead = len(self._tokens), len(self._predicted)
@@ -141,8 +141,12 @@ class Recall:
 
     def learn(self, guessed: int, right: int) -> None:
         """As Lookup.learn; and after a guess that was all wrong, places must agree with twice as many tokens."""
-        self._most = MOST_GUESSES if right == guessed else min(MOST_GUESSES, 2 * right + 1)
+        self._most = _most_after(guessed, right)
         self._needed = GRAM + PATIENCE if right else min(2 * self._needed, MOST_NEEDED)
+
+
+def _most_after(guessed: int, right: int) -> int:
+    return MOST_GUESSES if right == guessed else min(MOST_GUESSES, 2 * right + 1)
 
 
 class Guesser:

@@ -178,15 +178,15 @@ class Engine:
         while True:
             with self._wake:
                 self._check_takes()
-                found = self.adapters.find(name, unplaced.key)
-                if isinstance(found, int) and factors is not None:
-                    found = dataclasses.replace(unplaced, place=found)
-                    self.adapters.load(found, factors)
+                if (held := self.adapters.held(name, unplaced.key)) is not None:
+                    self.adapters.load(held, None)
+                    return held
+                place = self.adapters.free_place()
+                if factors is not None:
+                    placed = dataclasses.replace(unplaced, place=place)
+                    self.adapters.load(placed, factors)
                     self._interrupt()
-                elif isinstance(found, Resident):
-                    self.adapters.load(found, None)
-                if isinstance(found, Resident):
-                    return found
+                    return placed
             factors = factors_of(self.executor.model, self.executor.mesh, adapter)
 
     def check_places(self) -> None:
