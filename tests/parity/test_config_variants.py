@@ -172,7 +172,7 @@ def test_ropes_turn_as_in_transformers(model_type: str) -> None:
 
 
 @pytest.mark.peers
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_tables_are_what_transformers_says_now(tmp_path: Path) -> None:
     """A new transformers may have new fields, or take old ones otherwise."""
     if not PEERS.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,18 @@ def qemu(machine: str) -> str | None:
 
 
 TARGETS = [*(("x86_64", target) for target in X86), *(("aarch64", target) for target in ARM)]
-LONG = ("x86-64-v2", "skylake-avx512", "znver4")
+LONG = ("x86-64-v2", "skylake-avx512", "cascadelake", "znver4")
 """Targets of which no branch is their own"""
+CHECKED = [
+    (*target, check) for target in TARGETS[:3] + TARGETS[len(X86) :] for check in ("linear_check", "attention_check")
+]
+LONG_CHECK = ("x86_64", "x86-64", "linear_check")
+"""Takes minutes; in CI scripts/check_kernels.sh runs the kernels for this target"""
 
 
-def marked(targets: list[tuple[str, str]]) -> list[Any]:
-    return [pytest.param(*each, marks=[pytest.mark.long] if each[1] in LONG else []) for each in targets]
+def marked(cases: Iterable[tuple[str, ...]]) -> list[Any]:
+    long = lambda case: case[1] in LONG or case == LONG_CHECK  # noqa: E731
+    return [pytest.param(*case, marks=[pytest.mark.long] if long(case) else []) for case in cases]
 
 
 @pytest.mark.parametrize("machine, target", marked(TARGETS))
@@ -71,8 +78,7 @@ def test_the_compiler_keeps_what_is_asked_for_early(source: str, tmp_path: Path)
     assert ("prfm" if HERE == "aarch64" else "prefetch") in assembly.read_text()
 
 
-@pytest.mark.parametrize("check", ["linear_check", "attention_check"])
-@pytest.mark.parametrize("machine, target", marked([*TARGETS[:3], *TARGETS[len(X86) :]]))
+@pytest.mark.parametrize("machine, target, check", marked(CHECKED))
 def test_it_computes_what_plain_loops_do(machine: str, target: str, check: str, tmp_path: Path) -> None:
     """Vectors of 4 lanes with and without instructions for bytes, and of 8. AVX-512 has no emulator here."""
     program = tmp_path / check
