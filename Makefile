@@ -5,22 +5,21 @@ JOBS ?= 2
 EXTRAS ?= dev
 SOURCES := pyproject.toml build_protos.py $(wildcard protos/isthmus/v1/*.proto)
 
-.PHONY: demo test test-slow test-exact test-all test-long lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
+.PHONY: demo test test-slow test-all test-long lint protos promise parity peers peers-llama peers-vllm setup setup-dev clean
 
 demo: $(VENV)/.ready  ## train on Python's own source, serve, call it with eight prompts at once
 	$(BIN)/isthmus demo
 
 test: $(VENV)/.ready-dev  ## everything but the slow tests and those that need another environment
 	@$(BIN)/python -c "from isthmus.model.ops.cpu import library; library.why_not()"  # once, and not in every worker
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not peers"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not peers and not exact"
+	ISTHMUS_EXACT=1 $(BIN)/python -m pytest -n $(JOBS) -m "exact and not slow"
 
 test-slow: $(VENV)/.ready-dev  ## what takes a minute or more, or needs what `make peers` builds
 	$(BIN)/python -m pytest -n $(JOBS) -m "(slow or peers) and not exact and not long"
+	ISTHMUS_EXACT=1 $(BIN)/python -m pytest -n $(JOBS) -m "exact and slow and not long"
 
-test-exact: $(VENV)/.ready-dev  ## what promises bits, compiled as it is for users
-	ISTHMUS_EXACT=1 $(BIN)/python -m pytest -n $(JOBS) -m "exact and not long"
-
-test-all: test test-slow test-exact  ## what CI runs
+test-all: test test-slow  ## what CI runs
 
 test-long: $(VENV)/.ready-dev  ## what CI has no time for
 	ISTHMUS_EXACT=1 $(BIN)/python -m pytest -n $(JOBS) -m long

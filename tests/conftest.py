@@ -11,7 +11,7 @@ from pathlib import Path
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if not os.environ.get("ISTHMUS_EXACT"):
     # Most tests mostly compile, which takes XLA two thirds of the time with few optimizations. What promises bits is
-    # marked `exact`, and `make test-exact` runs it with all of them, as users do.
+    # marked `exact`, and the makefile runs it with all of them, as users do.
     _FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
