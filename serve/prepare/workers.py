@@ -55,6 +55,12 @@ class Workers:
             raise
 
     def _submit(self, size: int, work: Callable[..., T], *args: Any) -> Future[T]:
+        def free(_: Future[T]) -> None:
+            with self._lock:
+                self._held_calls, self._held_size = self._held_calls - 1, self._held_size - size
+
+        submitted: Future[T] = Future()
+        submitted.add_done_callback(free)
         with self._lock:
             if self._closed:
                 raise Unavailable("the engine is shutting down")
@@ -65,14 +71,8 @@ class Workers:
             if self._threads < min(THREADS, self._held_calls):
                 self._threads += 1
                 threading.Thread(target=_work, args=(self._waiting,), name="work", daemon=True).start()
-
-        def free(_: Future[T]) -> None:
-            with self._lock:
-                self._held_calls, self._held_size = self._held_calls - 1, self._held_size - size
-
-        submitted: Future[T] = Future()
-        submitted.add_done_callback(free)
-        self._waiting.put((submitted, partial(work, *args)))
+            # Before the lock is let go, or it could come after what ends the threads.
+            self._waiting.put((submitted, partial(work, *args)))
         return submitted
 
     @property

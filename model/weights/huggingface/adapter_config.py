@@ -40,8 +40,8 @@ _LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max
 MOST_PATTERNS = 4096
 """Entries of rank_pattern, and of alpha_pattern"""
 MOST_WAYS = 2 * NAME**4
-"""In which all entries of one of them together can match a name, because each may be tried. A plain name counts as 100,
-since it may stand at the end of a longer one"""
+"""The ways in which all entries of rank_pattern, or of alpha_pattern, together may match a name, because each may be
+tried. A plain name counts as 100, since it may stand at the end of a longer one"""
 MOST_CHARACTERS = 1 << 14
 """Of a regular expression: trainers write one with every module's name"""
 MOST_UNBOUNDED = 6
