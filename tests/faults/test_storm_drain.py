@@ -15,7 +15,7 @@ from isthmus import generate_request
 from isthmus.serve.api.server import CANCEL_GRACE_SECONDS
 from isthmus.v1 import inference_pb2 as pb
 from tests.faults.storms import OK, Caller, End, StartServing, one_by_one, requests
-from tests.serve.api.harness import LONG, PATIENCE, PROMPT, ApiClient, ServeProcess, idle, wait_for
+from tests.serve.api.harness import MANY, PATIENCE, PROMPT, ApiClient, ServeProcess, idle, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +27,11 @@ SLOW = 4
 """Of those, who read nothing from the signal on until everybody else has ended"""
 OTHER_SERVER = "UNAVAILABLE RetryInfo"
 """What sends a client elsewhere"""
-ENDURING = generate_request(PROMPT, max_tokens=3000, seed=1, ignore_eos=True)
+ENDURING = generate_request(PROMPT, max_tokens=12_000, seed=1, ignore_eos=True)
 """It keeps the server draining for as long as new calls are tried"""
 NARROW = ("grpc.http2.lookahead_bytes", 4096), ("grpc.http2.bdp_probe", 0)
 """A connection that has hardly anything on its way"""
-ENDLESS = [generate_request(PROMPT, max_tokens=LONG, seed=seed, ignore_eos=True) for seed in range(16)]
+ENDLESS = [generate_request(PROMPT, max_tokens=MANY, seed=seed, ignore_eos=True) for seed in range(16)]
 
 
 class Round:
@@ -153,4 +153,4 @@ def test_who_reads_slowly_has_the_time_to_drain_too(serve: StartServing) -> None
     process = serve("--drain-seconds", str(PATIENCE))
     end = asyncio.run(_read_late(process))
     assert process.wait() == 0, process.printed
-    assert end.code == OK and len(end.token_ids) == LONG, end
+    assert end.code == OK and len(end.token_ids) == MANY, end

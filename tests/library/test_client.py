@@ -287,7 +287,7 @@ def test_a_list_goes_on_when_there_is_room_again() -> None:
 
 def test_what_is_cancelled_by_somebody_else_says_so(server: RunningServer) -> None:
     with Client(server.address) as client, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(client.generate, PROMPT, SamplingParams(max_tokens=4000, ignore_eos=True))
+        waiting = pool.submit(client.generate, PROMPT, SamplingParams(max_tokens=LONG, ignore_eos=True))
         (name,) = wait_for(lambda: list(server.engine._live), "the request")
         assert client.cancel([name]) == [name]
         with pytest.raises(Cancelled):

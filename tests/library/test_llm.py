@@ -33,7 +33,7 @@ from isthmus import (
     Unavailable,
 )
 from tests.library.conftest import OpenModel
-from tests.serve.api.harness import ENGINE, LONG, PATIENCE, PROMPT, RunningServer, wait_for
+from tests.serve.api.harness import ENGINE, LONG, NETWORK, PATIENCE, PROMPT, RunningServer, wait_for
 
 DRAWN = SamplingParams(max_tokens=24, seed=5)
 TALK = [{"role": "user", "content": "import ünïcode"}]
@@ -129,7 +129,7 @@ def test_token_ids_are_a_prompt_and_a_list_of_them_many(llm: LLM) -> None:
 
 def test_a_long_prompt_may_be_cut_to_its_end(llm: LLM, client: Client) -> None:
     """A chat that has grown past the context would end in an error, or be cut at the wrong side by whoever asks."""
-    long = "word " * 9_000
+    long = "word " * llm.context_length
     ids = llm.tokenize(long)
     assert len(ids) > llm.context_length
     for model in (llm, client):
@@ -519,7 +519,7 @@ def test_what_serve_takes_it_takes(open_model: OpenModel, tmp_path: Path) -> Non
     plain = open_model()
     engine = EngineConfig(max_sequences=2, context_length=64, prefill_tokens=32, draft_rows=0, steps_per_launch=1)
     with plain, open_model(quantize="int8", engine=engine) as small:
-        assert (plain.context_length, small.context_length) == (4096, 64)
+        assert (plain.context_length, small.context_length) == (NETWORK.context_length, 64)
         assert small._model.quantize and not plain._model.quantize
         assert len(small.generate("a", ignore_eos=True).token_ids) < 64
     for options in ({"dtype": "float16"}, {"quantize": "int3"}):

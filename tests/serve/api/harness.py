@@ -56,13 +56,16 @@ NETWORK = ModelConfig(
     kv_heads=2,
     head_dim=16,
     mlp_dim=128,
-    context_length=4096,
+    context_length=16_384,
     tie_embeddings=False,
 )
 ENGINE = EngineConfig(max_sequences=8, prefill_tokens=64)
 PROMPT = "def main(argv):\n    return "
-LONG = 4000
-"""Tokens of a generation that is still going on when a test has something to say about it"""
+LONG = 16_000
+"""Tokens of a generation that is still going on when a test has something to say about it, many seconds long though
+several steps are launched at once and each may take several guesses"""
+MANY = 4000
+"""Tokens of a generation that a test reads to its end"""
 CHAT_TEMPLATE = """\
 {% if style is defined and style == 'endless' %}
     {%- set n = namespace(a=[1]) %}{% for i in range(64) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}

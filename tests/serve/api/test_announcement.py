@@ -36,7 +36,7 @@ def test_a_context_that_was_cut_is(start_server: StartServer, monkeypatch: pytes
     room = NETWORK.parameters * 4 + 2 * 1000 * SMALL.kv_bytes_per_token(NETWORK, "float32")
     monkeypatch.setattr(build, "free_memory", lambda device: build.PROGRAM_BYTES + room)
     text = said(start_server(engine=SMALL))
-    assert MEMORY in text and "of the model's 4096 tokens" in text
+    assert MEMORY in text and f"of the model's {NETWORK.context_length} tokens" in text
 
 
 def test_the_kernels_that_run_are_told(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:

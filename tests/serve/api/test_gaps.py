@@ -19,7 +19,7 @@ from isthmus.serve.prepare.request import MAX_TOKENS
 from isthmus.v1 import control_pb2
 from isthmus.v1 import inference_pb2 as pb
 from tests.serve.api.conftest import StartServer
-from tests.serve.api.harness import LONG, NETWORK, PATIENCE, PROMPT, ApiClient, RunningServer, collect, wait_for
+from tests.serve.api.harness import MANY, NETWORK, PATIENCE, PROMPT, ApiClient, RunningServer, collect, wait_for
 
 HOLD_SECONDS = 0.020
 """The longest that anything may keep the loop or the interpreter"""
@@ -262,7 +262,7 @@ def test_no_request_holds_up_the_others(case: Any, chat_server: RunningServer, h
 
 def test_a_client_that_has_not_read_for_long_is_served_in_parts(server: RunningServer, client: ApiClient) -> None:
     """Thousands of tokens that are decoded in a row hold up the loop as any other work does."""
-    options = {"max_tokens": LONG, "seed": 1, "ignore_eos": True}
+    options = {"max_tokens": MANY, "seed": 1, "ignore_eos": True}
     alone = client.generate(PROMPT, **options)
     events = client.stream(PROMPT, **options)
     first = [next(events), next(events)]

@@ -167,7 +167,7 @@ def test_sixty_four_clients_each_get_what_they_get_alone(server: RunningServer, 
 def test_preempted_requests_still_get_what_they_get_alone(start_server: StartServer) -> None:
     """Too few pages for everybody: some are put back and computed again, and no client can tell by the tokens."""
     tokens = 700
-    server = start_server(engine=_with(prefix_cache=False))
+    server = start_server(engine=_with(prefix_cache=False, pages=1025))
     with server.client() as client:
         prompts = [[10 + i, *(1 + token % 200 for token in range(2000))] for i in range(ENGINE.max_sequences)]
         with ThreadPoolExecutor(len(prompts)) as pool:
