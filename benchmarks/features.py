@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ FORM = "([a-z]+ )+"
 """A regular expression that never ends, so that every step has masks"""
 ONE: dict[str, Any] = {"temperature": 1.0, "seed": 1}
 """How the text of one sequence is drawn: with a seed, so that it is the same again"""
+SEQUENCES = (1, 8, 32)
+"""How many at once, where bits that don't depend on the batch are measured"""
 OPTIONS: dict[str, Any] = {
     "temperature": 0.8, "top_k": 50, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.1,
     "frequency_penalty": 0.1, "presence_penalty": 0.1, "logprobs": 5,
@@ -55,8 +58,9 @@ class FeaturesBench(Bench):
     """Measures what the engine's features do to its speed, on a model that writes text.
 
     Guesses (of text that repeats, that its caller foretells, that a schema forces, that was answered before), several
-    steps a launch, the prefix cache, scores, a long prompt beside streams, sampling options, forms and adapters, each
-    in turns with the same work without it. It takes minutes; --repeats 1 --tokens 64 gives a first impression.
+    steps a launch, the prefix cache, scores, a long prompt beside streams, sampling options, forms, adapters, and bits
+    that don't depend on the batch, each in turns with the same work without it. It takes minutes; --repeats 1
+    --tokens 64 gives a first impression.
 
     example: isthmus bench features --model models/some-instruct --dtype bfloat16
     """
@@ -85,14 +89,14 @@ class FeaturesBench(Bench):
 
 
 class _Engines:
-    """Engines of one model, without guesses, with them, and with launches of single steps; and the work that is
-    measured on them."""
+    """Engines of one model, without guesses, with them, with launches of single steps, and with XLA's own products; and
+    the work that is measured on them."""
 
     def __init__(self, config: FeaturesBench) -> None:
         assert config.model is not None
-        rows = max(config.streams, config.beside + 1)
+        rows = max(config.streams, config.beside + 1, *SEQUENCES)
         self.config = config
-        self.plain, self.guessing, self.single = (
+        self.plain, self.guessing, self.single, self.free = (
             LLM(
                 config.model,
                 dtype=config.dtype or default_dtype(),
@@ -100,9 +104,15 @@ class _Engines:
                 engine=EngineConfig(
                     max_sequences=rows, pages=self._pages(rows), draft_rows=draft_rows, steps_per_launch=steps
                 ),
+                kernels=kernels,
                 progress=False,
             )
-            for draft_rows, steps in ((0, 8), (8, 8), (0, 1))
+            for draft_rows, steps, kernels in (
+                (0, 8, "auto"),
+                (8, 8, "auto"),
+                (0, 1, "auto"),
+                (0, 8, "auto,linear=reference"),
+            )
         )
         vocab = self.plain._preparation.tokenizer.vocab_size
         self._salt = 0
@@ -114,9 +124,8 @@ class _Engines:
         return 1 + longest // EngineConfig().page_size + rows
 
     def close(self) -> None:
-        self.plain.close()
-        self.guessing.close()
-        self.single.close()
+        for engine in (self.plain, self.guessing, self.single, self.free):
+            engine.close()
 
     def guesses(self, *, repeats: bool) -> tuple[float, float]:
         """Tokens per second of one sequence without and with guesses. repeats: whether it repeats its own prompt."""
@@ -177,11 +186,18 @@ class _Engines:
             seconds.append(time.perf_counter() - start)
         return 16 * size / seconds[0], 16 * size / seconds[1]
 
-    def together(self, **options: Any) -> float:
-        """Tokens per second of `streams` sequences, the time of their prompts included."""
-        prompts = [self._ids(32) for _ in range(self.config.streams)]
+    def same_bits(self, sequences: int) -> tuple[float, float]:
+        """Tokens per second of so many sequences with XLA's products, which choose the order of a sum by the batch, and
+        with kernels whose order is fixed."""
+        prompts = [self._ids(32) for _ in range(sequences)]
+        options: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+        return self.together(self.free, prompts, **options), self.together(self.plain, prompts, **options)
+
+    def together(self, llm: LLM | None = None, prompts: list[list[int]] | None = None, **options: Any) -> float:
+        """Tokens per second of `streams` sequences, or of `prompts`, the time of the prompts included."""
+        prompts = prompts or [self._ids(32) for _ in range(self.config.streams)]
         start = time.perf_counter()
-        answers = self.plain.generate(
+        answers = (llm or self.plain).generate(
             prompts, max_tokens=self.config.tokens, seed=1, progress=False, cache="off", **options
         )
         return sum(answer.completion_tokens for answer in answers) / (time.perf_counter() - start)
@@ -243,6 +259,7 @@ RATIOS = {
     "a prompt's log-probabilities": "prompt tok/s",
     "all filters, penalties and log-probabilities": "tok/s of all streams",
     "a form of text": "tok/s of all streams",
+    **{f"the same bits in any batch, {count}": "tok/s of all streams" for count in SEQUENCES},
 }
 """What is compared with the same work without it, and in which unit"""
 
@@ -318,6 +335,7 @@ def _one_turn(engines: _Engines, pairs: dict[str, list[tuple[float, float]]], ti
         lambda: engines.scores(given=False),
         options,
         forms,
+        *(partial(engines.same_bits, count) for count in SEQUENCES),
     ]
     for name, measure in zip(RATIOS, measures, strict=True):
         pairs[name].append(measure())
@@ -347,6 +365,7 @@ def show(record: Record, _: Qualities) -> str:
         f"A prompt of {config['prompt']:,} tokens beside {config['beside']} streams: their median gap is {gap:.0f} ms "
         f"and p99 {p99:.0f} ms, of {alone:.1f} ms alone; its first token comes after {beside['first']:.1f} s, "
         f"{beside['first'] / beside['first_alone']:.2f}x of alone. "
+        "The same bits in any batch are beside XLA's own products, whose bits depend on the batch. "
         + (f"Masks for a form take {figures['masks']:.1%} of a step on the host. " if "masks" in figures else "")
         + PAIRED
     )

@@ -86,13 +86,14 @@ class LLM(Model):
         """path: a model folder, from `isthmus train` or as Hugging Face publishes it, an adapter's folder, a GGUF file,
         or a name like Org/Name in the local Hugging Face cache. dtype: of weights, activations and KV cache; auto is
         bfloat16, and float32 on CPU. quantize: keep matrices as integers, quantized while loading. mesh: the devices to
-        split the model over; by default one. kernels: "auto", "reference", or a name, as for `isthmus serve --kernels`.
-        engine: the engine's sizes. adapters: folders of LoRA adapters of the model, by names; a question whose `model`
-        is one of these names is computed with that adapter (`load_adapter` brings more). merge_adapter: add an adapter
-        to its base model's weights once. base: the folder or Org/Name of an adapter's base model. ignore_field: fields
-        of config.json to read as if absent. download: fetch an Org/Name that the local cache lacks. compilation_cache:
-        folder for compiled programs; by default the one that JAX is set to, or ~/.cache/isthmus/xla. progress: whether
-        to show how loading goes; None shows it if standard error is a terminal.
+        split the model over; by default one. kernels: "auto", "reference", or a name, and single operations after it,
+        as for `isthmus serve --kernels`. engine: the engine's sizes. adapters: folders of LoRA adapters of the model,
+        by names; a question whose `model` is one of these names is computed with that adapter (`load_adapter` brings
+        more). merge_adapter: add an adapter to its base model's weights once. base: the folder or Org/Name of an
+        adapter's base model. ignore_field: fields of config.json to read as if absent. download: fetch an Org/Name that
+        the local cache lacks. compilation_cache: folder for compiled programs; by default the one that JAX is set to,
+        or ~/.cache/isthmus/xla. progress: whether to show how loading goes; None shows it if standard error is a
+        terminal.
 
         Raises ConfigError, naming the setting, and CheckpointError for a folder whose weights can't be read.
         """

@@ -116,7 +116,7 @@ class TrainConfig:
     kernels: str = "auto"
     """The implementation of each operation: auto takes this machine's kernels if they make training faster; reference
     takes none; the name of kernels takes those, and is an error if they can't run: cpu gives log-probabilities the bits
-    that serving gives them"""
+    that serving gives them. Single operations may differ, after commas, as in cpu,linear=reference"""
     seed: int = 0
     """Decides the random initial parameters and the order of the data"""
     eval_every: int = 250

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +75,31 @@ REFERENCES = Kernels()
 
 
 def choose(wish: str, setting: Setting) -> Kernels:
-    """The implementations that `wish` ("auto", "reference" or the name of kernels) gives. Raises ConfigError where it
-    names none of the operations' kernels, or one that can't run there."""
-    used = _used(setting)
-    names = [AUTO, REFERENCE, *dict.fromkeys(kernel.name for each in OPERATIONS for kernel in each.kernels)]
-    if wish not in names:
-        raise ConfigError(f"kernels={wish} must be one of {', '.join(names)}")
-    return Kernels(**{operation.name: operation.choose(wish, setting) for operation in used})
+    """The implementations that `wish` gives: "auto", "reference" or the name of kernels for all operations, and after
+    it, with commas, what single operations take instead, as in "auto,linear=reference".
+
+    Raises ConfigError where it names what there isn't, or kernels that can't run there.
+    """
+    general, *parts = (part.strip() for part in wish.split(","))
+    named = [kernel.name for each in OPERATIONS for kernel in each.kernels]
+    _check_is_one(general, [AUTO, REFERENCE, *named], f"kernels={wish}", of_several=bool(parts))
+    single: dict[str, str] = {}
+    for part in parts:
+        name, _, implementation = part.partition("=")
+        _check_is_one(name, [each.name for each in OPERATIONS], f"kernels={wish}", of_several=True)
+        operation = next(each for each in OPERATIONS if each.name == name)
+        names = [AUTO, REFERENCE, *(kernel.name for kernel in operation.kernels)]
+        _check_is_one(implementation, names, f"kernels={wish}: {name}=", of_several=False)
+        if name in single:
+            raise ConfigError(f"kernels={wish} names {name} twice")
+        single[name] = implementation
+    return Kernels(**{each.name: each.choose(single.get(each.name, general), setting) for each in _used(setting)})
+
+
+def _check_is_one(name: str, names: Sequence[str], where: str, *, of_several: bool) -> None:
+    if name not in names:
+        which = f": {name!r}" if of_several else ""
+        raise ConfigError(f"{where}{which} must be one of {', '.join(dict.fromkeys(names))}")
 
 
 def announcement(kernels: Kernels, setting: Setting) -> str:

@@ -56,7 +56,8 @@ class ServeConfig:
     """The dtype of weights, activations and KV cache; auto is bfloat16, and float32 on CPU"""
     kernels: str = "auto"
     """Kernels that compute the model: auto takes those for this machine wherever they can run; reference takes none; a
-    name, such as cpu, takes those kernels, and is an error where they can't run"""
+    name, such as cpu, takes those kernels, and is an error where they can't run. Single operations may differ, after
+    commas, as in auto,linear=reference"""
     mesh: str = ""
     """Devices to split the model over, such as tp=2, or ep=2,tp=2, where ep splits a mixture's experts; empty is one"""
     drain_seconds: float = 30.0

@@ -89,6 +89,35 @@ def test_a_name_that_no_kernel_has_is_an_error() -> None:
         choose("cpus", SERVING)
 
 
+@pytest.mark.usefixtures("kernels")
+def test_single_operations_may_take_others() -> None:
+    """What one kernel does to speed or bits is seen by leaving out that one."""
+    kernels = choose("auto, linear=reference", SERVING)
+    assert kernels == dataclasses.replace(choose("cpu", SERVING), linear="reference")
+    assert "linear reference, paged_attention cpu" in announcement(kernels, SERVING)
+    assert choose("reference,norm=cpu,rotary=auto", SERVING) == Kernels(norm="cpu", rotary="cpu")
+    assert choose("auto,routing=cpu", SERVING) == choose("auto", SERVING), "a dense network doesn't call it"
+    with pytest.raises(ConfigError, match="kernels=cpu can't compute paged_attention: it has no gradient"):
+        choose("reference,paged_attention=cpu", dataclasses.replace(SERVING, takes_gradients=True))
+
+
+@pytest.mark.parametrize(
+    "wish, said",
+    [
+        ("auto,lin=cpu", "kernels=auto,lin=cpu: 'lin' must be one of linear, attention, "),
+        ("auto,linear", "kernels=auto,linear: linear= must be one of auto, reference, cpu"),
+        ("auto,linear=gpu", "kernels=auto,linear=gpu: linear= must be one of auto, reference, cpu"),
+        ("linear=cpu", "kernels=linear=cpu must be one of auto, reference, cpu"),
+        ("auto,linear=cpu,linear=auto", "kernels=auto,linear=cpu,linear=auto names linear twice"),
+        ("auto,", "kernels=auto,: '' must be one of linear, "),
+    ],
+)
+def test_a_choice_that_says_nothing_is_an_error(wish: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        choose(wish, SERVING)
+    assert str(refused.value).startswith(said)
+
+
 def test_every_operation_has_its_place_in_the_choice() -> None:
     """An operation whose name isn't a field could never be chosen."""
     assert {operation.name for operation in OPERATIONS} == {field.name for field in dataclasses.fields(Kernels)}
