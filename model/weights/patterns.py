@@ -1,14 +1,17 @@
-"""Checks regular expressions that come from users and from published files. Those that could take forever to match are
-refused."""
+"""Checks and matches regular expressions that come from users and from published files. Those that could take forever
+to match are refused."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from re import _constants as codes  # type: ignore[attr-defined]
 from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
+
+import regex
 
 LENGTH = 200
 """The most characters that a pattern may have, unless the caller allows more."""
@@ -17,6 +20,8 @@ _UNBOUNDED = 3
 name. With three, matching 1,000 names of 100 characters takes 0.1 s to 15 s, depending on what follows the third."""
 NAME = 100
 """The characters of a long name. A quantifier without an upper limit counts as this many ways to match."""
+SECONDS = 10.0
+"""The most that `Matching` takes for all that it matches, unless the caller says otherwise"""
 _REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
@@ -40,11 +45,49 @@ def check_pattern(pattern: str, longest: int = LENGTH, unbounded: int = _UNBOUND
             return f"has {count} quantifiers without an upper limit (*, +), and at most {unbounded} are allowed"
         if _ways(parsed) > max(NAME**_UNBOUNDED, choices * NAME**count):
             return "can match a name in too many ways: use fewer quantifiers and alternatives"
+        re.compile(pattern)  # which refuses more than parsing does
     except _RefusedError as refused:
         return str(refused)
     except (re.error, OverflowError, RecursionError) as error:
         return f"is no regular expression ({error})"
     return None
+
+
+class Matching:
+    """Matches names with regular expressions, all together in bounded time, while other threads run.
+
+    `re` does neither: it tries every way in which a pattern may match, and nothing ends it."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._left = seconds
+
+    def begins(self, pattern: regex.Pattern[str], name: str) -> bool:
+        """Whether a pattern from `compiled` matches the beginning of a name. Raises TimeoutError."""
+        return self._timed(pattern.match, name)
+
+    def is_whole(self, pattern: regex.Pattern[str], name: str) -> bool:
+        """Whether a pattern from `compiled` matches a whole name. Raises TimeoutError."""
+        return self._timed(pattern.fullmatch, name)
+
+    def _timed(self, match: Callable[..., Any], name: str) -> bool:
+        begun = time.perf_counter()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return match(name, timeout=self._left, concurrent=True) is not None
+        finally:
+            self._left -= time.perf_counter() - begun
+
+
+def compiled(pattern: str) -> regex.Pattern[str]:
+    """A pattern that `check_pattern` lets through and in which `is_common` finds nothing else than `re` does."""
+    return regex.compile(pattern, regex.VERSION0)
+
+
+def is_common(pattern: str) -> bool:
+    """Whether a pattern means the same to `re` and to `regex`, which knows names of classes in brackets, and braces
+    that say how much may differ."""
+    return re.search(r"\[[:.=]|\{(?!\d*,?\d*\})", pattern) is None
 
 
 def ways(pattern: str) -> int:

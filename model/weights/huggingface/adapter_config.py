@@ -6,19 +6,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import regex
 
 from isthmus.errors import ConfigError
 from isthmus.model.process.files import present, shortened
 from isthmus.model.weights.hub import find_folder
 from isthmus.model.weights.huggingface.fields import Fields
-from isthmus.model.weights.patterns import NAME, check_pattern, ways
+from isthmus.model.weights.patterns import NAME, Matching, check_pattern, compiled, is_common, ways
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -48,6 +49,9 @@ MOST_UNBOUNDED = 6
 """Quantifiers without an upper limit in a regular expression: trainers write four, and one more is put before it"""
 MOST_CHOICES = 1 << 10
 """Ways through the alternatives of a regular expression beside them"""
+
+T = TypeVar("T")
+Matches = Callable[[regex.Pattern[str], str], bool]
 
 _HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal", None)
 """The values of init_lora_weights that leave the base model's weights unchanged."""
@@ -95,13 +99,14 @@ class AdapterSettings:
     fields: Fields
     rank: int
     alpha: float
-    ranks: Mapping[re.Pattern, int]
+    ranks: Mapping[regex.Pattern[str], int]
     """Ranks by a regular expression over the names of modules, of which the first that matches counts; `rank` is for
     all others"""
-    alphas: Mapping[re.Pattern, float]
+    alphas: Mapping[regex.Pattern[str], float]
     """Alphas in the same form; `alpha` is for all others"""
     rank_stabilized: bool
     """Whether the scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732) instead of alpha / rank"""
+    matching: Matching = field(default_factory=Matching, compare=False)
 
     @classmethod
     def load(cls, path: Path) -> AdapterSettings:
@@ -129,11 +134,11 @@ class AdapterSettings:
         )
 
     def rank_of(self, key: str) -> int:
-        return _first_match(self.ranks, key, self.rank)
+        return self._first_match("rank_pattern", self.ranks, key, self.rank)
 
     def scale_of(self, key: str) -> float:
         """The factor that B·A·x is multiplied by. key: from `key_of`."""
-        return self._scale(_first_match(self.alphas, key, self.alpha), self.rank_of(key))
+        return self._scale(self._first_match("alpha_pattern", self.alphas, key, self.alpha), self.rank_of(key))
 
     @property
     def scale(self) -> float:
@@ -153,11 +158,11 @@ class AdapterSettings:
         out the adapter that is stored for this module."""
         fields = self.fields
         weight = f"{module}.weight"
-        if _names(fields, "target_parameters", weight):
+        if self._names("target_parameters", weight):
             return weight
-        if not _names(fields, "target_modules", module) and fields.raw("target_modules") != "all-linear":
+        if not self._names("target_modules", module) and fields.raw("target_modules") != "all-linear":
             raise fields.error("target_modules", f"leaves out {module}, for which the file holds an adapter")
-        if _names(fields, "exclude_modules", module):
+        if self._names("exclude_modules", module):
             raise fields.error("exclude_modules", f"leaves out {module}, for which the file holds an adapter")
         layers = fields.raw("layers_to_transform", None)
         if layers is None or layers == []:
@@ -168,12 +173,37 @@ class AdapterSettings:
             raise fields.error("layers_to_transform", f"leaves out {module}, for which the file holds an adapter")
         return module
 
+    def _names(self, name: str, module: str) -> bool:
+        """Whether a field names a module or a parameter. The field holds a regular expression, or a list of the names'
+        last parts."""
+        value = self.fields.raw(name, None)
+        if value is None:
+            return False
+        if isinstance(value, str):
+            pattern = _compiled(self.fields, name, value)
+            return self._in_time(name, self.matching.is_whole, pattern, module)
+        if not isinstance(value, list) or not all(isinstance(end, str) for end in value):
+            raise self.fields.error(name, "must be a list of names, or a regular expression")
+        return any(module == end or module.endswith(f".{end}") for end in value)
+
+    def _first_match(self, name: str, patterns: Mapping[regex.Pattern[str], T], module: str, default: T) -> T:
+        found = (value for each, value in patterns.items() if self._in_time(name, self.matching.begins, each, module))
+        return next(found, default)
+
+    def _in_time(self, name: str, matches: Matches, pattern: regex.Pattern[str], module: str) -> bool:
+        try:
+            return matches(pattern, module)
+        except TimeoutError:
+            raise self.fields.error(
+                name, "takes too long to be matched with the modules' names: use fewer quantifiers or entries"
+            ) from None
+
 
 def _is_positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < _MOST
 
 
-def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[re.Pattern, Any]:
+def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[regex.Pattern[str], Any]:
     values = fields.raw(name, None) or {}
     if not isinstance(values, dict) or not all(map(is_right, values.values())):
         raise fields.error(name, f"must map modules to {wanted}")
@@ -185,33 +215,20 @@ def _pattern(fields: Fields, name: str, is_right: Any, wanted: str) -> dict[re.P
     return patterns
 
 
-def _first_match(patterns: Mapping[re.Pattern, Any], module: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if pattern.match(module)), default)
-
-
-def _compiled(fields: Fields, name: str, pattern: str) -> re.Pattern:
-    if (why := _why_not(pattern)) is not None:
-        raise fields.error(name, f"is not supported: the regular expression {shortened(repr(pattern))} {why}")
-    return re.compile(pattern)
+def _compiled(fields: Fields, name: str, pattern: str) -> regex.Pattern[str]:
+    found = _checked(pattern)
+    if isinstance(found, str):
+        raise fields.error(name, f"is not supported: the regular expression {shortened(repr(pattern))} {found}")
+    return found
 
 
 @lru_cache(maxsize=64)
-def _why_not(pattern: str) -> str | None:
-    """Why a regular expression is refused: kept, because target_modules is asked for each module."""
-    return check_pattern(pattern, longest=MOST_CHARACTERS, unbounded=MOST_UNBOUNDED, choices=MOST_CHOICES)
-
-
-def _names(fields: Fields, name: str, module: str) -> bool:
-    """Whether a field names a module or a parameter. The field holds a regular expression, or a list of the names' last
-    parts."""
-    value = fields.raw(name, None)
-    if value is None:
-        return False
-    if isinstance(value, str):
-        return _compiled(fields, name, value).fullmatch(module) is not None
-    if not isinstance(value, list) or not all(isinstance(end, str) for end in value):
-        raise fields.error(name, "must be a list of names, or a regular expression")
-    return any(module == end or module.endswith(f".{end}") for end in value)
+def _checked(pattern: str) -> regex.Pattern[str] | str:
+    """A regular expression, or why it is refused: kept, because target_modules is asked for each module."""
+    why = check_pattern(pattern, longest=MOST_CHARACTERS, unbounded=MOST_UNBOUNDED, choices=MOST_CHOICES)
+    if why is None and not is_common(pattern):
+        why = "has a brace that is no number of times, or a class by its name"
+    return why or compiled(pattern)
 
 
 def adapter_config(

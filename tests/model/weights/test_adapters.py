@@ -28,6 +28,7 @@ from isthmus.model.weights.huggingface.adapters import ADAPTER_FILE, load_adapte
 from isthmus.model.weights.huggingface.files import TensorFiles
 from isthmus.model.weights.layout import unstack_params
 from isthmus.model.weights.lora import split
+from isthmus.model.weights.patterns import Matching
 from isthmus.serve.engine.build import build_executor, open_model
 from isthmus.serve.engine.messages import Request
 from isthmus.serve.engine.sampling import Sampling
@@ -351,6 +352,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {f"a{index}": 4 for index in range(4097)}}, "rank_pattern=.*at most 4096 patterns"),
     ({"rank_pattern": {".*.*.*a": 4, ".*.*.*b": 4}}, "rank_pattern=.*in too many ways"),
     ({"alpha_pattern": {f".*.*[a{index}]": 4 for index in range(300)}}, "alpha_pattern=.*in too many ways"),
+    ({"rank_pattern": {"(?<=.*)x": 4}}, "rank_pattern=.*look-behind"),
+    ({"exclude_modules": "(?<=.*)x"}, "exclude_modules=.*look-behind"),
+    ({"target_modules": "(q_proj){e<=1}"}, "target_modules=.*a brace that is no number of times"),
     ({"target_modules": "a" * 20_000}, "target_modules=.*longer than 16384 characters"),
     ({"target_modules": None}, "target_modules=None leaves out"),
     ({"target_modules": 3}, "target_modules=3 must be a list"),
@@ -383,6 +387,17 @@ def test_patterns_that_trainers_write_are_read(keys: list[str], tmp_path: Path) 
     path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": dict.fromkeys(keys, 4)}))
     settings = AdapterSettings.load(path)
     assert settings.rank_of("base.model.layers.17.q_proj") == 4 and settings.rank_of("model.layers.17.k_proj") == 2
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+def test_a_folder_whose_patterns_take_too_long_is_refused(name: str, tmp_path: Path) -> None:
+    """It would hold a thread of the server for as long as it likes."""
+    value = {"q_proj": 4} if name.endswith("pattern") else ".*q_proj"
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], name: value}))
+    settings = dataclasses.replace(AdapterSettings.load(path), matching=Matching(0))
+    with pytest.raises(ConfigError, match=f"{name}=.*takes too long"):
+        settings.scale_of(settings.key_of("model.layers.0.self_attn.q_proj", 0))
 
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
