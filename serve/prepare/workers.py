@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from isthmus.errors import Overloaded, Unavailable
@@ -32,9 +30,9 @@ class Workers:
         """calls: most that wait or run at once. size: most bytes of all of them together."""
         self._calls, self._size = calls, size
         self._held_calls = self._held_size = 0
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._closed = False
-        self._waiting: SimpleQueue[Item | None] = SimpleQueue()
+        self._waiting: list[Item] = []
         self._threads = 0
 
     async def run(self, size: int, work: Callable[..., T], *args: Any, always: bool = False) -> T:
@@ -55,25 +53,36 @@ class Workers:
             raise
 
     def _submit(self, size: int, work: Callable[..., T], *args: Any) -> Future[T]:
-        def free(_: Future[T]) -> None:
-            with self._lock:
+        def free(done: Future[T]) -> None:
+            with self._changed:
                 self._held_calls, self._held_size = self._held_calls - 1, self._held_size - size
+                if done.cancelled():  # no longer kept, nor is its text
+                    self._waiting = [item for item in self._waiting if item[0] is not done]
 
         submitted: Future[T] = Future()
         submitted.add_done_callback(free)
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise Unavailable("the engine is shutting down")
             # A text of any size is taken when there is no other.
             if self._held_calls and (self._held_calls >= self._calls or self._held_size + size > self._size):
                 raise Overloaded(f"{self._held_calls} calls with {self._held_size} bytes wait for a thread already")
+            if self._threads < min(THREADS, self._held_calls + 1):
+                self._start_thread()
             self._held_calls, self._held_size = self._held_calls + 1, self._held_size + size
-            if self._threads < min(THREADS, self._held_calls):
-                self._threads += 1
-                threading.Thread(target=_work, args=(self._waiting,), name="work", daemon=True).start()
-            # Before the lock is let go, or it could come after what ends the threads.
-            self._waiting.put((submitted, partial(work, *args)))
+            self._waiting.append((submitted, partial(work, *args)))
+            self._changed.notify()
         return submitted
+
+    def _start_thread(self) -> None:
+        """The lock is held. Raises Overloaded if the system gives no thread and there is none yet."""
+        try:
+            threading.Thread(target=self._work, name="work", daemon=True).start()
+        except RuntimeError as error:
+            if not self._threads:
+                raise Overloaded(f"there is no thread for it: {error}") from None
+        else:
+            self._threads += 1
 
     @property
     def waiting(self) -> int:
@@ -82,22 +91,25 @@ class Workers:
 
     def close(self) -> None:
         """Ends the calls that wait with Unavailable; those that run go on."""
-        with self._lock:
+        with self._changed:
             self._closed = True
-        with contextlib.suppress(Empty):
-            while (item := self._waiting.get_nowait()) is not None:
-                item[0].cancel()
-        for _ in range(THREADS):
-            self._waiting.put(None)
+            left, self._waiting = self._waiting, []
+            self._changed.notify_all()
+        for future, _ in left:
+            future.cancel()
 
+    def _work(self) -> None:
+        """Does what waits, one after the other, until no more can come."""
+        while (item := self._next()) is not None:
+            future, work = item
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except BaseException as error:
+                    future.set_exception(error)
+            del item, future, work  # else what was made lives until there is more to do
 
-def _work(waiting: SimpleQueue[Item | None]) -> None:
-    """Does what waits, one after the other, until it takes None."""
-    while (item := waiting.get()) is not None:
-        future, work = item
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-        del item, future, work  # else what was made lives until there is more to do
+    def _next(self) -> Item | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            return self._waiting.pop(0) if self._waiting else None

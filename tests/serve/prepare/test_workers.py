@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -62,6 +64,61 @@ def test_a_caller_who_is_gone_has_no_text_encoded(jobs: list[Job]) -> None:
         kept = [task for index, task in enumerate(tasks) if index != THREADS]
         assert await asyncio.gather(*kept) == ["done"] * len(kept)
         assert not jobs[THREADS].started.is_set() and workers.waiting == 0
+        workers.close()
+
+    asyncio.run(main())
+
+
+def test_a_caller_who_is_gone_leaves_nothing(jobs: list[Job]) -> None:
+    """A client that sends long texts and cancels them, while others are encoded, would fill the memory."""
+
+    class Text:
+        pass
+
+    async def main() -> None:
+        workers = Workers()
+        tasks = await _fill(workers, jobs[:THREADS], SHORT + 1)
+        texts = []
+        for _ in range(20):
+            text = Text()
+            texts.append(weakref.ref(text))
+            task = asyncio.create_task(workers.run(SHORT + 1, id, text))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            del text, task
+        await asyncio.sleep(0)
+        gc.collect()  # what tells of each cancellation
+        assert not any(text() for text in texts)
+        for job in jobs:
+            job.go.set()
+        assert await asyncio.gather(*tasks) == ["done"] * THREADS
+        workers.close()
+
+    asyncio.run(main())
+
+
+def test_a_system_without_threads_is_waited_for(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on processes that is reached for a moment must not keep texts from being encoded ever after."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        workers = Workers()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for _ in range(THREADS + 1):
+                with pytest.raises(Overloaded, match="can't start new thread"):
+                    await workers.run(SHORT + 1, jobs[0])
+        jobs[0].go.set()
+        assert await workers.run(SHORT + 1, jobs[0]) == "done" and workers.waiting == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)  # the one that there is does all
+            running = [asyncio.create_task(workers.run(SHORT + 1, jobs[0])) for _ in range(3)]
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*running) == ["done"] * 3
         workers.close()
 
     asyncio.run(main())
