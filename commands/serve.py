@@ -12,7 +12,6 @@ from rich.console import Console
 from isthmus.errors import ConfigError
 from isthmus.model.device.compilation import enable_compilation_cache
 from isthmus.model.ops.kernels import announcement, fallbacks
-from isthmus.model.ops.operation import AUTO
 from isthmus.model.process.progress import Display, working
 from isthmus.model.process.signals import end_at_once
 from isthmus.model.weights.checkpoint import CheckpointError
@@ -103,7 +102,7 @@ def _announce_kernels(executor: Executor, wish: str, console: Console) -> None:
     """Prints which implementation each operation takes, and why a kernel that was wanted can't run."""
     kernels, setting = executor.served.execution.kernels, executor.served.setting(executor.mesh)
     console.print(announcement(kernels, setting), highlight=False)
-    for fallback in fallbacks(kernels, setting) if wish == AUTO else ():
+    for fallback in fallbacks(kernels, setting, wish):
         console.print(f"slower than it could be, {fallback}", style="yellow", markup=False)
 
 

@@ -80,12 +80,18 @@ def choose(wish: str, setting: Setting) -> Kernels:
 
     Raises ConfigError where it names what there isn't, or kernels that can't run there.
     """
+    wishes = _wishes(wish)
+    return Kernels(**{each.name: each.choose(wishes[each.name], setting) for each in _used(setting)})
+
+
+def _wishes(wish: str) -> dict[str, str]:
+    """What is wished for each operation. Raises ConfigError."""
     general, *parts = (part.strip() for part in wish.split(","))
     named = [kernel.name for each in OPERATIONS for kernel in each.kernels]
     _check_is_one(general, [AUTO, REFERENCE, *named], f"kernels={wish}", of_several=bool(parts))
     single: dict[str, str] = {}
     for part in parts:
-        name, _, implementation = part.partition("=")
+        name, implementation = (each.strip() for each in part.partition("=")[::2])
         _check_is_one(name, [each.name for each in OPERATIONS], f"kernels={wish}", of_several=True)
         operation = next(each for each in OPERATIONS if each.name == name)
         names = [AUTO, REFERENCE, *(kernel.name for kernel in operation.kernels)]
@@ -93,7 +99,7 @@ def choose(wish: str, setting: Setting) -> Kernels:
         if name in single:
             raise ConfigError(f"kernels={wish} names {name} twice")
         single[name] = implementation
-    return Kernels(**{each.name: each.choose(single.get(each.name, general), setting) for each in _used(setting)})
+    return {each.name: single.get(each.name, general) for each in OPERATIONS}
 
 
 def _check_is_one(name: str, names: Sequence[str], where: str, *, of_several: bool) -> None:
@@ -110,11 +116,13 @@ def announcement(kernels: Kernels, setting: Setting) -> str:
     return f"kernels: {', '.join(f'{name} {taken[name]}' for name in taken) if others else one}"
 
 
-def fallbacks(kernels: Kernels, setting: Setting) -> list[str]:
-    """For each reason why operations take the reference where their platform has kernels, a line that names them."""
+def fallbacks(kernels: Kernels, setting: Setting, wish: str = AUTO) -> list[str]:
+    """For each reason why operations take the reference where their platform has kernels, a line that names them; not
+    those for which `wish` was another than "auto"."""
     operations: dict[tuple[str, str], list[str]] = {}
+    wishes = _wishes(wish)
     for operation in _used(setting):
-        if getattr(kernels, operation.name) == REFERENCE:
+        if getattr(kernels, operation.name) == REFERENCE and wishes[operation.name] == AUTO:
             for refusal in operation.refusals(setting).items():
                 operations.setdefault(refusal, []).append(operation.name)
     return [f"without the {name} kernels of {', '.join(of)}: {why}" for (name, why), of in operations.items()]

@@ -95,10 +95,22 @@ def test_single_operations_may_take_others() -> None:
     kernels = choose("auto, linear=reference", SERVING)
     assert kernels == dataclasses.replace(choose("cpu", SERVING), linear="reference")
     assert "linear reference, paged_attention cpu" in announcement(kernels, SERVING)
+    assert choose("auto , linear = reference", SERVING) == kernels
     assert choose("reference,norm=cpu,rotary=auto", SERVING) == Kernels(norm="cpu", rotary="cpu")
     assert choose("auto,routing=cpu", SERVING) == choose("auto", SERVING), "a dense network doesn't call it"
     with pytest.raises(ConfigError, match="kernels=cpu can't compute paged_attention: it has no gradient"):
         choose("reference,paged_attention=cpu", dataclasses.replace(SERVING, takes_gradients=True))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_was_left_to_auto_says_why_it_can_not_run() -> None:
+    """Also beside an operation that was chosen, of which nobody has to be told."""
+    setting = dataclasses.replace(SERVING, devices=2)
+    (line,) = fallbacks(choose("auto,norm=reference", setting), setting, "auto,norm=reference")
+    assert line.startswith(f"without the cpu kernels of {USED.replace('norm, ', '')}: ")
+    assert fallbacks(REFERENCES, setting, "reference") == []
+    (line,) = fallbacks(choose("reference,norm=auto", setting), setting, "reference,norm=auto")
+    assert line.startswith("without the cpu kernels of norm: ")
 
 
 @pytest.mark.parametrize(
