@@ -2,8 +2,9 @@
 // by the same code, `causal` of model/ops/attention.py over the documents of a packed batch.
 //
 // First the step's keys and values go to their pages, then every (sequence, key head) is a task, or where there are many
-// sequences, every one of them with all of its heads, which lie side by side: the queries pass over the keys kChunk at a
-// time with a running softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). Chunks lie on a grid of absolute positions
+// rows, every one of them with all of its heads, which lie side by side, and where there are few blocks, a part of a
+// block's queries: they pass over the keys kChunk at a time with a running softmax (Milakov and Gimelshein 2018, arXiv
+// 1805.02867). Chunks lie on a grid of absolute positions
 // and every sum has a fixed order, so a query's result depends on its own sequence alone: not on the batch, on where its
 // pages are, or on how many queries of its sequence the step has.
 #include <algorithm>
@@ -182,16 +183,18 @@ void finish(const Step& s, Query& query, float* out) {
   write(out, s.head_dim, (X*)s.out + (query.token * s.heads + query.head) * s.head_dim);
 }
 
-// The queries of a sequence that the key heads [first_head, last_head) serve, head by head.
+// The queries of a sequence's tokens [first_token, last_token) that the key heads [first_head, last_head) serve, head by
+// head.
 template <class X, class C>
-void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t last_head) {
+void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t last_head, int64_t first_token,
+                  int64_t last_token) {
   thread_local Scratch scratch;
   const int64_t width = s.padded(), group = s.group();
   auto& queries = scratch.queries;
   queries.clear();
   int64_t last = -1, first = INT64_MAX;
   for (int64_t head = first_head; head < last_head; head++)
-    for (int64_t i = 0; i < s.sequence_tokens(sequence); i++) {
+    for (int64_t i = first_token; i < last_token; i++) {
       int64_t token = s.first_token(sequence) + i, position = s.positions[token];
       if (position < 0) {
         X* out = (X*)s.out + (token * s.heads + head * group) * s.head_dim;
@@ -245,6 +248,16 @@ void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t l
   for (int64_t i = 0; i < all; i++) finish<X>(s, queries[i], scratch.out.data() + i * width);
 }
 
+// Into how many parts the queries of a block's head are divided, so that of the threads' time no more than an eighth is
+// spent waiting for the last of them: each part makes the keys ready anew.
+int64_t parts_of_block(const Step& s) {
+  const int64_t threads = Pool::get().threads(), tasks = (s.sequences() - s.rows) * s.kv_heads;
+  int64_t parts = 1;
+  const auto waits = [&] { return 8 * (round_up(tasks * parts, threads) - tasks * parts) > tasks * parts; };
+  while (waits() && 2 * parts <= s.block && s.block / (2 * parts) * s.group() >= 2 * kQueries) parts *= 2;
+  return parts;
+}
+
 template <class X, class C>
 void run(const Step& s) {
   if (s.tokens * s.kv_heads * s.head_dim < kAlone)
@@ -253,14 +266,17 @@ void run(const Step& s) {
     Pool::get().run(s.sequences(), [&](int64_t sequence) { write_sequence<X, C>(s, sequence); });
   // One task for all heads of a row, where rows enough are left for every thread.
   const int64_t heads = s.rows >= 2 * Pool::get().threads() ? s.kv_heads : 1, row_tasks = s.kv_heads / heads;
-  const int64_t tasks = s.rows * row_tasks + (s.sequences() - s.rows) * s.kv_heads;
+  const int64_t parts = parts_of_block(s), size = (s.block + parts - 1) / parts;
+  const int64_t tasks = s.rows * row_tasks + (s.sequences() - s.rows) * s.kv_heads * parts;
   Pool::get().run(tasks, [&](int64_t task) {
     if (task < s.rows * row_tasks) {
       const int64_t head = task % row_tasks * heads;
-      attend_heads<X, C>(s, task / row_tasks, head, head + heads);
+      attend_heads<X, C>(s, task / row_tasks, head, head + heads, 0, 1);
     } else {
       task -= s.rows * row_tasks;
-      attend_heads<X, C>(s, s.rows + task / s.kv_heads, task % s.kv_heads, task % s.kv_heads + 1);
+      const int64_t first = task % parts * size, head = task / parts % s.kv_heads;
+      attend_heads<X, C>(s, s.rows + task / parts / s.kv_heads, head, head + 1, std::min(first, s.block),
+                         std::min(first + size, s.block));
     }
   });
 }
@@ -291,7 +307,7 @@ void run_documents(const Step& s, const int32_t* segments, int64_t batch, int64_
     mine.positions = positions.data() + block.first;
     mine.q = (const X*)s.q + queries, mine.out = (X*)s.out + queries;
     mine.cache = (X*)s.cache + block.document * s.slots() * s.head_dim;
-    attend_heads<X, X>(mine, 0, head, head + 1);
+    attend_heads<X, X>(mine, 0, head, head + 1, 0, mine.block);
   });
 }
 

@@ -297,6 +297,13 @@ SHAPES = {
     "one block of one": Shape(rows=0, blocks=1, block=1),
     "long block": Shape(rows=2, blocks=1, block=60, page_size=16),
     "long": Shape(rows=2, blocks=1, block=5, longest=700, page_size=16),
+    "a divided block": Shape(rows=3, blocks=1, block=30, kv_heads=1, group=4, longest=150, page_size=16),
+    "divided blocks": Shape(
+        rows=8, blocks=1, block=32, kv_heads=3, group=3, head_dim=64, longest=200, dtype="bfloat16", cache="bfloat16"
+    ),
+    "a divided block of int8": Shape(
+        rows=0, blocks=1, block=19, kv_heads=1, head_dim=64, cache="int8", window=33, longest=90
+    ),
     "first layer": Shape(layer=0),
     "last layer": Shape(layer=LAYERS - 1),
 }
@@ -305,6 +312,7 @@ INDEPENDENT = (
     *("plain", "all of it", "latent", "window of five", "long block", "long"),
     *("bfloat16", "bfloat16 of odd width", "bfloat16 with all of it", "latent in bfloat16", "bfloat16 over int8"),
     *("int8 of 24", "int8 of 96", "latent in int8"),
+    *("a divided block", "divided blocks", "a divided block of int8"),
 )
 
 
