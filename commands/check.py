@@ -19,7 +19,8 @@ from isthmus.errors import ConfigError
 from isthmus.forms import Choices, JsonSchema, Regex
 from isthmus.model.config import ModelConfig
 from isthmus.model.device.compilation import enable_compilation_cache
-from isthmus.model.ops.operation import AUTO
+from isthmus.model.ops.kernels import announcement
+from isthmus.model.ops.operation import AUTO, REFERENCE
 from isthmus.model.parameter import Dtype
 from isthmus.model.process.progress import Display, stages
 from isthmus.model.sharding import MeshShape
@@ -67,18 +68,20 @@ class Determinism:
     """Decides what is asked"""
     dtype: Dtype | Literal["auto"] = "auto"
     """What the network computes in; auto is bfloat16 except on CPU"""
-    quantize: str = "none"
+    quantize: Literal["none", "int8", "int6", "int5", "int4"] = "none"
     """Makes matrices integers when they are loaded, as for isthmus serve"""
     cache_dtype: Literal["model", "float32", "bfloat16", "int8"] = "model"
     """The dtype of keys and values"""
     kernels: str = AUTO
     """Kernels by name, `auto`, or `reference`, which is XLA alone, as `isthmus serve` takes them"""
-    context_length: int = 256
-    """Most tokens of a request to --model, prompt included"""
+    context_length: int = 0
+    """Most tokens of a request to --model, prompt included; 0 is 256, or what the model has if that is less"""
     all: bool = False
     """Without --model: float32, bfloat16, int8 and int4 weights and an int8 cache, for each network"""
 
 
+DEFAULT_CONTEXT = 256
+"""Of a request to --model"""
 Subject = tuple[str, Callable[[], tuple[Executor, Learner | str]]]
 """A name, and what makes the engine, and either what training says of a text or why that differs"""
 
@@ -120,7 +123,7 @@ def _small(
 
 def _of_folder(config: Determinism, path: Path) -> tuple[Executor, Learner | str]:
     model = open_model(path, config.dtype, quantize=config.quantize)
-    engine = crowd_config(min(config.context_length, model.config.context_length))
+    engine = crowd_config(config.context_length or min(DEFAULT_CONTEXT, model.config.context_length))
     engine = replace(engine, cache_dtype=config.cache_dtype)
     return build_executor(model, engine, MeshShape(), kernels=config.kernels), "only small networks are trained here"
 
@@ -142,6 +145,10 @@ def run(config: Determinism, console: Console) -> int:
     """Prints a verdict for each subject. Returns 1 if any request got other bits in the crowd than alone."""
     if config.requests < 1:
         raise ConfigError(f"requests={config.requests} must be at least 1")
+    if config.all and config.model is not None:
+        raise ConfigError("all: --all is of the small networks; --model takes --dtype, --quantize and --cache-dtype")
+    if config.context_length and config.model is None:
+        raise ConfigError("context_length: --context-length needs --model")
     failed = 0
     constraints = _grammars(config.model) if config.model is not None else ()
     for name, build in subjects(config):
@@ -157,9 +164,12 @@ def run(config: Determinism, console: Console) -> int:
             )  # fmt: skip
             stage = shown.begin(f"{name}: requests in the crowd, then each alone", 2 * config.requests, "runs")
             verdict = check(executor, arrivals, stage.advance, None if isinstance(learned, str) else learned)
+        kernels, setting = executor.served.execution.kernels, executor.served.setting(executor.mesh)
         executor.free()
         failed += not verdict.holds
         _print(console, name, verdict, learned if isinstance(learned, str) else "")
+        if REFERENCE in (said := announcement(kernels, setting)):
+            console.print(f"  {said}: with the reference, XLA sums in another order in each program", highlight=False)
     return 1 if failed else 0
 
 

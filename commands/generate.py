@@ -213,7 +213,7 @@ def main(argv: Sequence[str]) -> int:
     except RequestError as error:
         here = config.model is not None
         print(f"isthmus generate: {error if here else _reason(error, config.address)}", file=sys.stderr)
-        return 2 if here and isinstance(error, InvalidRequest) else 1
+        return 2 if isinstance(error, InvalidRequest) else 1
     except BrokenPipeError:  # standard output was closed; commands/main.py ends the process
         raise
     except (ConfigError, CheckpointError, OSError, ValueError) as error:

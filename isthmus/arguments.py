@@ -36,7 +36,9 @@ def check_whole(field: str, value: int, bits: int) -> int:
     """A whole number that so many bits hold, without a sign."""
     value = check_int(field, value)
     if not 0 <= value < 1 << bits:
-        raise InvalidRequest(field, f"must be below 2^{bits}, not {value}" if value > 0 else f"must not be {value}")
+        raise InvalidRequest(
+            field, f"must be below 2^{bits}, not {value}" if value > 0 else f"must be 0 or more, not {value}"
+        )
     return value
 
 

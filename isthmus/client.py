@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,10 +100,16 @@ def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(data)
 
 
+_TARGET = re.compile(r"([^\s:/\[\]]+|\[[^\s/\[\]]+\]):\d{1,5}")
+_SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:", "vsock:")
+"""Of names that gRPC resolves"""
+
+
 def check_target(target: str) -> str:
-    """The address of a server. Raises ConfigError for a host without a port, which gRPC would read as port 443."""
-    if not isinstance(target, str) or ":" not in target:
-        raise ConfigError(f"target={target!r} must be HOST:PORT, such as 127.0.0.1:50051")
+    """The address of a server. Raises ConfigError for a URL, and for a host without a port, which gRPC would read as
+    port 443."""
+    if not isinstance(target, str) or not (_TARGET.fullmatch(target) or target.startswith(_SCHEMES)):
+        raise ConfigError(f"target={target!r:.200} must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
     return target
 
 

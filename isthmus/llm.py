@@ -24,6 +24,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args
 import jax
 
 from isthmus.adapters import AdapterInfo, check_path
+from isthmus.arguments import shown
 from isthmus.errors import ConfigError, DeadlineExceeded, RequestFailed, Unavailable
 from isthmus.forms import check_string
 from isthmus.model.device.compilation import enable_compilation_cache
@@ -106,12 +107,16 @@ class LLM(Model):
             ("engine", engine, (EngineConfig, NoneType)),
             ("merge_adapter", merge_adapter, (bool,)),
             ("base", base, (str, os.PathLike, NoneType)),
+            ("adapters", adapters, (Mapping, NoneType)),
             ("ignore_field", ignore_field, (list, tuple)),
             ("download", download, (bool,)),
             ("compilation_cache", compilation_cache, (str, os.PathLike, NoneType)),
             ("progress", progress, (bool, NoneType)),
         ):
             _check_type(name, value, kinds)
+        for name, folder in (adapters or {}).items():
+            _check_type(f"adapters: the name {shown(name)}", name, (str,))
+            _check_type(f"adapters: the folder of {name!r}", folder, (str, os.PathLike))
         _keep_programs(compilation_cache)
         options = FolderOptions(None if base is None else Path(base), tuple(ignore_field), download)
         self._model = open_model(

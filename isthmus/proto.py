@@ -49,9 +49,10 @@ from isthmus.types import (
     check_bias,
     check_cache,
     check_priority,
+    check_prompt,
     check_sized,
     check_stops,
-    check_turn,
+    check_turns,
 )
 from isthmus.v1 import inference_pb2
 
@@ -138,14 +139,14 @@ def set_prompt(
             message.text = check_string("prompt", text)
             message.parse_special = check_flag("parse_special", parse_special)
         case Conversation(messages, arguments):
-            turns = [check_turn(index, turn) for index, turn in enumerate(messages)]
+            turns = check_turns(messages)
             message.messages.messages.extend(inference_pb2.ChatMessage(**turn) for turn in turns)
             message.messages.SetInParent()
             if arguments:
                 message.messages.template_arguments_json = check_string("template_arguments", _json(arguments))
         case TokenPrompt(given):
             message.token_ids.SetInParent()
-            set_ids("prompt", given, message.token_ids.ids)
+            set_ids("prompt", check_prompt(given), message.token_ids.ids)
     if last is not None:
         message.truncate_prompt_tokens = check_whole("truncate_prompt_tokens", last, 32)
 

@@ -25,7 +25,6 @@ from isthmus.questions import (
     P,
     ScoreOptions,
     StreamOptions,
-    conversation_of,
     conversations_of,
     prompts_of,
     to_embed_question,
@@ -127,11 +126,9 @@ class Model(HasAdapters, Protocol):
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         timeout = check_timeout(timeout)
         if (talks := conversations_of(messages)) is None:
-            talk = conversation_of(messages)
-            return self.begin(to_question(talk, sampling, options, arguments=template_arguments), timeout).result()
-        questions = [
-            to_question(talk, sampling, options, arguments=template_arguments) for talk in map(conversation_of, talks)
-        ]
+            question = to_question(messages, sampling, options, arguments=template_arguments, chat=True)
+            return self.begin(question, timeout).result()
+        questions = [to_question(talk, sampling, options, arguments=template_arguments, chat=True) for talk in talks]
         return self._all(questions, timeout, progress, return_errors)
 
     def stream(
@@ -303,11 +300,9 @@ class AsyncModel(HasAsyncAdapters, Protocol):
         """Answers a conversation, which the model's chat template writes as text. Raises RequestError."""
         timeout = check_timeout(timeout)
         if (talks := conversations_of(messages)) is None:
-            talk = conversation_of(messages)
-            return await self.ask(to_question(talk, sampling, options, arguments=template_arguments), timeout)
-        questions = [
-            to_question(talk, sampling, options, arguments=template_arguments) for talk in map(conversation_of, talks)
-        ]
+            question = to_question(messages, sampling, options, arguments=template_arguments, chat=True)
+            return await self.ask(question, timeout)
+        questions = [to_question(talk, sampling, options, arguments=template_arguments, chat=True) for talk in talks]
         return await self._all(questions, timeout, progress, return_errors)
 
     def stream(

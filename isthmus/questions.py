@@ -88,42 +88,49 @@ class StreamOptions(AskOptions, total=False):
 
 
 def to_question(
-    prompt: Prompt | Messages,
+    prompt: object,
     sampling: SamplingParams | None,
     options: AskOptions,
     parse_special: bool = False,
     arguments: Mapping[str, object] | None = None,
+    *,
+    chat: bool = False,
 ) -> Question:
-    """The question that the arguments of a call ask. Raises TypeError for an unknown option and for sampling that isn't
-    SamplingParams, and InvalidRequest for an option that doesn't go with the prompt."""
+    """The question that the arguments of a call ask. chat: whether the prompt must be messages. Raises TypeError for an
+    unknown option and for sampling that isn't SamplingParams, and InvalidRequest for an option that doesn't go with the
+    prompt."""
     if sampling is not None and not isinstance(sampling, SamplingParams):
         raise TypeError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
     service = {name: value for name, value in options.items() if name in ServiceOptions.__annotations__}
     drawn = {name: value for name, value in options.items() if name not in service}
     asked = (sampling or SamplingParams()).replace(**cast(SamplingOptions, drawn))
-    kind = to_prompt(prompt, parse_special, arguments)
+    kind = to_conversation(prompt, arguments) if chat else to_prompt(prompt, parse_special, arguments)
     return Question(kind, asked, service=Service(**cast(ServiceOptions, service)))
 
 
 def to_prompt(
-    prompt: Prompt | Messages, parse_special: bool = False, arguments: Mapping[str, object] | None = None
+    prompt: object, parse_special: bool = False, arguments: Mapping[str, object] | None = None
 ) -> TextPrompt | TokenPrompt | Conversation:
-    """The prompt that arguments give. Raises TypeError and InvalidRequest as `to_question` does."""
+    """The prompt that arguments give, which isn't looked at. Raises InvalidRequest for an option that doesn't go with
+    it."""
     if isinstance(prompt, str):
         kind: TextPrompt | TokenPrompt | Conversation = TextPrompt(prompt, parse_special)
     elif is_conversation(prompt):
-        kind = Conversation(cast(Messages, prompt), arguments or {})
-    elif isinstance(prompt, Mapping):
-        raise TypeError("a message is not a prompt: give chat a list of messages")
+        kind = to_conversation(prompt, arguments)
     else:
         kind = TokenPrompt(cast(Sequence[int], prompt))
     if parse_special and not isinstance(kind, TextPrompt):
         raise InvalidRequest("parse_special", "is for a text only: in messages a special token is always read as one")
     if arguments is not None and not isinstance(kind, Conversation):
         raise InvalidRequest("template_arguments", "are for messages only")
+    return kind
+
+
+def to_conversation(messages: object, arguments: Mapping[str, object] | None) -> Conversation:
+    """Messages, which are not looked at, and what the template is given. Raises InvalidRequest."""
     if arguments is not None and not isinstance(arguments, Mapping):
         raise InvalidRequest("template_arguments", f"must be a mapping, not {type(arguments).__name__}")
-    return kind
+    return Conversation(cast(Messages, messages), arguments or {})
 
 
 def to_streamed(
@@ -159,13 +166,6 @@ def conversations_of(messages: Messages | list[C]) -> list[C] | None:
     if isinstance(messages, list) and not is_conversation(messages):
         return cast("list[C]", messages)
     return None
-
-
-def conversation_of(messages: object) -> Messages:
-    """The messages as a conversation. Raises TypeError if they aren't one."""
-    if not is_conversation(messages):
-        raise TypeError(f"a conversation is a list of messages with role and content, not {type(messages).__name__}")
-    return cast(Messages, messages)
 
 
 def to_score_question(

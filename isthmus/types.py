@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypedDict, Unpack, cast, get_args
 
-from isthmus.arguments import check_int
+from isthmus.arguments import check_int, shown
 from isthmus.errors import InvalidRequest
 from isthmus.forms import FormatOptions, ResponseFormat, check_string, response_format
 
@@ -107,14 +107,15 @@ class SamplingParams:
     min_tokens: int | None = None
     """The number of tokens before which none is drawn that ends the text; by default 0"""
     n: int = 1
-    """Completions to draw for the prompt, which is computed once; at most 128. Each takes a place as a request of its
-    own does. Completion i is what the seed plus i draws alone"""
+    """Completions to draw for the prompt, which is computed once; at most 128, and as the server has room for.
+    Each takes a place as a request of its own does. Completion i is what the seed plus i draws alone"""
     prompt_logprobs: int | None = None
     """Tells the log-probability of each token of the prompt but the first, and of so many of the likeliest tokens at
     its place, at most 20; None tells nothing. The prompt takes longer then, and isn't read from the prefix cache"""
     resume_token_ids: Sequence[int] = ()
-    """Tokens of an answer that broke off, to the same prompt with the same options and `seed`: this one goes on after
-    them, exactly as that one would have, also elsewhere. They count as drawn, and are no part of this answer"""
+    """Tokens of an answer that broke off, to the same prompt with the same options and `seed`, which nothing depends on
+    at temperature 0: this one goes on after them, exactly as that one would have, also elsewhere. They count as drawn,
+    and are no part of this answer"""
     response_format: ResponseFormat | None = None
     """What the text must be: tokens that lead elsewhere are never drawn. A text that max_tokens, the context or a stop
     token cuts off is the beginning of such a text"""
@@ -318,9 +319,13 @@ def check_priority(priority: int) -> int:
 
 
 def check_bias(bias: Mapping[int, float]) -> Mapping[int, float]:
-    """The map, whose ids and numbers are not looked at. Raises InvalidRequest for what is none."""
+    """The map, whose numbers are not looked at. Raises InvalidRequest for what is none, and for a key that is no whole
+    number."""
     if not isinstance(bias, Mapping):
         raise InvalidRequest("logit_bias", f"must map token ids to numbers, not be {type(bias).__name__}")
+    for token in bias:
+        if isinstance(token, bool) or not isinstance(token, numbers.Integral):
+            raise InvalidRequest("logit_bias", f"must map token ids to numbers, and {shown(token)} is no token id")
     return bias
 
 
@@ -336,6 +341,17 @@ def check_sized(field: str, ids: Sequence[int]) -> Sequence[int]:
     return ids
 
 
+def check_prompt(ids: Sequence[int]) -> Sequence[int]:
+    """A prompt that is no text, and whose ids are not looked at. Raises InvalidRequest for what is no sequence."""
+    if isinstance(ids, Mapping):
+        raise InvalidRequest("prompt", "is a message: give chat a list of messages")
+    if isinstance(ids, Sequence) and ids and isinstance(ids[0], str):
+        raise InvalidRequest("prompt", "is several texts, where one text or its token ids are to be given")
+    if not isinstance(ids, Iterable):
+        raise InvalidRequest("prompt", f"must be a text or a sequence of token ids, not {type(ids).__name__}")
+    return check_sized("prompt", ids)
+
+
 def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     """The strings of `stop`; one that is given by itself is the only one. Raises InvalidRequest for what isn't
     strings."""
@@ -346,6 +362,21 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(check_string(f"stop[{index}]", string) for index, string in enumerate(stop))
 
 
+MAX_MESSAGES = 1024
+"""Messages of a conversation"""
+
+
+def check_turns(messages: Messages) -> list[dict[str, str]]:
+    """The turns of a conversation, as `check_turn` gives them. Raises InvalidRequest."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise InvalidRequest(
+            "messages", f"must be a list of messages with role and content, not {type(messages).__name__}"
+        )
+    if len(messages) > MAX_MESSAGES or not messages:
+        raise InvalidRequest("messages", f"has {len(messages)}; give 1 to {MAX_MESSAGES}")
+    return [check_turn(index, turn) for index, turn in enumerate(messages)]
+
+
 def check_turn(index: int, turn: Message) -> dict[str, str]:
     """A turn with role and content. Raises InvalidRequest for what isn't a message, for an empty role, for other keys,
     and for values that aren't strings."""
@@ -354,7 +385,9 @@ def check_turn(index: int, turn: Message) -> dict[str, str]:
         raise InvalidRequest(where, f"must be a message with role and content, not {type(turn).__name__}")
     if unknown := sorted(turn.keys() - {"role", "content"}, key=repr):
         raise InvalidRequest(where, f"has the key {unknown[0]!r}; a message has role and content")
-    checked = {"role": turn.get("role", ""), "content": turn.get("content", "")}
+    if missing := {"role", "content"} - turn.keys():
+        raise InvalidRequest(f"{where}.{max(missing)}", "must be given")
+    checked = {"role": turn["role"], "content": turn["content"]}
     for key, value in checked.items():
         check_string(f"{where}.{key}", value)
     if not checked["role"]:

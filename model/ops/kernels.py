@@ -88,7 +88,8 @@ def _wishes(wish: str) -> dict[str, str]:
     """What is wished for each operation. Raises ConfigError."""
     general, *parts = (part.strip() for part in wish.split(","))
     named = [kernel.name for each in OPERATIONS for kernel in each.kernels]
-    _check_is_one(general, [AUTO, REFERENCE, *named], f"kernels={wish}", of_several=bool(parts))
+    of_several = bool(parts) or "=" in general
+    _check_is_one(general, [AUTO, REFERENCE, *named], f"kernels={wish}", of_several=of_several)
     single: dict[str, str] = {}
     for part in parts:
         name, implementation = (each.strip() for each in part.partition("=")[::2])

@@ -36,16 +36,16 @@ from isthmus.types import (
     TokenPrompt,
     check_cache,
     check_priority,
+    check_prompt,
     check_sized,
     check_stops,
-    check_turn,
+    check_turns,
 )
 
 MAX_REQUEST_ID = 128
 """Most characters of a request's id"""
 MAX_SALT = 256
 """Most characters of a request's cache_salt"""
-MAX_MESSAGES = 1024
 MAX_CHOICES = 128
 """Most requests that one question makes"""
 MAX_TOKENS = 1 << 18
@@ -99,7 +99,8 @@ class Preparation:
         """Returns how many requests one question makes. Raises InvalidRequest for what can never be in the engine."""
         most = min(MAX_CHOICES, self.room)
         if not 1 <= count <= most:
-            raise InvalidRequest(field, f"makes {count} requests; it must make 1 to {most}")
+            why = ", which is all that engine.max_sequences and engine.max_waiting have room for" * (most == self.room)
+            raise InvalidRequest(field, f"makes {count} requests; it must make 1 to {most}{why}")
         return count
 
     def requests(self, question: Question, *, tenant: str = "", deadline: float | None = None) -> list[Request]:
@@ -185,7 +186,7 @@ class Preparation:
         if len(given) > self.context_length:
             raise InvalidRequest("resume_token_ids", f"has {len(given)} ids; the context holds {self.context_length}")
         ids: list[int] = check_token_ids("resume_token_ids", given, self.tokenizer.vocab_size).tolist()
-        if ids and asked.seed is None:
+        if ids and asked.seed is None and drawing.sampling.temperature > 0:
             raise InvalidRequest("seed", "must be given with resume_token_ids, and be that of the answer they are of")
         ends = drawing.stop_ids | drawing.eos_ids
         for index, token in enumerate(ids):
@@ -255,7 +256,7 @@ class Preparation:
         return last
 
     def _given(self, ids: Sequence[int], most: int) -> list[int]:
-        if not len(check_sized("prompt", ids)):
+        if not len(check_prompt(ids)):
             raise InvalidRequest("prompt", "must not be empty")
         if len(ids) > most:
             raise self._too_long("prompt", len(ids), most)
@@ -292,9 +293,7 @@ class Preparation:
             raise InvalidRequest(
                 "chat_template", "this model has no chat template: give it a text or token ids instead of messages"
             )
-        if not 1 <= len(conversation.messages) <= MAX_MESSAGES:
-            raise InvalidRequest("messages", f"has {len(conversation.messages)}; give 1 to {MAX_MESSAGES}")
-        turns = [check_turn(index, turn) for index, turn in enumerate(conversation.messages)]
+        turns = check_turns(conversation.messages)
         try:
             text = self.chat.render(turns, arguments=conversation.template_arguments)
         except ChatError as error:

@@ -128,6 +128,27 @@ def test_the_command_says_what_it_found(capsys: pytest.CaptureFixture[str], monk
     assert command.main(["check", "nonsense"]) == 2
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--all", "--model", "."], "all: --all is of the small networks"),
+        (["--context-length", "64"], "context_length: --context-length needs --model"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["check", "determinism", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_says_what_runs_by_xla(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else bits that differ look as if a promise was broken that nobody gave."""
+    monkeypatch.setattr(check_command, "NETWORKS", {"dense": NETWORKS["dense"]})
+    command.main(["check", "determinism", "--requests", "2", "--kernels", "auto,norm=reference"])
+    assert "norm reference" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",

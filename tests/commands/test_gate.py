@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from isthmus.commands.check import Determinism
 from isthmus.commands.main import main
 from isthmus.errors import ConfigError
 from isthmus.model.ops.cpu import library
@@ -278,7 +279,8 @@ def test_the_first_that_passes_is_told() -> None:
 
 def test_what_is_suggested_can_be_served_without_converting() -> None:
     """The schemes that serve --quantize takes are those that there are."""
-    assert set(typing.get_args(typing.get_type_hints(ServeConfig)["quantize"])) == set(SCHEMES)
+    for config in (ServeConfig, Determinism):
+        assert set(typing.get_args(typing.get_type_hints(config)["quantize"])) == set(SCHEMES)
 
 
 def test_kinds_are_the_places_in_a_layer() -> None:

@@ -173,6 +173,9 @@ def test_what_can_not_be_a_client_is_told_at_once() -> None:
             kind("localhost")
         with pytest.raises(ConfigError, match="target=5 must be HOST:PORT"):
             kind(5)  # type: ignore[arg-type]
+        for url in ("http://127.0.0.1:50051", "127.0.0.1:", "::1", "::1:50051", "127.0.0.1:abc", ":50051", "a b:1"):
+            with pytest.raises(ConfigError, match="must be HOST:PORT"):
+                kind(url)
         for at_once in (0, -1, 1.5, True):
             with pytest.raises(ConfigError, match="at_once must be a whole number of at least 1"):
                 kind("127.0.0.1:1", at_once=at_once)  # type: ignore[arg-type]
@@ -311,3 +314,9 @@ def test_values_of_service_that_cannot_be_sent_are_named() -> None:
             with pytest.raises(InvalidRequest) as failure:
                 message_of(Question(TextPrompt("a"), service=Service(**{field: value})))  # type: ignore[arg-type]
             assert failure.value.field == field
+
+
+@pytest.mark.parametrize("target", ["localhost:1", "[::1]:50051", "dns:///a:1", "unix:/tmp/a", "ipv4:10.0.0.1:1"])
+def test_what_grpc_resolves_is_taken(target: str) -> None:
+    with Client(target):
+        pass

@@ -226,7 +226,9 @@ WRONG_KINDS: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": ["a"]}, "stop_token_ids[0]: must be a whole number, not 'a'"),
     ({"allowed_token_ids": [2, 2.5]}, "allowed_token_ids[1]: must be a whole number, not 2.5"),
     ({"bad_token_ids": [True]}, "bad_token_ids[0]: must be a whole number, not True"),
-    ({"logit_bias": {1.5: 1}}, "logit_bias: must be a whole number, not 1.5"),
+    ({"logit_bias": {1.5: 1}}, "logit_bias: must map token ids to numbers, and 1.5 is no token id"),
+    ({"logit_bias": {"1": 1}}, "logit_bias: must map token ids to numbers, and '1' is no token id"),
+    ({"seed": -1}, "seed: must be 0 or more, not -1"),
     ({"logit_bias": {3: "a"}}, "logit_bias[3]: must be a number, not 'a'"),
     ({"logit_bias": {3: 200.0}}, "logit_bias[3]: must be a number in [-100, 100], not 200.0"),
     ({"logit_bias": {600: 1.0}}, "logit_bias[600]: 600 is not a token id; the vocabulary has 512"),
@@ -365,15 +367,37 @@ def test_a_conversation_is_answered_alike(chat_server: RunningServer, open_model
             with pytest.raises(InvalidRequest) as unknown:
                 model.chat([{"role": "user", "contents": "a"}])
             assert unknown.value.field == "messages[0]"
+            with pytest.raises(InvalidRequest, match=r"messages\[0\]\.content: must be given"):
+                model.chat([{"role": "user"}])
+            for wrong in ("hello", {"role": "user", "content": "a"}, 5):
+                with pytest.raises(InvalidRequest, match="messages: must be a list of messages with role and content"):
+                    model.chat(wrong)  # type: ignore[call-overload]
+
+
+def test_a_conversation_that_is_none_costs_no_other(chat_server: RunningServer, open_model: OpenModel) -> None:
+    """An hour's batch would be lost to one empty conversation."""
+    talks: list[Any] = [TALK, [], "hello", None, [{"role": "user"}], ["a"], TALK]
+    with Client(chat_server.address) as client, open_model(chat_server.config.model) as llm:
+        for model in (llm, client):
+            found = model.chat(talks, DRAWN, return_errors=True)
+            assert [getattr(each, "field", None) for each in found] == [
+                *(None, "messages", "messages", "messages", "messages[0].content", "messages[0]", None),
+            ]
+            assert found[0].token_ids == found[-1].token_ids  # type: ignore[union-attr]
 
 
 def test_a_conversation_is_no_prompt_and_a_prompt_no_conversation(llm: LLM) -> None:
     """Without its template a model would be asked in a form that it doesn't know."""
-    with pytest.raises(TypeError, match="give chat a list of messages"):
-        llm.generate(TALK)  # type: ignore[call-overload]
-    for wrong in ("hello", ["hello"]):
-        with pytest.raises(TypeError, match="a conversation is a list of messages"):
-            llm.chat(wrong)  # type: ignore[call-overload]
+    wrong: list[Any] = [TALK[0], ["a", "b"], None]
+    found = llm.generate([*wrong, "a"], DRAWN, return_errors=True)
+    assert [str(each) for each in found[:-1]] == [
+        "prompt: is a message: give chat a list of messages",
+        "prompt: is several texts, where one text or its token ids are to be given",
+        "prompt: must be a text or a sequence of token ids, not NoneType",
+    ]
+    assert not isinstance(found[-1], Exception)
+    with pytest.raises(InvalidRequest, match="prompt: is several texts"):
+        next(llm.stream(["a", "b"]))  # type: ignore[arg-type]
 
 
 def test_it_works_under_a_running_loop(llm: LLM) -> None:
@@ -539,6 +563,7 @@ def test_what_serve_takes_it_takes(open_model: OpenModel, tmp_path: Path) -> Non
         ("ignore_field", "rope", "list or tuple, not str"),
         ("download", "yes", "bool"),
         ("base", 5, "str or PathLike or None"),
+        ("adapters", ["runs/mine"], "Mapping or None, not list"),
     ],
 )
 def test_an_argument_of_a_wrong_type_is_named(argument: str, value: Any, wanted: str, tmp_path: Path) -> None:
@@ -546,3 +571,9 @@ def test_an_argument_of_a_wrong_type_is_named(argument: str, value: Any, wanted:
     arguments: dict[str, Any] = {"path": tmp_path, argument: value}
     with pytest.raises(ConfigError, match=f"^{argument} must be {wanted}"):
         LLM(**arguments)
+
+
+@pytest.mark.parametrize("adapters, named", [({"a": 5}, "the folder of 'a'"), ({1: "runs/a"}, "the name int")])
+def test_an_adapter_of_a_wrong_type_is_named(adapters: Any, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^adapters: {named} must be str"):
+        LLM(tmp_path, adapters=adapters)

@@ -33,6 +33,15 @@ def test_the_parts_are_the_whole(models: tuple[Model, ...]) -> None:
             assert rest.completion_tokens == 40 - cut and rest.finish_reason == FinishReason.LENGTH
 
 
+def test_a_greedy_answer_goes_on_without_a_seed(models: tuple[Model, ...]) -> None:
+    """Nothing depends on it, and a stream that broke off never told the one that it had."""
+    greedy: dict[str, Any] = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True}
+    for model in models:
+        whole = model.generate(PROMPT, **greedy)
+        rest = model.generate(PROMPT, **greedy, resume_token_ids=whole.token_ids[:7])
+        assert rest.token_ids == whole.token_ids[7:]
+
+
 def test_a_stop_that_had_begun_still_counts(models: tuple[Model, ...]) -> None:
     """What was held back for it comes with the rest, if it isn't one."""
     for model in models:

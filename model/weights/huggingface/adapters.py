@@ -246,7 +246,10 @@ def load_adapter(folder: Path, base: Described, most_rank: int | None = None) ->
         key = settings.key_of(name, projections[0].layer)
         module_rank = settings.rank_of(key)
         if most_rank is not None and module_rank > most_rank * len(projections):
-            raise ConfigError(f"{folder / ADAPTER_CONFIG}: {name} has rank {module_rank}; the most is {most_rank}")
+            raise ConfigError(
+                f"{folder / ADAPTER_CONFIG}: {name} has rank {module_rank}; the most is {most_rank}, "
+                "which engine.adapter_rank says where engine.max_adapters says how many places there are"
+            )
         a, b = _stored_pair(files, name, projections[0].tensor, module_rank)
         for projection, factors in zip(
             projections, _split(projections, a, b, settings.scale_of(key), settings.rank), strict=True

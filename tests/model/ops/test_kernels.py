@@ -119,7 +119,7 @@ def test_what_was_left_to_auto_says_why_it_can_not_run() -> None:
         ("auto,lin=cpu", "kernels=auto,lin=cpu: 'lin' must be one of linear, attention, "),
         ("auto,linear", "kernels=auto,linear: linear= must be one of auto, reference, cpu"),
         ("auto,linear=gpu", "kernels=auto,linear=gpu: linear= must be one of auto, reference, cpu"),
-        ("linear=cpu", "kernels=linear=cpu must be one of auto, reference, cpu"),
+        ("linear=cpu", "kernels=linear=cpu: 'linear=cpu' must be one of auto, reference, cpu"),
         ("auto,linear=cpu,linear=auto", "kernels=auto,linear=cpu,linear=auto names linear twice"),
         ("auto,", "kernels=auto,: '' must be one of linear, "),
     ],

@@ -15,7 +15,8 @@ from isthmus.model.text.chat import ChatTemplate
 from isthmus.model.text.tokenizer import END_OF_TEXT, Tokenizer
 from isthmus.model.weights.folder import GenerationDefaults
 from isthmus.serve.api.mapping import MAX_ARGUMENTS, question_of
-from isthmus.serve.prepare.request import MAX_MESSAGES, Preparation
+from isthmus.serve.prepare.request import Preparation
+from isthmus.types import MAX_MESSAGES
 from tests.serve.api.conftest import StartServer
 from tests.serve.api.harness import (
     NETWORK,

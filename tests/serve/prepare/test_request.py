@@ -18,14 +18,13 @@ from isthmus.model.weights.folder import GenerationDefaults
 from isthmus.serve.prepare.answer import TextOptions
 from isthmus.serve.prepare.grammar import Grammars
 from isthmus.serve.prepare.request import (
-    MAX_MESSAGES,
     MAX_TOKENS,
     Preparation,
     detokenized,
     tokenized,
 )
 from isthmus.serve.prepare.sampling import MAX_STOP_TOKENS
-from isthmus.types import Conversation, Question, SamplingParams, Service, TextPrompt, TokenPrompt
+from isthmus.types import MAX_MESSAGES, Conversation, Question, SamplingParams, Service, TextPrompt, TokenPrompt
 from tests.model.weights.huggingface.folders import write_tokenizer
 from tests.serve.prepare.schemas import small_tokenizer
 
@@ -112,11 +111,12 @@ def test_lengths_follow_from_the_context(preparation: Preparation) -> None:
         (TokenPrompt([1, -1]), {}, "prompt[1]"),
         (TokenPrompt([1 << 70]), {}, "prompt[0]"),
         (Conversation([]), {}, "messages"),
-        (Conversation([{"role": "user"}] * (MAX_MESSAGES + 1)), {}, "messages"),
-        (Conversation([{"role": "user"}, {"content": "a"}]), {}, "messages[1].role"),
+        (Conversation([{"role": "user", "content": "a"}] * (MAX_MESSAGES + 1)), {}, "messages"),
+        (Conversation([{"role": "user", "content": "a"}, {"content": "a"}]), {}, "messages[1].role"),
+        (Conversation([{"role": "user"}]), {}, "messages[0].content"),
         (Conversation([{"role": "user", "contents": "a"}]), {}, "messages[0]"),
         (Conversation([{"role": "user", "content": 3}]), {}, "messages[0].content"),
-        (Conversation([{"role": "user"}], {"shout": object()}), {}, "chat_template"),
+        (Conversation([{"role": "user", "content": "a"}], {"shout": object()}), {}, "chat_template"),
         (A, {"temperature": math.nan}, "temperature"),
         (A, {"temperature": -1}, "temperature"),
         (A, {"top_p": 0.0}, "top_p"),
