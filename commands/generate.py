@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, nullcontext
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import grpc
 import tyro
 
-from isthmus.client import Client, read_token
+from isthmus.client import Client, check_target, read_token
 from isthmus.commands.chat import chat
 from isthmus.errors import ConfigError, InvalidRequest, RequestError
 from isthmus.model.process.cleaning import interrupts_raised
@@ -53,6 +52,8 @@ class GenerateConfig:
     tls_ca: Path | None = None
     """For a server with --tls-cert: PEM file with the certificate of the authority that signed the server's, or with
     the server's own if it is self-signed"""
+    adapter: str = ""
+    """Compute with this one of the server's adapters, by its name there"""
     model: Path | None = None
     """Run a model without a server: a model folder, a GGUF file, or Org/Name from the local Hugging Face cache"""
     folder: Annotated[FolderOptions, tyro.conf.OmitArgPrefixes, tyro.conf.UseAppendAction] = field(
@@ -101,7 +102,7 @@ class GenerateConfig:
     def complete(self, model: Model, prompt: str | Messages) -> Generator[str, None, None]:
         """Yields the text as it comes."""
         parsed = self.parse_special and isinstance(prompt, str)
-        with closing(model.stream(prompt, self.sampling(), parse_special=parsed)) as deltas:
+        with closing(model.stream(prompt, self.sampling(), model=self.adapter, parse_special=parsed)) as deltas:
             for delta in deltas:
                 yield delta.text
 
@@ -127,10 +128,10 @@ class GenerateConfig:
         for name in _OF_A_FOLDER:
             if self.model is None and getattr(self, name) != getattr(_DEFAULT, name):
                 raise ConfigError(f"--{name.replace('_', '-')} needs --model")
-        if self.model is None and not re.fullmatch(r"(?!https?:)\S+:\d{1,5}", self.address):
-            raise ConfigError(f"address={self.address!r} must be HOST:PORT, such as 127.0.0.1:50051")
-        if self.model is None and not 1 <= int(self.address.rpartition(":")[2]) <= 65535:  # gRPC takes it modulo 2^16
-            raise ConfigError(f"address={self.address!r} must have a port of 1 to 65535")
+        if self.model is None:
+            check_target(self.address, "address")
+        elif self.adapter:
+            raise ConfigError("--adapter is one of a server's; --model may be an adapter's folder itself")
         for name, bits in (("max_tokens", 32), ("top_k", 32), ("seed", 64)):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1 << bits:

@@ -105,11 +105,15 @@ _SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:", "vsock:
 """Of names that gRPC resolves"""
 
 
-def check_target(target: str) -> str:
-    """The address of a server. Raises ConfigError for a URL, and for a host without a port, which gRPC would read as
-    port 443."""
-    if not isinstance(target, str) or not (_TARGET.fullmatch(target) or target.startswith(_SCHEMES)):
-        raise ConfigError(f"target={target!r:.200} must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
+def check_target(target: str, name: str = "target") -> str:
+    """The address of a server, which an error calls by this name. Raises ConfigError for a URL, for a host without a
+    port, which gRPC would read as port 443, and for a port beyond 65535, which it takes modulo 2^16."""
+    if isinstance(target, str) and target.startswith(_SCHEMES):
+        return target
+    if not isinstance(target, str) or not _TARGET.fullmatch(target):
+        raise ConfigError(f"{name}={target!r:.200} must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
+    if not 1 <= int(target.rpartition(":")[2]) <= 65535:
+        raise ConfigError(f"{name}={target!r} must have a port of 1 to 65535")
     return target
 
 

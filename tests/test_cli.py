@@ -341,6 +341,7 @@ def test_generate_takes_what_serve_takes(chat_folder: Path, capsys: pytest.Captu
         (["a", "--address", ""], "address=''"),
         (["a", "--address", "127.0.0.1:99999"], "must have a port of 1 to 65535"),
         (["a", "--address", "http://127.0.0.1:50051"], "HOST:PORT"),
+        (["a", "--adapter", "poems", "--model", "."], "--adapter is one of a server's"),
         (["a", "--max-tokens", "-5"], "max_tokens=-5 must be"),
         (["a", "--max-tokens", "99999999999"], "max_tokens=99999999999 must be"),
         (["a", "--top-k", "-1"], "top_k=-1 must be"),

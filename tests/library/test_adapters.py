@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from isthmus import LLM, AsyncClient, Client, ConfigError, Model, ModelNotFound
+from isthmus.commands.main import main
 from isthmus.model.config import LoraConfig
 from isthmus.model.sharding import MeshShape, build_mesh
 from isthmus.model.weights.folder import open_folder
@@ -68,6 +69,16 @@ def test_an_adapter_says_what_its_folder_says(model: Model, llm: LLM, open_model
         with open_model(folder) as alone:
             assert text(model, name) == text(alone, name) != text(llm, "")
     assert text(model, "") == text(model, VARIED) == text(llm, "")
+
+
+def test_the_shell_asks_for_one_by_its_name(adapted_server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", PROMPT, "--address", adapted_server.address, "--max-tokens", "20", "--temperature", "0"]
+    with Client(adapted_server.address) as client:
+        for name in ("", *LORAS):
+            assert main([*words, "--adapter", name]) == 0
+            assert capsys.readouterr().out == f"{PROMPT}{text(client, name)}\n"
+    assert main([*words, "--adapter", "nobody"]) == 2
+    assert "'nobody' is not here" in capsys.readouterr().err
 
 
 def test_many_at_once_get_their_own(model: Model) -> None:

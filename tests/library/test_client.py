@@ -176,6 +176,8 @@ def test_what_can_not_be_a_client_is_told_at_once() -> None:
         for url in ("http://127.0.0.1:50051", "127.0.0.1:", "::1", "::1:50051", "127.0.0.1:abc", ":50051", "a b:1"):
             with pytest.raises(ConfigError, match="must be HOST:PORT"):
                 kind(url)
+        with pytest.raises(ConfigError, match="must have a port of 1 to 65535"):
+            kind("127.0.0.1:99999")
         for at_once in (0, -1, 1.5, True):
             with pytest.raises(ConfigError, match="at_once must be a whole number of at least 1"):
                 kind("127.0.0.1:1", at_once=at_once)  # type: ignore[arg-type]
