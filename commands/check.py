@@ -81,7 +81,7 @@ class Determinism:
 
 
 DEFAULT_CONTEXT = 256
-"""Of a request to --model"""
+"""The most tokens of a request to --model, where nothing else is asked for"""
 Subject = tuple[str, Callable[[], tuple[Executor, Learner | str]]]
 """A name, and what makes the engine, and either what training says of a text or why that differs"""
 

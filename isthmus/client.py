@@ -102,7 +102,7 @@ def tls_credentials(ca: Path | str) -> grpc.ChannelCredentials:
 
 _TARGET = re.compile(r"([^\s:/\[\]]+|\[[^\s/\[\]]+\]):\d{1,5}")
 _SCHEMES = ("unix:", "unix-abstract:", "dns:", "ipv4:", "ipv6:", "xds:", "vsock:")
-"""Of names that gRPC resolves"""
+"""How addresses begin that gRPC resolves by a scheme of its own"""
 
 
 def check_target(target: str, name: str = "target") -> str:
