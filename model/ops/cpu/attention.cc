@@ -4,9 +4,8 @@
 // First the step's keys and values go to their pages, then every (sequence, key head) is a task, or where there are many
 // rows, every one of them with all of its heads, which lie side by side, and where there are few blocks, a part of a
 // block's queries: they pass over the keys kChunk at a time with a running softmax (Milakov and Gimelshein 2018, arXiv
-// 1805.02867). Chunks lie on a grid of absolute positions
-// and every sum has a fixed order, so a query's result depends on its own sequence alone: not on the batch, on where its
-// pages are, or on how many queries of its sequence the step has.
+// 1805.02867). Chunks lie on a grid of absolute positions and every sum has a fixed order, so a query's result depends on
+// its own sequence alone: not on the batch, on where its pages are, or on how many queries of its sequence the step has.
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -248,8 +247,8 @@ void attend_heads(const Step& s, int64_t sequence, int64_t first_head, int64_t l
   for (int64_t i = 0; i < all; i++) finish<X>(s, queries[i], scratch.out.data() + i * width);
 }
 
-// Into how many parts the queries of a block's head are divided, so that of the threads' time no more than an eighth is
-// spent waiting for the last of them: each part makes the keys ready anew.
+// Into how many parts the queries of a block's head are divided: as few as leave the threads no more than an eighth of
+// their time waiting for the last one, since each part makes the keys ready anew.
 int64_t parts_of_block(const Step& s) {
   const int64_t threads = Pool::get().threads(), tasks = (s.sequences() - s.rows) * s.kv_heads;
   int64_t parts = 1;

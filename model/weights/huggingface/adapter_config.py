@@ -107,6 +107,7 @@ class AdapterSettings:
     rank_stabilized: bool
     """Whether the scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732) instead of alpha / rank"""
     matching: Matching = field(default_factory=Matching, compare=False)
+    """Matches all patterns of this adapter, and keeps the time that is left for it"""
 
     @classmethod
     def load(cls, path: Path) -> AdapterSettings:
